@@ -1,0 +1,330 @@
+"""The command line: thin, one function a command. Exit codes: 0 done, 2 the user's mistake, 1 ours, 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compress Hugging Face language models, and say honestly what it cost.",
+)
+out, err = Console(), Console(stderr=True)
+
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Vary a recipe's key.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+
+@app.command()
+def compress(
+    source: Annotated[
+        str, typer.Argument(metavar="RECIPE.yaml | MODEL", help="A recipe file, or with --recipe a model.")
+    ],
+    recipe: Annotated[str | None, typer.Option(help="A gallery name or a recipe file, for MODEL.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the artifact.")] = None,
+    set_: Sets = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing output, once the new one is whole.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, print the plan, write nothing.")] = False,
+    allow_pickle: Annotated[bool, typer.Option(help="Read pickle weights (only from a source you trust).")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the model's own code (only if you trust it).")] = False,
+    json_: Json = False,
+) -> None:
+    """Compress a model by a recipe; run again after an interruption to go on where it stopped."""
+    from laconic.compress import prepare, run
+
+    if recipe is None and not source.endswith((".yaml", ".yml")):
+        raise ValueError(f"'{source}' is no recipe file; to compress a model by a ready recipe add --recipe NAME")
+    model, what = (source, recipe) if recipe else (None, source)
+    prepared = prepare(
+        model,
+        what,
+        output,
+        overrides=set_,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+    if dry_run:
+        _print_plan(prepared, json_)
+        return
+    _warn(prepared)
+    with _Progress(quiet=json_ or not err.is_terminal) as progress:
+        artifact = run(prepared, overwrite=overwrite, report=progress)
+    done = artifact.results["compress"]
+    if json_:
+        _print_json({"output": str(artifact.path), "forecast": asdict(prepared.forecast), **done})
+        return
+    before, after = prepared.source.checkpoint.nbytes, _weights(artifact.path)
+    out.print(
+        f"[bold]{artifact.path}[/]: {_bytes(before)} -> {_bytes(after)} ({before / after:.2f}x smaller), "
+        f"{done['seconds']:.1f} s, peak memory {_bytes(done['peak_memory_bytes'])}"
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="An artifact, or any model.")],
+    baseline: Annotated[str | None, typer.Option(help="The original model, for fidelity.")] = None,
+    text: Annotated[
+        str, typer.Option(help="wikitext2, c4, a .txt/.jsonl/.parquet file, or a Hub dataset.")
+    ] = "wikitext2",
+    context_length: Annotated[int | None, typer.Option(help="Tokens a window; windows do not overlap.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="At most so many windows.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Perplexity, fidelity to the original, bits per weight and bytes."""
+    from laconic.evaluate.run import evaluate as measure
+
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {dtype} is not one of float32, bfloat16, float16")
+    result = measure(model, baseline=baseline, text=text, context_length=context_length, windows=windows, dtype=dtype)
+    if json_:
+        _print_json(result)
+        return
+    from laconic.report.table import results_table
+
+    out.print(results_table([result]))
+
+
+@app.command()
+def report(
+    artifacts: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Artifacts that were evaluated.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")] = Path(
+        "laconic-report.html"
+    ),
+    json_: Json = False,
+) -> None:
+    """One self-contained HTML page, and a table, from artifacts and their results."""
+    from laconic.report.page import gather, write_page
+    from laconic.report.table import results_table
+
+    found = gather(artifacts)
+    write_page(found, output)
+    if json_:
+        _print_json({"page": str(output.resolve()), "artifacts": [str(a.path) for a in found]})
+        return
+    out.print(results_table([r for a in found for r in a.evaluations]))
+    out.print(f"page: {output.resolve()}", soft_wrap=True)
+
+
+@app.command()
+def inspect(model: Annotated[str, typer.Argument(metavar="DIR")], json_: Json = False) -> None:
+    """What a checkpoint holds: schemes, bits per weight, bytes, its recipe, its worst linears."""
+    from laconic.engine.artifact import Artifact
+    from laconic.evaluate.size import measure_size
+    from laconic.model.load import model_folder
+
+    folder = model_folder(model)
+    size, artifact = measure_size(folder), Artifact(folder)
+    linears = [e for e in artifact.log if e.get("event") == "linear"]
+    worst = sorted(linears, key=lambda e: -e.get("output_error", e["weight_error"]))[:5]
+    if json_:
+        _print_json({**asdict(size), "recipe": artifact.recipe, "linears": linears})
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("weights", _bytes(size.file_bytes))
+    table.add_row("parameters", f"{size.parameters:,}")
+    table.add_row("bits per weight", f"{size.bits_per_weight:.2f} (embeddings, head, scales included)")
+    table.add_row("quantized", f"{size.covered:.1%} of parameters")
+    table.add_row("schemes", ", ".join(f"{n} x {s}" for s, n in size.schemes.items()) or "none")
+    table.add_row("arithmetic", "simulated (no engine has it)" if size.simulated else "that of the engine")
+    for event in worst:
+        kind = "output" if "output_error" in event else "weight"
+        table.add_row(
+            "largest error",
+            f"{event['linear']}: {event.get('output_error', event['weight_error']):.2e} of {kind}",
+        )
+    out.print(table)
+
+
+@app.command("ls")
+def list_(json_: Json = False) -> None:
+    """Methods, schemes and ready recipes."""
+    from laconic.report.catalogue import catalogue
+
+    known = catalogue()
+    if json_:
+        _print_json(known)
+        return
+    for title, rows in known.items():
+        table = Table(title=title, title_justify="left", show_header=False, box=None)
+        for row in rows:
+            table.add_row(*(str(v) for v in row.values()))
+        out.print(table)
+        out.print()
+
+
+@app.command()
+def validate(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file or a gallery name.")],
+    set_: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Check a recipe without a model."""
+    from laconic.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_).model_dump(mode="json", exclude_none=True)
+    if json_:
+        _print_json(loaded)
+    else:
+        out.print(
+            f"{recipe}: valid, {len(loaded['stages'])} stage(s): {', '.join(s['method'] for s in loaded['stages'])}"
+        )
+
+
+def main() -> None:
+    """The entry point: every error of the user's is one line and exit code 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for noisy in ("transformers", "huggingface_hub", "datasets", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("interrupted; run the same command again to go on where it stopped")
+        sys.exit(130)
+    except typer.Exit as e:
+        sys.exit(e.exit_code)
+    except ValueError as e:
+        _complain(str(e))
+    except OSError as e:
+        _complain(f"{e.strerror or e}: {e.filename}" if e.filename else str(e))
+    except Exception as e:
+        if hasattr(e, "format_message"):  # what click says of the command line itself
+            _complain(e.format_message())
+        err.print_exception()
+        sys.exit(1)
+
+
+def _complain(message: str) -> None:
+    err.print(f"laconic: {' '.join(message.split())}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+class _Progress:
+    """Block, linear, error, memory and time left, on stderr."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("block"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[linear]}  error {task.fields[error]}  memory {task.fields[memory]}"),
+            TimeRemainingColumn(),
+            console=err,
+            disable=quiet,
+        )
+        self._task = self._bar.add_task("", total=None, linear="", error="-", memory="-")
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        import psutil
+
+        memory = _bytes(psutil.Process().memory_info().rss)
+        if event["event"] == "block":
+            self._bar.update(self._task, total=event["blocks"], completed=event["block"], memory=memory)
+        else:
+            error = event.get("output_error", event["weight_error"])
+            self._bar.update(self._task, linear=event["linear"], error=f"{error:.1e}", memory=memory)
+
+
+def _print_plan(prepared: Any, as_json: bool) -> None:
+    plan, forecast = prepared.plan, prepared.forecast
+    schemes: dict[str, int] = {}
+    for scheme in plan.schemes.values():
+        schemes[scheme.name] = schemes.get(scheme.name, 0) + 1
+    if as_json:
+        _print_json(
+            {
+                **asdict(forecast),
+                "schemes": schemes,
+                "blocks": len(plan.anatomy.taps),
+                "output": str(prepared.output),
+            }
+        )
+        return
+    _warn(prepared)
+    table = Table(show_header=False, box=None)
+    table.add_row("model", f"{prepared.source.name} ({len(plan.anatomy.taps)} blocks)")
+    for i, (stage, names) in enumerate(zip(plan.stages, plan.touched, strict=True)):
+        table.add_row(f"stage {i}", f"{stage.method} on {len(names)} linears")
+    table.add_row("schemes", ", ".join(f"{n} x {s}" for s, n in schemes.items()) or "none")
+    samples = (
+        "none needed" if prepared.windows is None else f"{len(prepared.windows)} x {prepared.windows.shape[1]} tokens"
+    )
+    table.add_row("calibration", samples)
+    smaller = forecast.bytes_before / forecast.bytes_after
+    table.add_row("size", f"{_bytes(forecast.bytes_before)} -> {_bytes(forecast.bytes_after)} ({smaller:.2f}x smaller)")
+    table.add_row("memory", f"about {_bytes(forecast.peak_bytes)} beyond Python and torch")
+    table.add_row("output", str(prepared.output))
+    out.print(table)
+
+
+def _warn(prepared: Any) -> None:
+    """Things a user would want to know that are no errors."""
+    asked, windows = prepared.recipe.calibration, prepared.windows
+    if windows is not None and len(windows) < asked.num_calibration_samples:
+        err.print(
+            f"warning: the calibration text fills {len(windows)} of {asked.num_calibration_samples} samples; using those",
+            style="yellow",
+        )
+    simulated = sorted({s.name for s in prepared.plan.schemes.values() if s.simulated})
+    if simulated:
+        err.print(
+            f"warning: no engine runs {', '.join(simulated)}; its arithmetic is simulated by laconic",
+            style="yellow",
+        )
+    if prepared.plan.schemes and prepared.forecast.covered < 0.5:
+        err.print(
+            f"warning: only {prepared.forecast.covered:.0%} of the parameters will be quantized",
+            style="yellow",
+        )
+
+
+def _weights(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1000
+    return f"{n:.2f} TB"
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")

@@ -1,0 +1,225 @@
+"""Recipe in, artifact out: check everything that can be checked, then walk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from laconic.engine.artifact import Artifact
+from laconic.engine.plan import Forecast, Plan, forecast, make_plan
+from laconic.engine.walk import Settings, walk
+from laconic.engine.writer import Workspace, check_output
+from laconic.model.anatomy import dissect
+from laconic.model.checkpoint import read_json
+from laconic.model.data import calibration_windows, read_documents
+from laconic.model.load import Source, load_tokenizer, open_source, skeleton
+from laconic.model.quant_config import to_config
+from laconic.recipe import Calibration, Recipe, load_recipe
+
+Report = Callable[[Mapping[str, Any]], None]
+
+# Tokens run through a block at once when the recipe does not say: enough to keep the arithmetic busy.
+_TOKENS_AT_ONCE = 16384
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that passed every check, and what it will take."""
+
+    recipe: Recipe
+    source: Source
+    model: PreTrainedModel
+    plan: Plan
+    windows: Tensor | None
+    forecast: Forecast
+    output: Path
+    identity: dict[str, Any]
+
+
+def compress(
+    model: str | None = None,
+    recipe: str | Path | dict[str, Any] | Recipe = "gptq-w4a16",
+    output: str | Path | None = None,
+    *,
+    overrides: list[str] | None = None,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    report: Report = lambda _: None,
+) -> Artifact:
+    """Compress a model and return the artifact.
+
+    model: a folder or Hub name, in place of the recipe's. recipe: a gallery name, a YAML file, or a mapping. output: a
+    folder, in place of the recipe's. overrides: `key.path=value`. report: called with an event a block and a linear.
+
+    Raises: ValueError for anything the caller can mend; nothing is written then.
+    """
+    prepared = prepare(
+        model,
+        recipe,
+        output,
+        overrides=overrides,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+    return run(prepared, overwrite=overwrite, report=report)
+
+
+def prepare(
+    model: str | None,
+    recipe: str | Path | dict[str, Any] | Recipe,
+    output: str | Path | None,
+    *,
+    overrides: list[str] | None = None,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Prepared:
+    """Everything up to the first byte of work. Raises: ValueError, one line that names the fix."""
+    loaded = load_recipe(recipe, overrides)
+    name, where = model or loaded.model, str(output) if output else loaded.output
+    if not name:
+        raise ValueError("no model: name one on the command line, or as 'model' in the recipe")
+    if not where:
+        raise ValueError("no output: give --output DIR, or 'output' in the recipe")
+    loaded = loaded.model_copy(update={"model": name, "output": where})
+    target = Path(where).expanduser()
+    source = open_source(name, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    if target.resolve() == source.folder.resolve():
+        raise ValueError("output is the model's own folder; choose another")
+    whole = skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
+    plan = make_plan(whole, dissect(whole), loaded.stages)
+    windows = _windows(loaded, source, plan, trust_remote_code)
+    identity = {
+        "recipe": loaded.model_dump(mode="json", exclude={"output", "device"}, exclude_none=True),
+        "source": {"model": name, "sha256": _fingerprint(source)},
+        "calibration": windows is not None
+        and {"samples": len(windows), "tokens": windows.numel(), "sha256": _sha256(windows)},
+        "laconic": version("laconic"),
+    }
+    check_output(target, identity, overwrite=overwrite)
+    samples, length = windows.shape if windows is not None else (0, 0)
+    return Prepared(loaded, source, whole, plan, windows, forecast(plan, source, samples, length), target, identity)
+
+
+def run(prepared: Prepared, *, overwrite: bool = False, report: Report = lambda _: None) -> Artifact:
+    """Walk a prepared recipe, or go on with one that was interrupted."""
+    begun = time.monotonic()
+    torch.manual_seed(prepared.recipe.seed)
+    plan, source = prepared.plan, prepared.source
+    shards = len(plan.anatomy.taps) + 1
+    workspace = Workspace(prepared.output, prepared.identity, shards, overwrite=overwrite)
+    resumed = sum(workspace.done(i) for i in range(shards))
+    settings = _settings(prepared.recipe, prepared.windows)
+    walk(source, prepared.model, plan, prepared.windows, workspace, settings, report)
+    config = read_json(source.folder / "config.json")
+    if plan.schemes:
+        config["quantization_config"] = to_config(plan.schemes, plan.linears)
+    path = workspace.finish(config, source.folder)
+    artifact = Artifact(path)
+    artifact.save_result(
+        "compress",
+        {
+            "seconds": round(time.monotonic() - begun, 2),
+            "resumed_shards": resumed,
+            "peak_memory_bytes": _peak_memory(settings.device),
+            "device": _device_name(settings.device),
+            "threads": torch.get_num_threads(),
+            "simulated": any(s.simulated for s in plan.schemes.values()),
+            "command": " ".join(sys.argv),
+            "seed": prepared.recipe.seed,
+            "versions": versions(),
+        },
+    )
+    return artifact
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on."""
+    packages = ("laconic", "torch", "transformers", "compressed-tensors", "safetensors")
+    return {"python": platform.python_version()} | {p: version(p) for p in packages}
+
+
+def _windows(recipe: Recipe, source: Source, plan: Plan, trust_remote_code: bool) -> Tensor | None:
+    if not plan.observing:
+        return None
+    calibration = recipe.calibration
+    if calibration is None:
+        needing = next((s.method for s in plan.stages if s.gram), "static activations")
+        raise ValueError(
+            f"{needing} needs calibration text: add 'calibration: {{dataset: FILE_OR_HUB_NAME}}' to the recipe"
+        )
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if limit and calibration.max_seq_length > limit:
+        raise ValueError(
+            f"calibration.max_seq_length {calibration.max_seq_length} is longer than the model's context of {limit}; lower it"
+        )
+    tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
+    documents = read_documents(calibration.dataset, split=calibration.split, config=calibration.config)
+    return calibration_windows(
+        documents,
+        tokenizer,
+        samples=calibration.num_calibration_samples,
+        length=calibration.max_seq_length,
+        seed=recipe.seed,
+    )
+
+
+def _settings(recipe: Recipe, windows: Tensor | None) -> Settings:
+    wanted = recipe.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch finds no GPU; use device: auto or cpu")
+    device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    calibration = recipe.calibration or Calibration(dataset="")
+    length = windows.shape[1] if windows is not None else calibration.max_seq_length
+    batch = calibration.batch_size or max(1, _TOKENS_AT_ONCE // length)
+    gigabytes = calibration.max_memory_gb
+    budget = gigabytes * 1e9 if gigabytes else psutil.virtual_memory().available / 4
+    return Settings(device, batch, budget)
+
+
+def _fingerprint(source: Source) -> str:
+    """Names, shapes, dtypes, and a sample of the bytes of every weight file."""
+    digest = hashlib.sha256((source.folder / "config.json").read_bytes())
+    tensors = {n: (s.shape, s.dtype) for n, s in sorted(source.checkpoint.tensors.items())}
+    digest.update(json.dumps(tensors).encode())
+    for file in sorted({s.file for s in source.checkpoint.tensors.values()}):
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            for at in (0, size // 2, max(0, size - 65536)):
+                f.seek(at)
+                digest.update(f.read(65536))
+    return digest.hexdigest()
+
+
+def _sha256(ids: Tensor) -> str:
+    return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _device_name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu ({platform.processor() or platform.machine()})"
+    )

@@ -1,0 +1,48 @@
+"""An artifact: a checkpoint folder that engines open, with its recipe, its log, and its results."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from laconic.engine.writer import RECIPE, read_log, write_text
+from laconic.model.checkpoint import read_json
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """path: the folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
+        return dict(read_json(self.path / "config.json"))
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """The recipe it was made with, and what it was made from; None for a plain model."""
+        file = self.path / RECIPE
+        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """One event a linear: its errors, damping, time."""
+        return read_log(self.path)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """Every file of `results/`, by its name without suffix."""
+        return {f.stem: json.loads(f.read_text()) for f in sorted((self.path / "results").glob("*.json"))}
+
+    def save_result(self, name: str, result: dict[str, Any]) -> Path:
+        """Keep a result under `results/NAME.json`."""
+        file = self.path / "results" / f"{name}.json"
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, json.dumps(result, indent=2) + "\n")
+        return file

@@ -1,0 +1,167 @@
+"""What will happen to which linear, decided and checked before anything is computed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+from torch import nn
+
+from laconic.engine.stage import LinearStage
+from laconic.formats.schemes import Scheme
+from laconic.formats.storage import stored_bytes
+from laconic.model.anatomy import Anatomy, Tap, linears_of
+from laconic.model.checkpoint import count_elements
+from laconic.model.load import Source
+
+_ITEMSIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """stages: in order. touched: for each stage the full names of its linears. schemes: of every linear that will be
+    quantized, by full name. linears: shape of every linear of the model, by full name."""
+
+    anatomy: Anatomy
+    stages: tuple[LinearStage, ...]
+    touched: tuple[frozenset[str], ...]
+    schemes: Mapping[str, Scheme]
+    linears: Mapping[str, tuple[int, int]]
+
+    @property
+    def observing(self) -> bool:
+        """Whether calibration data must flow through the model."""
+        static = any(s.input_activations and not s.input_activations.dynamic for s in self.schemes.values())
+        return static or any(stage.gram or stage.cross for stage in self.stages)
+
+    @property
+    def two_streams(self) -> bool:
+        """Whether the original model's activations are needed beside the compressed one's."""
+        return any(stage.cross for stage in self.stages)
+
+
+def make_plan(model: nn.Module, anatomy: Anatomy, stages: Sequence[LinearStage]) -> Plan:
+    """Match the stages' targets with the model's linears.
+
+    Raises: ValueError when a target matches nothing, a group size does not divide, a linear would be quantized
+    twice, linears that engines fuse would differ, or a tied head is targeted.
+    """
+    shapes = {n: (m.out_features, m.in_features) for n, m in linears_of(model).items()}
+    inside = [n for n in shapes if n.startswith(f"{anatomy.blocks}.")]
+    touched, schemes = [], dict[str, Scheme]()
+    for number, stage in enumerate(stages):
+        names = _matches(stage, shapes, inside, anatomy.head, number)
+        if anatomy.head in names and anatomy.tied:
+            raise ValueError(
+                f"stages.{number} targets {anatomy.head}, which shares its weight with the embeddings; put it in ignore"
+            )
+        if stage.result:
+            for name in names:
+                if name in schemes:
+                    raise ValueError(
+                        f"stages.{number} ({stage.method}) would quantize {name} a second time; "
+                        "narrow its targets, or add the linear to the ignore of one stage"
+                    )
+                _check_fits(name, shapes[name], stage.result)
+                schemes[name] = stage.result
+        touched.append(frozenset(names))
+    for i, taps in enumerate(anatomy.taps):
+        for tap in taps:
+            _check_alike([f"{anatomy.block_name(i)}.{n}" for n in tap.linears], schemes)
+    if anatomy.head in schemes:
+        schemes = {n: s for n, s in schemes.items() if n != anatomy.head} | {anatomy.head: schemes[anatomy.head]}
+    return Plan(anatomy, tuple(stages), tuple(touched), schemes, shapes)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the artifact will take, in bytes, and the peak memory of the walk. covered: share of all parameters that
+    will be quantized."""
+
+    bytes_before: int
+    bytes_after: int
+    peak_bytes: int
+    covered: float
+
+
+def forecast(plan: Plan, source: Source, samples: int, length: int) -> Forecast:
+    """Predict size and memory from shapes alone. samples, length: of the calibration set (0 when there is none)."""
+    item = _ITEMSIZE[source.dtype]
+    sizes = {n: count_elements(s.shape) for n, s in source.checkpoint.tensors.items()}
+    after = 0
+    for name, size in sizes.items():
+        linear = name.removesuffix(".weight")
+        if linear in plan.schemes and name != linear:
+            after += stored_bytes(plan.schemes[linear], plan.linears[linear], source.dtype)
+        else:
+            after += size * item
+    quantized = sum(out * inp for n, (out, inp) in plan.linears.items() if n in plan.schemes)
+    prefix = f"{plan.anatomy.blocks}.0."
+    block = sum(s for n, s in sizes.items() if n.startswith(prefix)) * item
+    widest = max((inp for n, (_, inp) in plan.linears.items() if n in plan.schemes), default=0)
+    largest_tap = max((_tap_elements(plan, taps) for taps in plan.anatomy.taps), default=0)
+    streams = 1 + plan.two_streams
+    hidden = getattr(source.config.get_text_config(), "hidden_size", 0)
+    activations = samples * length * hidden * item * streams if plan.observing else 0
+    squares = widest * widest * 4 * (4 if plan.observing else 0)
+    outside = sum(s for n, s in sizes.items() if not n.startswith(f"{plan.anatomy.blocks}.")) * item
+    peak = max(block * (1 + streams) + largest_tap * 4 * 4 + squares, outside) + activations
+    return Forecast(sum(sizes.values()) * item, after, peak, quantized / max(1, sum(sizes.values())))
+
+
+def _tap_elements(plan: Plan, taps: Sequence[Tap]) -> int:
+    prefix = plan.anatomy.block_name(0)
+    shapes = plan.linears
+    return max(
+        sum(count_elements(shapes[f"{prefix}.{n}"]) for n in t.linears if f"{prefix}.{n}" in shapes) for t in taps
+    )
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a full name is meant by one of these patterns (exact, or `re:`)."""
+    return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns)
+
+
+def _matches(
+    stage: LinearStage, shapes: Mapping[str, tuple[int, int]], inside: Sequence[str], head: str, number: int
+) -> list[str]:
+    found: dict[str, None] = {}
+    for target in stage.targets:
+        hit = inside if target == "Linear" else [n for n in (*inside, head) if n in shapes and matches(n, [target])]
+        if not hit:
+            leaves = sorted({n.rpartition(".")[2] for n in shapes})
+            near = get_close_matches(target.removeprefix("re:").strip(".*$^\\"), leaves, 1, 0.4)
+            hint = f"did you mean 're:.*{near[0]}'?" if near else f"its linears end in {', '.join(leaves)}"
+            raise ValueError(f"stages.{number}.targets '{target}' matches no linear of this model; {hint}")
+        found.update(dict.fromkeys(hit))
+    kept = [n for n in found if not matches(n, stage.ignore)]
+    if not kept:
+        raise ValueError(f"stages.{number} ignores every linear that it targets; nothing would be compressed")
+    return kept
+
+
+def _check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
+    size = scheme.weights.tiling.group_size
+    if size and shape[1] % size:
+        fitting = [g for g in (128, 64, 32, 16, 8) if shape[1] % g == 0 and g != size][:2]
+        choices = ", ".join(str(g) for g in [*fitting, -1])
+        raise ValueError(
+            f"group_size {size} does not divide the {shape[1]} inputs of {name}; use {choices}, or ignore it"
+        )
+    acts = scheme.input_activations
+    if acts and acts.format.tiling.group_size and shape[1] % acts.format.tiling.group_size:
+        raise ValueError(
+            f"{scheme.name} rounds activations in groups of {acts.format.tiling.group_size}, "
+            f"which does not divide the {shape[1]} inputs of {name}; use FP8_DYNAMIC, or ignore it"
+        )
+
+
+def _check_alike(names: Sequence[str], schemes: Mapping[str, Scheme]) -> None:
+    """Engines fuse linears that read one input, and a fused linear has one scheme."""
+    kinds = {schemes.get(n) for n in names}
+    if len(kinds) > 1:
+        told = ", ".join(f"{n}: {s.name if (s := schemes.get(n)) else '16 bit'}" for n in names)
+        raise ValueError(f"linears that read one input must share a scheme, since engines fuse them ({told})")

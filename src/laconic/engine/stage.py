@@ -1,0 +1,120 @@
+"""A stage: how values are chosen. A frozen config, and one function at the smallest scope that works."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from torch import Tensor
+
+from laconic.formats import Quantized
+from laconic.formats import schemes as scheme_presets
+from laconic.formats.schemes import Scheme
+from laconic.solvers.moments import Moments
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage made of a weight: codes, or a dense weight of the same shape. notes: figures for the log."""
+
+    weight: Quantized | Tensor
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+class Stage(BaseModel):
+    """What every stage's config has. targets: `Linear` (every linear in the decoder blocks), a full name, or `re:`
+    and a pattern for full names; the head is meant only by its name. ignore: the same, taken away."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scope: ClassVar[Literal["linear"]]
+    method: str
+    targets: tuple[str, ...] = Field(("Linear",), min_length=1)
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _valid_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as e:
+                    raise ValueError(f"'{pattern}' is not a regular expression: {e}") from e
+        return value
+
+
+class LinearStage(Stage):
+    """A stage that treats linears one at a time: `compress(weight, moments) -> Outcome`."""
+
+    scope: ClassVar[Literal["linear"]] = "linear"
+
+    @property
+    def gram(self) -> bool:
+        """Whether `compress` needs the second moments of the input."""
+        return False
+
+    @property
+    def cross(self) -> bool:
+        """Whether `compress` also needs the cross moments with the original model's input."""
+        return False
+
+    @property
+    def sequential(self) -> bool:
+        """Whether linears of a block are observed after the earlier ones of the same block are compressed."""
+        return True
+
+    @property
+    def result(self) -> Scheme | None:
+        """The scheme of what comes out, None when that is a dense weight."""
+        return None
+
+    def compress(self, weight: Tensor, moments: Moments | None, dtype: torch.dtype) -> Outcome:
+        """weight: (out, in) float32, the rows of every linear on one tap. dtype: in which parameters are stored."""
+        raise NotImplementedError
+
+
+class QuantizingStage(LinearStage):
+    """A linear stage that quantizes. scheme: a preset's name; the other keys vary the preset."""
+
+    scheme: str
+    group_size: int | None = None
+    symmetric: bool | None = None
+    strategy: Literal["tensor", "channel", "group"] | None = None
+    dynamic: bool | None = None
+
+    @field_validator("scheme")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        from difflib import get_close_matches
+
+        if value not in scheme_presets.PRESETS:
+            near = get_close_matches(value.upper(), scheme_presets.PRESETS, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(scheme_presets.PRESETS)}"
+            raise ValueError(f"unknown scheme '{value}': {hint}")
+        return value
+
+    @model_validator(mode="after")
+    def _buildable(self) -> QuantizingStage:
+        _ = self.result
+        return self
+
+    @cached_property
+    def result(self) -> Scheme:
+        return scheme_presets.scheme(
+            self.scheme,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            strategy=self.strategy,
+            dynamic=self.dynamic,
+        )

@@ -1,0 +1,94 @@
+"""`laconic eval`: measure an artifact beside its original, and keep the result with it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laconic.compress import versions
+from laconic.engine.artifact import Artifact
+from laconic.evaluate.fidelity import measure
+from laconic.evaluate.size import measure_size
+from laconic.model.data import evaluation_windows, read_documents
+from laconic.model.load import load_tokenizer, model_folder
+from laconic.model.reading import load
+
+HUB_TEXTS = {
+    "wikitext2": {"dataset": "Salesforce/wikitext", "config": "wikitext-2-raw-v1", "split": "test"},
+    "c4": {"dataset": "allenai/c4", "config": "en", "split": "validation"},
+}
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    baseline: str | None = None,
+    text: str = "wikitext2",
+    context_length: int | None = None,
+    windows: int | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Perplexity, fidelity to `baseline`, bits and bytes.
+
+    text: `wikitext2`, `c4`, a file, or a Hub dataset. context_length: tokens a window (the model's own context, 2048 at
+    most, when not given); windows do not overlap, so the stride is the same. windows: how many at most. dtype: to compute
+    in (float32, bfloat16, float16; the checkpoint's own when not given).
+
+    Returns what is written to `results/` of the artifact. Raises: ValueError for what the caller can mend.
+    """
+    folder = model_folder(str(model))
+    tokenizer = load_tokenizer(folder)
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    precision = getattr(torch, dtype) if dtype else None
+    begun = time.monotonic()
+    ours = load(folder, device=place, dtype=precision)
+    limit = getattr(ours.config.get_text_config(), "max_position_embeddings", None) or 2048
+    length = context_length or min(2048, limit)
+    if not 2 <= length <= limit:
+        raise ValueError(f"--context-length {length} is not between 2 and the model's context of {limit}")
+    where = HUB_TEXTS.get(text, {"dataset": text})
+    ids = evaluation_windows(read_documents(**where), tokenizer, length=length, limit=windows)
+    theirs = load(baseline, device=place, dtype=precision) if baseline else None
+    if theirs is not None and theirs.config.vocab_size != ours.config.vocab_size:
+        raise ValueError(
+            f"baseline {baseline} has another vocabulary than {model}; is it the original of this artifact?"
+        )
+    quality = measure(ours, ids, theirs)
+    size = measure_size(folder)
+    result: dict[str, Any] = {
+        "model": str(model),
+        "baseline": baseline,
+        "text": text,
+        "context_length": length,
+        "stride": length,
+        "windows": len(ids),
+        "tokens": quality.tokens,
+        "dtype": str(ours.dtype).removeprefix("torch."),
+        "perplexity": quality.perplexity,
+        "nll_stderr": quality.nll_stderr,
+        "baseline_perplexity": quality.baseline_perplexity,
+        "kl_mean": quality.kl_mean,
+        "kl_p99": quality.kl_p99,
+        "top1_agreement": quality.top1_agreement,
+        **asdict(size),
+        "seconds": round(time.monotonic() - begun, 2),
+        "device": place,
+        "seed": None,
+        "command": " ".join(sys.argv),
+        "versions": versions(),
+    }
+    if baseline:
+        their_size = measure_size(model_folder(baseline))
+        result["baseline_file_bytes"] = their_size.file_bytes
+        result["baseline_bits_per_weight"] = their_size.bits_per_weight
+    artifact = Artifact(folder)
+    if artifact.recipe is not None:
+        name = f"eval-{Path(text).stem}-{length}" + (f"-{windows}" if windows else "")
+        artifact.save_result(name, result)
+    return result

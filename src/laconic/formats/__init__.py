@@ -1,0 +1,94 @@
+"""How a number is stored: what a Format is, and what a quantized tensor holds.
+
+A format knows nothing of models, of files, or of how a value was chosen. Every format works on *tiles*
+(`formats.tiling`): the elements that share one set of parameters lie along the last dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from laconic.formats.tiling import Tiling
+
+Params = Mapping[str, Tensor]
+"""What a format needs beside the codes to decode them: `scale`, and `zero_point` where asymmetric."""
+
+
+class Format(Protocol):
+    """How a tensor is stored in few bits. `fit -> params`, `encode -> codes`, `decode -> values`."""
+
+    @property
+    def num_bits(self) -> int:
+        """Bits of one code."""
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the grid is centred on zero (and so has no zero point)."""
+
+    @property
+    def tiling(self) -> Tiling:
+        """Which elements share their parameters."""
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The dtype codes have in memory (int8, float8_e4m3fn)."""
+
+    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Params:
+        """Parameters whose grid covers [lo, hi], already in the dtype in which they are stored."""
+
+    def encode_tiles(self, tiles: Tensor, params: Params) -> Tensor:
+        """Codes (`code_dtype`) of `tiles` (..., n) under params of shape (...)."""
+
+    def decode_tiles(self, codes: Tensor, params: Params) -> Tensor:
+        """Values (float32) of codes (..., n) under params of shape (...)."""
+
+
+def fit(fmt: Format, w: Tensor, dtype: torch.dtype = torch.float32) -> Params:
+    """Min-max parameters of `w`, stored in `dtype`. Shapes follow `Tiling.param_shape`."""
+    tiles = fmt.tiling.split(w.float())
+    return fmt.from_range(tiles.amin(-1), tiles.amax(-1), dtype)
+
+
+def encode(fmt: Format, w: Tensor, params: Params) -> Tensor:
+    """Codes of `w`, in the shape of `w`."""
+    return fmt.tiling.join(fmt.encode_tiles(fmt.tiling.split(w.float()), params), w.shape)
+
+
+def decode(fmt: Format, codes: Tensor, params: Params, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values of `codes`: computed in float32, returned in `dtype`."""
+    return fmt.tiling.join(fmt.decode_tiles(fmt.tiling.split(codes), params), codes.shape).to(dtype)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight as it will be stored. The codes are the truth: nothing is rounded again after this.
+
+    codes: the weight's own shape, `format.code_dtype`. params: shapes by `format.tiling`.
+    """
+
+    format: Format
+    codes: Tensor
+    params: Params
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that these codes stand for, in `dtype`."""
+        return decode(self.format, self.codes, self.params, dtype)
+
+    def rows(self, start: int, stop: int) -> Quantized:
+        """The rows [start, stop) on their own. One tile must not reach over the cut.
+
+        Raises: ValueError when the format's tiles cannot be cut there.
+        """
+        cut = self.format.tiling.cut_params
+        params = {name: cut(p, start, stop, self.codes.shape[0]) for name, p in self.params.items()}
+        return Quantized(self.format, self.codes[start:stop], params)
+
+
+def quantize(fmt: Format, w: Tensor, params: Params) -> Quantized:
+    """`w` rounded to the nearest code under `params`."""
+    return Quantized(fmt, encode(fmt, w, params), params)

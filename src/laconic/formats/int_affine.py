@@ -1,0 +1,73 @@
+"""Integer affine grids of 2 to 8 bits: w = scale * (code - zero_point).
+
+Codes are signed, in [-2^(b-1), 2^(b-1) - 1], as compressed-tensors stores them. A symmetric grid has no zero point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laconic.formats import Params
+from laconic.formats.tiling import Tiling
+
+
+@dataclass(frozen=True)
+class IntAffine:
+    """num_bits: 2..8. narrow: leave out the lowest code, so that a symmetric grid is centred exactly and
+    its largest value is absmax, which is how engines quantize activations on the fly."""
+
+    num_bits: int
+    symmetric: bool
+    tiling: Tiling
+    narrow: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.num_bits <= 8:
+            raise ValueError(f"integer formats have 2 to 8 bits, not {self.num_bits}")
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.int8
+
+    @property
+    def qmin(self) -> int:
+        """Lowest code."""
+        return -(2 ** (self.num_bits - 1)) + int(self.narrow)
+
+    @property
+    def qmax(self) -> int:
+        """Highest code."""
+        return 2 ** (self.num_bits - 1) - 1
+
+    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Params:
+        """The grid over [lo, hi], widened to hold zero. An all-zero tile gets scale 1."""
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        span = 2 * torch.maximum(-lo, hi) if self.symmetric else hi - lo
+        scale = storable(span / (self.qmax - self.qmin), dtype)
+        if self.symmetric:
+            return {"scale": scale}
+        zero_point = (self.qmin - lo / scale.float()).round_().clamp_(self.qmin, self.qmax)
+        return {"scale": scale, "zero_point": zero_point.to(torch.int8)}
+
+    def encode_tiles(self, tiles: Tensor, params: Params) -> Tensor:
+        codes = tiles / params["scale"].float().unsqueeze(-1)
+        codes = codes.round_()
+        if not self.symmetric:
+            codes += params["zero_point"].float().unsqueeze(-1)
+        return codes.clamp_(self.qmin, self.qmax).to(torch.int8)
+
+    def decode_tiles(self, codes: Tensor, params: Params) -> Tensor:
+        values = codes.float()
+        if not self.symmetric:
+            values = values - params["zero_point"].float().unsqueeze(-1)
+        return values * params["scale"].float().unsqueeze(-1)
+
+
+def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` in its stored dtype: never zero, subnormal or infinite there, so that a division by it is safe."""
+    info = torch.finfo(dtype)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale.clamp(min=info.tiny, max=info.max).to(dtype)

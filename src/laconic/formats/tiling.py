@@ -1,0 +1,93 @@
+"""Which elements of a matrix share one scale: the whole tensor, a row, a group in a row, or a rectangle.
+
+`split` lays a (out, in) matrix out as (*param_shape, n): whatever shares parameters lies along the last
+dimension, so a format needs one code path for every strategy. `join` is its inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+Strategy = Literal["tensor", "channel", "group", "block", "token"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """strategy: `token` is `channel` said of activations (one scale a row).
+    group_size: columns in a group. block_structure: (rows, columns) of a block."""
+
+    strategy: Strategy
+    group_size: int | None = None
+    block_structure: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"unknown strategy '{self.strategy}': choose one of {', '.join(STRATEGIES)}")
+        if (self.strategy == "group") != (self.group_size is not None):
+            raise ValueError("group_size goes with strategy 'group', and only with it")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1 (or -1 for one per channel), not {self.group_size}")
+        if (self.strategy == "block") != (self.block_structure is not None):
+            raise ValueError("block_structure goes with strategy 'block', and only with it")
+
+    def param_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of a parameter of a matrix of shape (out, in).
+
+        Raises: ValueError when group_size does not divide `in`.
+        """
+        rows, cols = shape
+        match self.strategy:
+            case "tensor":
+                return (1,)
+            case "channel" | "token":
+                return (rows, 1)
+            case "group":
+                assert self.group_size is not None
+                if cols % self.group_size:
+                    raise ValueError(f"group_size {self.group_size} does not divide {cols} columns")
+                return (rows, cols // self.group_size)
+            case "block":
+                assert self.block_structure is not None
+                height, width = self.block_structure
+                return (-(-rows // height), -(-cols // width))
+
+    def split(self, w: Tensor) -> Tensor:
+        """(out, in) -> (*param_shape, n). A block that reaches over the edge is padded with zeros."""
+        shape = self.param_shape(tuple(w.shape))
+        if self.strategy != "block":
+            return w.reshape(*shape, -1)
+        assert self.block_structure is not None
+        height, width = self.block_structure
+        down, right = shape[0] * height - w.shape[0], shape[1] * width - w.shape[1]
+        if down or right:
+            w = pad(w, (0, right, 0, down))
+        return w.reshape(shape[0], height, shape[1], width).transpose(1, 2).reshape(*shape, height * width)
+
+    def join(self, tiles: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """(*param_shape, n) -> (out, in); what `split` padded is cut off."""
+        if self.strategy != "block":
+            return tiles.reshape(shape)
+        assert self.block_structure is not None
+        height, width = self.block_structure
+        down, across = tiles.shape[:2]
+        whole = tiles.reshape(down, across, height, width).transpose(1, 2).reshape(down * height, across * width)
+        return whole[: shape[0], : shape[1]].contiguous()
+
+    def cut_params(self, param: Tensor, start: int, stop: int, rows: int) -> Tensor:
+        """The parameters of rows [start, stop) out of those of a matrix of `rows` rows."""
+        match self.strategy:
+            case "tensor":
+                return param
+            case "block":
+                assert self.block_structure is not None
+                height = self.block_structure[0]
+                if start % height or (stop % height and stop != rows):
+                    raise ValueError(f"rows {start}:{stop} cut a block of {height} rows")
+                return param[start // height : -(-stop // height)]
+            case _:
+                return param[start:stop]

@@ -1,0 +1,8 @@
+"""One file a method. METHODS is the only registry: a method is in it or it does not exist."""
+
+from __future__ import annotations
+
+from laconic.methods.gptq import Gptq
+from laconic.methods.rtn import Rtn
+
+METHODS = (Rtn, Gptq)

@@ -1,0 +1,99 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323): rounding with error feedback under the calibration Hessian.
+
+In the sweep's LDL form (`solvers.obs`), with static groups in activation order, damping with retry, grids of least
+(Hessian-weighted) squared error, and optionally GPTAQ's objective (Li et al., arXiv 2504.02692).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from laconic.engine.stage import Outcome, QuantizingStage
+from laconic.formats import Format, Params, Quantized, fit
+from laconic.solvers.grid import GridRounder, OnlineGridRounder
+from laconic.solvers.moments import Moments
+from laconic.solvers.obs import Feedback, feedback, sweep
+from laconic.solvers.search import search_range
+
+
+class Gptq(QuantizingStage):
+    """actorder: `weight` rounds columns in the order of falling activation energy, on grids fixed beforehand
+    (static groups: nothing is stored, nothing is slower at run time); null goes left to right and fits each
+    group's grid when it comes to it. dampening_frac: share of the Hessian's mean diagonal added to it.
+    observer: `mse` or `minmax` ranges. true_sequential: observe each linear after the earlier ones of its block
+    are quantized. asymmetric: match the original model's output from the quantized model's input (GPTAQ), in
+    part (0 to 1) or in full."""
+
+    method: Literal["gptq"] = "gptq"
+    actorder: Literal["weight"] | None = "weight"
+    dampening_frac: float = Field(0.01, gt=0, le=1)
+    observer: Literal["minmax", "mse"] = "mse"
+    true_sequential: bool = True
+    asymmetric: float = Field(0.0, ge=0, le=1)
+    block_size: int = Field(128, ge=1)
+
+    @property
+    def gram(self) -> bool:
+        return True
+
+    @property
+    def cross(self) -> bool:
+        return self.asymmetric > 0
+
+    @property
+    def sequential(self) -> bool:
+        return self.true_sequential
+
+    def compress(self, weight: Tensor, moments: Moments | None, dtype: torch.dtype) -> Outcome:
+        assert moments is not None
+        assert moments.H is not None
+        fmt = self.result.weights
+        H = moments.H / max(1, moments.tokens)
+        dead = H.diagonal() == 0
+        order = H.diagonal().argsort(descending=True, stable=True) if self.actorder else None
+        sorted_H = H if order is None else H[order][:, order]
+        factor = feedback(sorted_H, self.dampening_frac)
+        target = weight
+        if moments.D is not None:
+            target = retarget(weight, moments.D / max(1, moments.tokens) * self.asymmetric, H, factor.dampening_frac)
+        q = self._sweep(fmt, target, H, factor, order, dtype)
+        return Outcome(q, {"dampening_frac": factor.dampening_frac, "dead_columns": int(dead.sum())})
+
+    def _sweep(
+        self, fmt: Format, W: Tensor, H: Tensor, factor: Feedback, order: Tensor | None, dtype: torch.dtype
+    ) -> Quantized:
+        grouped = fmt.tiling.strategy == "group"
+        if order is None and grouped:
+            online = OnlineGridRounder(fmt, dtype, H.diagonal() if self.observer == "mse" else None)
+            codes = sweep(W, factor.A, online, self.block_size)
+            return Quantized(fmt, codes, online.params)
+        params = self._grid(fmt, W, H, dtype)
+        order = torch.arange(W.shape[1], device=W.device) if order is None else order
+        codes = sweep(W[:, order], factor.A, GridRounder(fmt, params, W.shape, order), self.block_size)
+        return Quantized(fmt, codes[:, order.argsort()], params)
+
+    def _grid(self, fmt: Format, W: Tensor, H: Tensor, dtype: torch.dtype) -> Params:
+        if self.observer == "minmax":
+            return fit(fmt, W, dtype)
+        return search_range(fmt, W, H.diagonal(), dtype=dtype)
+
+
+def retarget(W: Tensor, D: Tensor, H: Tensor, dampening_frac: float) -> Tensor:
+    """The real weight that best gives the original output W x_full from the quantized model's input x.
+
+    W* = W + W D (H + lambda I)^-1, D = E[(x_full - x) x^T]: the minimiser of E||W* x - W x_full||^2. Rounding W* under
+    H then minimises GPTAQ's objective ||Q X - W X_full||^2 (arXiv 2504.02692, eq. 5), since it differs from
+    ||(Q - W*) X||^2 by a constant.
+
+    W: (out, in). D, H: (in, in). Returns: (out, in).
+    """
+    damped = H.clone()
+    damped.diagonal().add_(dampening_frac * H.diagonal().mean())
+    L, info = torch.linalg.cholesky_ex(damped)
+    if info != 0:
+        return W
+    return W + torch.cholesky_solve((W @ D).T, L).T

@@ -1,0 +1,25 @@
+"""Round to nearest: every weight to its nearest code, with no regard for data. The baseline of all others."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from laconic.engine.stage import Outcome, QuantizingStage
+from laconic.formats import fit, quantize
+from laconic.solvers.moments import Moments
+from laconic.solvers.search import search_range
+
+
+class Rtn(QuantizingStage):
+    """observer: how a grid's range is found: `minmax`, or `mse`, the range of least squared error."""
+
+    method: Literal["rtn"] = "rtn"
+    observer: Literal["minmax", "mse"] = "minmax"
+
+    def compress(self, weight: Tensor, moments: Moments | None, dtype: torch.dtype) -> Outcome:
+        fmt = self.result.weights
+        params = fit(fmt, weight, dtype) if self.observer == "minmax" else search_range(fmt, weight, dtype=dtype)
+        return Outcome(quantize(fmt, weight, params))

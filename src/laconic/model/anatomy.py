@@ -1,0 +1,200 @@
+"""The parts of a model a compressor needs, found by structure: its decoder blocks, and which linears share an input.
+
+Nothing here knows an architecture's name. The blocks are the longest ModuleList of modules that hold linears; the taps
+of a block are found by running it on the meta device, where a tensor has an identity but no memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Linears that read the same tensor (q/k/v; gate/up), in order of execution; names within the block."""
+
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """blocks: name of the ModuleList (`model.layers`). taps: for each block its taps in order of execution.
+    head: name of the linear that makes logits. tied: whether it shares its weight with the embeddings."""
+
+    blocks: str
+    taps: tuple[tuple[Tap, ...], ...]
+    head: str
+    tied: bool
+
+    def block_name(self, i: int) -> str:
+        """Full name of block i."""
+        return f"{self.blocks}.{i}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls one of its blocks, apart from the hidden states: the same for every calibration sample,
+    since all have one length and no padding."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Run the block on hidden states (batch, tokens, hidden)."""
+        out = block(hidden, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def to(self, device: torch.device | str) -> Call:
+        """The same call with its tensors elsewhere."""
+        move = lambda x: x.to(device) if isinstance(x, Tensor) else x  # noqa: E731
+        return Call(tree_map(move, self.args), tree_map(move, self.kwargs))
+
+
+class Stopped(Exception):
+    """Ends a forward pass once what was wanted of it is known."""
+
+
+def dissect(model: PreTrainedModel) -> Anatomy:
+    """Find blocks, taps and head of a model skeleton.
+
+    Raises: ValueError for a model that has no decoder blocks with linears, or whose blocks cannot be traced.
+    """
+    name = _find_blocks(model)
+    blocks = model.get_submodule(name)
+    assert isinstance(blocks, nn.ModuleList)
+    head = _find_head(model)
+    try:
+        # Made-up embeddings stand in for the embedding's weights, which are not loaded.
+        embedded = torch.zeros(1, 4, model.get_input_embeddings().weight.shape[1], dtype=model.dtype)
+        hidden, calls = capture_calls(model, name, inputs_embeds=embedded)
+        taps = [_trace(block, call, hidden) for block, call in zip(blocks, calls, strict=True)]
+    except ValueError:
+        raise
+    except Exception as e:
+        reason = str(e).splitlines()[0] if str(e) else repr(e)
+        raise ValueError(
+            f"unsupported architecture '{model.config.model_type}': cannot follow its blocks ({reason})"
+        ) from e
+    embeddings = model.get_input_embeddings()
+    tied = model.get_submodule(head).weight is embeddings.weight
+    return Anatomy(name, tuple(taps), head, tied)
+
+
+def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) -> tuple[Tensor, list[Call]]:
+    """Embed `input_ids` (or take `inputs_embeds`) and record how each block would be called, without running any block.
+
+    Returns: hidden states as the first block gets them, and one Call a block.
+    """
+    blocks = model.get_submodule(blocks_name)
+    assert isinstance(blocks, nn.ModuleList)
+    calls: list[Call] = []
+    first: list[Tensor] = []
+
+    def bypass(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not first:
+            first.append(hidden_states)
+        calls.append(Call(args, kwargs))
+        if len(calls) == len(blocks):
+            raise Stopped
+        return hidden_states
+
+    for block in blocks:
+        block.forward = bypass  # type: ignore[method-assign]
+    try:
+        with torch.no_grad():
+            model(**inputs, use_cache=False)
+    except Stopped:
+        pass
+    finally:
+        for block in blocks:
+            del block.forward
+    if len(calls) != len(blocks):
+        raise ValueError(f"unsupported architecture '{model.config.model_type}': its blocks are not called one by one")
+    return first[0], calls
+
+
+def head_input(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor) -> Tensor:
+    """What the head reads when the last block has put out `hidden` (batch, tokens, hidden)."""
+    blocks = model.get_submodule(anatomy.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    seen: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise Stopped
+
+    for block in blocks:
+        block.forward = lambda *_, **__: hidden  # type: ignore[method-assign]
+    handle = model.get_submodule(anatomy.head).register_forward_pre_hook(hook)
+    try:
+        with torch.no_grad():
+            model(inputs_embeds=hidden, use_cache=False)
+    except Stopped:
+        pass
+    finally:
+        handle.remove()
+        for block in blocks:
+            del block.forward
+    return seen[0]
+
+
+def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
+    """Linears inside a module, by name."""
+    return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+
+
+def _trace(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Tap, ...]:
+    # On the meta device a tensor has an identity but no memory, so a block of any size can be followed.
+    block = copy.deepcopy(block).to("meta")
+    linears = linears_of(block)
+    # The tensors themselves are kept while tracing, because the id of a freed one is used again.
+    groups: list[tuple[Tensor, list[str]]] = []
+
+    def hook(name: str) -> Any:
+        def remember(_: nn.Module, args: tuple[Any, ...]) -> None:
+            for tensor, names in groups:
+                if tensor is args[0]:
+                    names.append(name)
+                    return
+            groups.append((args[0], [name]))
+
+        return remember
+
+    handles = [m.register_forward_pre_hook(hook(n)) for n, m in linears.items()]
+    try:
+        with torch.no_grad():
+            call.to("meta")(block, hidden.to("meta"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(Tap(tuple(names)) for _, names in groups)
+
+
+def _find_blocks(model: nn.Module) -> str:
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(linears_of(child) for child in module)
+    }
+    # Lists inside blocks (experts, heads) are not the blocks.
+    outer = {n: m for n, m in candidates.items() if not any(n.startswith(f"{o}.") for o in candidates)}
+    if not outer:
+        raise ValueError(
+            f"unsupported architecture '{type(model).__name__}': found no list of decoder blocks with linears"
+        )
+    return max(outer, key=lambda n: len(outer[n]))
+
+
+def _find_head(model: PreTrainedModel) -> str:
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head and head is not None:
+            return name
+    raise ValueError(f"unsupported architecture '{type(model).__name__}': it has no output head")

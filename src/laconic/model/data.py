@@ -1,0 +1,147 @@
+"""Text in, windows of token ids out: calibration samples and evaluation windows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def read_documents(dataset: str, *, split: str = "train", config: str | None = None) -> Iterator[Any]:
+    """Documents of a dataset: a string, or a list of chat messages.
+
+    dataset: a local .txt (one document), .jsonl or .parquet file (column `text`, or chat `messages`), or a Hub name.
+    Raises: ValueError when it cannot be read or has neither column.
+    """
+    path = Path(dataset).expanduser()
+    if path.suffix in _SUFFIXES or path.exists():
+        if not path.is_file():
+            raise ValueError(f"no calibration file '{dataset}'; check the path")
+        if path.suffix not in _SUFFIXES:
+            raise ValueError(f"'{dataset}' is no dataset: use a .txt, .jsonl or .parquet file, or a Hub name")
+        return _read_file(path)
+    return _read_hub(dataset, split, config)
+
+
+def _read_file(path: Path) -> Iterator[Any]:
+    if path.suffix == ".txt":
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from e
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        row = json.loads(line)
+                    except ValueError as e:
+                        raise ValueError(f"{path}, line {number}, is not JSON: {e}") from e
+                    yield _document(row, f"{path}, line {number}")
+    else:
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.ParquetFile(path)
+        except Exception as e:
+            raise ValueError(f"{path} is not a readable Parquet file: {e}") from e
+        for batch in table.iter_batches():
+            for row in batch.to_pylist():
+                yield _document(row, str(path))
+
+
+def _read_hub(name: str, split: str, config: str | None) -> Iterator[Any]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, config, split=split, streaming=True)
+        for row in rows:
+            yield _document(row, name)
+    except ValueError:
+        raise
+    except Exception as e:
+        reason = str(e).splitlines()[0] if str(e) else repr(e)
+        raise ValueError(f"dataset '{name}' is no local file and could not be fetched from the Hub: {reason}") from e
+
+
+def _document(row: Any, where: str) -> Any:
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return row["text"]
+        if isinstance(row.get("messages"), list):
+            return row["messages"]
+    raise ValueError(f"{where} has neither a 'text' string nor a list of 'messages'")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, document: Any) -> list[int]:
+    """Token ids of a document, with the special tokens (BOS) that the tokenizer puts there itself."""
+    if isinstance(document, str):
+        return list(tokenizer(document, verbose=False).input_ids)
+    if tokenizer.chat_template:
+        return list(tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)["input_ids"])
+    turns = "\n".join(f"{m.get('role', 'user')}: {m.get('content', '')}" for m in document)
+    return list(tokenizer(turns, verbose=False).input_ids)
+
+
+def prefix_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the tokenizer puts before every text ([BOS] for most, nothing for some)."""
+    ids = tokenizer("", verbose=False).input_ids
+    return list(ids[:1]) if ids and ids[0] == tokenizer.bos_token_id else []
+
+
+def calibration_windows(
+    documents: Iterable[Any], tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int
+) -> Tensor:
+    """Fixed-length samples for calibration: documents joined, cut into windows, each led by BOS where the tokenizer
+    puts one, a seeded choice of `samples` of them.
+
+    Returns: (n, length) int64, n <= samples. Raises: ValueError when the text does not fill one window.
+    """
+    prefix = prefix_of(tokenizer)
+    body = length - len(prefix)
+    # Reading stops at a few times what is needed: enough to choose from, and a large dataset is not read whole.
+    enough = 4 * samples * body
+    stream: list[int] = []
+    for document in documents:
+        stream.extend(encode(tokenizer, document))
+        if len(stream) >= enough:
+            break
+    count = len(stream) // body
+    if count < 1:
+        raise ValueError(
+            f"the calibration text has {len(stream)} tokens, less than one sample of {length}; "
+            "give more text or lower calibration.max_seq_length"
+        )
+    windows = torch.tensor(stream[: count * body]).view(count, body)
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    lead = torch.tensor(prefix, dtype=torch.long).expand(len(chosen), -1)
+    return torch.cat([lead, windows[chosen]], dim=1)
+
+
+def evaluation_windows(
+    documents: Iterable[Any], tokenizer: PreTrainedTokenizerBase, *, length: int, limit: int | None
+) -> Tensor:
+    """Consecutive windows of `length` tokens that do not overlap, each led by BOS where the tokenizer puts one.
+
+    Returns: (n, length) int64. Raises: ValueError when the text does not fill one window.
+    """
+    prefix = prefix_of(tokenizer)
+    body = length - len(prefix)
+    stream: list[int] = list(chain.from_iterable(encode(tokenizer, d)[len(prefix) :] for d in documents))
+    count = len(stream) // body
+    if count < 1:
+        raise ValueError(
+            f"the evaluation text has {len(stream)} tokens, less than one window of {length}; "
+            "give more text or lower --context-length"
+        )
+    windows = torch.tensor(stream[: count * body]).view(count, body)[:limit]
+    lead = torch.tensor(prefix, dtype=torch.long).expand(len(windows), -1)
+    return torch.cat([lead, windows], dim=1)

@@ -1,0 +1,145 @@
+"""From a name or a folder to a model whose weights are not loaded yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from laconic.model.checkpoint import Checkpoint, open_checkpoint, read_json
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to compress: its folder, its configuration, its tensors, the dtype most of them have."""
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+
+
+def open_source(name: str, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Source:
+    """Open a local folder, or a Hub repository (downloaded, or from the cache when offline).
+
+    Raises: ValueError when it is not a causal language model that can be opened safely.
+    """
+    folder = model_folder(name, allow_pickle=allow_pickle)
+    raw = read_json(folder / "config.json")
+    if "auto_map" in raw and not trust_remote_code:
+        raise ValueError(f"{name} wants to run its own code (auto_map); pass --trust-remote-code if you trust it")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(f"{name} is already quantized ({method}); start from the original 16-bit model")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as e:
+        reason = str(e).splitlines()[0] if str(e) else repr(e)
+        raise ValueError(f"{folder}/config.json does not describe a model transformers knows: {reason}") from e
+    checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
+    return Source(name, folder, config, checkpoint, main_dtype(checkpoint))
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model with parameters on the meta device (no memory) and buffers real (rotary tables are computed).
+
+    Raises: ValueError when transformers has no causal language model of this configuration.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ValueError as e:
+        raise ValueError(f"unsupported architecture '{config.model_type}': it is no causal language model") from e
+    model.tie_weights()
+    model.eval()
+    return model
+
+
+def materialise(
+    module: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Load the parameters of `module` (named `prefix` in the checkpoint) that are still on the meta device.
+
+    Floating-point weights come in `dtype`; codes, and scales beside them, as they are stored.
+    """
+    # Tied parameters go by one of their names in the file, and stay one parameter.
+    missing: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter.is_meta:
+            missing.setdefault(parameter, []).append(name)
+    stored = {
+        p: next((n for n in names if f"{prefix}{n}" in checkpoint.tensors), names[0]) for p, names in missing.items()
+    }
+    tensors = checkpoint.load((f"{prefix}{n}" for n in stored.values()), device)
+    for expected, names in missing.items():
+        got = tensors.pop(f"{prefix}{stored[expected]}")
+        if got.shape != expected.shape:
+            raise ValueError(
+                f"tensor '{prefix}{stored[expected]}' has shape {tuple(got.shape)}, config.json says "
+                f"{tuple(expected.shape)}; the checkpoint and its config.json do not belong together"
+            )
+        wanted = dtype if expected.dtype in _DTYPES.values() else expected.dtype
+        loaded = nn.Parameter(got.to(wanted), requires_grad=False)
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(path), leaf, loaded)
+    module.to(device)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises: ValueError when there is none."""
+    if not any(
+        (folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    ):
+        raise ValueError(f"{folder} has no tokenizer (tokenizer.json); copy the original model's tokenizer files there")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as e:
+        reason = str(e).splitlines()[0] if str(e) else repr(e)
+        raise ValueError(f"the tokenizer in {folder} cannot be opened: {reason}") from e
+
+
+def model_folder(name: str, *, allow_pickle: bool = False) -> Path:
+    """A local folder as it is; a Hub name downloaded (or from the cache). Raises: ValueError when there is neither."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(f"no model folder '{name}'; give a folder with config.json, or a Hub name like owner/model")
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns + (["*.bin"] if allow_pickle else [])))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        raise ValueError(f"'{name}' is no local folder and could not be fetched from the Hub; check the name") from e
+
+
+def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The 16- or 32-bit dtype that most weights of the checkpoint have."""
+    sizes: dict[str, int] = {}
+    for stored in checkpoint.tensors.values():
+        n = 1
+        for s in stored.shape:
+            n *= s
+        sizes[stored.dtype] = sizes.get(stored.dtype, 0) + n
+    floats = {name: size for name, size in sizes.items() if name in _DTYPES}
+    if not floats:
+        raise ValueError(
+            f"the weights are {max(sizes, key=lambda k: sizes[k])}; Laconic reads bf16, fp16 or fp32 weights"
+        )
+    return _DTYPES[max(floats, key=lambda k: floats[k])]

@@ -1,0 +1,61 @@
+"""Our own reading of an artifact: every code decoded by our formats, nobody else's code between file and logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from laconic.model.anatomy import linears_of
+from laconic.model.checkpoint import open_checkpoint, read_json
+from laconic.model.linear import QLinear, replace_linear
+from laconic.model.load import main_dtype, materialise, model_folder, skeleton
+from laconic.model.quant_config import is_ours, schemes_from_config
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Open an artifact (ours, or anybody's compressed-tensors checkpoint of a format we have) or a plain model.
+
+    dtype: to compute in (the checkpoint's own when not given). packed: keep only the codes and decode in every forward
+    pass, instead of decoding once.
+
+    Raises: ValueError when the folder cannot be read.
+    """
+    folder = model_folder(str(name))
+    raw = read_json(folder / "config.json")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(folder)
+    dtype = dtype or main_dtype(checkpoint)
+    quantization = raw.get("quantization_config")
+    if quantization:
+        if not is_ours(quantization):
+            raise ValueError(
+                f"{folder} is quantized by '{quantization.get('quant_method')}', which Laconic cannot read"
+            )
+        del config.quantization_config
+    model = skeleton(config, dtype, trust_remote_code=trust_remote_code)
+    if quantization:
+        for linear, scheme in schemes_from_config(quantization, linears_of(model)).items():
+            with torch.device("meta"):
+                replace_linear(model, linear, scheme, dtype)
+    materialise(model, "", checkpoint, torch.device(device), dtype)
+    model.tie_weights()
+    if not packed:
+        for module in model.modules():
+            if isinstance(module, QLinear):
+                module.unpack()
+    return model
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QLinear]:
+    """QLinears of a model, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}

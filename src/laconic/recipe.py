@@ -1,0 +1,158 @@
+"""A recipe: model, calibration, ordered stages, output. Read, varied, validated; it holds no code."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from functools import reduce
+from importlib.resources import files
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from laconic.engine.stage import Stage
+from laconic.methods import METHODS
+
+AnyStage = Annotated[reduce(or_, METHODS), Field(discriminator="method")]  # type: ignore[valid-type]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Calibration(_Strict):
+    """dataset: a Hub name, or a .txt, .jsonl or .parquet file. batch_size: samples run at once. max_memory_gb:
+    activations beyond this many 10^9 bytes go to a file (a quarter of free memory when not given)."""
+
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    num_calibration_samples: int = Field(128, ge=1)
+    max_seq_length: int = Field(2048, ge=2)
+    batch_size: int | None = Field(None, ge=1)
+    max_memory_gb: float | None = Field(None, gt=0)
+
+
+class Recipe(_Strict):
+    """model and output may be left to the command line. seed: of every random choice."""
+
+    model: str | None = None
+    calibration: Calibration | None = None
+    stages: tuple[AnyStage, ...] = Field(min_length=1)
+    output: str | None = None
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[str] | None = None) -> Recipe:
+    """A recipe from a gallery name, a YAML file, or a mapping, with `key.path=value` overrides.
+
+    Raises: ValueError, one line that names the key and the fix.
+    """
+    if isinstance(source, Recipe):
+        source = source.model_dump(mode="json", exclude_unset=True)
+    data = dict(source) if isinstance(source, dict) else _read(str(source))
+    for override in overrides or ():
+        _set(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as e:
+        raise ValueError(_explain(e)) from e
+
+
+def gallery() -> dict[str, Path]:
+    """The ready recipes, by name."""
+    folder = Path(str(files("laconic"))) / "recipes"
+    return {f.stem: f for f in sorted(folder.glob("*.yaml"))}
+
+
+def _read(source: str) -> dict[str, Any]:
+    path = Path(source).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"no recipe file '{source}'; check the path, or name one of: {', '.join(gallery())}")
+    else:
+        ready = gallery()
+        if source not in ready:
+            near = get_close_matches(source, ready, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"the gallery has {', '.join(ready)}"
+            raise ValueError(f"no recipe '{source}'; {hint}")
+        path = ready[source]
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is not a recipe: it needs a list of 'stages'")
+    return data
+
+
+def _set(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set {override}: write it as key.path=value, for instance stages.0.group_size=32")
+    *path, last = key.split(".")
+    here: Any = data
+    for part in path:
+        if isinstance(here, list):
+            here = _item(here, part, key)
+        else:
+            here = here.setdefault(part, {})
+        if not isinstance(here, dict | list):
+            raise ValueError(f"--set {key}: '{part}' holds a plain value, not keys")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise ValueError(f"--set {key}: '{value}' is not a YAML value") from e
+    if isinstance(here, list):
+        _item(here, last, key)
+        here[int(last)] = parsed
+    else:
+        here[last] = parsed
+
+
+def _item(items: list[Any], part: str, key: str) -> Any:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ValueError(f"--set {key}: '{part}' is no position in a list of {len(items)} (they count from 0)")
+    return items[int(part)]
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in one line, with a suggestion where a name was mistyped."""
+    problems = error.errors(include_url=False)
+    problem = problems[0]
+    # A stage's location has its method's tag in it, which the user did not write.
+    tags = {m.model_fields["method"].default for m in METHODS}
+    where = [str(p) for i, p in enumerate(problem["loc"]) if not (i == 2 and p in tags)]
+    path = ".".join(where)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    match problem["type"]:
+        case "extra_forbidden":
+            known = _keys(problem["loc"])
+            return f"unknown key '{path}'{_suggest(where[-1], known)}{more}"
+        case "union_tag_invalid":
+            given = str(problem["ctx"]["tag"])
+            return f"unknown method '{given}' in {path}{_suggest(given, sorted(tags))}{more}"
+        case "union_tag_not_found":
+            return f"{path} names no method: add 'method: NAME', one of {', '.join(sorted(tags))}{more}"
+        case "missing":
+            return f"the recipe lacks '{path}'{more}"
+        case _:
+            message = problem["msg"].removeprefix("Value error, ")
+            return f"{path}: {message}{more}" if path else f"{message}{more}"
+
+
+def _keys(loc: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    if loc[0] == "calibration" and len(loc) > 1:
+        model = Calibration
+    elif loc[0] == "stages" and len(loc) > 2:
+        model = next((m for m in METHODS if m.model_fields["method"].default == loc[2]), Stage)
+    return list(model.model_fields)
+
+
+def _suggest(given: str, known: list[str]) -> str:
+    near = get_close_matches(given, known, 1)
+    return f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"

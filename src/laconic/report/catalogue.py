@@ -1,0 +1,75 @@
+"""What there is: methods, schemes, recipes; read from the code, so that it cannot be out of date."""
+
+from __future__ import annotations
+
+import inspect
+
+from laconic.formats.floats import Fp8
+from laconic.formats.schemes import PRESETS, Scheme
+from laconic.methods import METHODS
+from laconic.recipe import gallery
+
+_ENGINES = {
+    "vllm": "vLLM, transformers",
+    "transformers": "transformers",
+    "laconic": "transformers with `import laconic` (simulated)",
+}
+
+
+def catalogue() -> dict[str, list[dict[str, str]]]:
+    """Methods, schemes and recipes, each a row of plain text."""
+    return {
+        "methods": [
+            {
+                "name": m.model_fields["method"].default,
+                "scope": m.scope,
+                "about": _first_line(inspect.getmodule(m)),
+            }
+            for m in METHODS
+        ],
+        "schemes": [
+            {
+                "name": s.name,
+                "weights": _weights(s),
+                "activations": _activations(s),
+                "opened by": _ENGINES[s.engine],
+            }
+            for s in PRESETS.values()
+        ],
+        "recipes": [
+            {"name": name, "about": file.read_text().splitlines()[0].removeprefix("# ")}
+            for name, file in gallery().items()
+        ],
+    }
+
+
+def support_matrix() -> str:
+    """The schemes as a Markdown table."""
+    rows = catalogue()["schemes"]
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join(lines + ["| " + " | ".join(r.values()) + " |" for r in rows])
+
+
+def _weights(scheme: Scheme) -> str:
+    fmt = scheme.weights
+    kind = (
+        "FP8 E4M3" if isinstance(fmt, Fp8) else f"int{fmt.num_bits}, {'symmetric' if fmt.symmetric else 'asymmetric'}"
+    )
+    tiling = fmt.tiling
+    block = tiling.block_structure
+    size = f" {tiling.group_size}" if tiling.group_size else f" {block[0]}x{block[1]}" if block else ""
+    return f"{kind}, {tiling.strategy}{size}"
+
+
+def _activations(scheme: Scheme) -> str:
+    acts = scheme.input_activations
+    if acts is None:
+        return "16 bit"
+    kind = "FP8" if isinstance(acts.format, Fp8) else f"int{acts.format.num_bits}"
+    tiling = acts.format.tiling
+    size = f" {tiling.group_size}" if tiling.group_size else ""
+    return f"{kind}, {'dynamic' if acts.dynamic else 'static'}, {tiling.strategy}{size}"
+
+
+def _first_line(module: object) -> str:
+    return (inspect.getdoc(module) or "").splitlines()[0]

@@ -1,0 +1,80 @@
+"""One self-contained HTML page: no network, one file, readable on a phone, in the dark, and in print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from laconic.engine.artifact import Artifact
+from laconic.engine.writer import write_text
+from laconic.report.plots import error_plot, size_plot
+from laconic.report.table import COLUMNS, caption, cells
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An artifact and what was measured of it."""
+
+    path: Path
+    recipe: dict[str, Any] | None
+    log: list[dict[str, Any]]
+    compression: dict[str, Any] | None
+    evaluations: list[dict[str, Any]]
+
+
+def gather(folders: list[Path]) -> list[Evaluated]:
+    """Read artifacts. Raises: ValueError for a folder that is none, or a result that cannot be read."""
+    found = []
+    for folder in folders:
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder} is no artifact: it has no config.json")
+        artifact = Artifact(folder)
+        try:
+            results = artifact.results
+        except ValueError as e:
+            raise ValueError(f"a result in {folder / 'results'} is not valid JSON; delete it and evaluate again") from e
+        evaluations = [r for name, r in results.items() if name.startswith("eval-")]
+        found.append(Evaluated(folder, artifact.recipe, artifact.log, results.get("compress"), evaluations))
+    if not any(a.evaluations for a in found):
+        raise ValueError("none of these artifacts was evaluated; run 'laconic eval DIR --baseline MODEL' first")
+    return found
+
+
+def write_page(artifacts: list[Evaluated], file: Path) -> None:
+    """Write the page, whole or not at all."""
+    environment = Environment(
+        loader=PackageLoader("laconic.report"),
+        autoescape=select_autoescape(),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    results = [r for a in artifacts for r in a.evaluations]
+    html = environment.get_template("page.html").render(
+        columns=COLUMNS,
+        rows=[cells(r) for r in results],
+        caption=caption(results),
+        headline=_headline(results),
+        artifacts=artifacts,
+        recipe_text=lambda a: yaml.safe_dump(a.recipe, sort_keys=False) if a.recipe else "",
+        plots=[p for p in (size_plot(results), error_plot(artifacts)) if p],
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, html)
+
+
+def _headline(results: list[dict[str, Any]]) -> str:
+    """The first result in a sentence."""
+    r = results[0]
+    said = f"{r['bits_per_weight']:.2f} bits per weight"
+    if r.get("baseline_file_bytes"):
+        said = f"{r['baseline_file_bytes'] / r['file_bytes']:.2f} times smaller, {said}"
+    if r["baseline_perplexity"]:
+        change = r["perplexity"] / r["baseline_perplexity"] - 1
+        said += (
+            f"; perplexity {change:+.1%}, the same next token as the original in {r['top1_agreement']:.1%} of places"
+        )
+    return said + "."

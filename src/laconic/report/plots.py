@@ -1,0 +1,72 @@
+"""Plots for the page, by plotly, as HTML fragments; the first on the page carries the script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import plotly.graph_objects as go
+
+if TYPE_CHECKING:
+    from laconic.report.page import Evaluated
+
+_LAYOUT = {
+    "template": "none",
+    "paper_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(0,0,0,0)",
+    "font": {"family": "system-ui, sans-serif", "color": "#7a7a7a"},
+    "margin": {"l": 60, "r": 20, "t": 50, "b": 60},
+    "height": 380,
+}
+
+
+def size_plot(results: Sequence[dict[str, Any]]) -> str:
+    """Bits per weight against KL to the original; empty when nothing was compared."""
+    compared = [r for r in results if r["kl_mean"] is not None]
+    if not compared:
+        return ""
+    names = [str(r["model"]).rstrip("/").rpartition("/")[2] for r in compared]
+    figure = go.Figure(
+        go.Scatter(
+            x=[r["bits_per_weight"] for r in compared],
+            y=[r["kl_mean"] for r in compared],
+            text=names,
+            mode="markers+text",
+            textposition="top center",
+            marker={"size": 10},
+            hovertemplate="%{text}<br>%{x:.2f} bits per weight<br>KL %{y:.4f}<extra></extra>",
+        )
+    )
+    figure.update_layout(title="Size and fidelity", **_LAYOUT)
+    figure.update_xaxes(title="bits per weight, whole model")
+    figure.update_yaxes(title="KL to the original (nats a token)", rangemode="tozero")
+    return _fragment(figure, first=True)
+
+
+def error_plot(artifacts: Sequence[Evaluated]) -> str:
+    """Relative error of every linear, in the order of the walk; empty when no log is there."""
+    figure = go.Figure()
+    for a in artifacts:
+        events = [e for e in a.log if e.get("event") == "linear"]
+        if events:
+            errors = [e.get("output_error", e["weight_error"]) for e in events]
+            figure.add_scatter(
+                x=list(range(len(events))),
+                y=errors,
+                name=a.path.name,
+                text=[e["linear"] for e in events],
+                mode="lines+markers",
+                hovertemplate="%{text}<br>%{y:.2e}<extra></extra>",
+            )
+    if not figure.data:
+        return ""
+    figure.update_layout(title="Error of each linear", showlegend=len(figure.data) > 1, **_LAYOUT)
+    figure.update_xaxes(title="linear, from the first block to the last")
+    figure.update_yaxes(title="relative squared error", type="log")
+    return _fragment(figure, first=False)
+
+
+def _fragment(figure: go.Figure, *, first: bool) -> str:
+    return str(
+        figure.to_html(full_html=False, include_plotlyjs=first, config={"displayModeBar": False, "responsive": True})
+    )

@@ -1,0 +1,1 @@
+"""Pure maths on tensors: second moments, the optimal-brain-surgeon sweep, scale searches."""

@@ -1,0 +1,94 @@
+"""Rounders onto the grids of `formats`, for the sweep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from laconic.formats import Format, Params, fit
+from laconic.formats.int_affine import IntAffine
+from laconic.kernels.columns import affine_columns
+from laconic.solvers.obs import lookahead
+from laconic.solvers.search import search_range
+
+
+class GridRounder:
+    """Rounds onto grids fixed beforehand. order: for each column of the sweep, which column of the weight it is."""
+
+    def __init__(self, fmt: Format, params: Params, shape: tuple[int, ...], order: Tensor) -> None:
+        self.fmt = fmt
+        # One row of parameters for each column that has its own, and the row that each swept column uses.
+        self._params, self._row = _by_column(fmt, params, shape, order)
+
+    @property
+    def unit(self) -> int:
+        # A GPU takes a whole block in one launch; on a CPU short units keep the column by column work small.
+        return 128 if self._row.is_cuda else 32
+
+    def __call__(self, first: int, W: Tensor, X: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self._row[first : first + W.shape[0]]
+        return round_columns(self.fmt, {n: p[rows] for n, p in self._params.items()}, W, X, A)
+
+
+class OnlineGridRounder:
+    """Rounds group by group, fitting each group's grid to what the sweep has made of its weights so far.
+
+    importance: (in,) column weights for the search of least squared error, or None for min-max ranges.
+    """
+
+    def __init__(self, fmt: Format, dtype: torch.dtype, importance: Tensor | None) -> None:
+        assert fmt.tiling.group_size is not None
+        self.fmt, self.dtype, self.importance = fmt, dtype, importance
+        self._found: list[Params] = []
+
+    @property
+    def unit(self) -> int:
+        assert self.fmt.tiling.group_size is not None
+        return self.fmt.tiling.group_size
+
+    @property
+    def params(self) -> Params:
+        """Parameters of all groups seen, each (out, groups)."""
+        return {n: torch.cat([p[n] for p in self._found], dim=1) for n in self._found[0]}
+
+    def __call__(self, first: int, W: Tensor, X: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        group = lookahead(W, X, A).T
+        if self.importance is None:
+            params = fit(self.fmt, group, self.dtype)
+        else:
+            h = self.importance[first : first + W.shape[0]]
+            params = search_range(self.fmt, group, h, dtype=self.dtype)
+        self._found.append(params)
+        return round_columns(self.fmt, {n: p.T.expand(W.shape) for n, p in params.items()}, W, X, A)
+
+
+def round_columns(fmt: Format, params: Params, W: Tensor, X: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a unit column by column; see `obs.Rounder`. params: each (n, rows), one value for every element."""
+    if isinstance(fmt, IntAffine):
+        zero_point = None if fmt.symmetric else params["zero_point"].float()
+        return affine_columns(W, X, A, params["scale"].float(), zero_point, fmt.qmin, fmt.qmax)
+    codes = torch.empty(W.shape, dtype=fmt.code_dtype, device=W.device)
+    E = torch.empty_like(W)
+    for j in range(W.shape[0]):
+        x = torch.addmv(X[j], E[:j].T, A[j, :j]) if j else X[j]
+        own = {n: p[j] for n, p in params.items()}
+        codes[j] = fmt.encode_tiles(x[:, None], own)[:, 0]
+        E[j] = W[j] - fmt.decode_tiles(codes[j][:, None], own)[:, 0]
+    return codes, E
+
+
+def _by_column(fmt: Format, params: Params, shape: tuple[int, ...], order: Tensor) -> tuple[Params, Tensor]:
+    rows, cols = shape
+    tiling = fmt.tiling
+    match tiling.strategy:
+        case "group":
+            assert tiling.group_size is not None
+            return {n: p.T.contiguous() for n, p in params.items()}, order // tiling.group_size
+        case "block":
+            assert tiling.block_structure is not None
+            height, width = tiling.block_structure
+            tall = {n: p.repeat_interleave(height, 0)[:rows].T.contiguous() for n, p in params.items()}
+            return tall, order // width
+        case _:
+            wide = {n: p.reshape(-1, 1).expand(rows, 1).T.contiguous() for n, p in params.items()}
+            return wide, torch.zeros_like(order)

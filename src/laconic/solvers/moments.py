@@ -1,0 +1,60 @@
+"""Second moments of a linear's input, the one statistic that GPTQ and its kin need of the calibration set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Sums over calibration tokens x (the input the compressed model sees) and, where asymmetric calibration is
+    asked for, of x_full (the input the original model sees).
+
+    H: (in, in) float32, the sum of x x^T. D: (in, in) or None, the sum of (x_full - x) x^T.
+    lo, hi: 0-dim float32, the smallest and largest value seen. tokens: how many.
+    """
+
+    in_features: int
+    device: torch.device
+    gram: bool = True
+    asymmetric: bool = False
+    tokens: int = 0
+    H: Tensor | None = field(init=False, default=None)
+    D: Tensor | None = field(init=False, default=None)
+    lo: Tensor = field(init=False)
+    hi: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.gram:
+            self.H = torch.zeros(self.in_features, self.in_features, device=self.device)
+        if self.asymmetric:
+            self.D = torch.zeros(self.in_features, self.in_features, device=self.device)
+        self.lo = torch.zeros((), device=self.device)
+        self.hi = torch.zeros((), device=self.device)
+
+    def add(self, x: Tensor, x_full: Tensor | None = None) -> None:
+        """Take in activations of shape (..., in)."""
+        x = x.reshape(-1, self.in_features).to(self.device, torch.float32)
+        self.tokens += x.shape[0]
+        self.lo = torch.minimum(self.lo, x.amin())
+        self.hi = torch.maximum(self.hi, x.amax())
+        if self.H is not None:
+            self.H.addmm_(x.T, x)
+        if self.D is not None:
+            assert x_full is not None
+            full = x_full.reshape(-1, self.in_features).to(self.device, torch.float32)
+            self.D.addmm_((full - x).T, x)
+
+
+def output_error(W: Tensor, Q: Tensor, H: Tensor, max_rows: int = 256) -> float:
+    """||(W - Q) X||^2 / ||W X||^2 over the calibration set, estimated on evenly spaced rows of W.
+
+    W, Q: (out, in). H: (in, in), the sum of x x^T.
+    """
+    rows = torch.linspace(0, W.shape[0] - 1, min(max_rows, W.shape[0]), device=W.device).long()
+    w, e = W[rows].float(), (W[rows].float() - Q[rows].float())
+    lost, kept = ((e @ H) * e).sum(), ((w @ H) * w).sum()
+    return float(lost / kept.clamp(min=torch.finfo(torch.float32).tiny))
