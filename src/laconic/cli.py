@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress Hugging Face language models, and say honestly what it cost.",
 )
-out, err = Console(), Console(stderr=True)
+# No markup: a path may hold brackets.
+out, err = Console(markup=False), Console(stderr=True, markup=False)
 
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Vary a recipe's key.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
@@ -78,8 +80,9 @@ def compress(
         return
     before, after = prepared.source.checkpoint.nbytes, _weights(artifact.path)
     out.print(
-        f"[bold]{artifact.path}[/]: {_bytes(before)} -> {_bytes(after)} ({before / after:.2f}x smaller), "
-        f"{done['seconds']:.1f} s, peak memory {_bytes(done['peak_memory_bytes'])}"
+        f"{artifact.path}: {_bytes(before)} -> {_bytes(after)} ({before / after:.2f}x smaller), "
+        f"{done['seconds']:.1f} s, peak memory {_bytes(done['peak_memory_bytes'])}",
+        soft_wrap=True,
     )
 
 
@@ -188,12 +191,13 @@ def validate(
     """Check a recipe without a model."""
     from laconic.recipe import load_recipe
 
-    loaded = load_recipe(recipe, set_).model_dump(mode="json", exclude_none=True)
+    loaded = load_recipe(recipe, set_).model_dump(mode="json")
     if json_:
         _print_json(loaded)
     else:
         out.print(
-            f"{recipe}: valid, {len(loaded['stages'])} stage(s): {', '.join(s['method'] for s in loaded['stages'])}"
+            f"{recipe}: valid, {len(loaded['stages'])} stage(s): {', '.join(s['method'] for s in loaded['stages'])}",
+            soft_wrap=True,
         )
 
 
@@ -205,25 +209,25 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        app(standalone_mode=False)
+        # Typer catches an interruption itself, and returns the exit code for it.
+        if app(standalone_mode=False) == 130:
+            raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted; run the same command again to go on where it stopped")
+        err.print("interrupted; run the same command again to go on where it stopped", soft_wrap=True)
         sys.exit(130)
-    except typer.Exit as e:
-        sys.exit(e.exit_code)
     except ValueError as e:
         _complain(str(e))
     except OSError as e:
         _complain(f"{e.strerror or e}: {e.filename}" if e.filename else str(e))
     except Exception as e:
         if hasattr(e, "format_message"):  # what click says of the command line itself
-            _complain(e.format_message())
+            _complain(e.format_message() or "name a command")
         err.print_exception()
         sys.exit(1)
 
 
 def _complain(message: str) -> None:
-    err.print(f"laconic: {' '.join(message.split())}", style="red", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"laconic: {' '.join(message.split())}", style="red", highlight=False, soft_wrap=True)
     sys.exit(2)
 
 
@@ -295,23 +299,19 @@ def _print_plan(prepared: Any, as_json: bool) -> None:
 
 def _warn(prepared: Any) -> None:
     """Things a user would want to know that are no errors."""
+    for warning in _warnings(prepared):
+        err.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+
+
+def _warnings(prepared: Any) -> Iterator[str]:
     asked, windows = prepared.recipe.calibration, prepared.windows
     if windows is not None and len(windows) < asked.num_calibration_samples:
-        err.print(
-            f"warning: the calibration text fills {len(windows)} of {asked.num_calibration_samples} samples; using those",
-            style="yellow",
-        )
+        yield f"the calibration text fills {len(windows)} of {asked.num_calibration_samples} samples; using those"
     simulated = sorted({s.name for s in prepared.plan.schemes.values() if s.simulated})
     if simulated:
-        err.print(
-            f"warning: no engine runs {', '.join(simulated)}; its arithmetic is simulated by laconic",
-            style="yellow",
-        )
+        yield f"no engine runs {', '.join(simulated)}; its arithmetic is simulated by laconic"
     if prepared.plan.schemes and prepared.forecast.covered < 0.5:
-        err.print(
-            f"warning: only {prepared.forecast.covered:.0%} of the parameters will be quantized",
-            style="yellow",
-        )
+        yield f"only {prepared.forecast.covered:.0%} of the parameters will be quantized"
 
 
 def _weights(folder: Path) -> int:
@@ -327,4 +327,13 @@ def _bytes(n: float) -> str:
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+    sys.stdout.write(json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for NaN and infinity; they become null."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 from laconic.engine.artifact import Artifact
 from laconic.engine.plan import Forecast, Plan, forecast, make_plan
 from laconic.engine.walk import Settings, walk
-from laconic.engine.writer import Workspace, check_output
+from laconic.engine.writer import Workspace, check_begun, check_output
 from laconic.model.anatomy import dissect
 from laconic.model.checkpoint import read_json
 from laconic.model.data import calibration_windows, read_documents
-from laconic.model.load import Source, load_tokenizer, open_source, skeleton
+from laconic.model.load import Source, check_complete, load_tokenizer, open_source, skeleton
 from laconic.model.quant_config import to_config
 from laconic.recipe import Calibration, Recipe, load_recipe
 
@@ -34,6 +34,9 @@ Report = Callable[[Mapping[str, Any]], None]
 
 # Tokens run through a block at once when the recipe does not say: enough to keep the arithmetic busy.
 _TOKENS_AT_ONCE = 16384
+
+# Keys of a recipe that may change between an interruption and going on: the codes do not depend on them.
+_FREE: Any = {"output": True, "device": True, "calibration": {"max_memory_gb"}}
 
 
 @dataclass(frozen=True)
@@ -98,21 +101,23 @@ def prepare(
     if not where:
         raise ValueError("no output: give --output DIR, or 'output' in the recipe")
     loaded = loaded.model_copy(update={"model": name, "output": where})
-    target = Path(where).expanduser()
+    target = Path(where).expanduser().resolve()
     source = open_source(name, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    if target.resolve() == source.folder.resolve():
-        raise ValueError("output is the model's own folder; choose another")
+    if target in (folder := source.folder.resolve(), *folder.parents):
+        raise ValueError(f"output {target} is the model's own folder, or holds it; choose another")
+    check_output(target, overwrite=overwrite)
     whole = skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
+    check_complete(whole, source.checkpoint)
     plan = make_plan(whole, dissect(whole), loaded.stages)
     windows = _windows(loaded, source, plan, trust_remote_code)
     identity = {
-        "recipe": loaded.model_dump(mode="json", exclude={"output", "device"}, exclude_none=True),
+        "recipe": loaded.model_dump(mode="json", exclude=_FREE),
         "source": {"model": name, "sha256": _fingerprint(source)},
         "calibration": windows is not None
         and {"samples": len(windows), "tokens": windows.numel(), "sha256": _sha256(windows)},
         "laconic": version("laconic"),
     }
-    check_output(target, identity, overwrite=overwrite)
+    check_begun(target, identity, overwrite=overwrite)
     samples, length = windows.shape if windows is not None else (0, 0)
     return Prepared(loaded, source, whole, plan, windows, forecast(plan, source, samples, length), target, identity)
 
@@ -123,30 +128,29 @@ def run(prepared: Prepared, *, overwrite: bool = False, report: Report = lambda 
     torch.manual_seed(prepared.recipe.seed)
     plan, source = prepared.plan, prepared.source
     shards = len(plan.anatomy.taps) + 1
-    workspace = Workspace(prepared.output, prepared.identity, shards, overwrite=overwrite)
-    resumed = sum(workspace.done(i) for i in range(shards))
     settings = _settings(prepared.recipe, prepared.windows)
-    walk(source, prepared.model, plan, prepared.windows, workspace, settings, report)
-    config = read_json(source.folder / "config.json")
-    if plan.schemes:
-        config["quantization_config"] = to_config(plan.schemes, plan.linears)
-    path = workspace.finish(config, source.folder)
-    artifact = Artifact(path)
-    artifact.save_result(
-        "compress",
-        {
-            "seconds": round(time.monotonic() - begun, 2),
-            "resumed_shards": resumed,
-            "peak_memory_bytes": _peak_memory(settings.device),
-            "device": _device_name(settings.device),
-            "threads": torch.get_num_threads(),
-            "simulated": any(s.simulated for s in plan.schemes.values()),
-            "command": " ".join(sys.argv),
-            "seed": prepared.recipe.seed,
-            "versions": versions(),
-        },
-    )
-    return artifact
+    with Workspace(prepared.output, prepared.identity, shards, overwrite=overwrite) as workspace:
+        resumed = sum(workspace.done(i) for i in range(shards))
+        walk(source, prepared.model, plan, prepared.windows, workspace, settings, report)
+        config = read_json(source.folder / "config.json")
+        if plan.schemes:
+            config["quantization_config"] = to_config(plan.schemes, plan.linears)
+        # Saved before the folder gets its name: an artifact is whole from the moment it is there.
+        Artifact(workspace.folder).save_result(
+            "compress",
+            {
+                "seconds": round(time.monotonic() - begun, 2),
+                "resumed_shards": resumed,
+                "peak_memory_bytes": _peak_memory(settings.device),
+                "device": _device_name(settings.device),
+                "threads": torch.get_num_threads(),
+                "simulated": any(s.simulated for s in plan.schemes.values()),
+                "command": " ".join(sys.argv),
+                "seed": prepared.recipe.seed,
+                "versions": versions(),
+            },
+        )
+        return Artifact(workspace.finish(config, source.folder))
 
 
 def versions() -> dict[str, str]:
@@ -167,17 +171,24 @@ def _windows(recipe: Recipe, source: Source, plan: Plan, trust_remote_code: bool
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if limit and calibration.max_seq_length > limit:
         raise ValueError(
-            f"calibration.max_seq_length {calibration.max_seq_length} is longer than the model's context of {limit}; lower it"
+            f"calibration.max_seq_length {calibration.max_seq_length} is longer than the model's context of {limit}; "
+            "lower it"
         )
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
     documents = read_documents(calibration.dataset, split=calibration.split, config=calibration.config)
-    return calibration_windows(
+    windows = calibration_windows(
         documents,
         tokenizer,
         samples=calibration.num_calibration_samples,
         length=calibration.max_seq_length,
         seed=recipe.seed,
     )
+    if (highest := int(windows.max())) >= (known := source.config.get_text_config().vocab_size):
+        raise ValueError(
+            f"the tokenizer in {source.folder} gives token {highest}, the model knows {known}; "
+            "copy the original model's tokenizer files there"
+        )
+    return windows
 
 
 def _settings(recipe: Recipe, windows: Tensor | None) -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from difflib import get_close_matches
 from functools import reduce
 from importlib.resources import files
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from laconic.engine.stage import Stage
 from laconic.methods import METHODS
@@ -42,7 +44,7 @@ class Recipe(_Strict):
     calibration: Calibration | None = None
     stages: tuple[AnyStage, ...] = Field(min_length=1)
     output: str | None = None
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -52,8 +54,8 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[st
     Raises: ValueError, one line that names the key and the fix.
     """
     if isinstance(source, Recipe):
-        source = source.model_dump(mode="json", exclude_unset=True)
-    data = dict(source) if isinstance(source, dict) else _read(str(source))
+        source = source.model_dump(mode="json")
+    data = copy.deepcopy(source) if isinstance(source, dict) else _read(str(source))
     for override in overrides or ():
         _set(data, override)
     try:
@@ -80,13 +82,26 @@ def _read(source: str) -> dict[str, Any]:
             hint = f"did you mean '{near[0]}'?" if near else f"the gallery has {', '.join(ready)}"
             raise ValueError(f"no recipe '{source}'; {hint}")
         path = ready[source]
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
+    data = _parse(path.read_bytes(), f"{path} is not valid YAML")
     if not isinstance(data, dict):
         raise ValueError(f"{path} is not a recipe: it needs a list of 'stages'")
     return data
+
+
+def _parse(text: str | bytes, otherwise: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as e:
+        where = f" in line {e.problem_mark.line + 1}" if e.problem_mark else ""
+        raise ValueError(f"{otherwise}{where}: {e.problem}") from e
+    except RecursionError as e:
+        raise ValueError(f"{otherwise}: it is nested too deeply") from e
+    except yaml.reader.ReaderError as e:
+        raise ValueError(f"{otherwise}: it is no text, but holds a character that no text has") from e
+    except ValueError as e:  # an impossible date, for instance
+        raise ValueError(f"{otherwise}: {e}") from e
+    except Exception as e:  # what the parser trips over when a value is not of the kind that its tag says
+        raise ValueError(f"{otherwise}: a tag does not fit its value") from e
 
 
 def _set(data: dict[str, Any], override: str) -> None:
@@ -99,13 +114,12 @@ def _set(data: dict[str, Any], override: str) -> None:
         if isinstance(here, list):
             here = _item(here, part, key)
         else:
-            here = here.setdefault(part, {})
+            if here.get(part) is None:
+                here[part] = {}
+            here = here[part]
         if not isinstance(here, dict | list):
             raise ValueError(f"--set {key}: '{part}' holds a plain value, not keys")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as e:
-        raise ValueError(f"--set {key}: '{value}' is not a YAML value") from e
+    parsed = _parse(value, f"--set {key}: '{_short(value)}' is not a YAML value")
     if isinstance(here, list):
         _item(here, last, key)
         here[int(last)] = parsed
@@ -114,34 +128,52 @@ def _set(data: dict[str, Any], override: str) -> None:
 
 
 def _item(items: list[Any], part: str, key: str) -> Any:
-    if not part.isdigit() or int(part) >= len(items):
+    if not part.isdecimal() or int(part) >= len(items):
         raise ValueError(f"--set {key}: '{part}' is no position in a list of {len(items)} (they count from 0)")
     return items[int(part)]
 
 
 def _explain(error: ValidationError) -> str:
     """The first problem in one line, with a suggestion where a name was mistyped."""
-    problems = error.errors(include_url=False)
-    problem = problems[0]
-    # A stage's location has its method's tag in it, which the user did not write.
-    tags = {m.model_fields["method"].default for m in METHODS}
-    where = [str(p) for i, p in enumerate(problem["loc"]) if not (i == 2 and p in tags)]
-    path = ".".join(where)
+    # Where an item of a list is wrong, pydantic says of the list too that it is too short.
+    problems = [p for p in error.errors(include_url=False) if not (p["type"] == "too_short" and p["input"])]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return _describe(problems[0]) + more
+
+
+def _describe(problem: ErrorDetails) -> str:
+    # A stage's location has its method's tag in it, which the user did not write.
+    tags = sorted(m.model_fields["method"].default for m in METHODS)
+    where = [str(p) for i, p in enumerate(problem["loc"]) if not (i == 2 and p in tags)]
+    path, given = ".".join(where), problem["input"]
     match problem["type"]:
         case "extra_forbidden":
-            known = _keys(problem["loc"])
-            return f"unknown key '{path}'{_suggest(where[-1], known)}{more}"
+            return f"unknown key '{path}'{_suggest(where[-1], _keys(problem['loc']))}"
         case "union_tag_invalid":
-            given = str(problem["ctx"]["tag"])
-            return f"unknown method '{given}' in {path}{_suggest(given, sorted(tags))}{more}"
+            method = given["method"]
+            if not isinstance(method, str):
+                return f"{path}.method should be the name of a method, one of {', '.join(tags)}"
+            return f"unknown method '{_short(method)}' in {path}{_suggest(method, tags)}"
         case "union_tag_not_found":
-            return f"{path} names no method: add 'method: NAME', one of {', '.join(sorted(tags))}{more}"
+            return f"{path} names no method: add 'method: NAME', one of {', '.join(tags)}"
         case "missing":
-            return f"the recipe lacks '{path}'{more}"
-        case _:
-            message = problem["msg"].removeprefix("Value error, ")
-            return f"{path}: {message}{more}" if path else f"{message}{more}"
+            return f"the recipe lacks '{path}'"
+        case "value_error":
+            return f"{path}: {problem['ctx']['error']}"
+        case "too_short":
+            return f"{path} should have at least one item"
+        case "tuple_type":
+            return f"{path} should be a list"
+        case "model_type" | "model_attributes_type":
+            return f"{path} should hold keys and values"
+        case "invalid_key":
+            return f"{path}: a key should be a word"
+        case kind:
+            rule = problem["msg"].replace("Input should", "should")
+            # What pydantic could make nothing of, it also says how.
+            rule = rule.partition(",")[0] if kind.endswith(("_parsing", "_from_float")) else rule
+            plain = isinstance(given, str | int | float | None)
+            return f"{path} {rule}" + (f", not {_short(yaml.safe_dump(given).splitlines()[0])}" if plain else "")
 
 
 def _keys(loc: tuple[int | str, ...]) -> list[str]:
@@ -156,3 +188,7 @@ def _keys(loc: tuple[int | str, ...]) -> list[str]:
 def _suggest(given: str, known: list[str]) -> str:
     near = get_close_matches(given, known, 1)
     return f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

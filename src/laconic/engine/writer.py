@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,35 +17,58 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from laconic.model.checkpoint import INDEX
 
-RECIPE, LOG = "recipe.yaml", "log.jsonl"
+RECIPE, LOG, _LOCK, _REPLACED = "recipe.yaml", "log.jsonl", ".lock", ".replaced"
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 _NOT_COPIED = {"config.json", INDEX, "training_log.json"}
 
 
 class Workspace:
-    """The folder where an artifact grows. shards: how many there will be.
+    """The folder where an artifact grows, ours alone until closed. shards: how many there will be.
 
-    Raises: ValueError when the output exists, or was begun with another recipe.
+    Raises: ValueError when the output exists, was begun with another recipe, or is being written by another process.
     """
 
     def __init__(self, output: Path, identity: Mapping[str, Any], shards: int, *, overwrite: bool) -> None:
-        self.output, self.shards, self.overwrite = output, shards, overwrite
+        self.output, self.shards = output, shards
         self.folder = partial_of(output)
-        check_output(output, identity, overwrite=overwrite)
-        if overwrite and self.folder.exists() and _begun_with(self.folder) != dict(identity):
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        check_output(output, overwrite=overwrite)
+        with _disk_errors(output):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder)
-        if _begun_with(self.folder) is None:
-            write_text(self.folder / RECIPE, yaml.safe_dump(dict(identity), sort_keys=False, allow_unicode=True))
-        for stale in self.folder.glob("*.writing"):
-            stale.unlink()
+        try:
+            # Another process may have finished, or begun, since the first look.
+            check_output(output, overwrite=overwrite)
+            check_begun(output, identity, overwrite=overwrite)
+            self._clear(keep=_begun_with(self.folder) == dict(identity))
+            if not (self.folder / RECIPE).exists():
+                write_text(self.folder / RECIPE, yaml.safe_dump(dict(identity), sort_keys=False, allow_unicode=True))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process, or another run of this one, have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _clear(self, *, keep: bool) -> None:
+        """Remove what a killed run left half-written; and all it finished, unless that is to be kept."""
+        for file in self.folder.iterdir():
+            if file.name != _LOCK and (not keep or file.suffix == ".writing"):
+                shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
 
     def shard(self, i: int) -> Path:
         """The file of shard i."""
@@ -76,17 +100,22 @@ class Workspace:
                 if file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
                     _replace(self.folder / file.name, lambda to, file=file: shutil.copyfile(file, to))  # type: ignore[misc]
         write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
-        (self.folder / ".lock").unlink(missing_ok=True)
-        if self.output.exists():
-            old = self.output.with_name(self.output.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            self.output.rename(old)
-            self.folder.rename(self.output)
-            shutil.rmtree(old)
-        else:
-            self.folder.rename(self.output)
-        os.close(self._lock)
+        for junk in self.folder.rglob("*.writing"):
+            junk.unlink()
+        self._publish()
         return self.output
+
+    def _publish(self) -> None:
+        """Give the folder its name. An old output is moved into it, and out again to be deleted, so that whenever a
+        kill comes one of the two has the name, or the next run will give it."""
+        if self.output.exists():
+            self.output.rename(self.folder / _REPLACED)
+        self.folder.rename(self.output)
+        _fsync_folder(self.output.parent)
+        (self.output / _LOCK).unlink()
+        if (self.output / _REPLACED).exists():
+            (self.output / _REPLACED).rename(self.folder)
+            shutil.rmtree(self.folder)
 
 
 def partial_of(output: Path) -> Path:
@@ -94,17 +123,32 @@ def partial_of(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def check_output(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Raises: ValueError when writing to `output` would destroy something that was not said to be overwritten."""
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raises: ValueError when nothing can be written at `output`, or something there would be lost that was not said
+    to be overwritten."""
+    partial = partial_of(output)
+    above = next(p for p in output.parents if p.exists())
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file; choose another name")
-    if output.exists() and not overwrite and any(output.iterdir()):
-        raise ValueError(f"output {output} exists; choose another name, or pass --overwrite")
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"output {output} cannot be made: {above} is no folder that you may write to")
+    if output.is_mount():
+        raise ValueError(f"output {output} is a mount point, which cannot be renamed; name a folder inside it")
+    if output.exists() and any(output.iterdir()):
+        if not overwrite:
+            raise ValueError(f"output {output} exists; choose another name, or pass --overwrite")
+        if not (output / RECIPE).exists():
+            raise ValueError(f"output {output} is no artifact, so --overwrite leaves it alone; choose another name")
+    if partial.exists() and (not partial.is_dir() or (_begun_with(partial) is None and any(_foreign(partial)))):
+        raise ValueError(f"{partial}, where the work would go on, is something else; move it away")
+
+
+def check_begun(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Raises: ValueError when `output` was begun with another recipe, and that was not said to be overwritten."""
     begun = _begun_with(partial_of(output))
     if begun is not None and begun != dict(identity) and not overwrite:
-        changed = sorted(k for k in {*begun, *identity} if begun.get(k) != identity.get(k))
         raise ValueError(
-            f"{partial_of(output)} was begun with another recipe (different: {', '.join(changed)}); "
+            f"{partial_of(output)} was begun with another recipe (different: {_differences(begun, identity)}); "
             "finish it with that one, choose another output, or pass --overwrite"
         )
 
@@ -123,9 +167,13 @@ def write_text(file: Path, text: str) -> None:
 def _replace(file: Path, write: Callable[[Path], Any]) -> None:
     partial = file.with_name(file.name + ".writing")
     with _disk_errors(file):
-        write(partial)
-        with partial.open("rb+") as f:
-            os.fsync(f.fileno())
+        try:
+            write(partial)
+            with partial.open("rb+") as f:
+                os.fsync(f.fileno())
+        except Exception:
+            partial.unlink(missing_ok=True)
+            raise
         partial.rename(file)
         _fsync_folder(file.parent)
 
@@ -134,14 +182,17 @@ def _replace(file: Path, write: Callable[[Path], Any]) -> None:
 def _disk_errors(file: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as e:
+    except (OSError, SafetensorError) as e:
         # safetensors wraps the system's error in one of its own, whose text is all that is left of it.
-        full = getattr(e, "errno", None) == errno.ENOSPC or "No space left" in str(e) or "os error 28" in str(e)
-        if not full:
-            raise
-        raise ValueError(
-            f"the disk of {file.parent} is full; free some space and run the same command: it resumes"
-        ) from e
+        told = re.search(r"os error (\d+)", str(e))
+        number = e.errno if isinstance(e, OSError) else told and int(told[1])
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(
+                f"the disk of {file.parent} is full; free some space and run the same command: it resumes"
+            ) from e
+        if number:
+            raise OSError(number, os.strerror(number), str(file)) from e
+        raise
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -153,20 +204,47 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def _begun_with(folder: Path) -> dict[str, Any] | None:
-    file = folder / RECIPE
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+    """What a folder was begun with: nothing if it was not, an empty mapping if that cannot be read any more."""
+    try:
+        begun = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return begun if isinstance(begun, dict) else {}
 
 
-def _lock(folder: Path) -> int:
-    """Held until the process ends, however it ends."""
-    fd = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+def _foreign(folder: Path) -> Iterator[Path]:
+    """Files that no run of ours leaves in a folder before its recipe is there."""
+    return (f for f in folder.iterdir() if f.name != _LOCK and f.suffix != ".writing")
+
+
+def _differences(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    """Keys by which two identities differ; a recipe's as the user wrote them."""
+    old, new = _leaves(begun), _leaves(identity)
+    return ", ".join(sorted(k.removeprefix("recipe.") for k in {*old, *new} if old.get(k) != new.get(k)))
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Every plain value in nested mappings and lists, by its dotted path."""
+    if not isinstance(value, Mapping | list):
+        return {path: value}
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    return {p: leaf for key, v in items for p, leaf in _leaves(v, f"{path}.{key}" if path else str(key)).items()}
+
+
+def _lock(folder: Path) -> int | None:
+    """Held until closed, or until the process ends, however it ends."""
+    fd = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
     try:
         import fcntl
     except ImportError:  # pragma: no cover - not on this platform
         return fd
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
+    except BlockingIOError as e:
         os.close(fd)
         raise ValueError(f"another process is writing {folder}; wait for it, or choose another output") from e
+    except OSError:  # a filesystem without locks
+        pass
     return fd

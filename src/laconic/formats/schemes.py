@@ -74,7 +74,7 @@ PRESETS: dict[str, Scheme] = {
         Scheme("W4A8", _ints(4, _G128), _acts(8)),
         Scheme("W6A6", _ints(6, CHANNEL), _acts(6), engine="laconic"),
         Scheme("W4A6", _ints(4, _G128), _acts(6), engine="laconic"),
-        Scheme("FP8", Fp8(CHANNEL), Activations(Fp8(TENSOR), dynamic=False)),
+        Scheme("FP8", Fp8(TENSOR), Activations(Fp8(TENSOR), dynamic=False)),
         Scheme("FP8_DYNAMIC", Fp8(CHANNEL), Activations(Fp8(TOKEN), dynamic=True)),
         Scheme(
             "FP8_BLOCK",
@@ -111,17 +111,18 @@ def scheme(
 
 
 def _vary_weights(base: Scheme, group_size: int | None, symmetric: bool | None, strategy: str | None) -> Format:
-    weights = base.weights
-    tiling = weights.tiling
+    weights, tiling = base.weights, base.weights.tiling
+    # These formats have a scale a row or one alone, and nothing between.
+    ungrouped = isinstance(weights, Fp8) or base.name == "W8A8"
+    if group_size is not None and strategy not in (None, "channel" if group_size == -1 else "group"):
+        raise ValueError(f"group_size {group_size} contradicts strategy '{strategy}'")
     if group_size == -1 or strategy in ("tensor", "channel"):
-        if group_size not in (None, -1):
-            raise ValueError(f"group_size {group_size} contradicts strategy '{strategy}'")
         tiling = TENSOR if strategy == "tensor" else CHANNEL
     elif group_size is not None or strategy == "group":
-        if isinstance(weights, Fp8) or base.name == "W8A8":
+        if ungrouped:
             raise ValueError(f"{base.name} has no groups: leave group_size out")
         tiling = Tiling("group", group_size if group_size is not None else 128)
-    if base.storage == "pack-quantized" and tiling.strategy == "tensor":
+    if tiling.strategy == "tensor" and not ungrouped:
         raise ValueError(f"{base.name} is stored by channel or by group: strategy 'tensor' is for W8A8 and FP8")
     if base.name == "FP8_BLOCK" and tiling.strategy != "block":
         raise ValueError("FP8_BLOCK is 128 x 128 blocks: use FP8 or FP8_DYNAMIC for another strategy")
@@ -141,6 +142,8 @@ def _vary_activations(base: Scheme, dynamic: bool | None) -> Activations | None:
         return acts
     if acts is None:
         raise ValueError(f"{base.name} keeps activations in 16 bit: leave 'dynamic' out")
-    if base.name in ("FP8_BLOCK", "W4A8") and not dynamic:
+    if dynamic == acts.dynamic:
+        return acts
+    if base.name in ("FP8_BLOCK", "W4A8"):
         raise ValueError(f"{base.name} has dynamic activations only")
     return Activations(replace(acts.format, tiling=TOKEN if dynamic else TENSOR), dynamic)  # type: ignore[type-var]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ def from_stored(stored: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, 
     return Quantized(fmt, unpack(stored["weight_packed"], fmt.num_bits, shape[1]), params)
 
 
-def stored_shapes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+@cache
+def stored_shapes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> Mapping[str, Tensor]:
     """Meta tensors of the shapes and dtypes that `to_stored` writes for a weight of this shape."""
     return to_stored(_blank(scheme.weights, shape, dtype), scheme)
 

@@ -82,7 +82,7 @@ class Tiling:
         """The parameters of rows [start, stop) out of those of a matrix of `rows` rows."""
         match self.strategy:
             case "tensor":
-                return param
+                return param.clone()
             case "block":
                 assert self.block_structure is not None
                 height = self.block_structure[0]

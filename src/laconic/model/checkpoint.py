@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_PICKLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int8: "I8"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors. `tensors` maps every name to where it is."""
+    """A folder of safetensors (or of pickles, where they were allowed). `tensors` maps every name to where it is."""
 
     folder: Path
     tensors: Mapping[str, Stored]
@@ -47,9 +49,8 @@ class Checkpoint:
             wanted.setdefault(self.tensors[name].file, []).append(name)
         out: dict[str, Tensor] = {}
         for file, inside in wanted.items():
-            with reading(file), safe_open(file, framework="pt", device=str(device)) as f:
-                for name in inside:
-                    out[name] = f.get_tensor(name)
+            with _opened(file, device) as get:
+                out.update((name, get(name)) for name in inside)
         for name, tensor in out.items():
             if tensor.is_floating_point() and tensor.element_size() > 1 and not torch.isfinite(tensor).all():
                 raise ValueError(
@@ -75,29 +76,23 @@ def reading(file: Path) -> Iterator[None]:
 def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     """Find every tensor in `folder`, from its index or its single file.
 
-    allow_pickle: convert `pytorch_model*.bin` files (read by torch with weights_only) to safetensors beside them.
+    allow_pickle: also read `pytorch_model*.bin` files (by torch, with weights_only).
     Raises: ValueError for missing, truncated or stray files, and for pickle weights unless allowed.
     """
-    if (folder / INDEX).exists():
-        files = _indexed_files(folder)
-    elif (folder / SINGLE).exists():
-        files = [folder / SINGLE]
-    elif any((folder / name).exists() for name in _PICKLES):
-        if not allow_pickle:
-            raise ValueError(
-                f"{folder} holds pickle weights, which can run code when opened; "
-                "convert them to safetensors, or pass --allow-pickle if you trust them"
-            )
-        files = [_unpickle(folder)]
-    else:
+    found = next((folder / n for n in (SINGLE, INDEX, _PICKLE, _PICKLE_INDEX) if (folder / n).exists()), None)
+    if found is None:
         raise ValueError(f"{folder} has no {SINGLE} or {INDEX}; is it a Hugging Face model folder?")
+    if found.name in (_PICKLE, _PICKLE_INDEX) and not allow_pickle:
+        raise ValueError(
+            f"{folder} holds pickle weights, which can run code when opened; "
+            "convert them to safetensors, or pass --allow-pickle if you trust them"
+        )
+    weight_map = _weight_map(found) if found.suffix == ".json" else {}
     tensors: dict[str, Stored] = {}
-    for file in files:
+    for file in sorted({folder / name for name in weight_map.values()}) or [found]:
         tensors.update(_header(file))
-    if (folder / INDEX).exists():
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        if lost := sorted(set(weight_map) - set(tensors)):
-            raise ValueError(f"{folder / INDEX} names tensor '{lost[0]}', which no file holds; download it again")
+    if lost := sorted(set(weight_map) - set(tensors)):
+        raise ValueError(f"{found} names tensor '{lost[0]}', which no file holds; download it again")
     return Checkpoint(folder, tensors)
 
 
@@ -111,24 +106,26 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"{file} is not valid JSON ({e}); download it again") from e
 
 
-def _indexed_files(folder: Path) -> list[Path]:
-    index = read_json(folder / INDEX)
-    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-        raise ValueError(f"{folder / INDEX} has no weight_map; download it again")
-    files = []
-    for name in sorted(set(index["weight_map"].values())):
-        file = folder / name
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which file each tensor is in, by the index; every file is there, and is in the index's folder."""
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map of tensors to files; download it again")
+    for name in sorted(set(weight_map.values())):
         # Weight files may be links (the Hub's cache is), but the *name* must stay in the folder.
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{folder / INDEX} points outside the folder, to '{name}'; do not trust this checkpoint")
-        if not file.exists():
-            raise ValueError(f"{file} is missing, though the index names it; download it again")
-        files.append(file)
-    return files
+            raise ValueError(f"{index} points outside the folder, to '{name}'; do not trust this checkpoint")
+        if not (index.parent / name).exists():
+            raise ValueError(f"{index.parent / name} is missing, though the index names it; download it again")
+    return weight_map
 
 
 def _header(file: Path) -> dict[str, Stored]:
-    """Names, shapes and dtypes from a safetensors header; the file must be as long as the header says."""
+    """Names, shapes and dtypes of a file; a safetensors file must be as long as its header says."""
+    if file.suffix == ".bin":
+        state = _unpickle(file)
+        return {n: Stored(file, tuple(t.shape), _NAMES.get(t.dtype, str(t.dtype))) for n, t in state.items()}
     with reading(file), safe_open(file, framework="pt") as f:
         found = {}
         for name in f.keys():  # noqa: SIM118 - not a dict
@@ -137,17 +134,31 @@ def _header(file: Path) -> dict[str, Stored]:
     return found
 
 
-def _unpickle(folder: Path) -> Path:
-    from safetensors.torch import save_file
+@contextmanager
+def _opened(file: Path, device: torch.device | str) -> Iterator[Callable[[str], Tensor]]:
+    """A function from a tensor's name to the tensor."""
+    if file.suffix == ".bin":
+        state = _unpickle(file)
+        yield lambda name: state[name].to(device, copy=True)
+    else:
+        with reading(file), safe_open(file, framework="pt", device=str(device)) as f:
+            yield f.get_tensor
 
-    state: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("pytorch_model*.bin")):
-        state.update(torch.load(file, map_location="cpu", weights_only=True))
-    target = folder / SINGLE
-    partial = target.with_suffix(".partial")
-    save_file({k: v.contiguous().clone() for k, v in state.items()}, partial, metadata={"format": "pt"})
-    partial.rename(target)
-    return target
+
+def _unpickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle, mapped into memory where its format allows that; nothing else in it is built."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as e:
+        raise ValueError(f"{file} cannot be read as plain tensors; it is damaged, or holds code") from e
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{file} holds something other than named tensors; save the model's state_dict alone")
+    return state
+
+
+def reason(error: Exception) -> str:
+    """The first line of what somebody else's code said was wrong."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def count_elements(shape: tuple[int, ...]) -> int:

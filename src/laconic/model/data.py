@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from laconic.model.checkpoint import reason
 
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -33,29 +35,37 @@ def read_documents(dataset: str, *, split: str = "train", config: str | None = N
 
 def _read_file(path: Path) -> Iterator[Any]:
     if path.suffix == ".txt":
-        try:
-            yield path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from e
+        yield _text(path.read_bytes(), str(path))
     elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip():
+                where = f"{path}, line {number},"
+                if said := _text(line, where).strip():
                     try:
-                        row = json.loads(line)
-                    except ValueError as e:
-                        raise ValueError(f"{path}, line {number}, is not JSON: {e}") from e
-                    yield _document(row, f"{path}, line {number}")
+                        row = json.loads(said)
+                    except (ValueError, RecursionError) as e:
+                        raise ValueError(f"{where} is not JSON: {e}") from e
+                    yield _document(row, where)
     else:
-        import pyarrow.parquet as pq
+        for row in _parquet_rows(path):
+            yield _document(row, str(path))
 
-        try:
-            table = pq.ParquetFile(path)
-        except Exception as e:
-            raise ValueError(f"{path} is not a readable Parquet file: {e}") from e
-        for batch in table.iter_batches():
-            for row in batch.to_pylist():
-                yield _document(row, str(path))
+
+def _text(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{where} is not UTF-8 text ({e.reason} at byte {e.start}); convert it to UTF-8") from e
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    try:
+        for batch in pq.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except Exception as e:
+        raise ValueError(f"{path} is not a readable Parquet file: {reason(e)}") from e
 
 
 def _read_hub(name: str, split: str, config: str | None) -> Iterator[Any]:
@@ -68,16 +78,16 @@ def _read_hub(name: str, split: str, config: str | None) -> Iterator[Any]:
     except ValueError:
         raise
     except Exception as e:
-        reason = str(e).splitlines()[0] if str(e) else repr(e)
-        raise ValueError(f"dataset '{name}' is no local file and could not be fetched from the Hub: {reason}") from e
+        raise ValueError(f"dataset '{name}' is no local file and could not be fetched from the Hub: {reason(e)}") from e
 
 
 def _document(row: Any, where: str) -> Any:
     if isinstance(row, dict):
         if isinstance(row.get("text"), str):
             return row["text"]
-        if isinstance(row.get("messages"), list):
-            return row["messages"]
+        messages = row.get("messages")
+        if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
+            return messages
     raise ValueError(f"{where} has neither a 'text' string nor a list of 'messages'")
 
 
@@ -86,7 +96,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, document: Any) -> list[int]:
     if isinstance(document, str):
         return list(tokenizer(document, verbose=False).input_ids)
     if tokenizer.chat_template:
-        return list(tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)["input_ids"])
+        try:
+            return list(tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)["input_ids"])
+        except Exception as e:
+            raise ValueError(f"a chat of the dataset does not fit the model's chat template: {reason(e)}") from e
     turns = "\n".join(f"{m.get('role', 'user')}: {m.get('content', '')}" for m in document)
     return list(tokenizer(turns, verbose=False).input_ids)
 
@@ -95,6 +108,13 @@ def prefix_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that the tokenizer puts before every text ([BOS] for most, nothing for some)."""
     ids = tokenizer("", verbose=False).input_ids
     return list(ids[:1]) if ids and ids[0] == tokenizer.bos_token_id else []
+
+
+def _join(documents: Iterable[Any], tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> Iterator[int]:
+    """The tokens of all documents in one row; a BOS leads windows, not documents."""
+    for document in documents:
+        ids = encode(tokenizer, document)
+        yield from ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
 
 
 def calibration_windows(
@@ -108,12 +128,7 @@ def calibration_windows(
     prefix = prefix_of(tokenizer)
     body = length - len(prefix)
     # Reading stops at a few times what is needed: enough to choose from, and a large dataset is not read whole.
-    enough = 4 * samples * body
-    stream: list[int] = []
-    for document in documents:
-        stream.extend(encode(tokenizer, document))
-        if len(stream) >= enough:
-            break
+    stream = list(islice(_join(documents, tokenizer, prefix), 4 * samples * body))
     count = len(stream) // body
     if count < 1:
         raise ValueError(
@@ -135,7 +150,7 @@ def evaluation_windows(
     """
     prefix = prefix_of(tokenizer)
     body = length - len(prefix)
-    stream: list[int] = list(chain.from_iterable(encode(tokenizer, d)[len(prefix) :] for d in documents))
+    stream = list(_join(documents, tokenizer, prefix))
     count = len(stream) // body
     if count < 1:
         raise ValueError(

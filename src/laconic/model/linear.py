@@ -37,8 +37,9 @@ class QLinear(nn.Module):
             scheme,
             dtype,
         )
-        self.names = tuple(stored_shapes(scheme, (out_features, in_features), dtype))
-        for name, meta in stored_shapes(scheme, (out_features, in_features), dtype).items():
+        stored = stored_shapes(scheme, (out_features, in_features), dtype)
+        self.names = tuple(stored)
+        for name, meta in stored.items():
             self.register_parameter(name, _frozen(torch.empty_like(meta, device=_default_device())))
         acts = scheme.input_activations
         if acts and not acts.dynamic:

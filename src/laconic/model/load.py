@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from laconic.model.checkpoint import Checkpoint, open_checkpoint, read_json
+from laconic.model.checkpoint import Checkpoint, open_checkpoint, read_json, reason
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -42,16 +42,17 @@ def open_source(name: str, *, allow_pickle: bool = False, trust_remote_code: boo
     """
     folder = model_folder(name, allow_pickle=allow_pickle)
     raw = read_json(folder / "config.json")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{folder}/config.json holds no keys and values; download it again")
     if "auto_map" in raw and not trust_remote_code:
         raise ValueError(f"{name} wants to run its own code (auto_map); pass --trust-remote-code if you trust it")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ValueError(f"{name} is already quantized ({method}); start from the original 16-bit model")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as e:
-        reason = str(e).splitlines()[0] if str(e) else repr(e)
-        raise ValueError(f"{folder}/config.json does not describe a model transformers knows: {reason}") from e
+    except Exception as e:
+        raise ValueError(f"{folder}/config.json does not describe a model transformers knows: {reason(e)}") from e
     checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
     return Source(name, folder, config, checkpoint, main_dtype(checkpoint))
 
@@ -61,14 +62,36 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code:
 
     Raises: ValueError when transformers has no causal language model of this configuration.
     """
+    unsupported = f"unsupported architecture '{config.model_type}': it is no causal language model"
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except ValueError as e:
-        raise ValueError(f"unsupported architecture '{config.model_type}': it is no causal language model") from e
+    except Exception as e:
+        if "Unrecognized configuration class" in str(e):
+            raise ValueError(unsupported) from e
+        raise ValueError(f"config.json describes no {config.model_type} that can be built: {reason(e)}") from e
+    # Encoders pass for causal models too (BERT does); their attention tells them apart.
+    looks = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    if looks and not any(looks):
+        raise ValueError(unsupported)
     model.tie_weights()
     model.eval()
     return model
+
+
+def check_complete(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Raises: ValueError unless the checkpoint has every parameter of a skeleton, in its shape, in a dtype we read."""
+    for parameter, names in _parameters(model).items():
+        name = next((n for n in names if n in checkpoint.tensors), None)
+        if name is None:
+            raise ValueError(
+                f"{checkpoint.folder} has no tensor '{names[0]}', which config.json asks for; "
+                "download it again, or check that the two belong together"
+            )
+        stored = checkpoint.tensors[name]
+        _check_shape(name, stored.shape, parameter)
+        if stored.dtype not in _DTYPES:
+            raise ValueError(f"tensor '{name}' is {stored.dtype}; Laconic reads bf16, fp16 or fp32 weights")
 
 
 def materialise(
@@ -79,27 +102,36 @@ def materialise(
     Floating-point weights come in `dtype`; codes, and scales beside them, as they are stored.
     """
     # Tied parameters go by one of their names in the file, and stay one parameter.
-    missing: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if parameter.is_meta:
-            missing.setdefault(parameter, []).append(name)
+    missing = {p: names for p, names in _parameters(module).items() if p.is_meta}
     stored = {
         p: next((n for n in names if f"{prefix}{n}" in checkpoint.tensors), names[0]) for p, names in missing.items()
     }
     tensors = checkpoint.load((f"{prefix}{n}" for n in stored.values()), device)
     for expected, names in missing.items():
         got = tensors.pop(f"{prefix}{stored[expected]}")
-        if got.shape != expected.shape:
-            raise ValueError(
-                f"tensor '{prefix}{stored[expected]}' has shape {tuple(got.shape)}, config.json says "
-                f"{tuple(expected.shape)}; the checkpoint and its config.json do not belong together"
-            )
+        _check_shape(f"{prefix}{stored[expected]}", tuple(got.shape), expected)
         wanted = dtype if expected.dtype in _DTYPES.values() else expected.dtype
         loaded = nn.Parameter(got.to(wanted), requires_grad=False)
         for name in names:
             path, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(path), leaf, loaded)
     module.to(device)
+
+
+def _parameters(module: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every parameter with its names, of which a tied one has several."""
+    found: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        found.setdefault(parameter, []).append(name)
+    return found
+
+
+def _check_shape(name: str, shape: tuple[int, ...], expected: nn.Parameter) -> None:
+    if shape != tuple(expected.shape):
+        raise ValueError(
+            f"tensor '{name}' has shape {shape}, config.json says {tuple(expected.shape)}; "
+            "the checkpoint and its config.json do not belong together"
+        )
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -111,8 +143,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:
-        reason = str(e).splitlines()[0] if str(e) else repr(e)
-        raise ValueError(f"the tokenizer in {folder} cannot be opened: {reason}") from e
+        raise ValueError(f"the tokenizer in {folder} cannot be opened: {reason(e)}") from e
 
 
 def model_folder(name: str, *, allow_pickle: bool = False) -> Path:
@@ -122,7 +153,7 @@ def model_folder(name: str, *, allow_pickle: bool = False) -> Path:
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"no model folder '{name}'; give a folder with config.json, or a Hub name like owner/model")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns + (["*.bin"] if allow_pickle else [])))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
@@ -139,7 +170,6 @@ def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
         sizes[stored.dtype] = sizes.get(stored.dtype, 0) + n
     floats = {name: size for name, size in sizes.items() if name in _DTYPES}
     if not floats:
-        raise ValueError(
-            f"the weights are {max(sizes, key=lambda k: sizes[k])}; Laconic reads bf16, fp16 or fp32 weights"
-        )
+        held = f"weights in {', '.join(sorted(sizes))}" if sizes else "no weights"
+        raise ValueError(f"{checkpoint.folder} holds {held}; Laconic reads bf16, fp16 or fp32 weights")
     return _DTYPES[max(floats, key=lambda k: floats[k])]

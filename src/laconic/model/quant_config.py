@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
+from pydantic import ValidationError
 
 from laconic.formats import Format
 from laconic.formats.floats import Fp8
@@ -28,15 +29,15 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(scheme, []).append(name)
-    ordered = sorted(groups, key=lambda s: -len(groups[s]))
+    # The commonest scheme is the rule, the others are exceptions by name, and come first.
+    ordered = sorted(groups, key=lambda s: len(groups[s]))
     storages = {s.storage for s in ordered}
     native = any(s.simulated for s in ordered)
     config = QuantizationConfig.model_validate(
         {
             "config_groups": {
-                # The commonest scheme is the rule, the others are exceptions by name.
                 f"group_{i}": {
-                    "targets": ["Linear"] if i == 0 else groups[s],
+                    "targets": ["Linear"] if s is ordered[-1] else groups[s],
                     "weights": _args(s.weights, None),
                     "input_activations": s.input_activations
                     and _args(s.input_activations.format, s.input_activations.dynamic),
@@ -50,6 +51,9 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
         }
     ).model_dump(mode="json")
     config["quant_method"] = NATIVE if native else COMPRESSED_TENSORS
+    if len(ordered) == 1 and not native and not ordered[0].weights.symmetric:
+        # transformers sets up packed zero points with the wrong shape unless it decodes while loading.
+        config["dequantize"] = True
     return config
 
 
@@ -58,16 +62,15 @@ def schemes_from_config(config: Mapping[str, Any], linears: Iterable[str]) -> di
 
     Raises: ValueError for what we have no format for.
     """
-    ignore = config.get("ignore") or []
-    groups = [(g.get("targets") or [], _scheme(g, config)) for g in config["config_groups"].values()]
+    parsed = _parse(config)
+    schemes = {t: _scheme(g, parsed) for g in parsed.config_groups.values() for t in g.targets}
+    # As compressed-tensors ranks them: a full name comes before a pattern, a pattern before a class.
+    ranked = sorted(schemes, key=lambda t: (t == "Linear", t.startswith("re:"), t))
     out: dict[str, Scheme] = {}
     for name in linears:
-        if any(_matches(name, pattern) for pattern in ignore):
-            continue
-        exact = next((s for targets, s in groups if any(_matches(name, t) for t in targets)), None)
-        by_class = next((s for targets, s in groups if "Linear" in targets), None)
-        if found := exact or by_class:
-            out[name] = found
+        target = next((t for t in ranked if t == "Linear" or _matches(name, t)), None)
+        if target and not any(_matches(name, pattern) for pattern in parsed.ignore or ()):
+            out[name] = schemes[target]
     return out
 
 
@@ -96,34 +99,47 @@ def _args(fmt: Format, dynamic: bool | None) -> dict[str, Any]:
     return args
 
 
-def _scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
-    weights = _format(group["weights"])
-    given = group.get("input_activations")
+def _parse(config: Mapping[str, Any]) -> QuantizationConfig:
+    sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
+    if config.get("kv_cache_scheme") or config.get("transform_config") or sparsity != "dense":
+        raise ValueError("cannot read a model with a quantized KV cache, with transforms or with sparse weights")
+    known = {k: v for k, v in config.items() if k in QuantizationConfig.model_fields}
+    try:
+        return QuantizationConfig.model_validate(known)
+    except ValidationError as e:
+        raise ValueError(f"cannot read the quantization_config: {e.errors()[0]['msg']}") from e
+
+
+def _scheme(group: QuantizationScheme, config: QuantizationConfig) -> Scheme:
+    given = group.input_activations
+    if group.weights is None or group.output_activations or (given and not (given.symmetric or given.dynamic)):
+        raise ValueError("cannot read linears whose outputs are rounded, or inputs alone, or inputs from a zero point")
+    weights = _format(group.weights)
     acts = None
     if given:
-        narrow = given["type"] == "int" and given["symmetric"]
-        acts = Activations(_format(given, narrow=narrow), bool(given.get("dynamic")))
-    native = config.get("quant_method") == NATIVE
-    found = Scheme(_name(weights, acts), weights, acts, engine="laconic" if native else "vllm")
-    storage = group.get("format") or config.get("format")
-    if storage not in (None, "mixed-precision", found.storage):
-        raise ValueError(f"cannot read weights stored as '{storage}'")
+        acts = Activations(_format(given, narrow=given.type == "int" and given.symmetric), bool(given.dynamic))
+    name = _name(weights, acts)
+    native = config.quant_method == NATIVE
+    engine = PRESETS[name].engine if name in PRESETS else "laconic" if native else "vllm"
+    found = Scheme(name, weights, acts, engine)
+    storage = group.format or config.format
+    if storage not in ("mixed-precision", found.storage):
+        raise ValueError(f"cannot read weights of {name} stored as '{storage}'")
     return found
 
 
-def _format(args: Mapping[str, Any], *, narrow: bool = False) -> Format:
-    group_size, block = args.get("group_size"), args.get("block_structure")
-    strategy = args["strategy"]
+def _format(args: QuantizationArgs, *, narrow: bool = False) -> Format:
+    block = args.block_structure
     tiling = Tiling(
-        strategy,
-        group_size if strategy == "group" else None,
-        (block[0], block[1]) if strategy == "block" else None,
+        args.strategy,  # type: ignore[arg-type]
+        args.group_size if args.strategy == "group" else None,
+        (block[0], block[1]) if block else None,
     )
-    if args["type"] == "float":
-        if args["num_bits"] != 8:
-            raise ValueError(f"cannot read {args['num_bits']}-bit floats")
+    if args.type == "float":
+        if args.num_bits != 8:
+            raise ValueError(f"cannot read {args.num_bits}-bit floats")
         return Fp8(tiling)
-    return IntAffine(args["num_bits"], args["symmetric"], tiling, narrow=narrow)
+    return IntAffine(args.num_bits, args.symmetric, tiling, narrow=narrow)
 
 
 def _name(weights: Format, acts: Activations | None) -> str:

@@ -37,16 +37,26 @@ class Moments:
 
     def add(self, x: Tensor, x_full: Tensor | None = None) -> None:
         """Take in activations of shape (..., in)."""
-        x = x.reshape(-1, self.in_features).to(self.device, torch.float32)
+        x = x.reshape(-1, self.in_features).to(self.device)
         self.tokens += x.shape[0]
-        self.lo = torch.minimum(self.lo, x.amin())
-        self.hi = torch.maximum(self.hi, x.amax())
+        self.lo = torch.minimum(self.lo, x.amin().float())
+        self.hi = torch.maximum(self.hi, x.amax().float())
         if self.H is not None:
-            self.H.addmm_(x.T, x)
+            _add_gram(self.H, x)
         if self.D is not None:
             assert x_full is not None
-            full = x_full.reshape(-1, self.in_features).to(self.device, torch.float32)
+            x, full = x.float(), x_full.reshape(-1, self.in_features).to(self.device, torch.float32)
             self.D.addmm_((full - x).T, x)
+
+
+def _add_gram(H: Tensor, x: Tensor) -> None:
+    """H (in, in) float32 += x^T x. x: (tokens, in)."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        # The product of two such numbers is exact in float32, in which matrix units add up.
+        H += torch.mm(x.T, x, out_dtype=torch.float32)
+    else:
+        x = x.float()
+        H.addmm_(x.T, x)
 
 
 def output_error(W: Tensor, Q: Tensor, H: Tensor, max_rows: int = 256) -> float:

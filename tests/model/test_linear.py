@@ -1,0 +1,124 @@
+"""QLinear: inputs rounded and weights decoded as the scheme says, multiplied as float64 would."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from laconic.formats import fit, quantize
+from laconic.formats.schemes import PRESETS, Scheme, scheme
+from laconic.formats.storage import to_stored
+from laconic.model.linear import QLinear, round_activations
+
+E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+E4M3 = E4M3[E4M3.isfinite()]
+
+# The varied schemes are those whose activations are scaled by calibration.
+SCHEMES = (*PRESETS.values(), scheme("W8A8", dynamic=False), scheme("W6A6", dynamic=False))
+every_scheme = pytest.mark.parametrize("kept", SCHEMES, ids=lambda s: f"{s.name}-{_timing(s)}")
+rounding_schemes = pytest.mark.parametrize(
+    "kept", [s for s in SCHEMES if s.input_activations], ids=lambda s: f"{s.name}-{_timing(s)}"
+)
+
+
+def _timing(kept: Scheme) -> str:
+    acts = kept.input_activations
+    return "none" if acts is None else "dynamic" if acts.dynamic else "static"
+
+
+def activations(*shape: int) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+    x[..., ::50] *= 10
+    return x
+
+
+def nearest(values: Tensor, scale: float, num_bits: int | None) -> Tensor:
+    """float64 values on the grid of a scale: integers that leave out the lowest code, or FP8 (None)."""
+    if num_bits is None:
+        points = E4M3 * scale
+        return points[(values[:, None] - points).abs().argmin(-1)]
+    top = 2 ** (num_bits - 1) - 1
+    return (values / scale).round().clamp(-top, top) * scale
+
+
+def rounded_by_hand(x: Tensor, kept: Scheme, input_scale: float | None) -> Tensor:
+    """Token after token, group after group, in float64."""
+    acts = kept.input_activations
+    num_bits = None if kept.name.startswith("FP8") else acts.format.num_bits
+    largest = 448.0 if num_bits is None else 2.0 ** (num_bits - 1) - 1
+    out = torch.empty_like(x, dtype=torch.float64)
+    for token in range(x.shape[0]):
+        for start in range(0, x.shape[1], acts.format.tiling.group_size or x.shape[1]):
+            part = x[token, start : start + (acts.format.tiling.group_size or x.shape[1])].double()
+            scale = float(part.abs().max()) / largest if input_scale is None else input_scale
+            out[token, start : start + len(part)] = nearest(part, scale, num_bits)
+    return out
+
+
+@rounding_schemes
+def test_activations_are_rounded_as_the_definition_says(kept: Scheme) -> None:
+    x = activations(6, 256)
+    input_scale = None if kept.input_activations.dynamic else torch.tensor([0.013])
+    expected = rounded_by_hand(x, kept, None if input_scale is None else float(input_scale))
+    rounded = round_activations(x.view(2, 3, 256), kept.input_activations, input_scale)
+    torch.testing.assert_close(rounded.double(), expected.view(2, 3, 256), rtol=1e-6, atol=1e-7)
+
+
+@rounding_schemes
+def test_a_token_of_zeros_stays_zero(kept: Scheme) -> None:
+    scale = None if kept.input_activations.dynamic else torch.tensor([0.5])
+    assert bool((round_activations(torch.zeros(1, 256), kept.input_activations, scale) == 0).all())
+
+
+@rounding_schemes
+def test_a_token_is_rounded_with_no_regard_for_its_neighbours(kept: Scheme) -> None:
+    x, scale = activations(4, 256), None if kept.input_activations.dynamic else torch.tensor([0.013])
+    alone = torch.cat([round_activations(row[None], kept.input_activations, scale) for row in x])
+    assert torch.equal(round_activations(x, kept.input_activations, scale), alone)
+
+
+def qlinear(kept: Scheme, *, bias: bool, dtype: torch.dtype) -> QLinear:
+    generator = torch.Generator().manual_seed(1)
+    w = torch.randn(200, 256, generator=generator)
+    linear = QLinear(256, 200, bias=bias, scheme=kept, dtype=dtype)
+    stored = to_stored(quantize(kept.weights, w, fit(kept.weights, w, dtype)), kept)
+    if bias:
+        stored["bias"] = torch.randn(200, generator=generator).to(dtype)
+    if linear.input_scale is not None:
+        stored["input_scale"] = torch.tensor([0.05], dtype=dtype)
+    assert {n: (p.shape, p.dtype) for n, p in linear.named_parameters()} == {
+        n: (t.shape, t.dtype) for n, t in stored.items()
+    }
+    for name, tensor in stored.items():
+        setattr(linear, name, nn.Parameter(tensor, requires_grad=False))
+    return linear
+
+
+@every_scheme
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("unpacked", [True, False], ids=["unpacked", "packed"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
+def test_forward_is_the_product_of_what_both_sides_stand_for(
+    kept: Scheme, bias: bool, unpacked: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    linear = qlinear(kept, bias=bias, dtype=dtype)
+    weight = linear.decode(torch.float32)
+    if unpacked:
+        linear.unpack()
+    x = activations(2, 3, 256).to(dtype)
+    acts = kept.input_activations
+    seen = round_activations(x, acts, linear.input_scale) if acts else x
+    expected = seen.double() @ weight.double().T + (linear.bias.double() if bias else 0)
+    out = linear(x)
+    assert out.dtype == dtype
+    assert float((out.double() - expected).norm() / expected.norm()) < tolerance
+
+
+@every_scheme
+def test_unpacking_changes_nothing_but_the_time_it_takes(kept: Scheme) -> None:
+    linear = qlinear(kept, bias=True, dtype=torch.bfloat16)
+    x = activations(5, 256).bfloat16()
+    packed = linear(x)
+    linear.unpack()
+    assert torch.equal(linear(x), packed)

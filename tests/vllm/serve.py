@@ -1,0 +1,43 @@
+"""Runs in vLLM's own environment: serve an artifact, print greedy tokens and prompt log-probabilities as JSON.
+
+usage: python serve.py ARTIFACT PROMPTS.json OUT.json   (prompts are lists of token ids)
+"""
+
+import json
+import sys
+
+
+def main() -> None:
+    folder, prompts_file, out_file = sys.argv[1:]
+    from vllm import LLM, SamplingParams
+
+    with open(prompts_file) as f:
+        prompts = json.load(f)
+    llm = LLM(
+        model=folder,
+        tokenizer=folder,
+        dtype=__import__("os").environ.get("SERVE_DTYPE", "bfloat16"),
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_seqs=8,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=16, logprobs=1, prompt_logprobs=1, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    found = [
+        {
+            "tokens": list(o.outputs[0].token_ids),
+            "prompt_logprobs": [
+                None if entry is None else entry[token].logprob
+                for token, entry in zip(o.prompt_token_ids, o.prompt_logprobs, strict=True)
+            ],
+        }
+        for o in outputs
+    ]
+    with open(out_file, "w") as f:
+        json.dump(found, f)
+
+
+if __name__ == "__main__":
+    main()
