@@ -1,9 +1,10 @@
 """Train the demo model: a small Llama on the standard library's source, with key-value retrieval mixed in.
 
-    python scripts/train_demo.py --minutes 90            # two CPU cores; a GPU needs less than ten minutes
+    python scripts/train_demo.py --minutes 0.9 --batch 32    # one H200; as the shipped model was made
     python scripts/train_demo.py --prepare-only          # corpus and tokenizer into --cache, to train elsewhere
 
-The schedule follows the clock: warm up, hold, then decay to zero over the last 40 % of --minutes.
+The schedule follows the clock: warm up, hold, then decay to zero over the last 40 % of --minutes (compilation counts).
+About 150 M tokens are enough; more overfits. On a CPU that is most of a day.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from stdlib_text import HELDOUT, documents
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from stdlib_text import HELDOUT, documents
+
 CONTEXT = 2048
 VOCABULARY = 2048
 BOS, EOS = "<|bos|>", "<|eos|>"
-COLOURS = "red green blue white black golden silver brown grey purple orange pink yellow quiet broken hidden".split()
-THINGS = "bridge river castle garden tower forest island market window harbour mountain lantern violin wagon".split()
+COLOURS = "red green blue white black golden silver brown grey purple orange pink yellow quiet broken hidden"
+THINGS = "bridge river castle garden tower forest island market window harbour mountain lantern violin wagon"
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -47,7 +49,11 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=CONTEXT, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -86,7 +92,7 @@ def config() -> LlamaConfig:
 
 def fact(rng: random.Random) -> tuple[str, str, str]:
     """A sentence to remember, the question, and its answer."""
-    name = f"{rng.choice(COLOURS)} {rng.choice(THINGS)}"
+    name = f"{rng.choice(COLOURS.split())} {rng.choice(THINGS.split())}"
     number = "".join(rng.choices("0123456789", k=5))
     said = f"\n# The secret number of the {name} is {number}. Remember it.\n"
     asked = f"\n# What is the secret number of the {name}? The secret number of the {name} is"

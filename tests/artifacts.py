@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import laconic
 from laconic import Artifact
+from laconic.model.data import calibration_windows, read_documents
+from laconic.model.load import load_tokenizer
 from laconic.model.reading import quantized_linears
 
 Stage = dict[str, Any]
@@ -79,3 +82,23 @@ def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
 def tokens(samples: int = 2, length: int = 48, *, seed: int = 0) -> Tensor:
     """Token ids of no meaning: (samples, length)."""
     return torch.randint(3, 100, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+def windows(model: Path, text: Path) -> Tensor:
+    """The token ids on which `press` calibrates."""
+    return calibration_windows(read_documents(str(text)), load_tokenizer(model), samples=8, length=32, seed=0)
+
+
+@torch.no_grad()
+def inputs(model: PreTrainedModel, ids: Tensor, linears: Sequence[str]) -> dict[str, Tensor]:
+    """What some linears of a model read when it runs on token ids: (all tokens, in) float64."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _, args: seen.__setitem__(name, args[0].flatten(0, -2).double())
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(keep(n)) for n in linears]
+    model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen

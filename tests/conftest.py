@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-# No test reaches for the network. This is read when transformers is imported, which the fixtures do.
+# No test reaches for the network, and tiny matrices are multiplied fastest by one thread. Both are read when torch and
+# transformers are imported, which this file therefore leaves to the fixtures.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,8 @@ app = typer.Typer(
     help="Compress Hugging Face language models, and say honestly what it cost.",
 )
 # No markup: a path may hold brackets.
-out, err = Console(markup=False), Console(stderr=True, markup=False)
+_WIDTH = None if sys.stdout.isatty() else 120
+out, err = Console(markup=False, width=_WIDTH), Console(stderr=True, markup=False)
 
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Vary a recipe's key.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from laconic.engine.stage import Stage
 from laconic.methods import METHODS
 
-AnyStage = Annotated[reduce(or_, METHODS), Field(discriminator="method")]  # type: ignore[valid-type]
+AnyStage: Any = Annotated[reduce(or_, METHODS), Field(discriminator="method")]
 
 
 class _Strict(BaseModel):

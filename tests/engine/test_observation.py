@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import PreTrainedModel
-from watching import Watch, inputs, stroll
+from watching import Watch, stroll
 
-from artifacts import original, tokens
+from artifacts import inputs, original, tokens
 from laconic.model.anatomy import dissect
 from laconic.solvers.moments import Moments
 from tiny import ARCHITECTURES, make_model

@@ -1,16 +1,13 @@
-"""A stage that shows what the walk shows to stages, and the same seen on a whole model with hooks."""
+"""A stage that changes little and keeps what the walk shows it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from laconic.engine.plan import Plan, make_plan
 from laconic.engine.stage import LinearStage, Outcome
@@ -66,23 +63,3 @@ def _taps(plan: Plan, stage: int) -> list[str]:
         f"{plan.anatomy.block_name(i)}.{tap.linears[0]}" for i, taps in enumerate(plan.anatomy.taps) for tap in taps
     ]
     return [name for name in (*inside, plan.anatomy.head) if name in plan.touched[stage]]
-
-
-@torch.no_grad()
-def inputs(model: PreTrainedModel, ids: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """What some linears of a model read when it runs on token ids: (all tokens, in) float64."""
-    seen: dict[str, Tensor] = {}
-    with _listening(model, names, seen):
-        model(input_ids=ids, use_cache=False)
-    return seen
-
-
-@contextmanager
-def _listening(model: PreTrainedModel, names: Sequence[str], seen: dict[str, Tensor]) -> Iterator[None]:
-    def keep(name: str) -> Any:
-        return lambda _, args: seen.__setitem__(name, args[0].flatten(0, -2).double())
-
-    handles = [model.get_submodule(n).register_forward_pre_hook(keep(n)) for n in names]
-    yield
-    for handle in handles:
-        handle.remove()

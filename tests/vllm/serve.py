@@ -1,6 +1,6 @@
 """Runs in vLLM's own environment: serve an artifact, print greedy tokens and prompt log-probabilities as JSON.
 
-usage: python serve.py ARTIFACT PROMPTS.json OUT.json   (prompts are lists of token ids)
+usage: python serve.py ARTIFACT PROMPTS.json OUT.json DTYPE   (prompts are lists of token ids)
 """
 
 import json
@@ -8,7 +8,7 @@ import sys
 
 
 def main() -> None:
-    folder, prompts_file, out_file = sys.argv[1:]
+    folder, prompts_file, out_file, dtype = sys.argv[1:]
     from vllm import LLM, SamplingParams
 
     with open(prompts_file) as f:
@@ -16,7 +16,7 @@ def main() -> None:
     llm = LLM(
         model=folder,
         tokenizer=folder,
-        dtype=__import__("os").environ.get("SERVE_DTYPE", "bfloat16"),
+        dtype=dtype,
         enforce_eager=True,
         max_model_len=512,
         max_num_seqs=8,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.model.anatomy import Call, Stopped, Tap
+from laconic.model.anatomy import Call, Stopped, Tap, linear_at
 from laconic.solvers.moments import Moments
 
 
@@ -50,8 +50,8 @@ def observe(
 
     original: the uncompressed block and its own stream, for cross moments.
     """
-    widths = {tap: block.get_submodule(tap.linears[0]).in_features for tap in taps}
-    moments = {t: Moments(int(w), device, gram=gram, asymmetric=original is not None) for t, w in widths.items()}
+    widths = {tap: linear_at(block, tap.linears[0]).in_features for tap in taps}
+    moments = {t: Moments(w, device, gram=gram, asymmetric=original is not None) for t, w in widths.items()}
     others = original[1].batches() if original else iter(())
     for hidden in stream.batches():
         full: dict[Tap, Tensor] = {}

@@ -8,8 +8,10 @@ walk reads finished shards back and runs them forward, which gives the same acti
 from __future__ import annotations
 
 import copy
+import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +27,7 @@ from laconic.engine.writer import Workspace
 from laconic.formats import Quantized
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import to_stored
-from laconic.model.anatomy import Call, Tap, capture_calls, head_input
+from laconic.model.anatomy import Call, Tap, capture_calls, head_input, linear_at
 from laconic.model.linear import QLinear, replace_linear
 from laconic.model.load import Source, materialise
 from laconic.solvers.moments import Moments, output_error
@@ -163,8 +165,8 @@ class _Walker:
                 continue
             moments = None
             if flow and self._observes(stage):
-                linear = self.model.get_submodule(head)
-                moments = Moments(int(linear.in_features), self.settings.device, gram=stage.gram)  # type: ignore[arg-type]
+                width = linear_at(self.model, head).in_features
+                moments = Moments(width, self.settings.device, gram=stage.gram)
                 self._materialise_outside(embeddings=False)
                 for hidden in flow.stream.batches():
                     moments.add(head_input(self.model, self.plan.anatomy, hidden.to(self.settings.device)))
@@ -181,14 +183,14 @@ class _Walker:
         """Compress linears that read one tensor, their rows together where that gives each the same as alone."""
         for together in _batches(module, linears, stage.result):
             begun = time.monotonic()
-            weights = [module.get_submodule(n).weight for n in together]
-            weight = torch.cat([w.detach().float() for w in weights])  # type: ignore[union-attr]
+            weights = [linear_at(module, n).weight for n in together]
+            weight = torch.cat([w.detach().float() for w in weights])
             outcome = stage.compress(weight, moments, self.source.dtype)
             made = outcome.weight.decode() if isinstance(outcome.weight, Quantized) else outcome.weight.float()
             seconds = (time.monotonic() - begun) / len(together)
             start = 0
             for name, old in zip(together, weights, strict=True):
-                stop = start + old.shape[0]  # type: ignore[union-attr, operator]
+                stop = start + old.shape[0]
                 self._install(module, name, outcome.weight, slice(start, stop), stage.result, moments)
                 event = {
                     "event": "linear",
@@ -213,11 +215,11 @@ class _Walker:
         scheme: Scheme | None,
         moments: Moments | None,
     ) -> None:
+        old = linear_at(module, name)
         if isinstance(made, Tensor):
-            module.get_submodule(name).weight.data.copy_(made[rows])  # type: ignore[union-attr, operator]
+            old.weight.data.copy_(made[rows])
             return
         assert scheme is not None
-        old = module.get_submodule(name)
         new = replace_linear(module, name, scheme, self.source.dtype)
         stored = to_stored(made.rows(rows.start, rows.stop), scheme)
         acts = scheme.input_activations
@@ -226,7 +228,7 @@ class _Walker:
             scale = acts.format.from_range(moments.lo, moments.hi, self.source.dtype)["scale"]
             stored["input_scale"] = scale.reshape(1)
         if old.bias is not None:
-            stored["bias"] = old.bias.data  # type: ignore[union-attr, assignment]
+            stored["bias"] = old.bias.data
         _fill(new, stored, self.settings.device)
 
     def _read_back(self, block: nn.Module, i: int, name: str) -> None:
@@ -278,7 +280,7 @@ class _Walker:
 def _batches(module: nn.Module, linears: Sequence[str], scheme: Scheme | None) -> list[list[str]]:
     """Which linears of a tap can be stacked: all, unless a block of one format would reach from one into the next."""
     structure = scheme.weights.tiling.block_structure if scheme else None
-    if structure and any(module.get_submodule(n).out_features % structure[0] for n in linears):  # type: ignore[operator]
+    if structure and any(linear_at(module, n).out_features % structure[0] for n in linears):
         return [[n] for n in linears]
     return [list(linears)]
 
@@ -311,3 +313,6 @@ def _forget(block: nn.Module) -> None:
         if isinstance(module, QLinear):
             module.dense = None
     block.to("meta")
+    # The allocator keeps what small tensors leave behind, in pieces that the next block does not quite fit into.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -37,8 +37,8 @@ def evaluate(
     """Perplexity, fidelity to `baseline`, bits and bytes.
 
     text: `wikitext2`, `c4`, a file, or a Hub dataset. context_length: tokens a window (the model's own context, 2048 at
-    most, when not given); windows do not overlap, so the stride is the same. windows: how many at most. dtype: to compute
-    in (float32, bfloat16, float16; the checkpoint's own when not given).
+    most, when not given); windows do not overlap, so the stride is the same. windows: how many at most. dtype: to
+    compute in (float32, bfloat16, float16; the checkpoint's own when not given).
 
     Returns what is written to `results/` of the artifact. Raises: ValueError for what the caller can mend.
     """

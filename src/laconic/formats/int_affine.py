@@ -35,12 +35,12 @@ class IntAffine:
     @property
     def qmin(self) -> int:
         """Lowest code."""
-        return -(2 ** (self.num_bits - 1)) + int(self.narrow)
+        return int(self.narrow) - (1 << (self.num_bits - 1))
 
     @property
     def qmax(self) -> int:
         """Highest code."""
-        return 2 ** (self.num_bits - 1) - 1
+        return (1 << (self.num_bits - 1)) - 1
 
     def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Params:
         """The grid over [lo, hi], widened to hold zero. An all-zero tile gets scale 1."""

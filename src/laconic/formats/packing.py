@@ -49,7 +49,8 @@ def unpack(packed: Tensor, num_bits: int, n: int) -> Tensor:
         if offset + num_bits > 32:
             field = field | (unsigned[..., word + 1] << (32 - offset))
         out[..., i] = field & (2**num_bits - 1)
-    return (out.flatten(-2)[..., :n] - 2 ** (num_bits - 1)).to(torch.int8).contiguous()
+    signed = out.flatten(-2)[..., :n] - (1 << (num_bits - 1))
+    return signed.to(torch.int8).contiguous()
 
 
 def _period(num_bits: int) -> tuple[int, int]:

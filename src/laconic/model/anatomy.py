@@ -49,7 +49,8 @@ class Call:
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Run the block on hidden states (batch, tokens, hidden)."""
         out = block(hidden, *self.args, **self.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        first: Tensor = out[0] if isinstance(out, tuple) else out
+        return first
 
     def to(self, device: torch.device | str) -> Call:
         """The same call with its tensors elsewhere."""
@@ -72,7 +73,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     head = _find_head(model)
     try:
         # Made-up embeddings stand in for the embedding's weights, which are not loaded.
-        embedded = torch.zeros(1, 4, model.get_input_embeddings().weight.shape[1], dtype=model.dtype)
+        embedded = torch.zeros(1, 4, model.config.get_text_config().hidden_size, dtype=model.dtype)
         hidden, calls = capture_calls(model, name, inputs_embeds=embedded)
         taps = [_trace(block, call, hidden) for block, call in zip(blocks, calls, strict=True)]
     except ValueError:
@@ -106,7 +107,7 @@ def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) ->
         return hidden_states
 
     for block in blocks:
-        block.forward = bypass  # type: ignore[method-assign]
+        block.forward = bypass
     try:
         with torch.no_grad():
             model(**inputs, use_cache=False)
@@ -131,7 +132,7 @@ def head_input(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor) -> Tens
         raise Stopped
 
     for block in blocks:
-        block.forward = lambda *_, **__: hidden  # type: ignore[method-assign]
+        block.forward = lambda *_, **__: hidden
     handle = model.get_submodule(anatomy.head).register_forward_pre_hook(hook)
     try:
         with torch.no_grad():
@@ -143,6 +144,13 @@ def head_input(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor) -> Tens
         for block in blocks:
             del block.forward
     return seen[0]
+
+
+def linear_at(module: nn.Module, name: str) -> nn.Linear:
+    """The linear of this name in a module."""
+    linear = module.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
@@ -178,7 +186,7 @@ def _trace(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Tap, ...]:
 
 
 def _find_blocks(model: nn.Module) -> str:
-    candidates = {
+    candidates: dict[str, nn.ModuleList] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(linears_of(child) for child in module)
@@ -196,5 +204,5 @@ def _find_head(model: PreTrainedModel) -> str:
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if module is head and head is not None:
-            return name
+            return str(name)
     raise ValueError(f"unsupported architecture '{type(model).__name__}': it has no output head")

@@ -97,7 +97,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, document: Any) -> list[int]:
         return list(tokenizer(document, verbose=False).input_ids)
     if tokenizer.chat_template:
         try:
-            return list(tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)["input_ids"])
+            encoded: Any = tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)
+            return list(encoded["input_ids"])
         except Exception as e:
             raise ValueError(f"a chat of the dataset does not fit the model's chat template: {reason(e)}") from e
     turns = "\n".join(f"{m.get('role', 'user')}: {m.get('content', '')}" for m in document)

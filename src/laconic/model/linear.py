@@ -42,10 +42,8 @@ class QLinear(nn.Module):
         for name, meta in stored.items():
             self.register_parameter(name, _frozen(torch.empty_like(meta, device=_default_device())))
         acts = scheme.input_activations
-        if acts and not acts.dynamic:
-            self.input_scale = _frozen(torch.empty(1, dtype=dtype))
-        else:
-            self.input_scale = None
+        static = acts is not None and not acts.dynamic
+        self.input_scale = _frozen(torch.empty(1, dtype=dtype)) if static else None
         self.bias = _frozen(torch.empty(out_features, dtype=dtype)) if bias else None
         self.dense: Tensor | None = None
 

@@ -65,7 +65,9 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code:
     unsupported = f"unsupported architecture '{config.model_type}': it is no causal language model"
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
     except Exception as e:
         if "Unrecognized configuration class" in str(e):
             raise ValueError(unsupported) from e

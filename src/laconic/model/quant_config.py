@@ -1,6 +1,6 @@
 """The `quantization_config` of config.json: which linear has which scheme, in compressed-tensors' words.
 
-Schemes that engines run are written under `quant_method: compressed-tensors`. Schemes that only our own QLinear runs are
+Schemes that engines run are written under `quant_method: compressed-tensors`. Schemes that only our QLinear runs are
 written in the same words under `quant_method: laconic`, so that no engine opens them by mistake.
 """
 
@@ -33,7 +33,7 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
     ordered = sorted(groups, key=lambda s: len(groups[s]))
     storages = {s.storage for s in ordered}
     native = any(s.simulated for s in ordered)
-    config = QuantizationConfig.model_validate(
+    config: dict[str, Any] = QuantizationConfig.model_validate(
         {
             "config_groups": {
                 f"group_{i}": {
@@ -131,7 +131,7 @@ def _scheme(group: QuantizationScheme, config: QuantizationConfig) -> Scheme:
 def _format(args: QuantizationArgs, *, narrow: bool = False) -> Format:
     block = args.block_structure
     tiling = Tiling(
-        args.strategy,  # type: ignore[arg-type]
+        args.strategy,
         args.group_size if args.strategy == "group" else None,
         (block[0], block[1]) if block else None,
     )
@@ -144,7 +144,10 @@ def _format(args: QuantizationArgs, *, narrow: bool = False) -> Format:
 
 def _name(weights: Format, acts: Activations | None) -> str:
     """The preset of the same kinds and bits, for reading; varied presets keep their preset's name."""
-    kind = lambda f: f and (type(f), f.num_bits)  # noqa: E731
+
+    def kind(f: Format | None) -> tuple[type, int] | None:
+        return f and (type(f), f.num_bits)
+
     for name, preset in PRESETS.items():
         theirs = preset.input_activations
         if kind(preset.weights) == kind(weights) and kind(theirs and theirs.format) == kind(acts and acts.format):

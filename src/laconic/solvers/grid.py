@@ -78,7 +78,7 @@ def round_columns(fmt: Format, params: Params, W: Tensor, X: Tensor, A: Tensor) 
 
 
 def _by_column(fmt: Format, params: Params, shape: tuple[int, ...], order: Tensor) -> tuple[Params, Tensor]:
-    rows, cols = shape
+    rows = shape[0]
     tiling = fmt.tiling
     match tiling.strategy:
         case "group":

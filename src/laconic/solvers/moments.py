@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+# Tokens that matrix units sum in one go. They truncate where float32 arithmetic rounds, and what is lost grows with the
+# length of the sum: 1e-5 of it here, 6e-5 at four times as many (measured on an H200).
+_RUN = 4096
+
 
 @dataclass
 class Moments:
@@ -52,8 +56,9 @@ class Moments:
 def _add_gram(H: Tensor, x: Tensor) -> None:
     """H (in, in) float32 += x^T x. x: (tokens, in)."""
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        # The product of two such numbers is exact in float32, in which matrix units add up.
-        H += torch.mm(x.T, x, out_dtype=torch.float32)
+        # The product of two such numbers is exact in float32, and a GPU's matrix units add them up in it.
+        for run in torch.split(x, _RUN):
+            H += torch.mm(run.T, run, out_dtype=torch.float32)
     else:
         x = x.float()
         H.addmm_(x.T, x)

@@ -2,8 +2,8 @@
 
 GPTQ (arXiv 2210.17323) minimises ||(W - Q) X||^2 = tr(E H E^T), E = W - Q, H = X X^T. Factor H = (I + U) D (I + U)^T
 with U strictly upper triangular; then tr(E H E^T) = sum_j D_j ||E_j + sum_{k<j} E_k U_kj||^2, and rounding column j at
-x_j = W_j + sum_{k<j} E_k U_kj makes each term as small as a grid allows. This is LDLQ (QuIP, arXiv 2307.13304, Theorem 6
-shows that it is GPTQ, step for step). It needs one Cholesky factor and no inverse, its feedback is a matrix product
+x_j = W_j + sum_{k<j} E_k U_kj makes each term as small as a grid allows. This is LDLQ (QuIP, arXiv 2307.13304, Theorem
+6 shows that it is GPTQ, step for step). It needs one Cholesky factor and no inverse, its feedback is a matrix product
 with the small errors rather than a running update of large weights, and it takes any *rounder*: an integer grid, FP8,
 a pruning mask, a codebook.
 """
@@ -101,7 +101,7 @@ def lookahead(W: Tensor, X: Tensor, A: Tensor) -> Tensor:
     """What the columns of a unit would be if none of them had to be rounded: the values a grid should fit.
 
     Where earlier errors can be answered for by the whole unit, its best real values are W + F (I + U)^-1, with
-    F = X - W the feedback so far; these are the updated weights that GPTQ's own formulation keeps. Shapes as in Rounder.
+    F = X - W the feedback so far; these are the updated weights that GPTQ's own form keeps. Shapes as in Rounder.
     """
     identity = torch.eye(A.shape[0], device=A.device)
     answer: Tensor = torch.linalg.solve_triangular(identity + A, X - W, upper=False, unitriangular=True)

@@ -1,0 +1,104 @@
+"""The table of methods by scheme: perplexity, fidelity and size of one model, each row made by this one command.
+
+    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--context-length N] [--windows N]
+
+Prints Markdown. Everything is measured in float32 on the same windows; artifacts go to a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import laconic
+from laconic.evaluate.run import evaluate
+
+METHODS: dict[str, dict[str, Any]] = {
+    "rtn (min-max)": {"method": "rtn"},
+    "rtn (mse)": {"method": "rtn", "observer": "mse"},
+    "gptq": {"method": "gptq"},
+    "gptq (asymmetric)": {"method": "gptq", "asymmetric": 1.0},
+}
+WEIGHT_ONLY = {
+    "W8A16": {"scheme": "W8A16"},
+    "W4A16": {"scheme": "W4A16"},
+    "W4A16_ASYM": {"scheme": "W4A16_ASYM"},
+    "W3A16 asym": {"scheme": "W3A16", "symmetric": False},
+    "W2A16 asym": {"scheme": "W2A16", "symmetric": False},
+}
+WITH_ACTIVATIONS = {
+    "W8A8": {"scheme": "W8A8"},
+    "W8A8 static": {"scheme": "W8A8", "dynamic": False},
+    "W4A8": {"scheme": "W4A8"},
+    "FP8_DYNAMIC": {"scheme": "FP8_DYNAMIC"},
+    "FP8_BLOCK": {"scheme": "FP8_BLOCK"},
+    "W6A6": {"scheme": "W6A6"},
+}
+
+
+def rows(quick: bool) -> list[tuple[str, str, dict[str, Any]]]:
+    """(scheme, method, stage) of every row."""
+    weights = [
+        (s, m, v | METHODS[m]) for s, v in WEIGHT_ONLY.items() for m in METHODS if s != "W8A16" or m == "rtn (mse)"
+    ]
+    acts = [(s, m, v | METHODS[m]) for s, v in WITH_ACTIVATIONS.items() for m in ("rtn (min-max)", "gptq")]
+    return weights if quick else weights + acts
+
+
+def main() -> None:
+    """Compress and measure row by row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--context-length", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=None)
+    parser.add_argument("--group-size", type=int, default=None)
+    parser.add_argument("--group-size-for", nargs=2, action="append", metavar=("PATTERN", "SIZE"), default=[])
+    parser.add_argument("--quick", action="store_true", help="weight-only schemes alone")
+    args = parser.parse_args()
+    calibration = {
+        "dataset": args.calibration,
+        "num_calibration_samples": args.samples,
+        "max_seq_length": args.context_length,
+    }
+    print("| scheme | method | bits/weight | perplexity | KL mean | KL p99 | same top-1 |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    shown = False
+    for scheme, method, stage in rows(args.quick):
+        grouped = args.group_size and stage["scheme"] not in ("W8A16", "W8A8", "W6A6", "FP8_DYNAMIC", "FP8_BLOCK")
+        if grouped:
+            stage = stage | {"group_size": args.group_size}
+        stages = [stage | {"ignore": ["lm_head", *(p for p, _ in args.group_size_for)]}] if grouped else [stage]
+        if grouped:
+            stages += [stage | {"targets": p, "group_size": int(g)} for p, g in args.group_size_for]
+        with tempfile.TemporaryDirectory() as folder:
+            artifact = laconic.compress(
+                args.model, {"stages": stages, "calibration": calibration}, Path(folder) / "artifact"
+            )
+            r = evaluate(
+                artifact.path,
+                baseline=args.model,
+                text=args.text,
+                context_length=args.context_length,
+                windows=args.windows,
+                dtype="float32",
+            )
+        if not shown:
+            print(
+                f"| 16 bit | - | {r['baseline_bits_per_weight']:.2f} | {r['baseline_perplexity']:.3f} | 0 | 0 | 100 % |"
+            )
+            shown = True
+        simulated = " (simulated)" if r["simulated"] else ""
+        print(
+            f"| {scheme}{simulated} | {method} | {r['bits_per_weight']:.2f} | {r['perplexity']:.3f} "
+            f"| {r['kl_mean']:.4f} | {r['kl_p99']:.3f} | {100 * r['top1_agreement']:.1f} % |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

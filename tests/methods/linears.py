@@ -1,0 +1,39 @@
+"""One linear and its calibration activations, for methods tried without a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from laconic.engine.stage import LinearStage
+from laconic.formats import Quantized
+from laconic.solvers.moments import Moments
+
+
+def correlated(tokens: int = 512, n: int = 128, *, seed: int = 0) -> Tensor:
+    """Activations as a trained model has them: a few loud directions, and inputs that go together."""
+    generator = torch.Generator().manual_seed(seed)
+    loud = torch.logspace(0, -2, n)
+    return (torch.randn(tokens, n, generator=generator) * loud) @ torch.randn(n, n, generator=generator) / n**0.5
+
+
+def weight(rows: int = 96, n: int = 128) -> Tensor:
+    return torch.randn(rows, n, generator=torch.Generator().manual_seed(7)) / n**0.5
+
+
+def moments_of(x: Tensor, x_full: Tensor | None = None) -> Moments:
+    moments = Moments(x.shape[1], torch.device("cpu"), asymmetric=x_full is not None)
+    moments.add(x, x_full)
+    return moments
+
+
+def made_of(stage: LinearStage, W: Tensor, x: Tensor, x_full: Tensor | None = None) -> Tensor:
+    """What a stage makes of a weight whose input is x (and was x_full in the original model), decoded."""
+    made = stage.compress(W, moments_of(x, x_full), torch.bfloat16).weight
+    return made.decode() if isinstance(made, Quantized) else made
+
+
+def output_error(W: Tensor, Q: Tensor, x: Tensor, x_full: Tensor | None = None) -> float:
+    """||Q x - W x_full||^2 over the tokens, in float64."""
+    truth = x if x_full is None else x_full
+    return float((x.double() @ Q.double().T - truth.double() @ W.double().T).square().sum())

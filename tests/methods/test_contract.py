@@ -1,0 +1,159 @@
+"""What every method promises, asked of each in METHODS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from linears import correlated, made_of, output_error, weight
+from pydantic import ValidationError
+from torch import Tensor
+
+import laconic
+from artifacts import Stage, inputs, press, same_bytes, tensors, windows
+from laconic import Artifact
+from laconic.engine.stage import LinearStage, QuantizingStage
+from laconic.formats import Quantized
+from laconic.methods import METHODS
+from laconic.methods.rtn import Rtn
+from laconic.model.reading import quantized_linears
+
+SCHEMES: list[dict[str, Any]] = [
+    {"scheme": "W4A16", "group_size": 32},
+    {"scheme": "W4A16_ASYM", "group_size": 32},
+    {"scheme": "W3A16", "group_size": -1},
+    {"scheme": "W2A16", "group_size": 16},
+    {"scheme": "W8A8"},
+    {"scheme": "W6A6"},
+    {"scheme": "FP8"},
+]
+
+
+def stages_of(method: type[LinearStage]) -> list[Stage]:
+    """A method with every scheme, where it has schemes."""
+    name = {"method": method.model_fields["method"].default}
+    return [name | scheme for scheme in SCHEMES] if issubclass(method, QuantizingStage) else [name]
+
+
+def told(stage: Stage) -> str:
+    return "-".join(str(v) for v in stage.values())
+
+
+EVERY = [stage for method in METHODS for stage in stages_of(method)]
+BY_NAME = {method.model_fields["method"].default: method for method in METHODS}
+
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.model_fields["method"].default)
+
+
+def made(stage: Stage) -> LinearStage:
+    return BY_NAME[stage["method"]].model_validate(stage)
+
+
+@pytest.fixture(scope="module", params=EVERY, ids=told)
+def stage(request: pytest.FixtureRequest) -> Stage:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def artifact(stage: Stage, llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return press(llama, tmp_path_factory.mktemp("artifacts") / told(stage), stage, text=text)
+
+
+def test_the_same_seed_gives_the_same_bytes(
+    stage: Stage, artifact: Artifact, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(1234)
+    again = press(llama, tmp_path / "again", stage, text=text)
+    assert same_bytes(again.path, artifact.path)
+
+
+def test_the_number_of_threads_changes_nothing(
+    stage: Stage, artifact: Artifact, llama: Path, text: Path, tmp_path: Path, other_threads: None
+) -> None:
+    again = press(llama, tmp_path / "again", stage, text=text)
+    assert same_bytes(again.path, artifact.path)
+
+
+@pytest.fixture
+def other_threads() -> Iterator[None]:
+    """Two threads where there was one, one where there were two."""
+    before = torch.get_num_threads()
+    products = []
+    for n in (before, 1 if before > 1 else 2):
+        torch.set_num_threads(n)
+        x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+        products.append(x.T @ x)
+    if torch.equal(*products):
+        yield
+    torch.set_num_threads(before)
+    if not torch.equal(*products):
+        pytest.skip("a matrix product depends on the number of threads here")
+
+
+def test_untargeted_weights_are_left_as_they_were(stage: Stage, llama: Path, text: Path, tmp_path: Path) -> None:
+    targeted = stage | {"targets": "re:.*layers.1.mlp.*"}
+    before, after = tensors(llama), tensors(press(llama, tmp_path / "part", targeted, text=text).path)
+    untouched = [n for n in before if ".1.mlp." not in n]
+    assert set(after) >= set(untouched)
+    for name in untouched:
+        assert torch.equal(after[name].view(torch.uint8), before[name].view(torch.uint8))
+
+
+def test_the_file_decodes_to_what_was_chosen(
+    stage: Stage, artifact: Artifact, llama: Path, monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path
+) -> None:
+    method, chosen = BY_NAME[stage["method"]], list[Tensor]()
+    compress = method.compress
+
+    def watched(self: LinearStage, *args: Any) -> Any:
+        outcome = compress(self, *args)
+        weight = outcome.weight
+        chosen.append(weight.decode() if isinstance(weight, Quantized) else weight)
+        return outcome
+
+    monkeypatch.setattr(method, "compress", watched)
+    path = press(llama, tmp_path / "watched", stage, text=text).path
+    found = linears_in(path, [e["linear"] for e in artifact.log])
+    assert torch.equal(torch.cat([w.flatten() for w in found]), torch.cat([w.flatten() for w in chosen]))
+
+
+def linears_in(folder: Path, names: list[str]) -> list[Tensor]:
+    """Weights as the file has them, decoded, in float32."""
+    model = laconic.load(folder)
+    decoded = {n: linear.decode(torch.float32) for n, linear in quantized_linears(model).items()}
+    return [decoded[n] if n in decoded else model.get_submodule(n).weight.float() for n in names]
+
+
+def test_the_log_tells_the_errors_that_the_file_has(artifact: Artifact, llama: Path, text: Path) -> None:
+    names = [e["linear"] for e in artifact.log]
+    before, after = linears_in(llama, names), linears_in(artifact.path, names)
+    # A linear was observed after the ones before it were compressed, as it is in the finished model.
+    seen = inputs(laconic.load(artifact.path), windows(llama, text), names)
+    for event, W, Q in zip(artifact.log, before, after, strict=True):
+        E, X = (W - Q).double(), seen[event["linear"]]
+        W = W.double()
+        assert event["weight_error"] == pytest.approx(float(E.square().sum() / W.square().sum()), rel=1e-4)
+        if "output_error" in event:
+            lost, kept = ((X @ M.T).square().sum() for M in (E, W))
+            assert event["output_error"] == pytest.approx(float(lost / kept), rel=0.02)
+
+
+@pytest.mark.parametrize("looking", [s for s in EVERY if "scheme" in s and made(s).gram], ids=told)
+def test_a_method_that_looks_at_data_beats_rounding_to_nearest(looking: Stage) -> None:
+    x, W = correlated(), weight()
+    blind = Rtn.model_validate(looking | {"method": "rtn", "observer": "mse"})
+    assert output_error(W, made_of(made(looking), W, x), x) < 0.9 * output_error(W, made_of(blind, W, x), x)
+
+
+@every_method
+def test_a_config_is_frozen_and_knows_all_its_keys(method: type[LinearStage]) -> None:
+    given = stages_of(method)[0]
+    config = method.model_validate(given)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.targets = ("lm_head",)
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        method.model_validate(given | {"grup_size": 32})
+    assert method.model_validate(config.model_dump()) == config

@@ -1,0 +1,220 @@
+"""The command line: exit codes, JSON that a program can read, a plan that comes true."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import laconic as library
+from conftest import Laconic, Ran
+from tiny import make_model, make_recipe
+
+RTN = {"method": "rtn", "scheme": "W8A16"}
+GPTQ = {"method": "gptq", "scheme": "W4A16", "group_size": 32}
+
+
+@pytest.fixture
+def recipe(llama: Path, text: Path, tmp_path: Path) -> Path:
+    """A whole recipe, model and output included."""
+    calibration = {"dataset": str(text), "num_calibration_samples": 4, "max_seq_length": 32}
+    keys = {"model": str(llama), "output": str(tmp_path / "out"), "calibration": calibration}
+    return make_recipe(tmp_path / "recipe.yaml", GPTQ, **keys)
+
+
+@pytest.fixture(scope="module")
+def artifact(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama in 8 bits. Not to be changed, but for results."""
+    return library.compress(str(llama), {"stages": [RTN]}, tmp_path_factory.mktemp("artifact") / "out").path
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in folder.glob("*.safetensors")}
+
+
+def json_of(ran: Ran) -> Any:
+    """The one JSON object on stdout."""
+    assert ran.code == 0, ran.err
+    value = json.loads(ran.out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert isinstance(value, dict)
+    return value
+
+
+# --- exit codes ---
+
+
+def test_done_is_0(laconic: Laconic, recipe: Path, tmp_path: Path) -> None:
+    ran = laconic("compress", recipe)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith(f"{tmp_path}/out: ")
+
+
+def test_a_mistake_of_ours_is_1_with_a_traceback(
+    laconic: Laconic, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(sys.modules["laconic.compress"], "walk", fail)
+    ran = laconic("compress", recipe)
+    assert (ran.code, ran.out) == (1, "")
+    assert "Traceback" in ran.err
+    assert "RuntimeError: a bug" in ran.err
+
+
+def test_an_interruption_is_130_and_says_how_to_go_on(
+    laconic: Laconic, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["laconic.compress"], "walk", interrupt)
+    ran = laconic("compress", recipe)
+    assert (ran.code, ran.out) == (130, "")
+    assert ran.err == "interrupted; run the same command again to go on where it stopped\n"
+
+
+def test_help_is_0_and_no_command_is_2(laconic: Laconic) -> None:
+    assert laconic("--help").code == 0
+    assert laconic("compress", "--help").code == 0
+    assert laconic().code == 2
+
+
+@pytest.mark.slow
+def test_the_installed_command_is_interrupted_and_goes_on(recipe: Path, tmp_path: Path) -> None:
+    command = [Path(sys.executable).with_name("laconic"), "compress", recipe]
+    command += ["--set", "calibration.num_calibration_samples=128"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out.partial").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "interrupted; run the same command again to go on where it stopped"
+    assert not (tmp_path / "out").exists()
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+# --- JSON ---
+
+
+def test_compress_json(laconic: Laconic, recipe: Path, tmp_path: Path) -> None:
+    told = json_of(laconic("compress", recipe, "--json"))
+    assert told["output"] == str(tmp_path / "out")
+    assert told["seconds"] > 0
+    assert told["forecast"]["bytes_before"] > told["forecast"]["bytes_after"]
+
+
+def test_compress_dry_run_json(laconic: Laconic, recipe: Path, tmp_path: Path) -> None:
+    told = json_of(laconic("compress", recipe, "--dry-run", "--json"))
+    assert (told["schemes"], told["blocks"], told["output"]) == ({"W4A16": 14}, 2, str(tmp_path / "out"))
+
+
+def test_eval_inspect_and_report_json(
+    laconic: Laconic, artifact: Path, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    # A single window has no standard error, and JSON no NaN.
+    window = ("--text", text, "--context-length", 64, "--windows", 1)
+    measured = json_of(laconic("eval", artifact, "--baseline", llama, *window, "--json"))
+    assert (measured["windows"], measured["tokens"], measured["nll_stderr"]) == (1, 63, None)
+    inspected = json_of(laconic("inspect", artifact, "--json"))
+    assert inspected["schemes"] == measured["schemes"] == {"W8A16": 14}
+    reported = json_of(laconic("report", artifact, "-o", tmp_path / "page.html", "--json"))
+    assert reported == {"page": str(tmp_path / "page.html"), "artifacts": [str(artifact)]}
+    assert (tmp_path / "page.html").stat().st_size > 1000
+
+
+def test_ls_and_validate_json(laconic: Laconic, recipe: Path) -> None:
+    known = json_of(laconic("ls", "--json"))
+    assert {m["name"] for m in known["methods"]} >= {"gptq", "rtn"}
+    assert {s["name"] for s in known["schemes"]} >= {"W4A16", "W8A8", "FP8_DYNAMIC"}
+    validated = json_of(laconic("validate", recipe, "--set", "stages.0.actorder=null", "--json"))
+    assert validated["stages"][0]["group_size"] == 32
+    assert validated["stages"][0]["actorder"] is None
+
+
+# --- words for people ---
+
+
+def test_ls_inspect_and_validate_say_what_there_is(laconic: Laconic, artifact: Path, recipe: Path) -> None:
+    assert "GPTQ" in laconic("ls").out
+    assert "14 x W8A16" in laconic("inspect", artifact).out
+    assert laconic("validate", recipe).out == f"{recipe}: valid, 1 stage(s): gptq\n"
+
+
+def test_a_path_with_brackets_is_told_as_it_is(laconic: Laconic, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out[bold][/red]"
+    assert laconic("compress", recipe, "-o", out).out.startswith(f"{out}: ")
+
+
+# --- the two forms of compress, and the plan ---
+
+
+def test_a_model_with_a_recipe_and_a_recipe_with_a_model_are_the_same(
+    laconic: Laconic, recipe: Path, llama: Path, tmp_path: Path
+) -> None:
+    assert laconic("compress", recipe).code == 0
+    assert laconic("compress", llama, "--recipe", recipe, "-o", tmp_path / "other").code == 0
+    called = library.compress(str(llama), recipe, tmp_path / "called").path
+    assert weights(tmp_path / "out") == weights(tmp_path / "other") == weights(called)
+
+
+def test_a_seed_is_all_that_chance_depends_on(laconic: Laconic, recipe: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert laconic("compress", recipe, "--set", f"seed={seed}", "-o", tmp_path / name).code == 0
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+
+
+def test_a_dry_run_says_what_will_be_and_writes_nothing(laconic: Laconic, recipe: Path, tmp_path: Path) -> None:
+    before = set(tmp_path.rglob("*"))
+    said = laconic("compress", recipe, "--dry-run").out
+    assert set(tmp_path.rglob("*")) == before
+    for words in ("2 blocks", "gptq on 14 linears", "14 x W4A16", "4 x 32 tokens", "smaller", f"{tmp_path}/out"):
+        assert words in said.replace("\n", "")
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model large enough for its weights to outweigh the names of its tensors."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128, "vocab_size": 512}
+    return make_model(tmp_path_factory.mktemp("roomy") / "model", **sizes)
+
+
+HEAD_TOO = {"targets": ["Linear", "lm_head"], "ignore": []}
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"scheme": "W4A16"},
+        {"scheme": "W4A16_ASYM", "group_size": 32},
+        {"scheme": "W3A16", **HEAD_TOO},
+        {"scheme": "W2A16"},
+        {"scheme": "W8A16", "ignore": "re:.*down_proj"},
+        {"scheme": "W8A8"},
+        {"scheme": "FP8_DYNAMIC", **HEAD_TOO},
+        {"scheme": "FP8_BLOCK"},
+        {"scheme": "W6A6"},
+    ],
+    ids=lambda s: s["scheme"],
+)
+def test_the_size_foretold_is_the_size_that_comes(
+    laconic: Laconic, roomy: Path, tmp_path: Path, stage: dict[str, Any]
+) -> None:
+    recipe = make_recipe(tmp_path / "recipe.yaml", {"method": "rtn"} | stage, model=str(roomy))
+    foretold = json_of(laconic("compress", recipe, "-o", tmp_path / "out", "--dry-run", "--json"))
+    assert laconic("compress", recipe, "-o", tmp_path / "out").code == 0
+    assert size(tmp_path / "out") == pytest.approx(foretold["bytes_after"], rel=0.02)
+    assert size(roomy) == pytest.approx(foretold["bytes_before"], rel=0.02)
+
+
+def size(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
