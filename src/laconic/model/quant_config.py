@@ -143,21 +143,17 @@ def _format(args: QuantizationArgs, *, narrow: bool = False) -> Format:
 
 
 def _name(weights: Format, acts: Activations | None) -> str:
-    """The preset of the same kinds and bits, for reading; varied presets keep their preset's name."""
+    """The preset of the same kind, for reading; varied presets keep their preset's name."""
+    wanted = _kind(weights, acts)
+    same = (name for name, preset in PRESETS.items() if _kind(preset.weights, preset.input_activations) == wanted)
+    return next(same, f"W{weights.num_bits}A{acts.format.num_bits if acts else 16}")
 
-    def kind(f: Format | None) -> tuple[type, int] | None:
-        return f and (type(f), f.num_bits)
 
-    for name, preset in PRESETS.items():
-        theirs = preset.input_activations
-        if kind(preset.weights) == kind(weights) and kind(theirs and theirs.format) == kind(acts and acts.format):
-            same_way = (preset.weights.symmetric == weights.symmetric) and (
-                not acts or not theirs or acts.dynamic == theirs.dynamic or type(weights) is IntAffine
-            )
-            block = (preset.weights.tiling.strategy == "block") == (weights.tiling.strategy == "block")
-            if same_way and block:
-                return name
-    return f"W{weights.num_bits}A{acts.format.num_bits if acts else 16}"
+def _kind(weights: Format, acts: Activations | None) -> tuple[Any, ...]:
+    block = weights.tiling.strategy == "block"
+    # Integer presets have one name for static and dynamic activations, FP8 has two.
+    rounding = acts and (type(acts.format), acts.format.num_bits, acts.dynamic or isinstance(weights, IntAffine))
+    return type(weights), weights.num_bits, weights.symmetric, block, rounding
 
 
 def count_schemes(schemes: Mapping[str, Scheme]) -> dict[str, int]:

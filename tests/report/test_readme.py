@@ -1,0 +1,37 @@
+"""What the README says is what the code says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from laconic.methods import METHODS
+from laconic.report.catalogue import support_matrix
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_support_matrix_is_the_codes_own() -> None:
+    shown = re.search(r"<!-- matrix -->\n(.*?)\n<!-- /matrix -->", README, re.S)
+    assert shown
+    assert shown[1].strip() == support_matrix(), "run: python scripts/refresh_readme.py"
+
+
+def test_every_method_has_a_page_that_names_its_options() -> None:
+    for method in METHODS:
+        name = method.model_fields["method"].default
+        page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
+        own = set(method.model_fields) - {"method"}
+        assert all(f"`{option}`" in page or option in _shared() for option in own), f"docs/methods/{name}.md"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def _shared() -> set[str]:
+    """Options of every quantizing stage, described once in rtn's page and formats."""
+    return {"scheme", "group_size", "symmetric", "strategy", "dynamic", "targets", "ignore"}
