@@ -30,12 +30,16 @@ class Quality:
     @property
     def perplexity(self) -> float:
         """exp(nll)."""
-        return math.exp(self.nll) if self.nll < 700 else math.inf
+        return _exp(self.nll)
 
     @property
     def baseline_perplexity(self) -> float | None:
         """The original's perplexity on the same windows."""
-        return None if self.baseline_nll is None else math.exp(self.baseline_nll)
+        return None if self.baseline_nll is None else _exp(self.baseline_nll)
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf
 
 
 @torch.no_grad()
