@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 VLLM   := .venv-vllm
 
-.PHONY: demo test test-fast test-vllm lint clean
+.PHONY: demo test test-slow test-vllm lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python scripts/stdlib_text.py train build/train.txt --max-bytes 3000000
@@ -14,7 +14,7 @@ demo: $(VENV)/ready
 	$(BIN)/laconic report out/demo-gptq-w4a16 --output out/report.html
 
 test: $(VENV)/ready lint
-	$(BIN)/python -m pytest -q -m "not slow and not vllm" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not vllm" tests
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m "slow and not vllm" tests

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import laconic
 from laconic import Artifact
 from laconic.model.data import calibration_windows, read_documents
+from laconic.model.linear import QLinear
 from laconic.model.load import load_tokenizer
-from laconic.model.reading import quantized_linears
 
 Stage = dict[str, Any]
 
@@ -63,6 +63,11 @@ def same_bytes(a: Path, b: Path) -> bool:
 def original(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A plain model as transformers opens it."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
+
+
+def quantized_linears(model: PreTrainedModel) -> dict[str, QLinear]:
+    """The linears of an artifact's model that hold codes, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}
 
 
 def with_decoded_weights(source: Path, artifact: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:

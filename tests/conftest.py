@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from commands import Laconic, Ran
 
 # No test reaches for the network, and tiny matrices are multiplied fastest by one thread. Both are read when torch and
 # transformers are imported, which this file therefore leaves to the fixtures.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Many small cases, each on a machine that may be busy with something else.
+settings.register_profile("laconic", max_examples=50, deadline=None)
+settings.load_profile("laconic")
 
 
 @pytest.fixture(scope="session")
@@ -32,26 +37,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "calibration.txt"
     file.write_text(make_text(6000))
     return file
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command said, and how it ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def complaint(self) -> str:
-        """The one line that a user's mistake gives: exit code 2, nothing on stdout."""
-        assert (self.code, self.out) == (2, ""), self
-        (line,) = self.err.splitlines()
-        assert line.startswith("laconic: ")
-        return line.removeprefix("laconic: ")
-
-
-Laconic = Callable[..., Ran]
 
 
 @pytest.fixture

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import laconic as library
-from conftest import Laconic, Ran
+from commands import Laconic, Ran
 from tiny import make_model, make_recipe
 
 RTN = {"method": "rtn", "scheme": "W8A16"}
 GPTQ = {"method": "gptq", "scheme": "W4A16", "group_size": 32}
+LACONIC = Path(sys.executable).with_name("laconic")
 
 
 @pytest.fixture
@@ -88,8 +91,7 @@ def test_help_is_0_and_no_command_is_2(laconic: Laconic) -> None:
 
 @pytest.mark.slow
 def test_the_installed_command_is_interrupted_and_goes_on(recipe: Path, tmp_path: Path) -> None:
-    command = [Path(sys.executable).with_name("laconic"), "compress", recipe]
-    command += ["--set", "calibration.num_calibration_samples=128"]
+    command = [LACONIC, "compress", recipe, "--set", "calibration.num_calibration_samples=128"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "out.partial").exists():
         assert process.poll() is None, process.communicate()
@@ -101,6 +103,13 @@ def test_the_installed_command_is_interrupted_and_goes_on(recipe: Path, tmp_path
     assert not (tmp_path / "out").exists()
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert (tmp_path / "out" / "config.json").exists()
+
+
+@given(st.text(max_size=40))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_set_is_0_or_2(laconic: Laconic, setting: str) -> None:
+    ran = laconic("validate", "rtn-w4a16", "--set", setting)
+    assert ran.code == 0 or ran.complaint
 
 
 # --- JSON ---
@@ -218,3 +227,19 @@ def test_the_size_foretold_is_the_size_that_comes(
 
 def size(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_memory_foretold_is_of_the_size_that_is_taken(llama: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "head_dim": 64, "num_attention_heads": 16}
+    large = make_model(tmp_path / "large", **sizes)
+
+    def compress(model: Path) -> Any:
+        recipe = make_recipe(tmp_path / "recipe.yaml", RTN, model=str(model))
+        command = [LACONIC, "compress", recipe, "-o", tmp_path / "out", "--overwrite", "--json"]
+        return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+
+    # What Python and torch take, they take for any model.
+    floor, told = compress(llama)["peak_memory_bytes"], compress(large)
+    taken = told["peak_memory_bytes"] - floor
+    assert taken / 3 < told["forecast"]["peak_bytes"] < taken * 3

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import laconic
-from artifacts import gptq, logits, original, press, rtn, tensors, with_decoded_weights
-from laconic.model.reading import quantized_linears
+from artifacts import gptq, logits, original, press, quantized_linears, rtn, tensors, with_decoded_weights
 from tiny import ARCHITECTURES, make_model
 
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import laconic
-from artifacts import gptq, inputs, original, press, rtn, same_bytes, tensors, windows
+from artifacts import Stage, gptq, inputs, original, press, quantized_linears, rtn, same_bytes, tensors, windows
 from laconic import Artifact
-from laconic.model.reading import quantized_linears
 from tiny import make_model
 
 ATTENTION, MLP = "re:.*self_attn.*", "re:.*mlp.*"
@@ -64,6 +63,16 @@ def test_what_a_stage_makes_of_its_linears_is_what_it_makes_alone(llama: Path, t
             assert torch.equal(alone[name], both[name])
 
 
+@pytest.mark.parametrize("stage", [rtn("FP8"), rtn("W8A8", strategy="tensor"), gptq("FP8")], ids=str)
+def test_linears_that_engines_fuse_have_one_scale_where_a_tensor_has_one(
+    stage: Stage, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    stored = tensors(press(llama, tmp_path / "artifact", stage, text=text).path)
+    for fused in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        (scale,) = {float(stored[f"model.layers.0.{name}.weight_scale"]) for name in fused}
+        assert scale != float(stored["model.layers.0.mlp.down_proj.weight_scale"])
+
+
 @pytest.mark.parametrize(
     "stages",
     [
@@ -78,7 +87,9 @@ def test_what_a_stage_makes_of_its_linears_is_what_it_makes_alone(llama: Path, t
     ],
     ids=lambda s: s[1],
 )
-def test_a_recipe_that_does_not_fit_the_model_is_refused(stages: tuple[list, str], llama: Path, tmp_path: Path) -> None:
+def test_a_recipe_that_does_not_fit_the_model_is_refused(
+    stages: tuple[list[Stage], str], llama: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=stages[1]):
         press(llama, tmp_path / "artifact", *stages[0])
     assert not list(tmp_path.iterdir())

@@ -72,7 +72,14 @@ def test_fewer_bits_are_less_faithful(llama: Path, tmp_path: Path) -> None:
 
 
 def test_one_window_has_no_standard_error(model: PreTrainedModel) -> None:
-    assert math.isnan(measure(model, WINDOWS[:1]).nll_stderr)
+    assert measure(model, WINDOWS[:1]).nll_stderr is None
+
+
+def test_a_model_that_puts_out_nan_is_refused(llama: Path) -> None:
+    broken = original(llama)
+    broken.lm_head.weight.data[5] = math.nan
+    with pytest.raises(ValueError, match="puts out NaN or infinity in torch"):
+        measure(broken, WINDOWS)
 
 
 def test_a_hopeless_model_has_infinite_perplexity() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import laconic
-from artifacts import Stage, inputs, press, same_bytes, tensors, windows
+from artifacts import Stage, inputs, press, quantized_linears, same_bytes, tensors, windows
 from laconic import Artifact
 from laconic.engine.stage import LinearStage, QuantizingStage
 from laconic.formats import Quantized
 from laconic.methods import METHODS
 from laconic.methods.rtn import Rtn
-from laconic.model.reading import quantized_linears
 
 SCHEMES: list[dict[str, Any]] = [
     {"scheme": "W4A16", "group_size": 32},
@@ -70,31 +69,27 @@ def test_the_same_seed_gives_the_same_bytes(
     assert same_bytes(again.path, artifact.path)
 
 
+@every_method
 def test_the_number_of_threads_changes_nothing(
-    stage: Stage, artifact: Artifact, llama: Path, text: Path, tmp_path: Path, other_threads: None
+    method: type[LinearStage], llama: Path, text: Path, tmp_path: Path, set_threads: Callable[[int], None]
 ) -> None:
-    again = press(llama, tmp_path / "again", stage, text=text)
-    assert same_bytes(again.path, artifact.path)
+    x = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
+    folders, products = [], []
+    for threads in (1, 2):
+        set_threads(threads)
+        folders.append(press(llama, tmp_path / str(threads), stages_of(method)[0], text=text).path)
+        products.append(x.T @ x)
+    if not torch.equal(*products):
+        pytest.skip("a matrix product depends on the number of threads here")
+    assert same_bytes(*folders)
 
 
 @pytest.fixture
-def other_threads() -> Iterator[None]:
-    """Two threads where there was one, one where there were more."""
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """`torch.set_num_threads`, undone after the test."""
     before = torch.get_num_threads()
-    other = 1 if before > 1 else 2
-    steady = torch.equal(hessian(before), hessian(other))
-    torch.set_num_threads(other if steady else before)
-    if not steady:
-        pytest.skip("a matrix product depends on the number of threads here")
-    yield
+    yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def hessian(threads: int) -> Tensor:
-    """A product of the size that these tests have, in so many threads."""
-    torch.set_num_threads(threads)
-    x = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
-    return x.T @ x
 
 
 def test_untargeted_weights_are_left_as_they_were(stage: Stage, llama: Path, text: Path, tmp_path: Path) -> None:

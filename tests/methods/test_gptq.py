@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from linears import correlated, made_of, moments_of, output_error, weight
 
+import laconic
+from artifacts import original, press, windows
+from laconic.evaluate.fidelity import measure
 from laconic.methods.gptq import Gptq, retarget
 
 W, X = weight(), correlated()
@@ -102,3 +106,16 @@ def test_its_target_is_the_least_squares_solution() -> None:
 
 def test_without_drift_gptaq_is_gptq() -> None:
     assert torch.equal(made_of(gptq(asymmetric=1.0), W, X, X), made_of(gptq(), W, X))
+
+
+@pytest.mark.parametrize("keys", [{}, {"actorder": None}, {"true_sequential": False}, {"asymmetric": 0.5}], ids=str)
+def test_a_model_stays_closer_to_itself_than_by_rounding(
+    keys: dict[str, Any], llama: Path, text: Path, tmp_path: Path
+) -> None:
+    ids, scheme = windows(llama, text), {"scheme": "W3A16", "group_size": 32}
+    made = [
+        press(llama, tmp_path / method, {"method": method} | scheme | given, text=text)
+        for method, given in (("gptq", keys), ("rtn", {"observer": "mse"}))
+    ]
+    looking, blind = (measure(laconic.load(a.path), ids, original(llama)).kl_mean for a in made)
+    assert looking < 0.8 * blind

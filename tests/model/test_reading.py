@@ -13,9 +13,9 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import laconic
-from artifacts import gptq, logits, original, press, rtn, tensors, with_decoded_weights
+from artifacts import gptq, logits, original, press, quantized_linears, rtn, tensors, with_decoded_weights
+from laconic.formats.int_affine import IntAffine
 from laconic.formats.schemes import PRESETS
-from laconic.model.reading import quantized_linears
 from tiny import make_model
 
 WEIGHT_ONLY = [name for name, scheme in PRESETS.items() if scheme.input_activations is None]
@@ -52,11 +52,12 @@ def test_transformers_opens_every_preset_to_the_weights_that_were_chosen(pressed
 
 
 def test_transformers_and_laconic_make_the_same_of_an_input(pressed: Path) -> None:
-    if PRESETS[pressed.name].input_activations is None:
-        assert close(logits(original(pressed)), logits(laconic.load(pressed)), 0.02)
-    else:
-        # Whether others round activations is up to their engine; ours does, at the cost of a few bits of noise.
-        assert close(logits(original(pressed)), logits(laconic.load(pressed)), 0.25)
+    theirs, ours = logits(original(pressed, torch.float32)), logits(laconic.load(pressed, dtype=torch.float32))
+    acts = PRESETS[pressed.name].input_activations
+    # Transformers spreads an integer activation over 127.5 steps, engines and we over 127.
+    spread = acts is not None and isinstance(acts.format, IntAffine) and pressed.name not in NATIVE
+    # It also decodes an asymmetric weight in bfloat16, whatever it computes in.
+    assert close(theirs, ours, 0.1 if spread else 0.02 if pressed.name == "W4A16_ASYM" else 1e-4)
 
 
 def test_laconic_reads_what_transformers_would_with_the_decoded_weights(pressed: Path, wide: Path) -> None:

@@ -61,6 +61,8 @@ def observe(
         _watch(block, taps, call, hidden.to(device), seen)
         for tap in taps:
             moments[tap].add(seen[tap], full.get(tap))
+    for found in moments.values():
+        found.check()
     return moments
 
 

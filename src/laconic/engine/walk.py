@@ -170,6 +170,7 @@ class _Walker:
                 self._materialise_outside(embeddings=False)
                 for hidden in flow.stream.batches():
                     moments.add(head_input(self.model, self.plan.anatomy, hidden.to(self.settings.device)))
+                moments.check()
             yield from self._compress_tap(self.model, "", [head], stage, moments)
 
     def _compress_tap(
@@ -180,7 +181,8 @@ class _Walker:
         stage: LinearStage,
         moments: Moments | None,
     ) -> Iterator[dict[str, Any]]:
-        """Compress linears that read one tensor, their rows together where that gives each the same as alone."""
+        """Compress linears that read one tensor, their rows together: each comes out as it would alone, but for a scale
+        of a whole tensor, which engines that fuse them want to be one."""
         for together in _batches(module, linears, stage.result):
             begun = time.monotonic()
             weights = [linear_at(module, n).weight for n in together]

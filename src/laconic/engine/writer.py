@@ -7,12 +7,13 @@ finished shard is the only record that its block is done. The folder takes its f
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from laconic.model.checkpoint import INDEX
 
-RECIPE, LOG, _LOCK, _REPLACED = "recipe.yaml", "log.jsonl", ".lock", ".replaced"
+RECIPE, LOG, _REPLACED = "recipe.yaml", "log.jsonl", ".replaced"
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 _NOT_COPIED = {"config.json", INDEX, "training_log.json"}
 
@@ -49,6 +50,8 @@ class Workspace:
             if not (self.folder / RECIPE).exists():
                 write_text(self.folder / RECIPE, yaml.safe_dump(dict(identity), sort_keys=False, allow_unicode=True))
         except BaseException:
+            with suppress(OSError):  # what holds something stays
+                self.folder.rmdir()
             self.close()
             raise
 
@@ -67,7 +70,7 @@ class Workspace:
     def _clear(self, *, keep: bool) -> None:
         """Remove what a killed run left half-written; and all it finished, unless that is to be kept."""
         for file in self.folder.iterdir():
-            if file.name != _LOCK and (not keep or file.suffix == ".writing"):
+            if not keep or file.suffix == ".writing":
                 shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
 
     def shard(self, i: int) -> Path:
@@ -111,11 +114,10 @@ class Workspace:
         if self.output.exists():
             self.output.rename(self.folder / _REPLACED)
         self.folder.rename(self.output)
-        _fsync_folder(self.output.parent)
-        (self.output / _LOCK).unlink()
         if (self.output / _REPLACED).exists():
             (self.output / _REPLACED).rename(self.folder)
-            shutil.rmtree(self.folder)
+        _fsync_folder(self.output.parent)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def partial_of(output: Path) -> Path:
@@ -216,7 +218,7 @@ def _begun_with(folder: Path) -> dict[str, Any] | None:
 
 def _foreign(folder: Path) -> Iterator[Path]:
     """Files that no run of ours leaves in a folder before its recipe is there."""
-    return (f for f in folder.iterdir() if f.name != _LOCK and f.suffix != ".writing")
+    return (f for f in folder.iterdir() if f.suffix != ".writing")
 
 
 def _differences(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
@@ -234,17 +236,16 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def _lock(folder: Path) -> int | None:
-    """Held until closed, or until the process ends, however it ends."""
-    fd = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
-    try:
-        import fcntl
-    except ImportError:  # pragma: no cover - not on this platform
-        return fd
+    """Held until closed, or until the process ends, however it ends. The folder itself is locked: no file is left."""
+    fd = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        os.close(fd)
-        raise ValueError(f"another process is writing {folder}; wait for it, or choose another output") from e
+        ours = folder.exists() and os.path.samestat(os.fstat(fd), folder.stat())
+    except BlockingIOError:
+        ours = False
     except OSError:  # a filesystem without locks
-        pass
+        ours = True
+    if not ours:
+        os.close(fd)
+        raise ValueError(f"another process is writing {folder}; wait for it, or choose another output")
     return fd

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Quality:
-    """nll: mean negative log-likelihood in nats over `tokens` predicted tokens; stderr of that mean over windows.
+    """nll: mean negative log-likelihood in nats over `tokens` predicted tokens; nll_stderr: of that mean, over windows,
+    None for a single one.
 
     kl_mean, kl_p99: of KL(original || model) per token, in nats, and top1_agreement: the share of tokens where both
     rank the same token first; None without an original.
@@ -21,7 +22,7 @@ class Quality:
 
     tokens: int
     nll: float
-    nll_stderr: float
+    nll_stderr: float | None
     baseline_nll: float | None = None
     kl_mean: float | None = None
     kl_p99: float | None = None
@@ -47,6 +48,7 @@ def measure(model: PreTrainedModel, windows: Tensor, baseline: PreTrainedModel |
     """Run `model`, and `baseline` beside it, over windows (n, length) of token ids.
 
     Every token but a window's first is predicted from the tokens before it in its window.
+    Raises: ValueError when a model puts out NaN or infinity.
     """
     nlls: list[Tensor] = []
     theirs: list[Tensor] = []
@@ -63,7 +65,7 @@ def measure(model: PreTrainedModel, windows: Tensor, baseline: PreTrainedModel |
             agree += int((logp.argmax(-1) == reference.argmax(-1)).sum())
     nll = torch.stack(nlls).double()
     tokens = nll.numel()
-    stderr = float(nll.mean(1).std() / math.sqrt(len(nll))) if len(nll) > 1 else math.nan
+    stderr = float(nll.mean(1).std() / math.sqrt(len(nll))) if len(nll) > 1 else None
     if baseline is None:
         return Quality(tokens, float(nll.mean()), stderr)
     kl = torch.cat(kls).double().clamp(min=0)
@@ -81,4 +83,7 @@ def measure(model: PreTrainedModel, windows: Tensor, baseline: PreTrainedModel |
 def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Log-probabilities of the next token after each of ids (1, n) but the last: (n - 1, vocabulary), float32."""
     logits = model(input_ids=ids.to(model.device), use_cache=False).logits[0, :-1]
-    return F.log_softmax(logits.float(), dim=-1)
+    logp = F.log_softmax(logits.float(), dim=-1)
+    if logp.isnan().any():
+        raise ValueError(f"the model puts out NaN or infinity in {model.dtype}; compute in another dtype (float32)")
+    return logp

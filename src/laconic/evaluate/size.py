@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from laconic.model.anatomy import linears_of
-from laconic.model.checkpoint import count_elements, open_checkpoint, read_json
-from laconic.model.load import main_dtype, skeleton
+from laconic.model.checkpoint import count_elements, open_checkpoint
+from laconic.model.load import main_dtype, read_config, skeleton
 from laconic.model.quant_config import count_schemes, is_ours, schemes_from_config
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
@@ -33,10 +31,9 @@ class Size:
 def measure_size(folder: Path) -> Size:
     """Count a checkpoint folder. Raises: ValueError when it cannot be read."""
     checkpoint = open_checkpoint(folder)
-    raw = read_json(folder / "config.json")
+    raw, config = read_config(folder)
     stored = checkpoint.tensors
     tensor_bytes = sum(count_elements(s.shape) * _BYTES.get(s.dtype, 1) for s in stored.values())
-    config = AutoConfig.from_pretrained(folder)
     quantization = raw.get("quantization_config")
     if quantization:
         del config.quantization_config

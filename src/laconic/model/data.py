@@ -78,7 +78,10 @@ def _read_hub(name: str, split: str, config: str | None) -> Iterator[Any]:
     except ValueError:
         raise
     except Exception as e:
-        raise ValueError(f"dataset '{name}' is no local file and could not be fetched from the Hub: {reason(e)}") from e
+        raise ValueError(
+            f"dataset '{name}' is no local file and could not be fetched from the Hub ({reason(e)}); "
+            "name a local file, or go online"
+        ) from e
 
 
 def _document(row: Any, where: str) -> Any:

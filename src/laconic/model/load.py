@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -41,20 +42,28 @@ def open_source(name: str, *, allow_pickle: bool = False, trust_remote_code: boo
     Raises: ValueError when it is not a causal language model that can be opened safely.
     """
     folder = model_folder(name, allow_pickle=allow_pickle)
+    raw, config = read_config(folder, trust_remote_code=trust_remote_code)
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise ValueError(f"{name} is already quantized ({method}); start from the original 16-bit model")
+    checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
+    return Source(name, folder, config, checkpoint, main_dtype(checkpoint))
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> tuple[dict[str, Any], PretrainedConfig]:
+    """config.json as it is written, and as transformers reads it.
+
+    Raises: ValueError when it is no model's, or when the model brings its own code and that is not to be run.
+    """
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):
         raise ValueError(f"{folder}/config.json holds no keys and values; download it again")
     if "auto_map" in raw and not trust_remote_code:
-        raise ValueError(f"{name} wants to run its own code (auto_map); pass --trust-remote-code if you trust it")
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise ValueError(f"{name} is already quantized ({method}); start from the original 16-bit model")
+        raise ValueError(f"{folder} wants to run its own code (auto_map); pass --trust-remote-code if you trust it")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return raw, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:
         raise ValueError(f"{folder}/config.json does not describe a model transformers knows: {reason(e)}") from e
-    checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
-    return Source(name, folder, config, checkpoint, main_dtype(checkpoint))
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:

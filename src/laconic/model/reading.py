@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from laconic.model.anatomy import linears_of
-from laconic.model.checkpoint import open_checkpoint, read_json
+from laconic.model.checkpoint import open_checkpoint
 from laconic.model.linear import QLinear, replace_linear
-from laconic.model.load import main_dtype, materialise, model_folder, skeleton
+from laconic.model.load import main_dtype, materialise, model_folder, read_config, skeleton
 from laconic.model.quant_config import is_ours, schemes_from_config
 
 
@@ -31,8 +31,7 @@ def load(
     Raises: ValueError when the folder cannot be read.
     """
     folder = model_folder(str(name))
-    raw = read_json(folder / "config.json")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    raw, config = read_config(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
     dtype = dtype or main_dtype(checkpoint)
     quantization = raw.get("quantization_config")

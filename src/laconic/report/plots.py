@@ -17,6 +17,7 @@ _LAYOUT = {
     "font": {"family": "system-ui, sans-serif", "color": "#7a7a7a"},
     "margin": {"l": 60, "r": 20, "t": 50, "b": 60},
     "height": 380,
+    "legend": {"orientation": "h", "y": -0.25},
 }
 
 
@@ -62,7 +63,7 @@ def error_plot(artifacts: Sequence[Evaluated]) -> str:
         return ""
     figure.update_layout(title="Error of each linear", showlegend=len(figure.data) > 1, **_LAYOUT)
     figure.update_xaxes(title="linear, from the first block to the last")
-    figure.update_yaxes(title="relative squared error", type="log")
+    figure.update_yaxes(title="relative squared error", type="log", exponentformat="power")
     return _fragment(figure, first=False)
 
 

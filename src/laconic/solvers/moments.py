@@ -39,6 +39,11 @@ class Moments:
         self.lo = torch.zeros((), device=self.device)
         self.hi = torch.zeros((), device=self.device)
 
+    def check(self) -> None:
+        """Raises: ValueError when NaN or infinity was among the activations."""
+        if not torch.isfinite(self.hi - self.lo):
+            raise ValueError("the activations hold NaN or infinity; check the model and the calibration text")
+
     def add(self, x: Tensor, x_full: Tensor | None = None) -> None:
         """Take in activations of shape (..., in)."""
         x = x.reshape(-1, self.in_features).to(self.device)
