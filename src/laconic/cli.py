@@ -76,6 +76,8 @@ def compress(
     with _Progress(quiet=json_ or not err.is_terminal) as progress:
         artifact = run(prepared, overwrite=overwrite, report=progress)
     done = artifact.results["compress"]
+    for remark in _remarks(artifact.log):
+        err.print(f"note: {remark}", highlight=False, soft_wrap=True)
     if json_:
         _print_json({"output": str(artifact.path), "forecast": asdict(prepared.forecast), **done})
         return
@@ -313,6 +315,18 @@ def _warnings(prepared: Any) -> Iterator[str]:
         yield f"no engine runs {', '.join(simulated)}; its arithmetic is simulated by laconic"
     if prepared.plan.schemes and prepared.forecast.covered < 0.5:
         yield f"only {prepared.forecast.covered:.0%} of the parameters will be quantized"
+
+
+def _remarks(log: list[dict[str, Any]]) -> Iterator[str]:
+    """What the calibration set could not say, from the log."""
+    dead = [e for e in log if e.get("dead_columns")]
+    if dead:
+        count = sum(e["dead_columns"] for e in dead)
+        yield f"{count} inputs of {len(dead)} linears were always zero in calibration; rounded to nearest (log.jsonl)"
+    damping = [e["dampening_frac"] for e in log if "dampening_frac" in e]
+    if damping and max(damping) > min(damping):
+        harder = sum(d > min(damping) for d in damping)
+        yield f"the Hessians of {harder} linears were nearly singular and were damped by up to {max(damping)} (log.jsonl)"
 
 
 def _weights(folder: Path) -> int:

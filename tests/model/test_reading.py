@@ -132,6 +132,7 @@ INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "g
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 FLOAT8 = INT8 | {"type": "float"}
 TOKEN = {"strategy": "token", "dynamic": True}
+WHOLE = {"strategy": "tensor"}
 
 
 def written_by_compressed_tensors(model: PreTrainedModel, group: dict[str, Any], folder: Path) -> torch.Tensor:
@@ -140,9 +141,11 @@ def written_by_compressed_tensors(model: PreTrainedModel, group: dict[str, Any],
     apply_quantization_config(model, QuantizationConfig.model_validate(config), show_progress=False)
     for module in model.modules():
         if scheme := getattr(module, "quantization_scheme", None):
-            tiles = module.weight.unflatten(1, (-1, scheme.weights.group_size or module.in_features))
+            args, rows = scheme.weights, module.out_features
+            layouts = {"tensor": (1, -1), "channel": (rows, 1, -1), "group": (rows, -1, args.group_size)}
+            tiles = module.weight.reshape(layouts[args.strategy])
             lo, hi = tiles.amin(-1), tiles.amax(-1)
-            module.weight_scale.data, module.weight_zero_point.data = calculate_qparams(lo, hi, scheme.weights)
+            module.weight_scale.data, module.weight_zero_point.data = calculate_qparams(lo, hi, args)
             if hasattr(module, "input_scale"):
                 module.input_scale.data.fill_(0.02)
             module.quantization_status = QuantizationStatus.FROZEN
@@ -155,29 +158,28 @@ def written_by_compressed_tensors(model: PreTrainedModel, group: dict[str, Any],
 
 
 @pytest.mark.parametrize(
-    ("group", "tolerance"),
+    ("name", "group", "tolerance"),
     [
-        ({"weights": INT4}, 1e-5),
-        ({"weights": INT4 | {"symmetric": False}}, 1e-5),
-        ({"weights": INT8}, 1e-5),
+        ("W4A16", {"weights": INT4}, 1e-5),
+        ("W4A16_ASYM", {"weights": INT4 | {"symmetric": False}}, 1e-5),
+        ("W8A16", {"weights": INT8}, 1e-5),
         # They spread an activation over 127.5 steps, engines and we over 127.
-        ({"weights": INT8, "input_activations": INT8 | TOKEN}, 0.1),
-        ({"weights": INT4, "input_activations": INT8 | TOKEN, "format": "int-quantized"}, 0.1),
-        ({"weights": FLOAT8, "input_activations": FLOAT8 | TOKEN}, 1e-3),
-        ({"weights": FLOAT8, "input_activations": FLOAT8 | {"strategy": "tensor"}}, 1e-3),
+        ("W8A8", {"weights": INT8, "input_activations": INT8 | TOKEN}, 0.1),
+        ("W4A8", {"weights": INT4, "input_activations": INT8 | TOKEN, "format": "int-quantized"}, 0.1),
+        ("FP8_DYNAMIC", {"weights": FLOAT8, "input_activations": FLOAT8 | TOKEN}, 1e-4),
+        ("FP8", {"weights": FLOAT8 | WHOLE, "input_activations": FLOAT8 | WHOLE}, 1e-4),
+        ("FP8", {"weights": FLOAT8, "input_activations": FLOAT8 | WHOLE}, 1e-4),
     ],
-    ids=["W4A16", "W4A16_ASYM", "W8A16", "W8A8", "W4A8", "FP8_DYNAMIC", "FP8"],
 )
 def test_a_checkpoint_of_compressed_tensors_is_read_as_it_was_meant(
-    group: dict[str, Any], tolerance: float, exact: Path, tmp_path: Path, request: pytest.FixtureRequest
+    name: str, group: dict[str, Any], tolerance: float, exact: Path, tmp_path: Path
 ) -> None:
     theirs = original(exact)
     before = written_by_compressed_tensors(theirs, group, tmp_path)
-    ours = laconic.load(tmp_path)
-    decoded = weights_of(theirs)
-    for name, linear in quantized_linears(ours).items():
-        assert linear.scheme.name == request.node.callspec.id
-        assert torch.equal(linear.decode(torch.float32), decoded[name])
+    ours, decoded = laconic.load(tmp_path), weights_of(theirs)
+    for linear, quantized in quantized_linears(ours).items():
+        assert quantized.scheme.name == name
+        assert torch.equal(quantized.decode(torch.float32), decoded[linear])
     assert close(logits(ours), before, tolerance)
 
 

@@ -41,7 +41,7 @@ class Workspace:
         check_output(output, overwrite=overwrite)
         with _disk_errors(output):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder)
+        self._locks = [_lock(self.folder)]
         try:
             # Another process may have finished, or begun, since the first look.
             check_output(output, overwrite=overwrite)
@@ -63,9 +63,8 @@ class Workspace:
 
     def close(self) -> None:
         """Let another process, or another run of this one, have the folder."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        while self._locks:
+            os.close(self._locks.pop())
 
     def _clear(self, *, keep: bool) -> None:
         """Remove what a killed run left half-written; and all it finished, unless that is to be kept."""
@@ -113,11 +112,15 @@ class Workspace:
         kill comes one of the two has the name, or the next run will give it."""
         if self.output.exists():
             self.output.rename(self.folder / _REPLACED)
+        replaced = (self.folder / _REPLACED).exists()
+        if replaced:
+            # Where it will be deleted, another process could take it for an interrupted run.
+            self._locks.append(_lock(self.folder / _REPLACED))
         self.folder.rename(self.output)
-        if (self.output / _REPLACED).exists():
+        if replaced:
             (self.output / _REPLACED).rename(self.folder)
+            shutil.rmtree(self.folder)
         _fsync_folder(self.output.parent)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def partial_of(output: Path) -> Path:
@@ -235,7 +238,7 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     return {p: leaf for key, v in items for p, leaf in _leaves(v, f"{path}.{key}" if path else str(key)).items()}
 
 
-def _lock(folder: Path) -> int | None:
+def _lock(folder: Path) -> int:
     """Held until closed, or until the process ends, however it ends. The folder itself is locked: no file is left."""
     fd = os.open(folder, os.O_RDONLY)
     try:
