@@ -326,7 +326,7 @@ def _remarks(log: list[dict[str, Any]]) -> Iterator[str]:
     damping = [e["dampening_frac"] for e in log if "dampening_frac" in e]
     if damping and max(damping) > min(damping):
         harder = sum(d > min(damping) for d in damping)
-        yield f"the Hessians of {harder} linears were nearly singular and were damped by up to {max(damping)} (log.jsonl)"
+        yield f"the Hessians of {harder} linears were nearly singular: damped by up to {max(damping)} (log.jsonl)"
 
 
 def _weights(folder: Path) -> int:

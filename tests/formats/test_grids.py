@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -121,7 +123,7 @@ def test_an_asymmetric_grid_ends_where_the_values_end(fmt: IntAffine, w: Tensor)
 @pytest.mark.parametrize("fmt", [f for f in FORMATS if not getattr(f, "narrow", False)], ids=name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_codes_and_values_are_those_of_compressed_tensors(fmt: Format, tiling: Tiling, dtype: torch.dtype) -> None:
-    fmt = IntAffine(fmt.num_bits, fmt.symmetric, tiling) if isinstance(fmt, IntAffine) else Fp8(tiling)
+    fmt = replace(fmt, tiling=tiling)
     w = torch.randn(7, 12, generator=torch.Generator().manual_seed(0))
     params = fit(fmt, w, dtype)
     args = QuantizationArgs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -14,9 +15,15 @@ from torch import Tensor
 from laconic.formats import Format, Params, fit, quantize
 from laconic.formats.floats import Fp8
 from laconic.formats.int_affine import IntAffine
+from laconic.formats.tiling import Tiling
 from laconic.solvers.search import search_range
 
 ROUNDING = 1 + 1e-5
+
+
+def importances(n: int, seed: int = 0) -> Tensor:
+    """Some columns matter much more than others."""
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed)) ** 4
 
 
 def tile_errors(fmt: Format, w: Tensor, params: Params, importance: Tensor | None) -> Tensor:
@@ -28,8 +35,10 @@ def tile_errors(fmt: Format, w: Tensor, params: Params, importance: Tensor | Non
 @pytest.mark.parametrize("tiling", TILINGS, ids=name)
 @pytest.mark.parametrize("kind", [IntAffine(2, False, ROW), IntAffine(4, True, ROW), Fp8(ROW)], ids=name)
 @given(data=st.data(), dtype=DTYPES)
-def test_no_tile_is_worse_off_than_with_its_whole_range(kind: Format, tiling, data: st.DataObject, dtype) -> None:
-    fmt = Fp8(tiling) if isinstance(kind, Fp8) else IntAffine(kind.num_bits, kind.symmetric, tiling)
+def test_no_tile_is_worse_off_than_with_its_whole_range(
+    kind: IntAffine | Fp8, tiling: Tiling, data: st.DataObject, dtype: torch.dtype
+) -> None:
+    fmt = replace(kind, tiling=tiling)
     w = data.draw(matrices(multiple_of=tiling.group_size or 1))
     importance = data.draw(st.none() | st.integers(0, 99).map(lambda seed: importances(w.shape[1], seed)))
     found = search_range(fmt, w, importance, dtype=dtype)
@@ -38,16 +47,12 @@ def test_no_tile_is_worse_off_than_with_its_whole_range(kind: Format, tiling, da
     assert bool((ours <= min_max * ROUNDING).all())
 
 
-def importances(n: int, seed: int) -> Tensor:
-    return torch.rand(n, generator=torch.Generator().manual_seed(seed)) ** 4
-
-
 @pytest.mark.parametrize("fmt", [f for f in FORMATS if f.symmetric], ids=name)
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_symmetric_range_is_the_best_of_its_candidates(fmt: Format, weighted: bool, dtype: torch.dtype) -> None:
     w = torch.randn(6, 32, generator=torch.Generator().manual_seed(1)) ** 3
-    importance = importances(32, 0) if weighted else None
+    importance = importances(32) if weighted else None
     candidates = [
         fmt.from_range(w.amin(-1)[:, None] * p, w.amax(-1)[:, None] * p, dtype)
         for p in torch.linspace(1, 0.4, 25).tolist()
@@ -84,7 +89,7 @@ def test_an_outlier_is_clipped_only_where_its_column_does_not_matter() -> None:
 
 def test_tiles_searched_in_chunks_are_searched_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     fmt = IntAffine(4, False, TILINGS[3])
-    w, importance = torch.randn(33, 40, generator=torch.Generator().manual_seed(0)), importances(40, 0)
+    w, importance = torch.randn(33, 40, generator=torch.Generator().manual_seed(0)), importances(40)
     whole = search_range(fmt, w, importance)
     monkeypatch.setattr("laconic.solvers.search._CACHE", 28)
     chunked = search_range(fmt, w, importance)
