@@ -313,6 +313,9 @@ def _warnings(prepared: Any) -> Iterator[str]:
     simulated = sorted({s.name for s in prepared.plan.schemes.values() if s.simulated})
     if simulated:
         yield f"no engine runs {', '.join(simulated)}; its arithmetic is simulated by laconic"
+    schemes = set(prepared.plan.schemes.values())
+    if len(schemes) > 1 and not all(s.weights.symmetric for s in schemes):
+        yield "transformers cannot open zero points mixed with another scheme; vLLM and laconic.load can"
     if prepared.plan.schemes and prepared.forecast.covered < 0.5:
         yield f"only {prepared.forecast.covered:.0%} of the parameters will be quantized"
 

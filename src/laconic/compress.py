@@ -225,7 +225,11 @@ def _sha256(ids: Tensor) -> str:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # What getrusage says begins, on Linux, with what the parent process had taken; and on macOS is in bytes.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    kilobytes = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if kilobytes is None else kilobytes * 1024
 
 
 def _device_name(device: torch.device) -> str:
