@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel
 from watching import Watch, stroll
 
 from artifacts import inputs, original, tokens
+from laconic.engine.observe import make_stream
 from laconic.model.anatomy import dissect
 from laconic.solvers.moments import Moments
 from tiny import ARCHITECTURES, make_model
@@ -98,3 +101,14 @@ def test_activations_in_a_file_are_those_in_memory(precise: Path, tmp_path: Path
         assert torch.equal(in_memory.D, in_file.D)
     assert (tmp_path / "0.partial" / "activations-1.writing").stat().st_size == WINDOWS.numel() * 64 * 4
     assert not list((tmp_path / "1000000000.0.partial").glob("activations*"))
+
+
+def test_a_disk_without_room_for_activations_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match="no room for 2.0 GB of calibration activations"):
+        make_stream((1000, 1000, 1000), torch.bfloat16, 1, 0, tmp_path / "spill")

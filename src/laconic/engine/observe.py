@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,24 @@ def make_stream(shape: tuple[int, int, int], dtype: torch.dtype, batch: int, bud
     size = shape[0] * shape[1] * shape[2]
     if size * dtype.itemsize <= budget:
         return Stream(torch.empty(shape, dtype=dtype), batch)
+    _reserve(spill, size * dtype.itemsize)
     return Stream(torch.from_file(str(spill), shared=True, size=size, dtype=dtype).view(shape), batch)
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Take the room on the disk now: a mapped file that finds none later would end the process without a word."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with file.open("wb") as f:
+        try:
+            os.posix_fallocate(f.fileno(), 0, size)
+        except OSError as e:
+            if e.errno != errno.ENOSPC:
+                raise
+            raise ValueError(
+                f"the disk of {file.parent} has no room for {size / 1e9:.1f} GB of calibration activations; free some, "
+                "raise calibration.max_memory_gb, or use fewer samples"
+            ) from e
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from laconic.model.anatomy import Anatomy, Tap, linears_of
 from laconic.model.checkpoint import count_elements
 from laconic.model.load import Source
 
+# Bytes that a weight of the tap in hand takes while it is searched, swept and packed: float32 and int64 temporaries.
+_WORKING = 40
 _ITEMSIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 
 
@@ -108,7 +110,7 @@ def forecast(plan: Plan, source: Source, samples: int, length: int) -> Forecast:
     activations = samples * length * hidden * item * streams if plan.observing else 0
     squares = widest * widest * 4 * (4 if plan.observing else 0)
     outside = sum(s for n, s in sizes.items() if not n.startswith(f"{plan.anatomy.blocks}.")) * item
-    peak = max(block * (1 + streams) + largest_tap * 4 * 4 + squares, outside) + activations
+    peak = max(block * (1 + streams) + largest_tap * _WORKING + squares, outside) + activations
     return Forecast(sum(sizes.values()) * item, after, peak, quantized / max(1, sum(sizes.values())))
 
 

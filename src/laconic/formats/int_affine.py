@@ -67,7 +67,10 @@ class IntAffine:
 
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` in its stored dtype: never zero, subnormal or infinite there, so that a division by it is safe."""
+    """`scale` in its stored dtype: never zero or infinite there, nor too small for float32 to divide by.
+
+    Half precision's subnormal numbers are used: the scales of small weights at 8 bits reach down to them.
+    """
     info = torch.finfo(dtype)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return scale.clamp(min=info.tiny, max=info.max).to(dtype)
+    return scale.clamp(min=max(info.tiny * info.eps, torch.finfo(torch.float32).tiny), max=info.max).to(dtype)
