@@ -97,7 +97,8 @@ def check_complete(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         if name is None:
             raise ValueError(
                 f"{checkpoint.folder} has no tensor '{names[0]}', which config.json asks for; "
-                "download it again, or check that the two belong together"
+                "download it again, or check that the two belong together (a model that transformers stores under other "
+                "names than it has in memory, as mixtures of experts, cannot be read yet)"
             )
         stored = checkpoint.tensors[name]
         _check_shape(name, stored.shape, parameter)
