@@ -97,8 +97,8 @@ def check_complete(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         if name is None:
             raise ValueError(
                 f"{checkpoint.folder} has no tensor '{names[0]}', which config.json asks for; "
-                "download it again, or check that the two belong together (a model that transformers stores under other "
-                "names than it has in memory, as mixtures of experts, cannot be read yet)"
+                "download it again, or check that the two belong together (a model that is stored under other names "
+                "than transformers gives it in memory, as mixtures of experts are, cannot be read yet)"
             )
         stored = checkpoint.tensors[name]
         _check_shape(name, stored.shape, parameter)
