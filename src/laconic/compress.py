@@ -164,7 +164,7 @@ def _windows(recipe: Recipe, source: Source, plan: Plan, trust_remote_code: bool
         return None
     calibration = recipe.calibration
     if calibration is None:
-        needing = next((s.method for s in plan.stages if s.gram), "static activations")
+        needing = next("static activations" if s.static else s.method for s in plan.stages if s.observes)
         raise ValueError(
             f"{needing} needs calibration text: add 'calibration: {{dataset: FILE_OR_HUB_NAME}}' to the recipe"
         )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from watching import Watch, stroll
 
 from artifacts import inputs, original, tokens
-from laconic.engine.observe import make_stream
+from laconic.engine.stream import make_stream
 from laconic.model.anatomy import dissect
 from laconic.solvers.moments import Moments
 from tiny import ARCHITECTURES, make_model

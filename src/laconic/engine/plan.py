@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
-from laconic.engine.stage import LinearStage
+from laconic.engine.stage import BlockStage, Stage
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import stored_bytes
 from laconic.model.anatomy import Anatomy, Tap, linears_of
 from laconic.model.checkpoint import count_elements
+from laconic.model.links import Link, find_links
 from laconic.model.load import Source
 
 # Bytes that a weight of the tap in hand takes while it is searched, swept and packed: float32 and int64 temporaries.
@@ -25,19 +26,25 @@ _ITEMSIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 @dataclass(frozen=True)
 class Plan:
     """stages: in order. touched: for each stage the full names of its linears. schemes: of every linear that will be
-    quantized, by full name. linears: shape of every linear of the model, by full name."""
+    quantized, by full name. linears: shape of every linear of the model, by full name. links: of each block, where a
+    stage needs them."""
 
     anatomy: Anatomy
-    stages: tuple[LinearStage, ...]
+    stages: tuple[Stage, ...]
     touched: tuple[frozenset[str], ...]
     schemes: Mapping[str, Scheme]
     linears: Mapping[str, tuple[int, int]]
+    links: tuple[Mapping[Tap, Link], ...] = ()
 
     @property
     def observing(self) -> bool:
         """Whether calibration data must flow through the model."""
-        static = any(s.input_activations and not s.input_activations.dynamic for s in self.schemes.values())
-        return static or any(stage.gram or stage.cross for stage in self.stages)
+        return any(stage.observes for stage in self.stages)
+
+    @property
+    def original_inputs(self) -> bool:
+        """Whether only the original model's activations are looked at, so that they alone flow."""
+        return self.observing and all(stage.original_inputs for stage in self.stages if stage.observes)
 
     @property
     def two_streams(self) -> bool:
@@ -45,7 +52,7 @@ class Plan:
         return any(stage.cross for stage in self.stages)
 
 
-def make_plan(model: nn.Module, anatomy: Anatomy, stages: Sequence[LinearStage]) -> Plan:
+def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage]) -> Plan:
     """Match the stages' targets with the model's linears.
 
     Raises: ValueError when a target matches nothing, a group size does not divide, a linear would be quantized
@@ -59,6 +66,11 @@ def make_plan(model: nn.Module, anatomy: Anatomy, stages: Sequence[LinearStage])
         if anatomy.head in names and anatomy.tied:
             raise ValueError(
                 f"stages.{number} targets {anatomy.head}, which shares its weight with the embeddings; put it in ignore"
+            )
+        if anatomy.head in names and isinstance(stage, BlockStage):
+            raise ValueError(
+                f"stages.{number} ({stage.method}) works on decoder blocks, and {anatomy.head} is in none; "
+                "give it a stage of its own"
             )
         if stage.result:
             for name in names:
@@ -75,7 +87,8 @@ def make_plan(model: nn.Module, anatomy: Anatomy, stages: Sequence[LinearStage])
             _check_alike([f"{anatomy.block_name(i)}.{n}" for n in tap.linears], schemes)
     if anatomy.head in schemes:
         schemes = {n: s for n, s in schemes.items() if n != anatomy.head} | {anatomy.head: schemes[anatomy.head]}
-    return Plan(anatomy, tuple(stages), tuple(touched), schemes, shapes)
+    links = find_links(model, anatomy) if any(isinstance(s, BlockStage) and s.links for s in stages) else ()
+    return Plan(anatomy, tuple(stages), tuple(touched), schemes, shapes, links)
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _matches(
-    stage: LinearStage, shapes: Mapping[str, tuple[int, int]], inside: Sequence[str], head: str, number: int
+    stage: Stage, shapes: Mapping[str, tuple[int, int]], inside: Sequence[str], head: str, number: int
 ) -> list[str]:
     found: dict[str, None] = {}
     for target in stage.targets:

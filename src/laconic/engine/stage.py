@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -16,6 +16,9 @@ from laconic.formats import Quantized
 from laconic.formats import schemes as scheme_presets
 from laconic.formats.schemes import Scheme
 from laconic.solvers.moments import Moments
+
+if TYPE_CHECKING:
+    from laconic.engine.block import Block
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Stage(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    scope: ClassVar[Literal["linear"]]
+    scope: ClassVar[Literal["linear", "block"]]
     method: str
     targets: tuple[str, ...] = Field(("Linear",), min_length=1)
     ignore: tuple[str, ...] = ("lm_head",)
@@ -53,11 +56,37 @@ class Stage(BaseModel):
                     raise ValueError(f"'{pattern}' is not a regular expression: {e}") from e
         return value
 
+    @property
+    def result(self) -> Scheme | None:
+        """The scheme of what comes out, None when that is a dense weight."""
+        return None
+
+    @property
+    def observes(self) -> bool:
+        """Whether the stage needs calibration activations."""
+        return self.static
+
+    @property
+    def cross(self) -> bool:
+        """Whether the stage also needs the original model's activations, beside those of the compressed one."""
+        return False
+
+    @property
+    def original_inputs(self) -> bool:
+        """Whether the stage is content with the original model's activations alone."""
+        return False
+
+    @property
+    def static(self) -> bool:
+        """Whether activations are rounded on a scale fixed by calibration."""
+        acts = self.result.input_activations if self.result else None
+        return bool(acts and not acts.dynamic)
+
 
 class LinearStage(Stage):
     """A stage that treats linears one at a time: `compress(weight, moments) -> Outcome`."""
 
-    scope: ClassVar[Literal["linear"]] = "linear"
+    scope: ClassVar[Literal["linear", "block"]] = "linear"
 
     @property
     def gram(self) -> bool:
@@ -65,27 +94,41 @@ class LinearStage(Stage):
         return False
 
     @property
-    def cross(self) -> bool:
-        """Whether `compress` also needs the cross moments with the original model's input."""
-        return False
+    def observes(self) -> bool:
+        return self.gram or self.cross or self.static
 
     @property
     def sequential(self) -> bool:
         """Whether linears of a block are observed after the earlier ones of the same block are compressed."""
         return True
 
-    @property
-    def result(self) -> Scheme | None:
-        """The scheme of what comes out, None when that is a dense weight."""
-        return None
-
     def compress(self, weight: Tensor, moments: Moments | None, dtype: torch.dtype) -> Outcome:
         """weight: (out, in) float32, the rows of every linear on one tap. dtype: in which parameters are stored."""
         raise NotImplementedError
 
 
-class QuantizingStage(LinearStage):
-    """A linear stage that quantizes. scheme: a preset's name; the other keys vary the preset."""
+class BlockStage(Stage):
+    """A stage that treats a decoder block as a whole: `compress(block) -> outcomes`."""
+
+    scope: ClassVar[Literal["linear", "block"]] = "block"
+
+    @property
+    def observes(self) -> bool:
+        return True
+
+    @property
+    def links(self) -> bool:
+        """Whether the stage moves scales between linears and what feeds them."""
+        return False
+
+    def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
+        """Change the block's dense weights in place, keeping what it computes; and say what becomes of its targeted
+        linears. By names within the block: linears on one tap whose rows are stacked have one outcome."""
+        raise NotImplementedError
+
+
+class QuantizingStage(Stage):
+    """A stage that quantizes. scheme: a preset's name; the other keys vary the preset."""
 
     scheme: str
     group_size: int | None = None

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +21,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.engine.observe import Stream, advance, make_stream, observe
+from laconic.engine.block import Block, stacked, stacks
+from laconic.engine.observe import advance, observe
+from laconic.engine.passes import Passes
 from laconic.engine.plan import Plan
-from laconic.engine.stage import LinearStage
+from laconic.engine.stage import BlockStage, LinearStage, Outcome, Stage
+from laconic.engine.stream import Stream, make_stream
 from laconic.engine.writer import Workspace
 from laconic.formats import Quantized
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import to_stored
-from laconic.model.anatomy import Call, Tap, capture_calls, head_input, linear_at
+from laconic.model.anatomy import Call, capture_calls, head_input, linear_at
 from laconic.model.linear import QLinear, replace_linear
 from laconic.model.load import Source, materialise
 from laconic.solvers.moments import Moments, output_error
 
 Report = Callable[[Mapping[str, Any]], None]
+
+# What a pass that waits before a tap holds, in sizes of its hidden states: a gated MLP's input, mostly.
+_HELD = 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Settings:
     budget: float
 
 
+@torch.no_grad()
 def walk(
     source: Source,
     model: PreTrainedModel,
@@ -70,11 +78,13 @@ def walk(
 
 @dataclass(frozen=True)
 class _Flow:
-    """The calibration set on its way: how each block is called, the compressed model's stream, the original's."""
+    """The calibration set on its way: how each block is called, the compressed model's stream, the original's.
+    held: whether there is room for halted passes."""
 
     calls: Sequence[Call]
     stream: Stream
     original: Stream | None
+    held: bool
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,8 @@ class _Walker:
             for h in hidden:
                 h.copy_(embedded)
         self._forget_outside()
-        return _Flow([c.to(device) for c in calls], made[0], made[1] if count > 1 else None)
+        held = made[0].hidden.nbytes * count * _HELD <= min(self.settings.budget, _free_memory(device) / 2)
+        return _Flow([c.to(device) for c in calls], made[0], made[1] if count > 1 else None, held)
 
     def block(self, i: int, name: str, flow: _Flow | None) -> None:
         """Compress block i, or read it back, and push the activations through it."""
@@ -113,14 +124,17 @@ class _Walker:
         original = copy.deepcopy(block) if flow and flow.original else None
         if original is not None:
             self._materialise(original, f"{name}.")
-        if done:
+        passed_on = False
+        if done and not self.plan.original_inputs:
             self._read_back(block, i, name)
         else:
             self._materialise(block, f"{name}.")
-            events = list(self._compress(block, i, name, flow, original))
+        if not done:
+            events, passed_on = self._compress(block, i, name, flow, original)
             self.workspace.write_shard(i, _stored(block, name), events)
         if flow:
-            advance(block, flow.calls[i], flow.stream, self.settings.device)
+            if not passed_on:
+                advance(block, flow.calls[i], flow.stream, self.settings.device)
             if flow.original and original is not None:
                 advance(original, flow.calls[i], flow.original, self.settings.device)
         _forget(block)
@@ -142,35 +156,121 @@ class _Walker:
 
     def _compress(
         self, block: nn.Module, i: int, name: str, flow: _Flow | None, original: nn.Module | None
-    ) -> Iterator[dict[str, Any]]:
-        device = self.settings.device
-        for stage, touched in zip(self.plan.stages, self.plan.touched, strict=True):
-            taps = [t for t in self.plan.anatomy.taps[i] if any(f"{name}.{n}" in touched for n in t.linears)]
-            rounds = [[t] for t in taps] if stage.sequential else [taps]
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Take block i through all stages. Returns: what happened, and whether the stream holds its output already."""
+        touched = [frozenset(n.removeprefix(f"{name}.") for n in t) for t in self.plan.touched]
+        present = {n for tap in self.plan.anatomy.taps[i] for n in tap.linears}
+        work = [(s, t & present) for s, t in zip(self.plan.stages, touched, strict=True) if t & present]
+        observing = [k for k, (stage, _) in enumerate(work) if flow and stage.observes]
+        events: list[dict[str, Any]] = []
+        passed_on = False
+        for k, (stage, linears) in enumerate(work):
+            # The original model's stream is passed on by the last to look at it, before anything is quantized.
+            through = self.plan.original_inputs and observing[-1:] == [k]
+            if isinstance(stage, BlockStage):
+                assert flow is not None
+                events += self._compress_block(block, i, name, stage, linears, flow, original, through)
+            else:
+                assert isinstance(stage, LinearStage)
+                last = k == len(work) - 1
+                found, finished = self._compress_linears(block, i, name, stage, linears, flow, original, through, last)
+                events += found
+                passed_on |= finished
+            passed_on |= through
+        return events, passed_on
+
+    def _compress_linears(
+        self,
+        block: nn.Module,
+        i: int,
+        name: str,
+        stage: LinearStage,
+        linears: Set[str],
+        flow: _Flow | None,
+        original: nn.Module | None,
+        through: bool,
+        last: bool,
+    ) -> tuple[list[dict[str, Any]], bool]:
+        taps = [t for t in self.plan.anatomy.taps[i] if linears & set(t.linears)]
+        sequential = stage.sequential and not through
+        rounds = [[t] for t in taps] if sequential else [taps]
+        events: list[dict[str, Any]] = []
+        with ExitStack() as open_passes:
+            passes = others = None
+            if flow and stage.observes:
+                arguments = (taps, flow.calls[i])
+                held = flow.held and sequential
+                device = self.settings.device
+                passes = open_passes.enter_context(Passes(block, *arguments, flow.stream, device, held))
+                if stage.cross and flow.original and original is not None:
+                    others = open_passes.enter_context(Passes(original, *arguments, flow.original, device, held))
             for together in rounds:
-                moments: dict[Tap, Moments] = {}
-                if flow and together and self._observes(stage):
-                    pair = (original, flow.original) if original is not None and flow.original and stage.cross else None
-                    moments = observe(
-                        block, together, flow.calls[i], flow.stream, device, gram=stage.gram, original=pair
-                    )
+                moments = observe(passes, together, gram=stage.gram, original=others, through=through) if passes else {}
                 for tap in together:
-                    linears = [n for n in tap.linears if f"{name}.{n}" in touched]
-                    yield from self._compress_tap(block, name, linears, stage, moments.get(tap))
+                    targeted = [n for n in tap.linears if n in linears]
+                    events += self._compress_tap(block, name, targeted, stage, moments.get(tap))
+            finished = passes is not None and passes.held and last
+            if passes and finished:
+                passes.finish()
+        return events, finished
+
+    def _compress_block(
+        self,
+        block: nn.Module,
+        i: int,
+        name: str,
+        stage: BlockStage,
+        linears: Set[str],
+        flow: _Flow,
+        original: nn.Module | None,
+        through: bool,
+    ) -> list[dict[str, Any]]:
+        begun = time.monotonic()
+        taps, device, call = self.plan.anatomy.taps[i], self.settings.device, flow.calls[i]
+        pair = (original, flow.original) if stage.cross and original is not None and flow.original else None
+        links = self.plan.links[i] if stage.links else {}
+        made = stage.compress(
+            Block(
+                block,
+                name,
+                taps,
+                frozenset(linears),
+                links,
+                call,
+                flow.stream,
+                pair,
+                device,
+                self.source.dtype,
+                through,
+            )
+        )
+        moments: dict[str, Moments] = {}
+        if stage.static:
+            with Passes(block, taps, call, flow.stream, device, held=False) as passes:
+                ranges = observe(passes, [t for t in taps if linears & set(t.linears)], gram=False)
+                moments = {n: m for tap, m in ranges.items() for n in tap.linears}
+        seconds = (time.monotonic() - begun) / max(1, sum(len(names) for names in made))
+        tokens = flow.stream.hidden.shape[0] * flow.stream.hidden.shape[1]
+        events: list[dict[str, Any]] = []
+        for names, outcome in made.items():
+            notes = {"tokens": tokens, "seconds": round(seconds, 4)}
+            events += self._put(block, name, names, stage, outcome, moments.get(names[0]), notes)
+        return events
 
     def _compress_head(self, flow: _Flow | None) -> Iterator[dict[str, Any]]:
         head = self.plan.anatomy.head
         for stage, touched in zip(self.plan.stages, self.plan.touched, strict=True):
             if head not in touched:
                 continue
+            assert isinstance(stage, LinearStage)
             moments = None
-            if flow and self._observes(stage):
+            if flow and stage.observes:
                 width = linear_at(self.model, head).in_features
                 moments = Moments(width, self.settings.device, gram=stage.gram)
                 self._materialise_outside(embeddings=False)
                 for hidden in flow.stream.batches():
                     moments.add(head_input(self.model, self.plan.anatomy, hidden.to(self.settings.device)))
-                moments.check()
+                moments.finish()
             yield from self._compress_tap(self.model, "", [head], stage, moments)
 
     def _compress_tap(
@@ -183,30 +283,44 @@ class _Walker:
     ) -> Iterator[dict[str, Any]]:
         """Compress linears that read one tensor, their rows together: each comes out as it would alone, but for a scale
         of a whole tensor, which engines that fuse them want to be one."""
-        for together in _batches(module, linears, stage.result):
+        for together in stacks(module, linears, stage.result):
             begun = time.monotonic()
-            weights = [linear_at(module, n).weight for n in together]
-            weight = torch.cat([w.detach().float() for w in weights])
-            outcome = stage.compress(weight, moments, self.source.dtype)
-            made = outcome.weight.decode() if isinstance(outcome.weight, Quantized) else outcome.weight.float()
+            outcome = stage.compress(stacked(module, together), moments, self.source.dtype)
             seconds = (time.monotonic() - begun) / len(together)
-            start = 0
-            for name, old in zip(together, weights, strict=True):
-                stop = start + old.shape[0]
-                self._install(module, name, outcome.weight, slice(start, stop), stage.result, moments)
-                event = {
-                    "event": "linear",
-                    "linear": f"{prefix}.{name}" if prefix else name,
-                    "method": stage.method,
-                    "scheme": stage.result.name if stage.result else None,
-                    **_figures(weight[start:stop], made[start:stop], moments),
-                    **outcome.notes,
-                    "tokens": moments.tokens if moments else 0,
-                    "seconds": round(seconds, 4),
-                }
-                start = stop
-                self.report(event)
-                yield event
+            notes = {"tokens": moments.tokens if moments else 0, "seconds": round(seconds, 4)}
+            yield from self._put(module, prefix, together, stage, outcome, moments, notes)
+
+    def _put(
+        self,
+        module: nn.Module,
+        prefix: str,
+        linears: Sequence[str],
+        stage: Stage,
+        outcome: Outcome,
+        moments: Moments | None,
+        notes: Mapping[str, float],
+    ) -> Iterator[dict[str, Any]]:
+        """Put what a stage made of some stacked linears in their place, and tell of each."""
+        made = outcome.weight.decode() if isinstance(outcome.weight, Quantized) else outcome.weight.float()
+        start = 0
+        for name in linears:
+            old = linear_at(module, name)
+            weight = old.weight.detach().float()
+            rows = slice(start, start + weight.shape[0])
+            figures = _figures(weight, made[rows], moments)
+            self._install(module, name, outcome.weight, rows, stage.result, moments)
+            event = {
+                "event": "linear",
+                "linear": f"{prefix}.{name}" if prefix else name,
+                "method": stage.method,
+                "scheme": stage.result.name if stage.result else None,
+                **figures,
+                **outcome.notes,
+                **notes,
+            }
+            start = rows.stop
+            self.report(event)
+            yield event
 
     def _install(
         self,
@@ -248,10 +362,6 @@ class _Walker:
                 setattr(block.get_submodule(owner), leaf, nn.Parameter(local[n], requires_grad=False))
         block.to(self.settings.device)
 
-    def _observes(self, stage: LinearStage) -> bool:
-        acts = stage.result.input_activations if stage.result else None
-        return stage.gram or stage.cross or bool(acts and not acts.dynamic)
-
     def _materialise(self, module: nn.Module, prefix: str) -> None:
         materialise(module, prefix, self.source.checkpoint, self.settings.device, self.source.dtype)
 
@@ -279,12 +389,9 @@ class _Walker:
                 setattr(module, leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
-def _batches(module: nn.Module, linears: Sequence[str], scheme: Scheme | None) -> list[list[str]]:
-    """Which linears of a tap can be stacked: all, unless a block of one format would reach from one into the next."""
-    structure = scheme.weights.tiling.block_structure if scheme else None
-    if structure and any(linear_at(module, n).out_features % structure[0] for n in linears):
-        return [[n] for n in linears]
-    return [list(linears)]
+def _free_memory(device: torch.device) -> float:
+    """Bytes that a GPU has to spare; a CPU's are counted by the budget."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 def _figures(weight: Tensor, made: Tensor, moments: Moments | None) -> dict[str, float]:

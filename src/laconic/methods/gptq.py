@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from laconic.engine.stage import Outcome, QuantizingStage
+from laconic.engine.stage import LinearStage, Outcome, QuantizingStage
 from laconic.formats import Format, Params, Quantized, fit
 from laconic.solvers.grid import GridRounder, OnlineGridRounder
 from laconic.solvers.moments import Moments
@@ -20,7 +20,7 @@ from laconic.solvers.obs import Feedback, feedback, sweep
 from laconic.solvers.search import search_range
 
 
-class Gptq(QuantizingStage):
+class Gptq(QuantizingStage, LinearStage):
     """actorder: `weight` rounds columns in the order of falling activation energy, on grids fixed beforehand
     (static groups: nothing is stored, nothing is slower at run time); null goes left to right and fits each
     group's grid when it comes to it. dampening_frac: share of the Hessian's mean diagonal added to it.

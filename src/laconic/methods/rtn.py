@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.engine.stage import Outcome, QuantizingStage
+from laconic.engine.stage import LinearStage, Outcome, QuantizingStage
 from laconic.formats import fit, quantize
 from laconic.solvers.moments import Moments
 from laconic.solvers.search import search_range
 
 
-class Rtn(QuantizingStage):
+class Rtn(QuantizingStage, LinearStage):
     """observer: how a grid's range is found: `minmax`, or `mse`, the range of least squared error."""
 
     method: Literal["rtn"] = "rtn"

@@ -1,0 +1,73 @@
+"""What a block stage is given: one decoder block, what it is called with, and the calibration set before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from laconic.engine.passes import Passes
+from laconic.engine.stream import Stream
+from laconic.formats.schemes import Scheme
+from laconic.model.anatomy import Call, Tap, linear_at
+from laconic.model.links import Link
+
+
+@dataclass(frozen=True)
+class Block:
+    """module: the block, dense. name: in the model. taps: all of its taps, in order of execution. targeted: the linears
+    that the stage means, by name within the block. links: of the taps that have one. stream: what the block reads.
+    original: the uncompressed block and what it reads in the original model, where the stage asked for that.
+    dtype: in which parameters are stored. through: whether the stream is passed on while it is observed."""
+
+    module: nn.Module
+    name: str
+    taps: Sequence[Tap]
+    targeted: frozenset[str]
+    links: Mapping[Tap, Link]
+    call: Call
+    stream: Stream
+    original: tuple[nn.Module, Stream] | None
+    device: torch.device
+    dtype: torch.dtype
+    through: bool = False
+
+    def inputs(self, taps: Sequence[Tap]) -> Iterator[tuple[Tap, Tensor]]:
+        """What the linears of these taps read, batch by batch. To be asked for once, before anything is changed: the
+        stream may hold the block's output after."""
+        with Passes(self.module, self.taps, self.call, self.stream, self.device, held=False) as passes:
+            yield from passes.through(taps) if self.through else passes.inputs(taps)
+
+    def targets(self, tap: Tap) -> list[str]:
+        """The targeted linears of a tap."""
+        return [n for n in tap.linears if n in self.targeted]
+
+    def targeted_taps(self) -> list[Tap]:
+        """Taps with targeted linears."""
+        return [tap for tap in self.taps if self.targets(tap)]
+
+    def run(self, hidden: Tensor, module: nn.Module | None = None) -> Tensor:
+        """The block's output for some samples (samples, tokens, hidden)."""
+        return self.call(module or self.module, hidden.to(self.device))
+
+    def some(self, tokens: int) -> Tensor:
+        """Evenly spaced samples of what the block reads, at least one, about `tokens` tokens in all."""
+        hidden = self.stream.hidden
+        count = max(1, min(len(hidden), tokens // hidden.shape[1]))
+        return hidden[torch.linspace(0, len(hidden) - 1, count).long()]
+
+
+def stacks(module: nn.Module, linears: Sequence[str], scheme: Scheme | None) -> Iterator[tuple[str, ...]]:
+    """Which linears of a tap can be stacked: all, unless a tile of the format would reach from one into the next."""
+    structure = scheme.weights.tiling.block_structure if scheme else None
+    if structure and any(linear_at(module, n).out_features % structure[0] for n in linears):
+        yield from ((n,) for n in linears)
+    elif linears:
+        yield tuple(linears)
+
+
+def stacked(module: nn.Module, linears: Sequence[str]) -> Tensor:
+    """The weights of some linears that read one tensor, their rows together: (out, in) float32."""
+    return torch.cat([linear_at(module, n).weight.detach().float() for n in linears])
