@@ -19,7 +19,7 @@ from laconic.model.links import Link
 class Block:
     """module: the block, dense. name: in the model. taps: all of its taps, in order of execution. targeted: the linears
     that the stage means, by name within the block. links: of the taps that have one. stream: what the block reads.
-    original: the uncompressed block and what it reads in the original model, where the stage asked for that.
+    original_output: what the block puts out in the original model, where the stage asked for that (`cross`).
     dtype: in which parameters are stored. through: whether the stream is passed on while it is observed."""
 
     module: nn.Module
@@ -29,7 +29,7 @@ class Block:
     links: Mapping[Tap, Link]
     call: Call
     stream: Stream
-    original: tuple[nn.Module, Stream] | None
+    original_output: Stream | None
     device: torch.device
     dtype: torch.dtype
     through: bool = False

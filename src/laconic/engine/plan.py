@@ -88,7 +88,26 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage])
     if anatomy.head in schemes:
         schemes = {n: s for n, s in schemes.items() if n != anatomy.head} | {anatomy.head: schemes[anatomy.head]}
     links = find_links(model, anatomy) if any(isinstance(s, BlockStage) and s.links for s in stages) else ()
+    _check_blocks(anatomy, stages, touched, links)
     return Plan(anatomy, tuple(stages), tuple(touched), schemes, shapes, links)
+
+
+def _check_blocks(
+    anatomy: Anatomy,
+    stages: Sequence[Stage],
+    touched: Sequence[frozenset[str]],
+    links: Sequence[Mapping[Tap, Link]],
+) -> None:
+    """Let block stages say what they cannot do, naming the block."""
+    for number, (stage, names) in enumerate(zip(stages, touched, strict=True)):
+        for i, taps in enumerate(anatomy.taps):
+            block = anatomy.block_name(i)
+            meant = [t for t in taps if any(f"{block}.{n}" in names for n in t.linears)]
+            if isinstance(stage, BlockStage) and meant:
+                try:
+                    stage.check(meant, links[i] if links else {})
+                except ValueError as e:
+                    raise ValueError(f"stages.{number} ({stage.method}), {block}: {e}") from e
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,6 +19,8 @@ from laconic.solvers.moments import Moments
 
 if TYPE_CHECKING:
     from laconic.engine.block import Block
+    from laconic.model.anatomy import Tap
+    from laconic.model.links import Link
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,9 @@ class BlockStage(Stage):
     def links(self) -> bool:
         """Whether the stage moves scales between linears and what feeds them."""
         return False
+
+    def check(self, taps: Sequence[Tap], links: Mapping[Tap, Link]) -> None:
+        """Raises: ValueError when the stage cannot work on these taps (those with targeted linears) of a block."""
 
     def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
         """Change the block's dense weights in place, keeping what it computes; and say what becomes of its targeted

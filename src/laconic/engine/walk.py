@@ -135,7 +135,7 @@ class _Walker:
         if flow:
             if not passed_on:
                 advance(block, flow.calls[i], flow.stream, self.settings.device)
-            if flow.original and original is not None:
+            if flow.original and original is not None and (done or not self._teaches(name)):
                 advance(original, flow.calls[i], flow.original, self.settings.device)
         _forget(block)
 
@@ -227,7 +227,9 @@ class _Walker:
     ) -> list[dict[str, Any]]:
         begun = time.monotonic()
         taps, device, call = self.plan.anatomy.taps[i], self.settings.device, flow.calls[i]
-        pair = (original, flow.original) if stage.cross and original is not None and flow.original else None
+        taught = flow.original if stage.cross and original is not None else None
+        if taught and original is not None:
+            advance(original, call, taught, device)
         links = self.plan.links[i] if stage.links else {}
         made = stage.compress(
             Block(
@@ -238,7 +240,7 @@ class _Walker:
                 links,
                 call,
                 flow.stream,
-                pair,
+                taught,
                 device,
                 self.source.dtype,
                 through,
@@ -361,6 +363,13 @@ class _Walker:
                 owner, _, leaf = n.rpartition(".")
                 setattr(block.get_submodule(owner), leaf, nn.Parameter(local[n], requires_grad=False))
         block.to(self.settings.device)
+
+    def _teaches(self, block: str) -> bool:
+        """Whether a block stage has the original model's activations passed on before its own work."""
+        return any(
+            stage.cross and isinstance(stage, BlockStage) and any(n.startswith(f"{block}.") for n in names)
+            for stage, names in zip(self.plan.stages, self.plan.touched, strict=True)
+        )
 
     def _materialise(self, module: nn.Module, prefix: str) -> None:
         materialise(module, prefix, self.source.checkpoint, self.settings.device, self.source.dtype)

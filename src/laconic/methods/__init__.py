@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from laconic.methods.autoround import AutoRound
+from laconic.methods.awq import Awq
 from laconic.methods.gptq import Gptq
 from laconic.methods.rtn import Rtn
+from laconic.methods.smoothquant import SmoothQuant
+from laconic.methods.zeroquant import ZeroQuant
 
-METHODS = (Rtn, Gptq)
+METHODS = (Rtn, Gptq, Awq, AutoRound, ZeroQuant, SmoothQuant)

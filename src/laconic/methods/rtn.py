@@ -19,6 +19,10 @@ class Rtn(QuantizingStage, LinearStage):
     method: Literal["rtn"] = "rtn"
     observer: Literal["minmax", "mse"] = "minmax"
 
+    @property
+    def original_inputs(self) -> bool:
+        return True
+
     def compress(self, weight: Tensor, moments: Moments | None, dtype: torch.dtype) -> Outcome:
         fmt = self.result.weights
         params = fit(fmt, weight, dtype) if self.observer == "minmax" else search_range(fmt, weight, dtype=dtype)

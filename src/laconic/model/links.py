@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from laconic.model.anatomy import Anatomy, Call, Tap, capture_calls, linear_at
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Link:
     """readers: linears whose columns are multiplied, all that read the tensor. source: the module, a norm or a linear,
     whose output is divided. channels: for each input channel of the readers, the source's output channel that feeds
@@ -69,7 +69,8 @@ def fold(block: nn.Module, link: Link, s: Tensor) -> Tensor:
 def used(link: Link) -> Tensor:
     """The source's channels that feed the readers, each once, ascending."""
     assert link.channels is not None
-    return link.channels.unique()
+    channels: Tensor = torch.unique(link.channels)
+    return channels
 
 
 def pooled(link: Link, x: Tensor) -> Tensor:

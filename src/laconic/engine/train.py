@@ -1,0 +1,146 @@
+"""Tuning a block's weights by gradient, so that its output comes near to what it should be.
+
+The one training loop: which numbers are tuned, how weights come of them and which optimizer moves them is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from laconic.engine.block import Block
+from laconic.formats.schemes import Activations
+from laconic.model.anatomy import linear_at
+from laconic.model.linear import round_activations
+
+Weights = Callable[[], Mapping[str, Tensor]]
+"""Makes the weights of some linears (by name within the block), differentiable in what is tuned."""
+
+
+class SignSGD(torch.optim.Optimizer):
+    """Moves every number by the learning rate against the sign of its gradient."""
+
+    def __init__(self, params: Iterable[Any], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad.sign_(), alpha=group["lr"])
+
+
+def tune(
+    block: Block,
+    weights: Weights,
+    optimizer: torch.optim.Optimizer,
+    targets: Tensor,
+    *,
+    iters: int,
+    batch_size: int,
+    acts: Activations | None = None,
+    after_step: Callable[[], None] = lambda: None,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Lower the mean squared error of the block's output; the learning rate falls linearly to zero.
+
+    targets: (samples, tokens, hidden), what the block should put out. acts: how the inputs of the linears are rounded;
+    the rounding passes gradients on (straight-through). Returns: the error on a fixed batch before and after; what is
+    tuned is put back where it was when that did not fall.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = len(targets)
+    probe = torch.linspace(0, count - 1, min(count, batch_size)).long()
+    tuned = [p for group in optimizer.param_groups for p in group["params"]]
+    start = [p.detach().clone() for p in tuned]
+    before = _error(block, weights, targets, probe, acts)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / iters)
+    with torch.enable_grad():
+        for _ in range(iters):
+            picked = torch.randperm(count, generator=generator)[:batch_size]
+            loss = _loss(block, weights(), targets, picked, acts)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            after_step()
+    after = _error(block, weights, targets, probe, acts)
+    if not after < before:
+        for p, old in zip(tuned, start, strict=True):
+            p.data.copy_(old)
+        after = before
+    return before, after
+
+
+def outputs(block: Block, module: nn.Module | None = None) -> Tensor:
+    """What the block puts out for the whole stream, (samples, tokens, hidden), on the stream's device."""
+    made = torch.empty_like(block.stream.hidden)
+    for hidden, into in zip(block.stream.batches(), made.split(block.stream.batch), strict=True):
+        into.copy_(block.run(hidden, module))
+    return made
+
+
+@torch.no_grad()
+def _error(block: Block, weights: Weights, targets: Tensor, picked: Tensor, acts: Activations | None) -> float:
+    return float(_loss(block, weights(), targets, picked, acts))
+
+
+def _loss(
+    block: Block, weights: Mapping[str, Tensor], targets: Tensor, picked: Tensor, acts: Activations | None
+) -> Tensor:
+    with standing_in(block.module, weights, acts):
+        made = block.run(block.stream.hidden[picked])
+    return F.mse_loss(made.float(), targets[picked].to(made.device).float())
+
+
+@contextmanager
+def standing_in(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    acts: Activations | None = None,
+    known: Mapping[str, Tensor] | None = None,
+) -> Iterator[None]:
+    """Some linears with other weights, their inputs rounded; and some whose output is known."""
+
+    def with_weight(linear: nn.Linear, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: F.linear(_straight_through(x, acts), weight.to(x.dtype), linear.bias)
+
+    def with_output(output: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda _: output
+
+    forwards: dict[str, Callable[[Tensor], Tensor]] = {
+        name: with_weight(linear_at(module, name), weight) for name, weight in weights.items()
+    }
+    forwards |= {name: with_output(output) for name, output in (known or {}).items()}
+    for name, forward in forwards.items():
+        vars(linear_at(module, name))["forward"] = forward
+    try:
+        yield
+    finally:
+        for name in forwards:
+            del vars(linear_at(module, name))["forward"]
+
+
+def _straight_through(x: Tensor, acts: Activations | None) -> Tensor:
+    if acts is None:
+        return x
+    with torch.no_grad():
+        change = (round_activations(x, acts, None) - x.float()).to(x.dtype)
+    return x + change
+
+
+def rounded_through(W: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded` in value, W in gradient (the straight-through estimator)."""
+    return W + (rounded - W).detach()
+
+
+def unstack(module: nn.Module, names: Sequence[str], W: Tensor) -> dict[str, Tensor]:
+    """Stacked rows as the weights of the linears that they are of, by name."""
+    rows = [linear_at(module, n).out_features for n in names]
+    return dict(zip(names, W.split(rows), strict=True))

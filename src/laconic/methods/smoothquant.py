@@ -1,0 +1,112 @@
+"""SmoothQuant (Xiao et al., arXiv 2211.10438): the outliers of activations moved into the weights that read them.
+
+Column j of every linear behind a norm is multiplied by s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) (eq. 4) and the
+norm's output divided by it, so that both are about as hard to round. The function stays the same; a later stage rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from laconic.engine.block import Block, stacked
+from laconic.engine.stage import BlockStage, Outcome
+from laconic.formats import fit, quantize
+from laconic.formats.schemes import Scheme, scheme
+from laconic.model.anatomy import Tap
+from laconic.model.linear import round_activations
+from laconic.model.links import Link, fold
+
+
+class SmoothQuant(BlockStage):
+    """alpha: how much of the difficulty moves into the weights, 0 to 1; `search` tries several for each norm and keeps
+    the one with the least output error under `scheme`. search_tokens: on how many."""
+
+    method: Literal["smoothquant"] = "smoothquant"
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
+    scheme: Literal["W8A8", "W7A7", "W6A6", "W4A8"] = "W8A8"
+    search_tokens: int = Field(512, ge=1)
+
+    @property
+    def original_inputs(self) -> bool:
+        return True
+
+    @property
+    def links(self) -> bool:
+        return True
+
+    def check(self, taps: Sequence[Tap], links: Mapping[Tap, Link]) -> None:
+        if not any(tap in links and links[tap].is_norm for tap in taps):
+            raise ValueError(
+                f"no norm feeds {taps[0].linears[0]} alone, so its scale can go nowhere; "
+                "narrow targets to blocks that have such a norm, or leave this stage out"
+            )
+
+    def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
+        taps = [t for t in block.targeted_taps() if t in block.links and block.links[t].is_norm]
+        seen = _look(block, taps, self.search_tokens if self.alpha == "search" else 0)
+        made: dict[tuple[str, ...], Outcome] = {}
+        for link in dict.fromkeys(block.links[t] for t in taps):
+            behind = [t for t in taps if block.links[t] is link]
+            largest = torch.stack([seen[t].largest for t in behind]).amax(0)
+            W = stacked(block.module, link.readers)
+            alpha = self.alpha
+            if alpha == "search":
+                x = torch.cat([seen[t].sample for t in behind])
+                alpha = _search(W, x, largest, scheme(self.scheme, group_size=None))
+            fold(block.module, link, scales(largest, W, alpha))
+            for tap in behind:
+                names = tuple(block.targets(tap))
+                made[names] = Outcome(stacked(block.module, names), {"alpha": alpha})
+        return made
+
+
+def scales(largest: Tensor, W: Tensor, alpha: float) -> Tensor:
+    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha); 1 where a channel is dead. largest: max|X_j| (in,). W: (out, in)."""
+    weights = W.abs().amax(0)
+    s = largest.pow(alpha) / weights.clamp(min=1e-5).pow(1 - alpha)
+    return torch.where((largest > 0) & (weights > 0), s.clamp(min=1e-5), torch.ones_like(s))
+
+
+@dataclass
+class _Seen:
+    """largest: max|X_j| (in,). sample: some rows of X."""
+
+    largest: Tensor
+    sample: Tensor
+
+
+def _look(block: Block, taps: Sequence[Tap], tokens: int) -> dict[Tap, _Seen]:
+    seen: dict[Tap, _Seen] = {}
+    count = max(1, block.stream.hidden.shape[0] * block.stream.hidden.shape[1])
+    for tap, x in block.inputs(taps):
+        x = x.reshape(-1, x.shape[-1])
+        largest = x.abs().amax(0).float()
+        share = x[:: max(1, count // max(1, tokens))].float() if tokens else x[:0].float()
+        old = seen.get(tap)
+        if old is None:
+            seen[tap] = _Seen(largest, share)
+        else:
+            seen[tap] = _Seen(torch.maximum(old.largest, largest), torch.cat([old.sample, share]))
+    return seen
+
+
+def _search(W: Tensor, x: Tensor, largest: Tensor, under: Scheme, steps: int = 20) -> float:
+    """The alpha of least output error ||Q(x / s) Q(W s)^T - x W^T||^2 among steps + 1 from 0 to 1.
+
+    W: (out, in). x: (tokens, in). largest: max|X_j| (in,).
+    """
+    acts = under.input_activations
+    assert acts is not None
+    expected = x @ W.T
+    errors = []
+    for alpha in torch.linspace(0, 1, steps + 1).tolist():
+        s = scales(largest, W, alpha)
+        weight = quantize(under.weights, W * s, fit(under.weights, W * s)).decode()
+        errors.append(float((round_activations(x / s, acts, None) @ weight.T - expected).square().sum()))
+    return errors.index(min(errors)) / steps

@@ -1,0 +1,57 @@
+"""ZeroQuant (Yao et al., arXiv 2206.01861): group-wise weights, token-wise activations, layer-by-layer distillation.
+
+Weights are rounded to nearest, after each block, as it will be rounded, was taught by its own uncompressed self: its
+weights are tuned so that for the compressed model's activations it puts out what the original block would (section
+3.3). Only one block and the calibration set are needed; there are no labels. Without the teaching this is `rtn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from laconic.engine.block import Block, stacked, stacks
+from laconic.engine.stage import BlockStage, Outcome, QuantizingStage
+from laconic.engine.train import outputs, rounded_through, tune, unstack
+from laconic.formats import fit, quantize
+
+
+class ZeroQuant(QuantizingStage, BlockStage):
+    """iters: steps a block. batch_size: samples a step. lr: Adam's, as a share of the weights' root mean square."""
+
+    method: Literal["zeroquant"] = "zeroquant"
+    scheme: str = "W4A8"
+    iters: int = Field(100, ge=1)
+    batch_size: int = Field(8, ge=1)
+    lr: float = Field(1e-2, gt=0)
+
+    def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
+        fmt = self.result.weights
+        names = [n for tap in block.targeted_taps() for n in stacks(block.module, block.targets(tap), self.result)]
+        tuned = {n: stacked(block.module, n).requires_grad_() for n in names}
+
+        def weights() -> Mapping[str, Tensor]:
+            made: dict[str, Tensor] = {}
+            for linears, W in tuned.items():
+                with torch.no_grad():
+                    nearest = quantize(fmt, W, fit(fmt, W, block.dtype)).decode()
+                made |= unstack(block.module, linears, rounded_through(W, nearest).to(block.dtype))
+            return made
+
+        groups = [{"params": [W], "lr": self.lr * float(W.detach().square().mean().sqrt())} for W in tuned.values()]
+        before, after = tune(
+            block,
+            weights,
+            torch.optim.Adam(groups),
+            outputs(block),
+            iters=self.iters,
+            batch_size=self.batch_size,
+            acts=self.result.input_activations if not self.static else None,
+        )
+        notes = {"loss_before": before, "loss_after": after}
+        made = {n: W.detach() for n, W in tuned.items()}
+        return {n: Outcome(quantize(fmt, W, fit(fmt, W, block.dtype)), notes) for n, W in made.items()}
