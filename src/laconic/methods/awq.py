@@ -1,9 +1,9 @@
 """AWQ (Lin et al., arXiv 2306.00978): weights that meet loud activations are scaled up before they are rounded.
 
-For every link the columns of the readers are multiplied by s, and what feeds them divided by it: s_j =
-x_j^a / w_j^(1-a) with x_j the mean size of input j, and w_j that of column j relative to its group. Of several ratios a, the one whose
-rounding changes the block's output least on real activations is taken. Then each group's range is clipped where the
-error of the linear's output, e H e^T with the group's own block of the second moments H, is least.
+For every link the columns of the readers are multiplied by s, and what feeds them divided by it: s_j is x_j^a over
+w_j^(1-a), x_j the mean size of input j and w_j that of column j relative to its group. Of several ratios a, the one
+whose rounding changes the block's output least on real activations is taken. Then each group's range is clipped where
+the error of the linear's output, e H e^T with the group's own block of the second moments H, is least.
 """
 
 from __future__ import annotations
