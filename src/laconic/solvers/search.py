@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from laconic.formats import Format, Params
+from laconic.formats import Format, Params, fit_shared
 
 # Elements worked on at a time: few enough to stay in cache, enough to be worth a call.
 _CACHE = 1 << 18
@@ -18,16 +18,20 @@ def search_range(
     importance: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    shared: Params | None = None,
     steps: int = 24,
     shrink_to: float = 0.4,
 ) -> Params:
     """Parameters that minimise sum(importance * (w - round(w))^2) over ranges shrunk from min-max.
 
-    Each tile tries ranges from the whole of [min, max] down to `shrink_to` of it. Symmetric grids shrink both ends
-    alike; asymmetric ones then shrink each end on its own. Parameters are compared as they will be stored, in `dtype`.
+    Each tile tries ranges from [min, max], times the format's headroom, down to `shrink_to` of it. Symmetric grids
+    shrink both ends alike; asymmetric ones then shrink each end on its own. Parameters are compared as they will be
+    stored, in `dtype`.
 
-    w: (out, in). importance: (in,) or None, the weight of a column's error, diag(H) for instance.
+    w: (out, in). importance: (in,) or None, the weight of a column's error, diag(H) for instance. shared: the
+    parameters of the tensor that `w` is a part of, if it is; they are not searched, but follow from min-max.
     """
+    shared = fit_shared(fmt, w) if shared is None else shared
     tiles = fmt.tiling.split(w.float())
     shape, n = tiles.shape[:-1], tiles.shape[-1]
     tiles = tiles.reshape(-1, n)
@@ -38,20 +42,22 @@ def search_range(
         chunk = tiles[i : i + at_once]
         # Importance repeats from row to row, so a chunk's share of it is taken by index.
         h = None if weights is None else weights[torch.arange(i, i + chunk.shape[0], device=w.device) % len(weights)]
-        for name, value in _search(fmt, chunk, h, dtype, steps, shrink_to).items():
+        for name, value in _search(fmt, chunk, h, dtype, shared, steps, shrink_to).items():
             found.setdefault(name, []).append(value)
-    return {name: torch.cat(parts).reshape(shape) for name, parts in found.items()}
+    return {name: torch.cat(parts).reshape(shape) for name, parts in found.items()} | dict(shared)
 
 
-def _search(fmt: Format, tiles: Tensor, h: Tensor | None, dtype: torch.dtype, steps: int, shrink_to: float) -> Params:
+def _search(
+    fmt: Format, tiles: Tensor, h: Tensor | None, dtype: torch.dtype, shared: Params, steps: int, shrink_to: float
+) -> Params:
     lo, hi = tiles.amin(-1), tiles.amax(-1)
-    best = {name: p.clone() for name, p in fmt.from_range(lo, hi, dtype).items()}
-    best_error = _error(fmt, tiles, best, h)
+    best = {name: p.clone() for name, p in fmt.from_range(lo, hi, dtype, shared).items()}
+    best_error = _error(fmt, tiles, {**best, **shared}, h)
     p_lo, p_hi = torch.ones_like(lo), torch.ones_like(hi)
 
     def attempt(a: Tensor, b: Tensor) -> None:
-        params = fmt.from_range(lo * a, hi * b, dtype)
-        error = _error(fmt, tiles, params, h)
+        params = fmt.from_range(lo * a, hi * b, dtype, shared)
+        error = _error(fmt, tiles, {**params, **shared}, h)
         better = error < best_error
         best_error.copy_(torch.where(better, error, best_error))
         p_lo.copy_(torch.where(better, a, p_lo))
@@ -59,8 +65,7 @@ def _search(fmt: Format, tiles: Tensor, h: Tensor | None, dtype: torch.dtype, st
         for name, p in params.items():
             best[name].copy_(torch.where(better, p, best[name]))
 
-    grid = torch.linspace(1.0, shrink_to, steps + 1).tolist()[1:]
-    for p in grid:
+    for p in torch.linspace(fmt.headroom, shrink_to, steps + 1).tolist():
         attempt(torch.full_like(lo, p), torch.full_like(hi, p))
     if not fmt.symmetric:
         around = [(1.0 - shrink_to) / steps * k * 2 for k in (-2, -1, 1, 2)]
