@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from laconic.engine.stage import BlockStage, Stage
+from laconic.formats.fp4 import Fp4
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import stored_bytes
 from laconic.model.anatomy import Anatomy, Tap, linears_of
@@ -180,6 +181,11 @@ def _matches(
 def _check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
     size = scheme.weights.tiling.group_size
     if size and shape[1] % size:
+        if isinstance(scheme.weights, Fp4):
+            raise ValueError(
+                f"{scheme.name} is groups of {size}, which do not divide the {shape[1]} inputs of {name}; "
+                "use another scheme there, or ignore it"
+            )
         fitting = [g for g in (128, 64, 32, 16, 8) if shape[1] % g == 0 and g != size][:2]
         choices = ", ".join(str(g) for g in [*fitting, -1])
         raise ValueError(

@@ -82,7 +82,7 @@ class Stage(BaseModel):
     def static(self) -> bool:
         """Whether activations are rounded on a scale fixed by calibration."""
         acts = self.result.input_activations if self.result else None
-        return bool(acts and not acts.dynamic)
+        return bool(acts and acts.calibrated)
 
 
 class LinearStage(Stage):

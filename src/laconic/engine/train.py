@@ -131,7 +131,7 @@ def _straight_through(x: Tensor, acts: Activations | None) -> Tensor:
     if acts is None:
         return x
     with torch.no_grad():
-        change = (round_activations(x, acts, None) - x.float()).to(x.dtype)
+        change = (round_activations(x, acts, {}) - x.float()).to(x.dtype)
     return x + change
 
 

@@ -341,10 +341,10 @@ class _Walker:
         new = replace_linear(module, name, scheme, self.source.dtype)
         stored = to_stored(made.rows(rows.start, rows.stop), scheme)
         acts = scheme.input_activations
-        if acts and not acts.dynamic:
+        if acts and acts.calibrated:
             assert moments is not None
-            scale = acts.format.from_range(moments.lo, moments.hi, self.source.dtype)["scale"]
-            stored["input_scale"] = scale.reshape(1)
+            calibrated = acts.calibrate(moments.lo, moments.hi, self.source.dtype)
+            stored |= {f"input_{name}": p for name, p in calibrated.items()}
         if old.bias is not None:
             stored["bias"] = old.bias.data
         _fill(new, stored, self.settings.device)
@@ -372,7 +372,7 @@ class _Walker:
         )
 
     def _materialise(self, module: nn.Module, prefix: str) -> None:
-        materialise(module, prefix, self.source.checkpoint, self.settings.device, self.source.dtype)
+        materialise(module, prefix, self.source.checkpoint, self.settings.device)
 
     def _outside(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules that are in no block and are not the head: embeddings and norms."""

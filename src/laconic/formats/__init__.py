@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor
 from laconic.formats.tiling import Tiling
 
 Params = Mapping[str, Tensor]
-"""What a format needs beside the codes to decode them: `scale`, and `zero_point` where asymmetric."""
+"""What a format needs beside the codes to decode them: `scale`, `zero_point` where asymmetric, `global_scale`.
+Each has one value a tile (`Tiling.param_shape`), or one for the whole tensor, shape (1,)."""
+
+NOTHING: Params = MappingProxyType({})
 
 
 class Format(Protocol):
@@ -35,23 +39,42 @@ class Format(Protocol):
         """Which elements share their parameters."""
 
     @property
-    def code_dtype(self) -> torch.dtype:
-        """The dtype codes have in memory (int8, float8_e4m3fn)."""
+    def headroom(self) -> float:
+        """How far a range may usefully reach past the largest value, as a multiple of it: 1 where steps are even."""
 
-    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Params:
-        """Parameters whose grid covers [lo, hi], already in the dtype in which they are stored."""
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The dtype codes have in memory (int8, float8_e4m3fn, uint8)."""
+
+    def shared(self, lo: Tensor, hi: Tensor) -> Params:
+        """The parameters that a whole tensor has one of, shape (1,), from the ranges of its tiles: mostly none."""
+
+    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NOTHING) -> Params:
+        """The parameters of tiles, beside the `shared` ones, whose grids cover [lo, hi]: already as they are stored,
+        in `dtype` where the format leaves that open."""
 
     def encode_tiles(self, tiles: Tensor, params: Params) -> Tensor:
-        """Codes (`code_dtype`) of `tiles` (..., n) under params of shape (...)."""
+        """Codes (`code_dtype`) of `tiles` (..., n) under params of shape (...) or (1,)."""
 
     def decode_tiles(self, codes: Tensor, params: Params) -> Tensor:
-        """Values (float32) of codes (..., n) under params of shape (...)."""
+        """Values (float32) of codes (..., n) under params of shape (...) or (1,)."""
+
+    def snap_tiles(self, tiles: Tensor, params: Params) -> Tensor:
+        """What `tiles` are once encoded and decoded, in new memory."""
 
 
-def fit(fmt: Format, w: Tensor, dtype: torch.dtype = torch.float32) -> Params:
-    """Min-max parameters of `w`, stored in `dtype`. Shapes follow `Tiling.param_shape`."""
+def fit(fmt: Format, w: Tensor, dtype: torch.dtype = torch.float32, shared: Params | None = None) -> Params:
+    """Min-max parameters of `w`, stored in `dtype`. shared: those of the tensor that `w` is a part of, if it is."""
     tiles = fmt.tiling.split(w.float())
-    return fmt.from_range(tiles.amin(-1), tiles.amax(-1), dtype)
+    lo, hi = tiles.amin(-1), tiles.amax(-1)
+    shared = fmt.shared(lo, hi) if shared is None else shared
+    return {**fmt.from_range(lo, hi, dtype, shared), **shared}
+
+
+def fit_shared(fmt: Format, w: Tensor) -> Params:
+    """The parameters that all of `w` has one of."""
+    tiles = fmt.tiling.split(w.float())
+    return fmt.shared(tiles.amin(-1), tiles.amax(-1))
 
 
 def encode(fmt: Format, w: Tensor, params: Params) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laconic.formats import Params
+from laconic.formats import NOTHING, Params
 from laconic.formats.int_affine import storable
 from laconic.formats.tiling import Tiling
 
@@ -30,10 +30,17 @@ class Fp8:
         return True
 
     @property
+    def headroom(self) -> float:
+        return 1.0
+
+    @property
     def code_dtype(self) -> torch.dtype:
         return E4M3
 
-    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Params:
+    def shared(self, lo: Tensor, hi: Tensor) -> Params:
+        return NOTHING
+
+    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NOTHING) -> Params:
         """The scale that puts the larger end of [lo, hi] on 448. An all-zero tile gets scale 1."""
         return {"scale": storable(torch.maximum(-lo, hi) / E4M3_MAX, dtype)}
 
@@ -42,3 +49,6 @@ class Fp8:
 
     def decode_tiles(self, codes: Tensor, params: Params) -> Tensor:
         return codes.float() * params["scale"].float().unsqueeze(-1)
+
+    def snap_tiles(self, tiles: Tensor, params: Params) -> Tensor:
+        return self.decode_tiles(self.encode_tiles(tiles, params), params)

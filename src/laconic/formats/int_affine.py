@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laconic.formats import Params
+from laconic.formats import NOTHING, Params
 from laconic.formats.tiling import Tiling
 
 
@@ -29,6 +29,10 @@ class IntAffine:
             raise ValueError(f"integer formats have 2 to 8 bits, not {self.num_bits}")
 
     @property
+    def headroom(self) -> float:
+        return 1.0
+
+    @property
     def code_dtype(self) -> torch.dtype:
         return torch.int8
 
@@ -42,7 +46,10 @@ class IntAffine:
         """Highest code."""
         return (1 << (self.num_bits - 1)) - 1
 
-    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Params:
+    def shared(self, lo: Tensor, hi: Tensor) -> Params:
+        return NOTHING
+
+    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NOTHING) -> Params:
         """The grid over [lo, hi], widened to hold zero. An all-zero tile gets scale 1."""
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         span = 2 * torch.maximum(-lo, hi) if self.symmetric else hi - lo
@@ -64,6 +71,15 @@ class IntAffine:
         if not self.symmetric:
             values = values - params["zero_point"].float().unsqueeze(-1)
         return values * params["scale"].float().unsqueeze(-1)
+
+    def snap_tiles(self, tiles: Tensor, params: Params) -> Tensor:
+        # The same numbers as by way of codes, which float32 holds exactly, without two conversions.
+        scale = params["scale"].float().unsqueeze(-1)
+        values = (tiles / scale).round_()
+        if self.symmetric:
+            return values.clamp_(self.qmin, self.qmax).mul_(scale)
+        zero_point = params["zero_point"].float().unsqueeze(-1)
+        return values.add_(zero_point).clamp_(self.qmin, self.qmax).sub_(zero_point).mul_(scale)
 
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,8 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from laconic.formats import Format
+import torch
+from torch import Tensor
+
+from laconic.formats import NOTHING, Format, Params
 from laconic.formats.floats import Fp8
+from laconic.formats.fp4 import Fp4, MxFp4, NvFp4
 from laconic.formats.int_affine import IntAffine
 from laconic.formats.tiling import Tiling
 
@@ -17,15 +21,32 @@ CHANNEL = Tiling("channel")
 TOKEN = Tiling("token")
 TENSOR = Tiling("tensor")
 
-Storage = Literal["pack-quantized", "int-quantized", "float-quantized"]
+Storage = Literal["pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"]
 
 
 @dataclass(frozen=True)
 class Activations:
-    """How a linear's input is rounded. dynamic: parameters from each input itself; otherwise from calibration."""
+    """How a linear's input is rounded. dynamic: parameters from each input itself; otherwise from calibration; `local`
+    takes from calibration those that a whole tensor has one of."""
 
     format: Format
-    dynamic: bool
+    dynamic: bool | Literal["local"]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration must say anything."""
+        return self.dynamic is not True
+
+    def calibrate(self, lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Params:
+        """The parameters that stay as they are for every input, each (1,). lo, hi: of all inputs seen, 0-dim."""
+        lo, hi = lo.reshape(1), hi.reshape(1)
+        match self.dynamic:
+            case "local":
+                return self.format.shared(lo, hi)
+            case False:
+                return self.format.from_range(lo, hi, dtype)
+            case _:
+                return NOTHING
 
 
 @dataclass(frozen=True)
@@ -46,8 +67,13 @@ class Scheme:
     @property
     def storage(self) -> Storage:
         """The compressed-tensors layout of its weights on disk."""
-        if isinstance(self.weights, Fp8):
-            return "float-quantized"
+        match self.weights:
+            case Fp8():
+                return "float-quantized"
+            case NvFp4():
+                return "nvfp4-pack-quantized"
+            case MxFp4():
+                return "mxfp4-pack-quantized"
         # Engines that compute in integers want a plain int8 weight; the others unpack words themselves.
         return "int-quantized" if self.input_activations and not self.simulated else "pack-quantized"
 
@@ -72,8 +98,10 @@ PRESETS: dict[str, Scheme] = {
         Scheme("W2A16", _ints(2, _G128), engine="transformers"),
         Scheme("W8A8", _ints(8, CHANNEL), _acts(8)),
         Scheme("W4A8", _ints(4, _G128), _acts(8)),
+        Scheme("W7A7", _ints(7, CHANNEL), _acts(7), engine="laconic"),
         Scheme("W6A6", _ints(6, CHANNEL), _acts(6), engine="laconic"),
         Scheme("W4A6", _ints(4, _G128), _acts(6), engine="laconic"),
+        Scheme("W4A4", _ints(4, _G128), _acts(4), engine="laconic"),
         Scheme("FP8", Fp8(TENSOR), Activations(Fp8(TENSOR), dynamic=False)),
         Scheme("FP8_DYNAMIC", Fp8(CHANNEL), Activations(Fp8(TOKEN), dynamic=True)),
         Scheme(
@@ -81,6 +109,10 @@ PRESETS: dict[str, Scheme] = {
             Fp8(Tiling("block", block_structure=(128, 128))),
             Activations(Fp8(Tiling("group", 128)), dynamic=True),
         ),
+        Scheme("NVFP4A16", NvFp4()),
+        Scheme("NVFP4", NvFp4(), Activations(NvFp4(), dynamic="local")),
+        Scheme("MXFP4A16", MxFp4()),
+        Scheme("MXFP4", MxFp4(), Activations(MxFp4(), dynamic=True)),
     )
 }
 
@@ -112,6 +144,12 @@ def scheme(
 
 def _vary_weights(base: Scheme, group_size: int | None, symmetric: bool | None, strategy: str | None) -> Format:
     weights, tiling = base.weights, base.weights.tiling
+    if isinstance(weights, Fp4):
+        if group_size not in (None, tiling.group_size) or strategy not in (None, "group"):
+            raise ValueError(f"{base.name} is groups of {tiling.group_size}: leave group_size and strategy out")
+        if symmetric is False:
+            raise ValueError(f"{base.name} is always symmetric")
+        return weights
     # These formats have a scale a row or one alone, and nothing between.
     ungrouped = isinstance(weights, Fp8) or base.name == "W8A8"
     if group_size is not None and strategy not in (None, "channel" if group_size == -1 else "group"):
@@ -144,6 +182,7 @@ def _vary_activations(base: Scheme, dynamic: bool | None) -> Activations | None:
         raise ValueError(f"{base.name} keeps activations in 16 bit: leave 'dynamic' out")
     if dynamic == acts.dynamic:
         return acts
-    if base.name in ("FP8_BLOCK", "W4A8"):
+    if base.name in ("FP8_BLOCK", "W4A8", "NVFP4", "MXFP4"):
         raise ValueError(f"{base.name} has dynamic activations only")
-    return Activations(replace(acts.format, tiling=TOKEN if dynamic else TENSOR), dynamic)  # type: ignore[type-var]
+    assert isinstance(acts.format, Fp8 | IntAffine)
+    return Activations(replace(acts.format, tiling=TOKEN if dynamic else TENSOR), dynamic)

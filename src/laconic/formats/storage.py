@@ -1,7 +1,8 @@
 """A quantized weight as named tensors in a file, and back: the layouts of compressed-tensors.
 
 `pack-quantized`: weight_packed int32, weight_shape int64, and zero points packed along the rows.
-`int-quantized` and `float-quantized`: weight in int8 or float8_e4m3fn. All: weight_scale.
+`int-quantized` and `float-quantized`: weight in int8 or float8_e4m3fn. `nvfp4-pack-quantized` and
+`mxfp4-pack-quantized`: weight_packed uint8, and in the former weight_global_scale. All: weight_scale.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from laconic.formats import Format, Quantized
+from laconic.formats import Format, Quantized, fit
+from laconic.formats.fp4 import Fp4, pack_fp4, unpack_fp4
 from laconic.formats.packing import pack, unpack
 from laconic.formats.schemes import Scheme
 
 
 def to_stored(q: Quantized, scheme: Scheme) -> dict[str, Tensor]:
     """Tensors to write for a weight, by their name within the linear."""
+    if isinstance(q.format, Fp4):
+        return {"weight_packed": pack_fp4(q.codes)} | {f"weight_{name}": p for name, p in q.params.items()}
     bits = q.format.num_bits
     stored = {"weight_scale": q.params["scale"]}
     if scheme.storage == "pack-quantized":
@@ -34,6 +38,10 @@ def to_stored(q: Quantized, scheme: Scheme) -> dict[str, Tensor]:
 def from_stored(stored: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Quantized:
     """The inverse of `to_stored`. shape: (out, in) of the weight."""
     fmt, scale = scheme.weights, stored["weight_scale"]
+    if isinstance(fmt, Fp4):
+        packed = stored["weight_packed"]
+        named = {name.removeprefix("weight_"): p for name, p in stored.items() if p is not packed}
+        return Quantized(fmt, unpack_fp4(packed), named)
     if scheme.storage != "pack-quantized":
         return Quantized(fmt, stored["weight"], {"scale": scale})
     params = {"scale": scale}
@@ -55,8 +63,5 @@ def stored_bytes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> 
 
 
 def _blank(fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> Quantized:
-    param_shape = fmt.tiling.param_shape(shape)
-    params = {"scale": torch.empty(param_shape, dtype=dtype, device="meta")}
-    if not fmt.symmetric:
-        params["zero_point"] = torch.empty(param_shape, dtype=torch.int8, device="meta")
+    params = fit(fmt, torch.empty(shape, device="meta"), dtype)
     return Quantized(fmt, torch.empty(shape, dtype=fmt.code_dtype, device="meta"), params)

@@ -80,9 +80,9 @@ class Tiling:
 
     def cut_params(self, param: Tensor, start: int, stop: int, rows: int) -> Tensor:
         """The parameters of rows [start, stop) out of those of a matrix of `rows` rows."""
+        if param.dim() == 1:  # one for the whole tensor
+            return param.clone()
         match self.strategy:
-            case "tensor":
-                return param.clone()
             case "block":
                 assert self.block_structure is not None
                 height = self.block_structure[0]

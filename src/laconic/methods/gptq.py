@@ -68,7 +68,7 @@ class Gptq(QuantizingStage, LinearStage):
     ) -> Quantized:
         grouped = fmt.tiling.strategy == "group"
         if order is None and grouped:
-            online = OnlineGridRounder(fmt, dtype, H.diagonal() if self.observer == "mse" else None)
+            online = OnlineGridRounder(fmt, W, dtype, H.diagonal() if self.observer == "mse" else None)
             codes = sweep(W, factor.A, online, self.block_size)
             return Quantized(fmt, codes, online.params)
         params = self._grid(fmt, W, H, dtype)

@@ -108,5 +108,5 @@ def _search(W: Tensor, x: Tensor, largest: Tensor, under: Scheme, steps: int = 2
     for alpha in torch.linspace(0, 1, steps + 1).tolist():
         s = scales(largest, W, alpha)
         weight = quantize(under.weights, W * s, fit(under.weights, W * s)).decode()
-        errors.append(float((round_activations(x / s, acts, None) @ weight.T - expected).square().sum()))
+        errors.append(float((round_activations(x / s, acts, {}) @ weight.T - expected).square().sum()))
     return errors.index(min(errors)) / steps

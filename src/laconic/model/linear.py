@@ -10,19 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.formats import decode, encode, fit
+from laconic.formats import Params, decode, encode, fit
 from laconic.formats.schemes import Activations, Scheme
 from laconic.formats.storage import from_stored, stored_shapes
 
 
-def round_activations(x: Tensor, acts: Activations, input_scale: Tensor | None) -> Tensor:
-    """x (..., in) rounded to the activation format and back, in float32 (simulated)."""
+def round_activations(x: Tensor, acts: Activations, calibrated: Params) -> Tensor:
+    """x (..., in) rounded to the activation format and back, in float32 (simulated). calibrated: the parameters that
+    do not come from x (`Activations.calibrate`)."""
     flat = x.reshape(-1, x.shape[-1]).float()
-    if acts.dynamic:
-        params = fit(acts.format, flat)
-    else:
-        assert input_scale is not None
-        params = {"scale": input_scale.float().reshape(1)}
+    params = (
+        fit(acts.format, flat, shared=calibrated) if acts.dynamic else {n: p.float() for n, p in calibrated.items()}
+    )
     return decode(acts.format, encode(acts.format, flat, params), params).view(x.shape)
 
 
@@ -42,8 +41,11 @@ class QLinear(nn.Module):
         for name, meta in stored.items():
             self.register_parameter(name, _frozen(torch.empty_like(meta, device=_default_device())))
         acts = scheme.input_activations
-        static = acts is not None and not acts.dynamic
-        self.input_scale = _frozen(torch.empty(1, dtype=dtype)) if static else None
+        end = torch.empty((), device="meta")
+        calibrated = acts.calibrate(end, end, dtype) if acts else {}
+        self.calibrated = tuple(calibrated)
+        for name, meta in calibrated.items():
+            self.register_parameter(f"input_{name}", _frozen(torch.empty_like(meta, device=_default_device())))
         self.bias = _frozen(torch.empty(out_features, dtype=dtype)) if bias else None
         self.dense: Tensor | None = None
 
@@ -61,7 +63,7 @@ class QLinear(nn.Module):
         compute = torch.float32 if acts else x.dtype
         weight = self.decode(compute) if self.dense is None else self.dense.to(compute)
         bias = None if self.bias is None else self.bias.to(compute)
-        rounded = round_activations(x, acts, self.input_scale) if acts else x
+        rounded = round_activations(x, acts, {n: getattr(self, f"input_{n}") for n in self.calibrated}) if acts else x
         return F.linear(rounded, weight, bias).to(x.dtype)
 
     def extra_repr(self) -> str:

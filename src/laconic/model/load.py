@@ -106,13 +106,9 @@ def check_complete(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             raise ValueError(f"tensor '{name}' is {stored.dtype}; Laconic reads bf16, fp16 or fp32 weights")
 
 
-def materialise(
-    module: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Load the parameters of `module` (named `prefix` in the checkpoint) that are still on the meta device.
-
-    Floating-point weights come in `dtype`; codes, and scales beside them, as they are stored.
-    """
+def materialise(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Load the parameters of `module` (named `prefix` in the checkpoint) that are still on the meta device, each in the
+    dtype that it has there."""
     # Tied parameters go by one of their names in the file, and stay one parameter.
     missing = {p: names for p, names in _parameters(module).items() if p.is_meta}
     stored = {
@@ -122,8 +118,7 @@ def materialise(
     for expected, names in missing.items():
         got = tensors.pop(f"{prefix}{stored[expected]}")
         _check_shape(f"{prefix}{stored[expected]}", tuple(got.shape), expected)
-        wanted = dtype if expected.dtype in _DTYPES.values() else expected.dtype
-        loaded = nn.Parameter(got.to(wanted), requires_grad=False)
+        loaded = nn.Parameter(got.to(expected.dtype), requires_grad=False)
         for name in names:
             path, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(path), leaf, loaded)

@@ -11,17 +11,23 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
 from pydantic import ValidationError
 
 from laconic.formats import Format
 from laconic.formats.floats import Fp8
+from laconic.formats.fp4 import Fp4, MxFp4, NvFp4
 from laconic.formats.int_affine import IntAffine
 from laconic.formats.schemes import PRESETS, Activations, Scheme
 from laconic.formats.tiling import Tiling
 
 COMPRESSED_TENSORS = "compressed-tensors"
 NATIVE = "laconic"
+
+# Groups with a scale of the whole tensor beside theirs.
+_TENSOR_GROUP = "tensor_group"
+_SCALE_DTYPE = {MxFp4: torch.uint8, NvFp4: torch.float8_e4m3fn}
 
 
 def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
@@ -38,7 +44,7 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
             "config_groups": {
                 f"group_{i}": {
                     "targets": ["Linear"] if s is ordered[-1] else groups[s],
-                    "weights": _args(s.weights, None),
+                    "weights": _args(s.weights, False),
                     "input_activations": s.input_activations
                     and _args(s.input_activations.format, s.input_activations.dynamic),
                     "format": s.storage,
@@ -83,15 +89,17 @@ def _matches(name: str, pattern: str) -> bool:
     return bool(re.match(pattern[3:], name)) if pattern.startswith("re:") else name == pattern
 
 
-def _args(fmt: Format, dynamic: bool | None) -> dict[str, Any]:
+def _args(fmt: Format, dynamic: bool | str) -> dict[str, Any]:
     tiling = fmt.tiling
     args: dict[str, Any] = {
         "num_bits": fmt.num_bits,
-        "type": "float" if isinstance(fmt, Fp8) else "int",
+        "type": "int" if isinstance(fmt, IntAffine) else "float",
         "symmetric": fmt.symmetric,
-        "strategy": tiling.strategy,
-        "dynamic": bool(dynamic),
+        "strategy": _TENSOR_GROUP if isinstance(fmt, NvFp4) else tiling.strategy,
+        "dynamic": dynamic,
     }
+    if isinstance(fmt, Fp4):
+        args["scale_dtype"] = _SCALE_DTYPE[type(fmt)]
     if tiling.group_size:
         args["group_size"] = tiling.group_size
     if tiling.block_structure:
@@ -117,7 +125,8 @@ def _scheme(group: QuantizationScheme, config: QuantizationConfig) -> Scheme:
     weights = _format(group.weights)
     acts = None
     if given:
-        acts = Activations(_format(given, narrow=given.type == "int" and given.symmetric), bool(given.dynamic))
+        fmt = _format(given, narrow=given.type == "int" and given.symmetric)
+        acts = Activations(fmt, "local" if given.dynamic == "local" else bool(given.dynamic))
     name = _name(weights, acts)
     native = config.quant_method == NATIVE
     engine = PRESETS[name].engine if name in PRESETS else "laconic" if native else "vllm"
@@ -129,6 +138,8 @@ def _scheme(group: QuantizationScheme, config: QuantizationConfig) -> Scheme:
 
 
 def _format(args: QuantizationArgs, *, narrow: bool = False) -> Format:
+    if args.type == "float" and args.num_bits == 4:
+        return _fp4(args)
     block = args.block_structure
     tiling = Tiling(
         args.strategy,
@@ -140,6 +151,14 @@ def _format(args: QuantizationArgs, *, narrow: bool = False) -> Format:
             raise ValueError(f"cannot read {args.num_bits}-bit floats")
         return Fp8(tiling)
     return IntAffine(args.num_bits, args.symmetric, tiling, narrow=narrow)
+
+
+def _fp4(args: QuantizationArgs) -> Fp4:
+    found: Fp4 = NvFp4() if args.strategy == _TENSOR_GROUP else MxFp4()
+    grouped = args.strategy in (_TENSOR_GROUP, "group") and args.group_size == found.tiling.group_size
+    if not grouped or not args.symmetric or args.scale_dtype not in (None, _SCALE_DTYPE[type(found)]):
+        raise ValueError("cannot read 4-bit floats that are neither MXFP4 nor NVFP4")
+    return found
 
 
 def _name(weights: Format, acts: Activations | None) -> str:

@@ -46,7 +46,7 @@ def load(
         for linear, scheme in schemes_from_config(quantization, linears_of(model)).items():
             with torch.device("meta"):
                 replace_linear(model, linear, scheme, dtype)
-    materialise(model, "", checkpoint, torch.device(device), dtype)
+    materialise(model, "", checkpoint, torch.device(device))
     model.tie_weights()
     if not packed:
         for module in model.modules():

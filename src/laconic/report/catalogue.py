@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 
+from laconic.formats import Format
 from laconic.formats.floats import Fp8
+from laconic.formats.fp4 import MxFp4, NvFp4
+from laconic.formats.int_affine import IntAffine
 from laconic.formats.schemes import PRESETS, Scheme
 from laconic.methods import METHODS
 from laconic.recipe import gallery
@@ -52,23 +55,34 @@ def support_matrix() -> str:
 
 def _weights(scheme: Scheme) -> str:
     fmt = scheme.weights
-    kind = (
-        "FP8 E4M3" if isinstance(fmt, Fp8) else f"int{fmt.num_bits}, {'symmetric' if fmt.symmetric else 'asymmetric'}"
-    )
-    tiling = fmt.tiling
-    block = tiling.block_structure
-    size = f" {tiling.group_size}" if tiling.group_size else f" {block[0]}x{block[1]}" if block else ""
-    return f"{kind}, {tiling.strategy}{size}"
+    sign = f", {'symmetric' if fmt.symmetric else 'asymmetric'}" if isinstance(fmt, IntAffine) else ""
+    return f"{_kind(fmt)}{sign}, {_sharing(fmt)}"
 
 
 def _activations(scheme: Scheme) -> str:
     acts = scheme.input_activations
     if acts is None:
         return "16 bit"
-    kind = "FP8" if isinstance(acts.format, Fp8) else f"int{acts.format.num_bits}"
-    tiling = acts.format.tiling
-    size = f" {tiling.group_size}" if tiling.group_size else ""
-    return f"{kind}, {'dynamic' if acts.dynamic else 'static'}, {tiling.strategy}{size}"
+    timing = {True: "dynamic", False: "static", "local": "dynamic in a static range"}[acts.dynamic]
+    return f"{_kind(acts.format)}, {timing}, {_sharing(acts.format)}"
+
+
+def _kind(fmt: Format) -> str:
+    match fmt:
+        case Fp8():
+            return "FP8 E4M3"
+        case NvFp4():
+            return "NVFP4"
+        case MxFp4():
+            return "MXFP4"
+        case _:
+            return f"int{fmt.num_bits}"
+
+
+def _sharing(fmt: Format) -> str:
+    tiling, block = fmt.tiling, fmt.tiling.block_structure
+    size = f" {tiling.group_size}" if tiling.group_size else f" {block[0]}x{block[1]}" if block else ""
+    return f"{tiling.strategy}{size}"
 
 
 def _first_line(module: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from laconic.formats import Format, Params, fit
+from laconic.formats import Format, Params, fit, fit_shared
 from laconic.formats.int_affine import IntAffine
 from laconic.kernels.columns import affine_columns
 from laconic.solvers.obs import lookahead
@@ -33,12 +33,14 @@ class GridRounder:
 class OnlineGridRounder:
     """Rounds group by group, fitting each group's grid to what the sweep has made of its weights so far.
 
-    importance: (in,) column weights for the search of least squared error, or None for min-max ranges.
+    W: (out, in), what will be swept; parameters of the whole tensor are fitted to it beforehand. importance: (in,)
+    column weights for the search of least squared error, or None for min-max ranges.
     """
 
-    def __init__(self, fmt: Format, dtype: torch.dtype, importance: Tensor | None) -> None:
+    def __init__(self, fmt: Format, W: Tensor, dtype: torch.dtype, importance: Tensor | None) -> None:
         assert fmt.tiling.group_size is not None
         self.fmt, self.dtype, self.importance = fmt, dtype, importance
+        self._shared = fit_shared(fmt, W)
         self._found: list[Params] = []
 
     @property
@@ -48,18 +50,20 @@ class OnlineGridRounder:
 
     @property
     def params(self) -> Params:
-        """Parameters of all groups seen, each (out, groups)."""
-        return {n: torch.cat([p[n] for p in self._found], dim=1) for n in self._found[0]}
+        """Parameters of all groups seen, each (out, groups), and of the whole tensor."""
+        own = [n for n in self._found[0] if n not in self._shared]
+        return {n: torch.cat([p[n] for p in self._found], dim=1) for n in own} | dict(self._shared)
 
     def __call__(self, first: int, W: Tensor, X: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         group = lookahead(W, X, A).T
         if self.importance is None:
-            params = fit(self.fmt, group, self.dtype)
+            params = fit(self.fmt, group, self.dtype, self._shared)
         else:
             h = self.importance[first : first + W.shape[0]]
-            params = search_range(self.fmt, group, h, dtype=self.dtype)
+            params = search_range(self.fmt, group, h, dtype=self.dtype, shared=self._shared)
         self._found.append(params)
-        return round_columns(self.fmt, {n: p.T.expand(W.shape) for n, p in params.items()}, W, X, A)
+        by_column, _ = _by_column(self.fmt, params, tuple(group.shape), torch.zeros(1, dtype=torch.long))
+        return round_columns(self.fmt, {n: p.expand(W.shape) for n, p in by_column.items()}, W, X, A)
 
 
 def round_columns(fmt: Format, params: Params, W: Tensor, X: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +84,8 @@ def round_columns(fmt: Format, params: Params, W: Tensor, X: Tensor, A: Tensor) 
 def _by_column(fmt: Format, params: Params, shape: tuple[int, ...], order: Tensor) -> tuple[Params, Tensor]:
     rows = shape[0]
     tiling = fmt.tiling
+    # A parameter of the whole tensor is every tile's.
+    params = {n: p.expand(tiling.param_shape(shape)) for n, p in params.items()}
     match tiling.strategy:
         case "group":
             assert tiling.group_size is not None

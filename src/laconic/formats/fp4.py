@@ -1,0 +1,136 @@
+"""FP4 (E2M1: a sign, two bits of exponent, one of mantissa) in small groups of one scale: MXFP4 and NVFP4.
+
+A code is the four bits as they are: 0 to 7 stand for 0, .5, 1, 1.5, 2, 3, 4, 6, and 8 to 15 for the same below zero.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laconic.formats import NOTHING, Params
+from laconic.formats.floats import E4M3, E4M3_MAX
+from laconic.formats.int_affine import storable
+from laconic.formats.tiling import Tiling
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_MAX = 6.0
+
+_GROUPS_OF_16, _GROUPS_OF_32 = Tiling("group", 16), Tiling("group", 32)
+
+
+def encode_e2m1(x: Tensor) -> Tensor:
+    """The nearest code (uint8) of each value; half way, the one whose mantissa is even; past 6, that of 6."""
+    m = x.abs()
+    # Steps are .5 up to 2, 1 up to 4, 2 up to 6, and each stretch begins on an even code: count the steps in each.
+    steps = (2 * m).clamp_(max=4).round_()
+    steps += m.clamp(2, 4).round_()
+    steps += m.clamp_(4, 6).mul_(0.5).round_()
+    return steps.sub_(4).to(torch.uint8).add_(torch.signbit(x), alpha=8)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """The value (float32) of each code."""
+    values = torch.tensor((*E2M1, *(-v for v in E2M1)), device=codes.device)
+    return values.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+
+
+def pack_fp4(codes: Tensor) -> Tensor:
+    """(rows, n) codes, n even -> (rows, n / 2) uint8: the first of two codes in the low half of the byte."""
+    return codes[:, 0::2] | codes[:, 1::2] << 4
+
+
+def unpack_fp4(packed: Tensor) -> Tensor:
+    """The inverse of `pack_fp4`."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Fp4(ABC):
+    """w = step * value of the code, one step a tile."""
+
+    tiling: Tiling
+
+    @property
+    def num_bits(self) -> int:
+        return 4
+
+    @property
+    def symmetric(self) -> bool:
+        return True
+
+    @property
+    def headroom(self) -> float:
+        return 1.0
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.uint8
+
+    @abstractmethod
+    def step(self, params: Params) -> Tensor:
+        """What a code's value is multiplied by, float32."""
+
+    def shared(self, lo: Tensor, hi: Tensor) -> Params:
+        return NOTHING
+
+    @abstractmethod
+    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NOTHING) -> Params: ...
+
+    def encode_tiles(self, tiles: Tensor, params: Params) -> Tensor:
+        return encode_e2m1(tiles / self.step(params).unsqueeze(-1))
+
+    def decode_tiles(self, codes: Tensor, params: Params) -> Tensor:
+        return decode_e2m1(codes) * self.step(params).unsqueeze(-1)
+
+    def snap_tiles(self, tiles: Tensor, params: Params) -> Tensor:
+        return self.decode_tiles(self.encode_tiles(tiles, params), params)
+
+
+@dataclass(frozen=True)
+class MxFp4(Fp4):
+    """OCP Microscaling (MX) v1.0: groups of 32 whose scale is a power of two, stored as its exponent + 127 (E8M0)."""
+
+    tiling: Tiling = _GROUPS_OF_32
+
+    def step(self, params: Params) -> Tensor:
+        return params["scale"].view(torch.float8_e8m0fnu).float()
+
+    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NOTHING) -> Params:
+        """The smallest power of two under which the larger end of [lo, hi] still rounds to 6 (that is, stays below 7)
+        rather than being cut off. An all-zero tile gets scale 1."""
+        absmax = torch.maximum(-lo, hi).float()
+        # absmax = mantissa 2^exponent with a mantissa of 1/2 to 1, so that 2^(exponent - 3) leaves it at 4 to 8.
+        mantissa, exponent = torch.frexp(absmax)
+        exponent = torch.where(absmax > 0, exponent - 3 + (mantissa >= 7 / 8).int(), 0)
+        return {"scale": (exponent.clamp(-126, 127) + 127).to(torch.uint8)}
+
+
+@dataclass(frozen=True)
+class NvFp4(Fp4):
+    """NVIDIA's FP4: groups of 16 whose scale is an FP8 (E4M3), and one float32 `global_scale` a tensor that spreads
+    these scales over the range of FP8. step = scale / global_scale."""
+
+    tiling: Tiling = _GROUPS_OF_16
+
+    @property
+    def headroom(self) -> float:
+        # The largest value on 4 rather than 6 makes the steps below it finer (Four Over Six, arXiv 2512.02010).
+        return E2M1_MAX / 4
+
+    def step(self, params: Params) -> Tensor:
+        return params["scale"].float() / params["global_scale"]
+
+    def shared(self, lo: Tensor, hi: Tensor) -> Params:
+        """The global scale that gives the tile of the largest value the largest scale, 448. All zeros get 1."""
+        absmax = torch.maximum(-lo, hi).float().amax().reshape(1)
+        largest = torch.finfo(torch.float32).max
+        return {"global_scale": torch.where(absmax > 0, (E4M3_MAX * E2M1_MAX / absmax).clamp(max=largest), 1.0)}
+
+    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NOTHING) -> Params:
+        """The FP8 scale that puts the larger end of [lo, hi] nearest to 6. An all-zero tile gets scale 1."""
+        absmax = torch.maximum(-lo, hi).float()
+        return {"scale": storable(absmax / E2M1_MAX * shared["global_scale"], E4M3)}
