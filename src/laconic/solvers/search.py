@@ -32,7 +32,7 @@ def search_range(
 
     Each tile tries ranges from [min, max], times the format's headroom, down to `shrink_to` of it in equal steps, then
     half and a quarter of a step to either side of the best. Symmetric grids shrink both ends alike; asymmetric ones
-    then shrink each end on its own. Parameters are compared as they will be stored, in `dtype`.
+    then move each end on its own. Parameters are compared as they will be stored, in `dtype`.
 
     w: (out, in). importance: (in,) or None, the weight of a column's error, diag(H) for instance. hessian: in place of
     it, for grids of a group or a row, (in / n, n, n): the blocks of H of the inputs that share a scale, so that the
@@ -99,9 +99,10 @@ def _search(
         for delta in (-part, part):
             attempt(middle + delta, middle + delta)
     if not fmt.symmetric:
-        for delta in (-step / 2, -step / 4, step / 4, step / 2):
+        around = (-step, -step / 2, -step / 4, step / 4, step / 2, step)
+        for delta in around:
             attempt((p_lo + delta).clamp_(max=1.0), p_hi.clone())
-        for delta in (-step / 2, -step / 4, step / 4, step / 2):
+        for delta in around:
             attempt(p_lo.clone(), (p_hi + delta).clamp_(max=1.0))
     return best
 
