@@ -53,6 +53,12 @@ class Format(Protocol):
         """The parameters of tiles, beside the `shared` ones, whose grids cover [lo, hi]: already as they are stored,
         in `dtype` where the format leaves that open."""
 
+    def range_of(self, params: Params) -> tuple[Tensor, Tensor]:
+        """The range that `from_range` makes these parameters of."""
+
+    def unit(self, params: Params) -> Tensor:
+        """What codes are multiplied by, float32: the finest step of each tile's grid, or a multiple of it."""
+
     def encode_tiles(self, tiles: Tensor, params: Params) -> Tensor:
         """Codes (`code_dtype`) of `tiles` (..., n) under params of shape (...) or (1,)."""
 

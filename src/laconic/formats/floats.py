@@ -44,6 +44,13 @@ class Fp8:
         """The scale that puts the larger end of [lo, hi] on 448. An all-zero tile gets scale 1."""
         return {"scale": storable(torch.maximum(-lo, hi) / E4M3_MAX, dtype)}
 
+    def range_of(self, params: Params) -> tuple[Tensor, Tensor]:
+        half = self.unit(params) * E4M3_MAX
+        return -half, half
+
+    def unit(self, params: Params) -> Tensor:
+        return params["scale"].float()
+
     def encode_tiles(self, tiles: Tensor, params: Params) -> Tensor:
         return (tiles / params["scale"].float().unsqueeze(-1)).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
 

@@ -71,7 +71,7 @@ class Fp4(ABC):
         return torch.uint8
 
     @abstractmethod
-    def step(self, params: Params) -> Tensor:
+    def unit(self, params: Params) -> Tensor:
         """What a code's value is multiplied by, float32."""
 
     def shared(self, lo: Tensor, hi: Tensor) -> Params:
@@ -80,11 +80,15 @@ class Fp4(ABC):
     @abstractmethod
     def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NOTHING) -> Params: ...
 
+    def range_of(self, params: Params) -> tuple[Tensor, Tensor]:
+        half = self.unit(params) * E2M1_MAX
+        return -half, half
+
     def encode_tiles(self, tiles: Tensor, params: Params) -> Tensor:
-        return encode_e2m1(tiles / self.step(params).unsqueeze(-1))
+        return encode_e2m1(tiles / self.unit(params).unsqueeze(-1))
 
     def decode_tiles(self, codes: Tensor, params: Params) -> Tensor:
-        return decode_e2m1(codes) * self.step(params).unsqueeze(-1)
+        return decode_e2m1(codes) * self.unit(params).unsqueeze(-1)
 
     def snap_tiles(self, tiles: Tensor, params: Params) -> Tensor:
         return self.decode_tiles(self.encode_tiles(tiles, params), params)
@@ -96,7 +100,7 @@ class MxFp4(Fp4):
 
     tiling: Tiling = _GROUPS_OF_32
 
-    def step(self, params: Params) -> Tensor:
+    def unit(self, params: Params) -> Tensor:
         return params["scale"].view(torch.float8_e8m0fnu).float()
 
     def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NOTHING) -> Params:
@@ -121,7 +125,7 @@ class NvFp4(Fp4):
         # The largest value on 4 rather than 6 makes the steps below it finer (Four Over Six, arXiv 2512.02010).
         return E2M1_MAX / 4
 
-    def step(self, params: Params) -> Tensor:
+    def unit(self, params: Params) -> Tensor:
         return params["scale"].float() / params["global_scale"]
 
     def shared(self, lo: Tensor, hi: Tensor) -> Params:

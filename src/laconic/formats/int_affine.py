@@ -59,6 +59,17 @@ class IntAffine:
         zero_point = (self.qmin - lo / scale.float()).round_().clamp_(self.qmin, self.qmax)
         return {"scale": scale, "zero_point": zero_point.to(torch.int8)}
 
+    def range_of(self, params: Params) -> tuple[Tensor, Tensor]:
+        scale = self.unit(params)
+        if self.symmetric:
+            half = scale * (self.qmax - self.qmin) / 2
+            return -half, half
+        zero_point = params["zero_point"].float()
+        return (self.qmin - zero_point) * scale, (self.qmax - zero_point) * scale
+
+    def unit(self, params: Params) -> Tensor:
+        return params["scale"].float()
+
     def encode_tiles(self, tiles: Tensor, params: Params) -> Tensor:
         codes = tiles / params["scale"].float().unsqueeze(-1)
         codes = codes.round_()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from laconic.engine.stage import LinearStage, Outcome, QuantizingStage
 from laconic.formats import Format, Params, Quantized, fit
-from laconic.solvers.grid import GridRounder, OnlineGridRounder
+from laconic.solvers.grid import OnlineGridRounder, by_energy, swept
 from laconic.solvers.moments import Moments
 from laconic.solvers.obs import Feedback, feedback, sweep
 from laconic.solvers.search import search_range
@@ -52,9 +52,9 @@ class Gptq(QuantizingStage, LinearStage):
         assert moments is not None
         assert moments.H is not None
         fmt = self.result.weights
-        H = moments.H / max(1, moments.tokens)
+        H = moments.mean()
         dead = H.diagonal() == 0
-        order = H.diagonal().argsort(descending=True, stable=True) if self.actorder else None
+        order = by_energy(H) if self.actorder else None
         sorted_H = H if order is None else H[order][:, order]
         factor = feedback(sorted_H, self.dampening_frac)
         target = weight
@@ -73,8 +73,8 @@ class Gptq(QuantizingStage, LinearStage):
             return Quantized(fmt, codes, online.params)
         params = self._grid(fmt, W, H, dtype)
         order = torch.arange(W.shape[1], device=W.device) if order is None else order
-        codes = sweep(W[:, order], factor.A, GridRounder(fmt, params, W.shape, order), self.block_size)
-        return Quantized(fmt, codes[:, order.argsort()], params)
+        codes = swept(fmt, W, H, params, factor=factor, order=order, block_size=self.block_size)
+        return Quantized(fmt, codes, params)
 
     def _grid(self, fmt: Format, W: Tensor, H: Tensor, dtype: torch.dtype) -> Params:
         if self.observer == "minmax":

@@ -8,8 +8,33 @@ from torch import Tensor
 from laconic.formats import Format, Params, fit, fit_shared
 from laconic.formats.int_affine import IntAffine
 from laconic.kernels.columns import affine_columns
-from laconic.solvers.obs import lookahead
+from laconic.solvers.obs import Feedback, feedback, lookahead, sweep
 from laconic.solvers.search import search_range
+
+
+def swept(
+    fmt: Format,
+    W: Tensor,
+    H: Tensor,
+    params: Params,
+    *,
+    factor: Feedback | None = None,
+    order: Tensor | None = None,
+    block_size: int = 128,
+) -> Tensor:
+    """Codes (out, in) of W on grids fixed beforehand, by a sweep under H (in, in).
+
+    order: of the columns, the loudest first when not given. factor: of H in that order, where it is at hand.
+    """
+    order = by_energy(H) if order is None else order
+    factor = feedback(H[order][:, order]) if factor is None else factor
+    codes = sweep(W[:, order], factor.A, GridRounder(fmt, params, W.shape, order), block_size)
+    return codes[:, order.argsort()]
+
+
+def by_energy(H: Tensor) -> Tensor:
+    """Columns in the order of falling activation energy."""
+    return H.diagonal().argsort(descending=True, stable=True)
 
 
 class GridRounder:

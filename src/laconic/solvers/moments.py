@@ -53,6 +53,11 @@ class Moments:
             _mirror(self.H)
         return self
 
+    def mean(self) -> Tensor:
+        """H over the number of tokens."""
+        assert self.H is not None
+        return self.H / max(1, self.tokens)
+
     def add(self, x: Tensor, x_full: Tensor | None = None) -> None:
         """Take in activations of shape (..., in). H is whole only after `finish`."""
         x = x.reshape(-1, self.in_features).to(self.device)
