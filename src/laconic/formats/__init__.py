@@ -43,6 +43,10 @@ class Format(Protocol):
         """How far a range may usefully reach past the largest value, as a multiple of it: 1 where steps are even."""
 
     @property
+    def widest(self) -> float:
+        """The widest step between two codes, in units."""
+
+    @property
     def code_dtype(self) -> torch.dtype:
         """The dtype codes have in memory (int8, float8_e4m3fn, uint8)."""
 
@@ -53,11 +57,8 @@ class Format(Protocol):
         """The parameters of tiles, beside the `shared` ones, whose grids cover [lo, hi]: already as they are stored,
         in `dtype` where the format leaves that open."""
 
-    def range_of(self, params: Params) -> tuple[Tensor, Tensor]:
-        """The range that `from_range` makes these parameters of."""
-
     def unit(self, params: Params) -> Tensor:
-        """What codes are multiplied by, float32: the finest step of each tile's grid, or a multiple of it."""
+        """What the values of codes are multiplied by, float32."""
 
     def encode_tiles(self, tiles: Tensor, params: Params) -> Tensor:
         """Codes (`code_dtype`) of `tiles` (..., n) under params of shape (...) or (1,)."""

@@ -34,6 +34,10 @@ class Fp8:
         return 1.0
 
     @property
+    def widest(self) -> float:
+        return 32.0
+
+    @property
     def code_dtype(self) -> torch.dtype:
         return E4M3
 
@@ -43,10 +47,6 @@ class Fp8:
     def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NOTHING) -> Params:
         """The scale that puts the larger end of [lo, hi] on 448. An all-zero tile gets scale 1."""
         return {"scale": storable(torch.maximum(-lo, hi) / E4M3_MAX, dtype)}
-
-    def range_of(self, params: Params) -> tuple[Tensor, Tensor]:
-        half = self.unit(params) * E4M3_MAX
-        return -half, half
 
     def unit(self, params: Params) -> Tensor:
         return params["scale"].float()

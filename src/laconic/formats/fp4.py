@@ -67,6 +67,10 @@ class Fp4(ABC):
         return 1.0
 
     @property
+    def widest(self) -> float:
+        return 2.0
+
+    @property
     def code_dtype(self) -> torch.dtype:
         return torch.uint8
 
@@ -79,10 +83,6 @@ class Fp4(ABC):
 
     @abstractmethod
     def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NOTHING) -> Params: ...
-
-    def range_of(self, params: Params) -> tuple[Tensor, Tensor]:
-        half = self.unit(params) * E2M1_MAX
-        return -half, half
 
     def encode_tiles(self, tiles: Tensor, params: Params) -> Tensor:
         return encode_e2m1(tiles / self.unit(params).unsqueeze(-1))

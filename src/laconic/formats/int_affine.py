@@ -33,6 +33,10 @@ class IntAffine:
         return 1.0
 
     @property
+    def widest(self) -> float:
+        return 1.0
+
+    @property
     def code_dtype(self) -> torch.dtype:
         return torch.int8
 
@@ -58,14 +62,6 @@ class IntAffine:
             return {"scale": scale}
         zero_point = (self.qmin - lo / scale.float()).round_().clamp_(self.qmin, self.qmax)
         return {"scale": scale, "zero_point": zero_point.to(torch.int8)}
-
-    def range_of(self, params: Params) -> tuple[Tensor, Tensor]:
-        scale = self.unit(params)
-        if self.symmetric:
-            half = scale * (self.qmax - self.qmin) / 2
-            return -half, half
-        zero_point = params["zero_point"].float()
-        return (self.qmin - zero_point) * scale, (self.qmax - zero_point) * scale
 
     def unit(self, params: Params) -> Tensor:
         return params["scale"].float()

@@ -7,9 +7,9 @@ compressed model's activations comes near to the original model's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -18,25 +18,22 @@ from torch import Tensor
 from laconic.engine.block import Block, stacked, stacks
 from laconic.engine.stage import BlockStage, Outcome, QuantizingStage
 from laconic.engine.train import SignSGD, outputs, tune, unstack
-from laconic.formats import Format, Params, Quantized, fit
-from laconic.model.anatomy import Tap, linear_at
-from laconic.solvers.grid import swept
-from laconic.solvers.moments import Moments
-from laconic.solvers.search import search_range
+from laconic.formats import Format, Params, Quantized
+
+# How far float32 may take a value that lies half a step from its code.
+_ROUNDING = 1 + 1e-4
 
 
 class AutoRound(QuantizingStage, BlockStage):
     """iters: steps a block. batch_size: samples a step. lr: largest move of V a step (1 / iters when not given). clip:
-    tune ranges as well. start: where tuning begins: rounding to nearest over the whole range (`minmax`, the paper's),
-    over the range of least squared error (`mse`), or what GPTQ would choose (`gptq`). asymmetric: aim at the original
-    model's output, rather than at what the uncompressed block makes of the compressed model's activations."""
+    tune ranges as well. asymmetric: aim at the original model's output, rather than at what the uncompressed block
+    makes of the compressed model's activations."""
 
     method: Literal["autoround"] = "autoround"
     iters: int = Field(200, ge=1)
     batch_size: int = Field(8, ge=1)
     lr: float | None = Field(None, gt=0)
     clip: bool = True
-    start: Literal["minmax", "mse", "gptq"] = "gptq"
     asymmetric: bool = True
 
     @property
@@ -45,7 +42,8 @@ class AutoRound(QuantizingStage, BlockStage):
 
     def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
         fmt = self.result.weights
-        tuned = dict(self._begin(block))
+        names = [n for tap in block.targeted_taps() for n in stacks(block.module, block.targets(tap), self.result)]
+        tuned = {n: _Tuned.start(fmt, stacked(block.module, n)) for n in names}
         targets = block.original_output.hidden if block.original_output else outputs(block)
 
         def weights() -> Mapping[str, Tensor]:
@@ -73,31 +71,6 @@ class AutoRound(QuantizingStage, BlockStage):
         notes = {"loss_before": before, "loss_after": after}
         return {n: Outcome(t.quantized(fmt, block.dtype), notes) for n, t in tuned.items()}
 
-    def _begin(self, block: Block) -> Iterator[tuple[tuple[str, ...], _Tuned]]:
-        fmt, taps = self.result.weights, block.targeted_taps()
-        seen = {} if self.start == "minmax" else _moments(block, taps)
-        for tap in taps:
-            for names in stacks(block.module, block.targets(tap), self.result):
-                W = stacked(block.module, names)
-                if tap not in seen:
-                    yield names, _Tuned.start(fmt, W, fit(fmt, W, block.dtype))
-                    continue
-                H = seen[tap].mean()
-                params = search_range(fmt, W, H.diagonal(), dtype=block.dtype)
-                if self.start == "gptq":
-                    codes = swept(fmt, W, H, params)
-                    yield names, _Tuned.start(fmt, W, params, codes)
-                else:
-                    yield names, _Tuned.start(fmt, W, params)
-
-
-def _moments(block: Block, taps: Sequence[Tap]) -> dict[Tap, Moments]:
-    widths = {tap: linear_at(block.module, tap.linears[0]).in_features for tap in taps}
-    seen = {tap: Moments(width, block.device) for tap, width in widths.items()}
-    for tap, x in block.inputs(taps):
-        seen[tap].add(x)
-    return {tap: found.finish() for tap, found in seen.items()}
-
 
 @dataclass(frozen=True)
 class _Tuned:
@@ -112,24 +85,18 @@ class _Tuned:
     high: Tensor
 
     @classmethod
-    def start(cls, fmt: Format, W: Tensor, params: Params, codes: Tensor | None = None) -> _Tuned:
-        """Round to nearest under these parameters, or to these codes."""
+    def start(cls, fmt: Format, W: Tensor) -> _Tuned:
+        """Round to nearest over the whole range."""
         tiles = fmt.tiling.split(W)
-        if codes is not None:
-            # Where a code is not the nearest, the weight is brought to the edge of what would be rounded to it.
-            values = fmt.decode_tiles(fmt.tiling.split(codes), params)
-            half = 0.49 * fmt.unit(params).unsqueeze(-1)
-            tiles = torch.clamp(tiles, values - half, values + half)
-        lo, hi = fmt.range_of(params)
-        V, low, high = torch.zeros_like(tiles), torch.ones_like(lo), torch.ones_like(hi)
-        W = fmt.tiling.join(tiles, W.shape)
+        lo, hi = tiles.amin(-1), tiles.amax(-1)
+        V, low, high = (torch.zeros_like(tiles), torch.ones_like(lo), torch.ones_like(hi))
         return cls(W, V.requires_grad_(), lo, hi, low.requires_grad_(), high.requires_grad_())
 
     def clamp(self) -> None:
-        """Keep V within half a step to either side, and ranges in reason."""
+        """Keep V within half a step to either side, and ranges within the tile's own."""
         self.V.data.clamp_(-0.5, 0.5)
-        self.low.data.clamp_(0.1, 2)
-        self.high.data.clamp_(0.1, 2)
+        self.low.data.clamp_(0.1, 1)
+        self.high.data.clamp_(0.1, 1)
 
     def params(self, fmt: Format, dtype: torch.dtype) -> Params:
         """As they will be stored."""
@@ -140,17 +107,10 @@ class _Tuned:
 
     def weight(self, fmt: Format, dtype: torch.dtype) -> Tensor:
         """The rounded weight, differentiable in V, low and high through the rounding."""
-        params = self.params(fmt, dtype)
-        scale = fmt.unit(params)
-        # The stored scale in value; in gradient, the share of the range that low and high cover.
         span = _span(fmt, self.lo * self.low, self.hi * self.high)
-        s = scale * (1 + (span - span.detach()) / span.detach().clamp(min=1e-30))
-        u = fmt.tiling.split(self.W) / s.unsqueeze(-1) + self.V
-        with torch.no_grad():
-            c = fmt.decode_tiles(fmt.encode_tiles(u * scale.unsqueeze(-1), params), params) / scale.unsqueeze(-1)
-            inside = ((u - c).abs() <= 1).float()
-        values = (c + inside * (u - u.detach())) * s.unsqueeze(-1)
-        return fmt.tiling.join(values, self.W.shape)
+        params = self.params(fmt, dtype)
+        rounded: Tensor = _Round.apply(fmt.tiling.split(self.W), self.V, span, fmt, params)  # type: ignore[no-untyped-call]
+        return fmt.tiling.join(rounded, self.W.shape)
 
     def quantized(self, fmt: Format, dtype: torch.dtype) -> Quantized:
         """Codes and parameters, as they stand."""
@@ -164,3 +124,26 @@ class _Tuned:
 def _span(fmt: Format, lo: Tensor, hi: Tensor) -> Tensor:
     """What a grid's scale is proportional to."""
     return torch.maximum(-lo, hi) if fmt.symmetric else hi.clamp(min=0) - lo.clamp(max=0)
+
+
+class _Round(torch.autograd.Function):
+    """Q = s c, c the rounding of u = W / s + V. Straight through the rounding, where W is not cut off: dQ/dV = s and
+    dQ/ds = c - W / s; where it is cut off, 0 and c. s goes with the span of the grid."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, V: Tensor, span: Tensor, fmt: Format, params: Params) -> Tensor:
+        s = fmt.unit(params).unsqueeze(-1)
+        u = W / s
+        shifted = torch.addcmul(W, V, s)
+        Q = fmt.snap_tiles(shifted, params)
+        inside = (shifted.sub_(Q).abs_() <= s * (fmt.widest / 2 * _ROUNDING)).to(W.dtype)
+        c = Q / s
+        ctx.save_for_backward(inside, c.addcmul_(u, inside, value=-1), s, span)
+        return Q
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inside, by_scale, s, span = ctx.saved_tensors
+        (grad,) = grads
+        to_span = by_scale.mul_(grad).sum(-1) * (s.squeeze(-1) / span.clamp(min=1e-30))
+        return None, inside.mul_(grad).mul_(s), to_span, None, None
