@@ -94,7 +94,7 @@ def test_sweep_on_online_groups_is_the_papers_loop(symmetric: bool, observer: st
     fmt = IntAffine(4, symmetric, Tiling("group", GROUP), narrow=symmetric)
     importance = H.diagonal() if observer == "mse" else None
 
-    rounder = OnlineGridRounder(fmt, torch.float32, importance)
+    rounder = OnlineGridRounder(fmt, W, torch.float32, importance)
     codes = sweep(W, feedback(H, DAMPENING).A, rounder)
 
     found: dict[str, Tensor] = {}
