@@ -51,19 +51,15 @@ def _search(
     fmt: Format, tiles: Tensor, h: Tensor | None, dtype: torch.dtype, shared: Params, steps: int, shrink_to: float
 ) -> Params:
     lo, hi = tiles.amin(-1), tiles.amax(-1)
-    best = {name: p.clone() for name, p in fmt.from_range(lo, hi, dtype, shared).items()}
-    best_error = _error(fmt, tiles, {**best, **shared}, h)
+    best_error = _error(fmt, tiles, {**fmt.from_range(lo, hi, dtype, shared), **shared}, h)
     p_lo, p_hi = torch.ones_like(lo), torch.ones_like(hi)
 
     def attempt(a: Tensor, b: Tensor) -> None:
-        params = fmt.from_range(lo * a, hi * b, dtype, shared)
-        error = _error(fmt, tiles, {**params, **shared}, h)
+        error = _error(fmt, tiles, {**fmt.from_range(lo * a, hi * b, dtype, shared), **shared}, h)
         better = error < best_error
         best_error.copy_(torch.where(better, error, best_error))
         p_lo.copy_(torch.where(better, a, p_lo))
         p_hi.copy_(torch.where(better, b, p_hi))
-        for name, p in params.items():
-            best[name].copy_(torch.where(better, p, best[name]))
 
     for p in torch.linspace(fmt.headroom, shrink_to, steps + 1).tolist():
         attempt(torch.full_like(lo, p), torch.full_like(hi, p))
@@ -73,7 +69,7 @@ def _search(
             attempt((p_lo + delta).clamp_(max=1.0), p_hi.clone())
         for delta in around:
             attempt(p_lo.clone(), (p_hi + delta).clamp_(max=1.0))
-    return best
+    return fmt.from_range(lo * p_lo, hi * p_hi, dtype, shared)
 
 
 def _error(fmt: Format, tiles: Tensor, params: Params, h: Tensor | None) -> Tensor:
