@@ -1,6 +1,6 @@
 """The table of methods by scheme: perplexity, fidelity and size of one model, each row made by this one command.
 
-    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--context-length N] [--windows N]
+    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--context-length N] [--windows N] [--schemes ...]
 
 Prints Markdown. Everything is measured in float32 on the same windows; artifacts go to a temporary folder.
 """
@@ -27,6 +27,8 @@ WEIGHT_ONLY = {
     "W4A16_ASYM": {"scheme": "W4A16_ASYM"},
     "W3A16 asym": {"scheme": "W3A16", "symmetric": False},
     "W2A16 asym": {"scheme": "W2A16", "symmetric": False},
+    "NVFP4A16": {"scheme": "NVFP4A16"},
+    "MXFP4A16": {"scheme": "MXFP4A16"},
 }
 WITH_ACTIVATIONS = {
     "W8A8": {"scheme": "W8A8"},
@@ -34,17 +36,23 @@ WITH_ACTIVATIONS = {
     "W4A8": {"scheme": "W4A8"},
     "FP8_DYNAMIC": {"scheme": "FP8_DYNAMIC"},
     "FP8_BLOCK": {"scheme": "FP8_BLOCK"},
+    "NVFP4": {"scheme": "NVFP4"},
+    "MXFP4": {"scheme": "MXFP4"},
+    "W7A7": {"scheme": "W7A7"},
     "W6A6": {"scheme": "W6A6"},
+    "W4A4": {"scheme": "W4A4"},
 }
+# Those whose groups may have another size.
+GROUPED = ("W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W4A8", "W4A4")
 
 
-def rows(quick: bool) -> list[tuple[str, str, dict[str, Any]]]:
+def rows(quick: bool, chosen: list[str] | None) -> list[tuple[str, str, dict[str, Any]]]:
     """(scheme, method, stage) of every row."""
     weights = [
         (s, m, v | METHODS[m]) for s, v in WEIGHT_ONLY.items() for m in METHODS if s != "W8A16" or m == "rtn (mse)"
     ]
     acts = [(s, m, v | METHODS[m]) for s, v in WITH_ACTIVATIONS.items() for m in ("rtn (min-max)", "gptq")]
-    return weights if quick else weights + acts
+    return [row for row in (weights if quick else weights + acts) if chosen is None or row[0] in chosen]
 
 
 def main() -> None:
@@ -59,6 +67,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=None)
     parser.add_argument("--group-size-for", nargs=2, action="append", metavar=("PATTERN", "SIZE"), default=[])
     parser.add_argument("--quick", action="store_true", help="weight-only schemes alone")
+    parser.add_argument("--schemes", nargs="+", choices=[*WEIGHT_ONLY, *WITH_ACTIVATIONS], help="these alone")
     args = parser.parse_args()
     calibration = {
         "dataset": args.calibration,
@@ -68,8 +77,8 @@ def main() -> None:
     print("| scheme | method | bits/weight | perplexity | KL mean | KL p99 | same top-1 |")
     print("|---|---|---:|---:|---:|---:|---:|")
     shown = False
-    for scheme, method, stage in rows(args.quick):
-        grouped = args.group_size and stage["scheme"] not in ("W8A16", "W8A8", "W6A6", "FP8_DYNAMIC", "FP8_BLOCK")
+    for scheme, method, stage in rows(args.quick, args.schemes):
+        grouped = args.group_size and stage["scheme"] in GROUPED
         if grouped:
             stage = stage | {"group_size": args.group_size}
         stages = [stage | {"ignore": ["lm_head", *(p for p, _ in args.group_size_for)]}] if grouped else [stage]

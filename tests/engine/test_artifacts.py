@@ -84,6 +84,7 @@ def test_linears_that_engines_fuse_have_one_scale_where_a_tensor_has_one(
         ([rtn("FP8_BLOCK")], "rounds activations in groups of 128, which does not divide the 64 inputs"),
         ([gptq("W4A16", group_size=32)], "gptq needs calibration text"),
         ([rtn("FP8")], "static activations needs calibration text"),
+        ([rtn("NVFP4")], "static activations needs calibration text"),
     ],
     ids=lambda s: s[1],
 )
@@ -111,6 +112,22 @@ def test_a_static_scale_is_the_largest_input_over_the_largest_code(
     first = "model.layers.0.self_attn.q_proj"
     (seen,) = inputs(original(folder), windows(folder, text), [first]).values()
     assert scales[first] == pytest.approx(float(seen.abs().max()) / largest, rel=1e-6)
+
+
+def test_nvfp4_has_one_scale_a_tensor_for_what_engines_fuse_and_one_for_its_inputs(text: Path, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", dtype=torch.float32)
+    artifact = press(folder, tmp_path / "artifact", gptq("NVFP4"), text=text)
+    stored, before = tensors(artifact.path), tensors(folder)
+    name = "model.layers.0.{}.{}".format
+    for fused in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        (scale,) = {float(stored[name(linear, "weight_global_scale")]) for linear in fused}
+        largest = max(float(before[name(linear, "weight")].abs().max()) for linear in fused)
+        assert scale == pytest.approx(448 * 6 / largest)
+        assert len({float(stored[name(linear, "input_global_scale")]) for linear in fused}) == 1
+    ours = laconic.load(artifact.path)
+    linears = quantized_linears(ours)
+    for linear, seen in inputs(ours, windows(folder, text), list(linears)).items():
+        assert float(linears[linear].input_global_scale) == pytest.approx(448 * 6 / float(seen.abs().max()), rel=1e-4)
 
 
 SHAPE = {

@@ -47,6 +47,8 @@ def test_a_plain_model_has_sixteen_bits(tied: bool, tmp_path: Path) -> None:
         (rtn("W8A8"), LINEARS + ROWS * 2),
         (rtn("W6A6"), LINEARS * 6 // 8 + ROWS * 2 + SHAPES),
         (rtn("FP8"), LINEARS + 14 * 2 + 14 * 2),
+        (rtn("NVFP4"), LINEARS // 2 + LINEARS // 16 + 14 * 4 + 14 * 4),
+        (rtn("MXFP4A16"), LINEARS // 2 + LINEARS // 32),
     ],
     ids=lambda v: v["scheme"] if isinstance(v, dict) else "",
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from laconic.formats import Format
 from laconic.formats.floats import Fp8
+from laconic.formats.fp4 import MxFp4, NvFp4
 from laconic.formats.int_affine import IntAffine
 from laconic.formats.tiling import Tiling
 
@@ -20,6 +21,8 @@ FORMATS: tuple[Format, ...] = (
     *(IntAffine(bits, symmetric, ROW) for bits in range(2, 9) for symmetric in (True, False)),
     *(IntAffine(bits, True, ROW, narrow=True) for bits in (6, 8)),
     Fp8(ROW),
+    MxFp4(ROW),
+    NvFp4(ROW),
 )
 
 # As large and as small as a float32 may be, short of where twice a value overflows.

@@ -85,6 +85,13 @@ def test_saying_what_a_preset_is_already_changes_nothing(preset: str) -> None:
         ("FP8_BLOCK", {"strategy": "channel"}, "FP8_BLOCK is 128 x 128 blocks"),
         ("FP8_BLOCK", {"group_size": 64}, "FP8_BLOCK has no groups"),
         ("FP8_BLOCK", {"dynamic": False}, "FP8_BLOCK has dynamic activations only"),
+        ("NVFP4", {"group_size": 32}, "NVFP4 is groups of 16: leave group_size and strategy out"),
+        ("MXFP4A16", {"group_size": -1}, "MXFP4A16 is groups of 32: leave group_size and strategy out"),
+        ("MXFP4", {"strategy": "channel"}, "MXFP4 is groups of 32: leave group_size and strategy out"),
+        ("NVFP4A16", {"symmetric": False}, "NVFP4A16 is always symmetric"),
+        ("NVFP4A16", {"dynamic": True}, "NVFP4A16 keeps activations in 16 bit"),
+        ("NVFP4", {"dynamic": True}, "NVFP4 rounds activations in its own way: leave 'dynamic' out"),
+        ("MXFP4", {"dynamic": False}, "MXFP4 rounds activations in its own way: leave 'dynamic' out"),
     ],
     ids=str,
 )

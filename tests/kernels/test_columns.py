@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from laconic.formats import Params, decode, fit
+from laconic.formats.fp4 import Fp4, MxFp4, NvFp4, decode_e2m1
 from laconic.formats.int_affine import IntAffine
 from laconic.formats.tiling import Tiling
 from laconic.kernels.columns import affine_columns_torch
@@ -94,7 +95,7 @@ def test_sweep_on_online_groups_is_the_papers_loop(symmetric: bool, observer: st
     fmt = IntAffine(4, symmetric, Tiling("group", GROUP), narrow=symmetric)
     importance = H.diagonal() if observer == "mse" else None
 
-    rounder = OnlineGridRounder(fmt, torch.float32, importance)
+    rounder = OnlineGridRounder(fmt, W, torch.float32, importance)
     codes = sweep(W, feedback(H, DAMPENING).A, rounder)
 
     found: dict[str, Tensor] = {}
@@ -107,6 +108,35 @@ def test_sweep_on_online_groups_is_the_papers_loop(symmetric: bool, observer: st
         return found
 
     agree(W, H, (codes, decode(fmt, codes, rounder.params)), algorithm_1(W, H, fmt, params_at))
+
+
+@pytest.mark.parametrize("fmt", [NvFp4(), MxFp4()], ids=["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("static", [True, False], ids=["static", "online"])
+def test_sweep_onto_fp4_is_the_papers_loop_onto_its_points(fmt: Fp4, static: bool) -> None:
+    W, H = problem()
+    A = feedback(H, DAMPENING).A
+    if static:
+        params = search_range(fmt, W, H.diagonal())
+        codes = sweep(W, A, GridRounder(fmt, params, W.shape, torch.arange(COLUMNS)))
+    else:
+        rounder = OnlineGridRounder(fmt, W, torch.float32, H.diagonal())
+        codes, params = sweep(W, A, rounder), rounder.params
+    points = decode_e2m1(torch.arange(16, dtype=torch.uint8)).double()
+    grid = fmt.step(params).double().repeat_interleave(fmt.tiling.group_size, 1)[..., None] * points
+
+    damped, now, Q = H.double(), W.double(), torch.empty_like(W, dtype=torch.float64)
+    damped.diagonal().add_(DAMPENING * damped.diagonal().mean())
+    U = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    for j in range(COLUMNS):
+        nearest = (grid[:, j] - now[:, j : j + 1]).abs().argmin(-1, keepdim=True)
+        Q[:, j] = grid[:, j].gather(1, nearest)[:, 0]
+        now[:, j:] -= ((now[:, j] - Q[:, j]) / U[j, j])[:, None] * U[j, j:]
+    agree(
+        W,
+        H,
+        (decode(fmt, codes, params).double().round(decimals=5), decode(fmt, codes, params)),
+        (Q.round(decimals=5), Q),
+    )
 
 
 # The kernel -----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,9 @@ SCHEMES: list[dict[str, Any]] = [
     {"scheme": "W8A8"},
     {"scheme": "W6A6"},
     {"scheme": "FP8"},
+    {"scheme": "NVFP4"},
+    {"scheme": "NVFP4A16"},
+    {"scheme": "MXFP4A16"},
 ]
 
 

@@ -54,6 +54,7 @@ def test_the_size_of_a_block_changes_nothing_but_rounding_noise(actorder: str | 
         {"scheme": "W8A8", "group_size": None, "strategy": "tensor"},
         {"scheme": "W4A16", "group_size": -1},
         {"scheme": "W4A16_ASYM", "actorder": None},
+        *({"scheme": s, "group_size": None, "actorder": a} for s in ("NVFP4A16", "MXFP4") for a in ("weight", None)),
     ],
     ids=str,
 )

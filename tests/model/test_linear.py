@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from laconic.model.linear import QLinear, round_activations
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
 E4M3 = E4M3[E4M3.isfinite()]
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+E2M1 = torch.cat([E2M1, -E2M1])
 
 # The varied schemes are those whose activations are scaled by calibration.
 SCHEMES = (*PRESETS.values(), scheme("W8A8", dynamic=False), scheme("W6A6", dynamic=False))
@@ -27,31 +31,43 @@ def _timing(kept: Scheme) -> str:
     return "none" if acts is None else "dynamic" if acts.dynamic else "static"
 
 
+def calibration(kept: Scheme) -> dict[str, Tensor]:
+    """Made-up parameters of the inputs, where a scheme does not take them from each input itself."""
+    return {False: {"scale": torch.tensor([0.013])}, "local": {"global_scale": torch.tensor([200.0])}, True: {}}[
+        kept.input_activations.dynamic
+    ]
+
+
 def activations(*shape: int) -> Tensor:
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(3))
     x[..., ::50] *= 10
     return x
 
 
-def nearest(values: Tensor, scale: float, num_bits: int | None) -> Tensor:
-    """float64 values on the grid of a scale: integers that leave out the lowest code, or FP8 (None)."""
-    if num_bits is None:
-        points = E4M3 * scale
+def nearest(values: Tensor, scale: float, num_bits: int | Tensor) -> Tensor:
+    """float64 values on the grid of a scale: integers that leave out the lowest code, or the values of a float."""
+    if isinstance(num_bits, Tensor):
+        points = num_bits * scale
         return points[(values[:, None] - points).abs().argmin(-1)]
     top = 2 ** (num_bits - 1) - 1
     return (values / scale).round().clamp(-top, top) * scale
 
 
-def rounded_by_hand(x: Tensor, kept: Scheme, input_scale: float | None) -> Tensor:
+def rounded_by_hand(x: Tensor, kept: Scheme, calibrated: float | None) -> Tensor:
     """Token after token, group after group, in float64."""
     acts = kept.input_activations
-    num_bits = None if kept.name.startswith("FP8") else acts.format.num_bits
-    largest = 448.0 if num_bits is None else 2.0 ** (num_bits - 1) - 1
+    num_bits = E4M3 if kept.name.startswith("FP8") else E2M1 if "FP4" in kept.name else acts.format.num_bits
+    largest = float(num_bits.max()) if isinstance(num_bits, Tensor) else 2.0 ** (num_bits - 1) - 1
     out = torch.empty_like(x, dtype=torch.float64)
     for token in range(x.shape[0]):
         for start in range(0, x.shape[1], acts.format.tiling.group_size or x.shape[1]):
             part = x[token, start : start + (acts.format.tiling.group_size or x.shape[1])].double()
-            scale = float(part.abs().max()) / largest if input_scale is None else input_scale
+            scale = calibrated if acts.dynamic is False else float(part.abs().max()) / largest
+            if kept.name == "NVFP4":
+                scale = float(E4M3[(E4M3 - scale * calibrated).abs().argmin()]) / calibrated
+            elif kept.name == "MXFP4":
+                # The smallest power of two that leaves no more than what rounds to 6.
+                scale = 2.0 ** (math.floor(math.log2(scale * 6 / 7)) + 1)
             out[token, start : start + len(part)] = nearest(part, scale, num_bits)
     return out
 
@@ -59,23 +75,22 @@ def rounded_by_hand(x: Tensor, kept: Scheme, input_scale: float | None) -> Tenso
 @rounding_schemes
 def test_activations_are_rounded_as_the_definition_says(kept: Scheme) -> None:
     x = activations(6, 256)
-    input_scale = None if kept.input_activations.dynamic else torch.tensor([0.013])
-    expected = rounded_by_hand(x, kept, None if input_scale is None else float(input_scale))
-    rounded = round_activations(x.view(2, 3, 256), kept.input_activations, input_scale)
+    calibrated = calibration(kept)
+    expected = rounded_by_hand(x, kept, *([float(p) for p in calibrated.values()] or [None]))
+    rounded = round_activations(x.view(2, 3, 256), kept.input_activations, calibrated)
     torch.testing.assert_close(rounded.double(), expected.view(2, 3, 256), rtol=1e-6, atol=1e-7)
 
 
 @rounding_schemes
 def test_a_token_of_zeros_stays_zero(kept: Scheme) -> None:
-    scale = None if kept.input_activations.dynamic else torch.tensor([0.5])
-    assert bool((round_activations(torch.zeros(1, 256), kept.input_activations, scale) == 0).all())
+    assert bool((round_activations(torch.zeros(1, 256), kept.input_activations, calibration(kept)) == 0).all())
 
 
 @rounding_schemes
 def test_a_token_is_rounded_with_no_regard_for_its_neighbours(kept: Scheme) -> None:
-    x, scale = activations(4, 256), None if kept.input_activations.dynamic else torch.tensor([0.013])
-    alone = torch.cat([round_activations(row[None], kept.input_activations, scale) for row in x])
-    assert torch.equal(round_activations(x, kept.input_activations, scale), alone)
+    x, calibrated = activations(4, 256), calibration(kept)
+    alone = torch.cat([round_activations(row[None], kept.input_activations, calibrated) for row in x])
+    assert torch.equal(round_activations(x, kept.input_activations, calibrated), alone)
 
 
 def qlinear(kept: Scheme, *, bias: bool, dtype: torch.dtype) -> QLinear:
@@ -85,8 +100,10 @@ def qlinear(kept: Scheme, *, bias: bool, dtype: torch.dtype) -> QLinear:
     stored = to_stored(quantize(kept.weights, w, fit(kept.weights, w, dtype)), kept)
     if bias:
         stored["bias"] = torch.randn(200, generator=generator).to(dtype)
-    if linear.input_scale is not None:
-        stored["input_scale"] = torch.tensor([0.05], dtype=dtype)
+    if kept.input_activations:
+        end = torch.tensor(6.0)
+        calibrated = kept.input_activations.calibrate(-end, end, dtype)
+        stored |= {f"input_{n}": p for n, p in calibrated.items()}
     assert {n: (p.shape, p.dtype) for n, p in linear.named_parameters()} == {
         n: (t.shape, t.dtype) for n, t in stored.items()
     }
@@ -108,7 +125,8 @@ def test_forward_is_the_product_of_what_both_sides_stand_for(
         linear.unpack()
     x = activations(2, 3, 256).to(dtype)
     acts = kept.input_activations
-    seen = round_activations(x, acts, linear.input_scale) if acts else x
+    calibrated = {n: getattr(linear, f"input_{n}") for n in linear.calibrated}
+    seen = round_activations(x, acts, calibrated) if acts else x
     expected = seen.double() @ weight.double().T + (linear.bias.double() if bias else 0)
     out = linear(x)
     assert out.dtype == dtype

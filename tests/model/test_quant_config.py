@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from laconic.formats import Format
+from laconic.formats.fp4 import NvFp4
 from laconic.formats.schemes import PRESETS, Scheme, scheme
 from laconic.model.quant_config import schemes_from_config, to_config
 
@@ -95,7 +97,7 @@ def test_compressed_tensors_gives_each_linear_the_scheme_that_we_mean(mixed: dic
         assert found[name]["format"] == kept.storage
         assert (weights["num_bits"], weights["symmetric"]) == (kept.weights.num_bits, kept.weights.symmetric)
         assert (weights["strategy"], weights["group_size"]) == (
-            kept.weights.tiling.strategy,
+            strategy(kept.weights),
             kept.weights.tiling.group_size,
         )
         assert (acts is None) == (kept.input_activations is None)
@@ -103,13 +105,28 @@ def test_compressed_tensors_gives_each_linear_the_scheme_that_we_mean(mixed: dic
             assert (acts["num_bits"], acts["dynamic"], acts["strategy"]) == (
                 kept.input_activations.format.num_bits,
                 kept.input_activations.dynamic,
-                kept.input_activations.format.tiling.strategy,
+                strategy(kept.input_activations.format),
             )
+
+
+def strategy(fmt: Format) -> str:
+    """As they call it."""
+    return "tensor_group" if isinstance(fmt, NvFp4) else fmt.tiling.strategy
+
+
+@pytest.mark.parametrize("preset", ["NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "W4A16", "W4A16_ASYM", "FP8_BLOCK"])
+def test_a_preset_is_written_as_theirs_of_the_same_name(preset: str) -> None:
+    ours = to_config({LINEARS[0]: PRESETS[preset]}, LINEARS)["config_groups"]["group_0"]
+    theirs = preset_name_to_scheme(preset, ["Linear"]).model_dump(mode="json")
+    for side in ("weights", "input_activations"):
+        # How a scale is found is no matter of the file.
+        expected = {k: v for k, v in (theirs[side] or {}).items() if k != "observer"}
+        assert (ours[side] or {}) == expected
 
 
 @pytest.mark.parametrize(
     ("preset", "method"),
-    [(p, "laconic" if p in ("W6A6", "W4A6") else "compressed-tensors") for p in PRESETS],
+    [(p, "laconic" if p in ("W7A7", "W6A6", "W4A6", "W4A4") else "compressed-tensors") for p in PRESETS],
 )
 def test_only_what_no_engine_runs_is_marked_as_ours(preset: str, method: str) -> None:
     assert to_config({LINEARS[0]: PRESETS[preset]}, LINEARS)["quant_method"] == method
@@ -117,6 +134,7 @@ def test_only_what_no_engine_runs_is_marked_as_ours(preset: str, method: str) ->
 
 W4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
 W8 = W4 | {"num_bits": 8}
+FP4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
 A8 = W8 | {"strategy": "token", "dynamic": True}
 
 
@@ -172,6 +190,9 @@ def test_what_is_ignored_has_no_scheme(ignore: list[str] | None) -> None:
         config({"targets": ["Linear"], "weights": W4 | {"actorder": "group"}}),
         config({"targets": ["Linear"], "weights": W4 | {"num_bits": 16}}),
         config({"targets": ["Linear"], "weights": W4 | {"strategy": "tensor_group", "group_size": 16}}),
+        config({"targets": ["Linear"], "weights": FP4 | {"group_size": 64}}, format="nvfp4-pack-quantized"),
+        config({"targets": ["Linear"], "weights": FP4 | {"strategy": "group"}}, format="mxfp4-pack-quantized"),
+        config({"targets": ["Linear"], "weights": FP4 | {"scale_dtype": "torch.uint8"}}, format="nvfp4-pack-quantized"),
         config({"targets": ["Linear"], "weights": W4, "output_activations": A8}),
         config({"targets": ["Linear"], "input_activations": A8}),
         config(
@@ -191,7 +212,10 @@ def test_what_is_ignored_has_no_scheme(ignore: list[str] | None) -> None:
         "float4",
         "g_idx",
         "int16",
-        "nvfp4",
+        "int4 with a scale of the whole tensor",
+        "nvfp4 in groups of 64",
+        "mxfp4 in groups of 16",
+        "nvfp4 with scales of mxfp4",
         "outputs",
         "inputs alone",
         "zero point",

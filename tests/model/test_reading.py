@@ -9,7 +9,8 @@ import pytest
 import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
-from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import laconic
@@ -52,12 +53,27 @@ def test_transformers_opens_every_preset_to_the_weights_that_were_chosen(pressed
 
 
 def test_transformers_and_laconic_make_the_same_of_an_input(pressed: Path) -> None:
-    theirs, ours = logits(original(pressed, torch.float32)), logits(laconic.load(pressed, dtype=torch.float32))
+    theirs, ours = in_float32(pressed), laconic.load(pressed, dtype=torch.float32)
     acts = PRESETS[pressed.name].input_activations
     # Transformers spreads an integer activation over 127.5 steps, engines and we over 127.
     spread = acts is not None and isinstance(acts.format, IntAffine) and pressed.name not in NATIVE
-    # It also decodes an asymmetric weight in bfloat16, whatever it computes in.
-    assert close(theirs, ours, 0.1 if spread else 0.02 if pressed.name == "W4A16_ASYM" else 1e-4)
+    # It also decodes an asymmetric weight, and FP4, to bfloat16, whatever it computes in.
+    if "FP4" in pressed.name:
+        weights = weights_of(theirs)
+        for name, linear in quantized_linears(ours).items():
+            linear.dense = weights[name].float()
+    tolerance = 0.1 if spread else 0.02 if pressed.name == "W4A16_ASYM" else 1e-4
+    assert close(logits(theirs), logits(ours), tolerance)
+
+
+def in_float32(folder: Path) -> PreTrainedModel:
+    """The model that transformers makes of a folder, computing in float32."""
+    if folder.name not in ("NVFP4", "MXFP4"):
+        return original(folder, torch.float32)
+    # It can do that only after it has decoded the weights, to bfloat16.
+    model = original(folder)
+    logits(model)
+    return torch.nn.Module.float(model)
 
 
 def test_laconic_reads_what_transformers_would_with_the_decoded_weights(pressed: Path, wide: Path) -> None:
@@ -131,6 +147,7 @@ GROUP = {"targets": ["Linear"]}
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 FLOAT8 = INT8 | {"type": "float"}
+NVFP4, MXFP4 = (PRESET_SCHEMES[name]["weights"].model_dump() for name in ("NVFP4", "MXFP4"))
 TOKEN = {"strategy": "token", "dynamic": True}
 WHOLE = {"strategy": "tensor"}
 
@@ -142,10 +159,13 @@ def written_by_compressed_tensors(model: PreTrainedModel, group: dict[str, Any],
     for module in model.modules():
         if scheme := getattr(module, "quantization_scheme", None):
             args, rows = scheme.weights, module.out_features
-            layouts = {"tensor": (1, -1), "channel": (rows, 1, -1), "group": (rows, -1, args.group_size)}
+            groups = (rows, -1, args.group_size)
+            layouts = {"tensor": (1, -1), "channel": (rows, 1, -1), "group": groups, "tensor_group": groups}
             tiles = module.weight.reshape(layouts[args.strategy])
             lo, hi = tiles.amin(-1), tiles.amax(-1)
-            module.weight_scale.data, module.weight_zero_point.data = calculate_qparams(lo, hi, args)
+            if (whole := getattr(module, "weight_global_scale", None)) is not None:
+                whole.data = generate_gparam(lo.amin(), hi.amax())
+            module.weight_scale.data, module.weight_zero_point.data = calculate_qparams(lo, hi, args, whole)
             if hasattr(module, "input_scale"):
                 module.input_scale.data.fill_(0.02)
             module.quantization_status = QuantizationStatus.FROZEN
@@ -169,17 +189,20 @@ def written_by_compressed_tensors(model: PreTrainedModel, group: dict[str, Any],
         ("FP8_DYNAMIC", {"weights": FLOAT8, "input_activations": FLOAT8 | TOKEN}, 1e-4),
         ("FP8", {"weights": FLOAT8 | WHOLE, "input_activations": FLOAT8 | WHOLE}, 1e-4),
         ("FP8", {"weights": FLOAT8, "input_activations": FLOAT8 | WHOLE}, 1e-4),
+        # They decode FP4 to bfloat16, and cannot multiply it with anything else.
+        ("NVFP4A16", {"weights": NVFP4}, 0.02),
+        ("MXFP4A16", {"weights": MXFP4}, 0.02),
     ],
 )
 def test_a_checkpoint_of_compressed_tensors_is_read_as_it_was_meant(
-    name: str, group: dict[str, Any], tolerance: float, exact: Path, tmp_path: Path
+    name: str, group: dict[str, Any], tolerance: float, exact: Path, wide: Path, tmp_path: Path
 ) -> None:
-    theirs = original(exact)
+    theirs = original(wide if "FP4" in name else exact)
     before = written_by_compressed_tensors(theirs, group, tmp_path)
     ours, decoded = laconic.load(tmp_path), weights_of(theirs)
     for linear, quantized in quantized_linears(ours).items():
         assert quantized.scheme.name == name
-        assert torch.equal(quantized.decode(torch.float32), decoded[linear])
+        assert torch.equal(quantized.decode(decoded[linear].dtype), decoded[linear])
     assert close(logits(ours), before, tolerance)
 
 

@@ -1,6 +1,8 @@
 """Runs in vLLM's own environment: serve an artifact, print greedy tokens and prompt log-probabilities as JSON.
 
-usage: python serve.py ARTIFACT PROMPTS.json OUT.json DTYPE   (prompts are lists of token ids)
+usage: python serve.py ARTIFACT PROMPTS.json OUT.json DTYPE [--emulate]   (prompts are lists of token ids)
+
+--emulate: let vLLM compute NVFP4 by its own emulation, which it otherwise keeps for GPUs without a kernel.
 """
 
 import json
@@ -8,8 +10,14 @@ import sys
 
 
 def main() -> None:
-    folder, prompts_file, out_file, dtype = sys.argv[1:]
+    folder, prompts_file, out_file, dtype, *emulate = sys.argv[1:]
     from vllm import LLM, SamplingParams
+
+    if emulate:
+        from vllm.model_executor.kernels.linear import EmulationNvFp4LinearKernel, register_linear_kernel
+        from vllm.platforms import PlatformEnum
+
+        register_linear_kernel(EmulationNvFp4LinearKernel, PlatformEnum.CPU, "nvfp4")
 
     with open(prompts_file) as f:
         prompts = json.load(f)

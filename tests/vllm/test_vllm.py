@@ -79,11 +79,11 @@ def prompts(length: int, count: int) -> list[list[int]]:
     return [[tokenizer.bos_token_id, *ids[i * 7 : i * 7 + length - 1]] for i in range(count)]
 
 
-def serve(folder: Path, asked: list[list[int]], dtype: str) -> Served:
+def serve(folder: Path, asked: list[list[int]], dtype: str, *options: str) -> Served:
     """Run vLLM in its own environment and read what it found."""
     file, found = folder.parent / "prompts.json", folder.parent / "found.json"
     file.write_text(json.dumps(asked))
-    command = [PYTHON, str(Path(__file__).with_name("serve.py")), str(folder), str(file), str(found), dtype]
+    command = [PYTHON, str(Path(__file__).with_name("serve.py")), str(folder), str(file), str(found), dtype, *options]
     run = subprocess.run(
         command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False
     )
@@ -151,6 +151,18 @@ def test_schemes_with_rounded_activations_serve_exactly(tmp_path: Path, scheme: 
     assert differences.median() < 1e-4
     assert (differences < 1e-3).float().mean() > 0.6
     assert differences.mean() < 0.05
+
+
+def test_vllms_emulation_of_nvfp4_is_ours(tmp_path: Path) -> None:
+    """Its CPU build has no kernel for FP4, but reads and fuses the weights, and has the arithmetic in plain torch."""
+    folder = compressed(tmp_path, {"method": "gptq", "scheme": "NVFP4"})
+    served = serve(folder, prompts(5, 32), "float32", "--emulate")
+    ours = laconic.load(folder, dtype=torch.float32)
+    differences = torch.stack(
+        [(our_logprobs(ours, i) - p).abs() for i, p in zip(served.prompts, served.logprobs, strict=True)]
+    )
+    assert differences.median() < 1e-4
+    assert (differences < 1e-3).float().mean() > 0.6
 
 
 def test_w4a8_serves_close_to_our_simulation(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -34,8 +35,12 @@ def encode_e2m1(x: Tensor) -> Tensor:
 
 def decode_e2m1(codes: Tensor) -> Tensor:
     """The value (float32) of each code."""
-    values = torch.tensor((*E2M1, *(-v for v in E2M1)), device=codes.device)
-    return values.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+    return _values(codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)
+
+
+@cache
+def _values(device: torch.device) -> Tensor:
+    return torch.tensor((*E2M1, *(-v for v in E2M1)), device=device)
 
 
 def pack_fp4(codes: Tensor) -> Tensor:

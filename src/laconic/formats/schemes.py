@@ -182,7 +182,9 @@ def _vary_activations(base: Scheme, dynamic: bool | None) -> Activations | None:
         raise ValueError(f"{base.name} keeps activations in 16 bit: leave 'dynamic' out")
     if dynamic == acts.dynamic:
         return acts
-    if base.name in ("FP8_BLOCK", "W4A8", "NVFP4", "MXFP4"):
+    if isinstance(acts.format, Fp4):
+        raise ValueError(f"{base.name} rounds activations in its own way: leave 'dynamic' out")
+    if base.name in ("FP8_BLOCK", "W4A8"):
         raise ValueError(f"{base.name} has dynamic activations only")
     assert isinstance(acts.format, Fp8 | IntAffine)
     return Activations(replace(acts.format, tiling=TOKEN if dynamic else TENSOR), dynamic)

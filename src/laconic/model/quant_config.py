@@ -57,10 +57,16 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
         }
     ).model_dump(mode="json")
     config["quant_method"] = NATIVE if native else COMPRESSED_TENSORS
-    if len(ordered) == 1 and not native and not ordered[0].weights.symmetric:
-        # transformers sets up packed zero points with the wrong shape unless it decodes while loading.
+    if len(ordered) == 1 and not native and _decoded_while_loading(ordered[0]):
         config["dequantize"] = True
     return config
+
+
+def _decoded_while_loading(scheme: Scheme) -> bool:
+    """Whether transformers must decode a scheme as it loads it. Otherwise it sets up packed zero points with the wrong
+    shape, and multiplies weights of FP4, which it decodes to bfloat16, with activations of whatever dtype."""
+    fp4 = isinstance(scheme.weights, Fp4) and scheme.input_activations is None
+    return fp4 or not scheme.weights.symmetric
 
 
 def schemes_from_config(config: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Scheme]:

@@ -87,8 +87,8 @@ class OnlineGridRounder:
             h = self.importance[first : first + W.shape[0]]
             params = search_range(self.fmt, group, h, dtype=self.dtype, shared=self._shared)
         self._found.append(params)
-        by_column, _ = _by_column(self.fmt, params, tuple(group.shape), torch.zeros(1, dtype=torch.long))
-        return round_columns(self.fmt, {n: p.expand(W.shape) for n, p in by_column.items()}, W, X, A)
+        own = {n: p.expand(len(group), 1).T.expand(W.shape) for n, p in params.items()}
+        return round_columns(self.fmt, own, W, X, A)
 
 
 def round_columns(fmt: Format, params: Params, W: Tensor, X: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

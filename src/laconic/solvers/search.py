@@ -74,21 +74,20 @@ def search_range(
 
 def _search(
     fmt: Format, tiles: Tensor, cost: Cost, dtype: torch.dtype, shared: Params, steps: int, shrink_to: float
-) -> dict[str, Tensor]:
+) -> Params:
     lo, hi = tiles.amin(-1), tiles.amax(-1)
 
-    def error(params: Params) -> Tensor:
+    def error(a: Tensor, b: Tensor) -> Tensor:
+        params = fmt.from_range(lo * a, hi * b, dtype, shared)
         return cost(fmt.snap_tiles(tiles, {**params, **shared}).sub_(tiles))
 
-    best = {name: p.clone() for name, p in fmt.from_range(lo, hi, dtype, shared).items()}
-    least = error(best)
     p_lo, p_hi = torch.ones_like(lo), torch.ones_like(hi)
+    least = error(p_lo, p_hi)
 
     def attempt(a: Tensor, b: Tensor) -> None:
-        params = fmt.from_range(lo * a, hi * b, dtype, shared)
-        found = error(params)
+        found = error(a, b)
         better = found < least
-        for old, new in ((least, found), (p_lo, a), (p_hi, b), *((best[n], p) for n, p in params.items())):
+        for old, new in ((least, found), (p_lo, a), (p_hi, b)):
             old.copy_(torch.where(better, new, old))
 
     step = (fmt.headroom - shrink_to) / steps
@@ -104,7 +103,7 @@ def _search(
             attempt((p_lo + delta).clamp_(max=1.0), p_hi.clone())
         for delta in around:
             attempt(p_lo.clone(), (p_hi + delta).clamp_(max=1.0))
-    return best
+    return fmt.from_range(lo * p_lo, hi * p_hi, dtype, shared)
 
 
 def _weighted(h: Tensor) -> Cost:
