@@ -62,7 +62,9 @@ def evaluate_tasks(
     try:
         from laconic.evaluate.lm import OpenedLM
     except ImportError as e:
-        raise ValueError("tasks are measured by lm-eval, which is missing: pip install 'laconic[eval]'") from e
+        raise ValueError(
+            f"tasks are measured by lm-eval, which cannot be imported ({reason(e)}); pip install 'laconic[eval]'"
+        ) from e
     begun = time.monotonic()
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     with _silence() if quiet else nullcontext():
@@ -77,9 +79,8 @@ def evaluate_tasks(
             del ours, lm
             gc.collect()
     rows = compare(runs[0].scores, runs[1].scores if baseline else None)
-    inner = {task.task_name for item in opened if _is_group(item) for task in item.get_all_tasks()}
-    shown = {item.name if _is_group(item) else item.task_name for item in opened}
-    top = [row for row in rows if row["task"] in shown]
+    inner = _members(opened)
+    top = [row for row in rows if row["task"] not in inner]
     result: dict[str, Any] = {
         "model": str(model),
         "baseline": baseline,
@@ -89,7 +90,7 @@ def evaluate_tasks(
         "fewshot": fewshot,
         "shots": runs[0].shots,
         "rows": top,
-        "subtasks": [row for row in rows if row["task"] in inner - shown],
+        "subtasks": [row for row in rows if row["task"] in inner],
         "mean_recovery": mean_recovery(top) if baseline else None,
         "context_length": length,
         "batch_size": batch_size,
@@ -185,8 +186,11 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _is_group(item: Any) -> bool:
-    return hasattr(item, "get_all_tasks")
+def _members(opened: Sequence[Any]) -> set[str]:
+    """Names of the tasks and groups for which a group stands that has a value of its own."""
+    groups = [item for item in opened if getattr(item, "has_aggregation", False)]
+    inner = {task.task_name for group in groups for task in group.get_all_tasks()}
+    return inner | {below.name for group in groups for below in group.get_all_groups()}
 
 
 def _file_name(names: Sequence[str], limit: int | None, fewshot: int | None) -> str:
