@@ -263,13 +263,17 @@ def test_a_result_is_kept_with_all_that_it_depends_on(artifact: Artifact, roomy:
     assert result["versions"]["lm-eval"] == version("lm-eval")
 
 
-def test_a_plain_model_is_measured_alone_and_left_as_it_is(roomy: Path, tmp_path: Path) -> None:
+def test_a_plain_model_is_measured_alone_in_silence_and_left_as_it_is(
+    roomy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     write(tmp_path / "piqa.jsonl", multiple_choice(4, choices=2))
     before = sorted(roomy.iterdir())
     result = evaluate_tasks(roomy, tasks=["piqa"], data=tmp_path, quiet=True)
     assert "difference" not in result["rows"][0]
     assert result["mean_recovery"] is None
     assert sorted(roomy.iterdir()) == before
+    assert capfd.readouterr() == ("", "")
 
 
 def test_mmlu_is_a_group_of_its_subjects(roomy: Path, tmp_path: Path) -> None:

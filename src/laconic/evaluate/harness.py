@@ -13,6 +13,7 @@ from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -117,19 +118,21 @@ class _Run:
 
 def _run(lm: Any, opened: list[Any], manager: Any, limit: int | None, fewshot: int | None) -> _Run:
     """One model through all tasks."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
 
-    results: Any = simple_evaluate(
-        lm,
-        tasks=opened,
-        task_manager=manager,
-        num_fewshot=fewshot,
-        limit=limit,
-        # Standard errors are ours, from the logged samples; lm-eval would draw a hundred thousand samples for some.
-        bootstrap_iters=0,
-        log_samples=True,
-        **SEEDS,
-    )
+    # lm-eval asks git about the current folder, whose complaint where there is none would land on the terminal.
+    with mock.patch.object(evaluator, "get_git_commit_hash", return_value=None, create=True):
+        results: Any = evaluator.simple_evaluate(
+            lm,
+            tasks=opened,
+            task_manager=manager,
+            num_fewshot=fewshot,
+            limit=limit,
+            # Standard errors are ours, from the logged samples; lm-eval would draw a hundred thousand samples for some.
+            bootstrap_iters=0,
+            log_samples=True,
+            **SEEDS,
+        )
     loaded = manager.load(opened)
     leaves = read_scores(results, loaded["tasks"])
     return _Run(
