@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -513,3 +514,15 @@ def test_a_folder_that_may_not_be_written(refused: Refused, tmp_path: Path, monk
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
     told = f"output {tmp_path}/out cannot be made: {tmp_path} is no folder that you may write to"
     assert refused() == told
+
+
+# --- what eval is asked for ---
+
+
+def test_tasks_without_lm_eval(laconic: Laconic, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "laconic.evaluate.lm", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    said = laconic("eval", llama, "--tasks", "arc_easy").complaint
+    assert said.startswith("tasks are measured by lm-eval, which cannot be imported (")
+    assert said.endswith("); pip install 'laconic[eval]'")

@@ -96,18 +96,57 @@ def evaluate(
     text: Annotated[
         str, typer.Option(help="wikitext2, c4, a .txt/.jsonl/.parquet file, or a Hub dataset.")
     ] = "wikitext2",
-    context_length: Annotated[int | None, typer.Option(help="Tokens a window; windows do not overlap.")] = None,
+    context_length: Annotated[
+        int | None, typer.Option(help="Tokens a window (they do not overlap), or a task's prompt at most.")
+    ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="At most so many windows.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Measure these tasks of lm-eval instead of a text.")
+    ] = None,
+    tasks_data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Local JSONL files for the tasks, in place of the Hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="The first so many documents of each task.")] = None,
+    fewshot: Annotated[int | None, typer.Option(help="Examples in a prompt; the task's own number by default.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts of the tasks run at once.")] = 8,
     json_: Json = False,
 ) -> None:
-    """Perplexity, fidelity to the original, bits per weight and bytes."""
-    from laconic.evaluate.run import evaluate as measure
-
+    """Perplexity, fidelity to the original, bits per weight and bytes; or, with --tasks, standard tasks."""
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype} is not one of float32, bfloat16, float16")
+    if tasks is not None:
+        if windows is not None or text != "wikitext2":
+            raise ValueError(
+                "--tasks measures tasks alone; leave out --text and --windows, or measure those by themselves"
+            )
+        from laconic.evaluate.harness import evaluate_tasks
+
+        result = evaluate_tasks(
+            model,
+            tasks=tasks.split(","),
+            baseline=baseline,
+            data=tasks_data,
+            limit=limit,
+            fewshot=fewshot,
+            batch_size=batch_size,
+            context_length=context_length,
+            dtype=dtype,
+            quiet=json_ or not err.is_terminal,
+        )
+        if json_:
+            _print_json(result)
+            return
+        from laconic.report.task_table import tasks_table
+
+        out.print(tasks_table(result))
+        return
+    if (tasks_data, limit, fewshot) != (None, None, None):
+        raise ValueError("--tasks-data, --limit and --fewshot go with --tasks; name some, as in --tasks hellaswag")
+    from laconic.evaluate.run import evaluate as measure
+
     result = measure(model, baseline=baseline, text=text, context_length=context_length, windows=windows, dtype=dtype)
     if json_:
         _print_json(result)
@@ -207,7 +246,7 @@ def validate(
 def main() -> None:
     """The entry point: every error of the user's is one line and exit code 2."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for noisy in ("transformers", "huggingface_hub", "datasets", "httpx"):
+    for noisy in ("transformers", "huggingface_hub", "datasets", "httpx", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

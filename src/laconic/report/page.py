@@ -13,6 +13,7 @@ from laconic.engine.artifact import Artifact
 from laconic.engine.writer import write_text
 from laconic.report.plots import error_plot, size_plot
 from laconic.report.table import COLUMNS, caption, cells
+from laconic.report.task_table import task_rows, tasks_caption
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Evaluated:
     log: list[dict[str, Any]]
     compression: dict[str, Any] | None
     evaluations: list[dict[str, Any]]
+    tasks: list[dict[str, Any]]
 
 
 def gather(folders: list[Path]) -> list[Evaluated]:
@@ -38,7 +40,8 @@ def gather(folders: list[Path]) -> list[Evaluated]:
         except ValueError as e:
             raise ValueError(f"a result in {folder / 'results'} is not valid JSON; delete it and evaluate again") from e
         evaluations = [r for name, r in results.items() if name.startswith("eval-")]
-        found.append(Evaluated(folder, artifact.recipe, artifact.log, results.get("compress"), evaluations))
+        tasks = [r for name, r in results.items() if name.startswith("tasks-")]
+        found.append(Evaluated(folder, artifact.recipe, artifact.log, results.get("compress"), evaluations, tasks))
     if not any(a.evaluations for a in found):
         raise ValueError("none of these artifacts was evaluated; run 'laconic eval DIR --baseline MODEL' first")
     return found
@@ -59,6 +62,8 @@ def write_page(artifacts: list[Evaluated], file: Path) -> None:
         caption=caption(results),
         headline=_headline(results),
         artifacts=artifacts,
+        task_rows=task_rows,
+        tasks_caption=tasks_caption,
         recipe_text=lambda a: yaml.safe_dump(a.recipe, sort_keys=False) if a.recipe else "",
         plots=[p for p in (size_plot(results), error_plot(artifacts)) if p],
     )

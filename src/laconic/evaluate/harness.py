@@ -1,0 +1,202 @@
+"""`laconic eval --tasks`: standard tasks by lm-eval, an artifact beside its original on the same documents."""
+
+from __future__ import annotations
+
+import gc
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from laconic.compress import versions
+from laconic.engine.artifact import Artifact
+from laconic.evaluate.recovery import Score, compare, mean_recovery, read_groups, read_scores
+from laconic.evaluate.task_files import open_local, suggest
+from laconic.model.checkpoint import reason
+from laconic.model.load import load_tokenizer, model_folder, read_config
+from laconic.model.reading import load
+
+# lm-eval's own defaults, said here because they belong to a result.
+SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
+
+
+def evaluate_tasks(
+    model: str | Path,
+    *,
+    tasks: Sequence[str],
+    baseline: str | None = None,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    fewshot: int | None = None,
+    batch_size: int = 8,
+    context_length: int | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Accuracy and the like on lm-eval's tasks, with standard errors; beside `baseline`, paired.
+
+    tasks: lm-eval's names of tasks, groups or tags, or patterns of them. data: a folder of local JSONL files to take
+    the documents from, in place of the Hub. limit: the first so many documents of each task. fewshot: examples in a
+    prompt (the task's own number when not given). context_length: tokens a prompt may have (the model's context when
+    not given). dtype: to compute in (the checkpoint's own when not given). quiet: without lm-eval's progress bars.
+
+    Returns what is written to `results/` of the artifact. Raises: ValueError for what the caller can mend.
+    """
+    for what, value, least in (("--limit", limit, 1), ("--fewshot", fewshot, 0), ("--batch-size", batch_size, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{what} {value} is less than {least}")
+    names = [name.strip() for name in tasks if name.strip()]
+    if not names:
+        raise ValueError("--tasks names no task; name some, as in --tasks hellaswag,arc_easy")
+    folders = [model_folder(str(m)) for m in (model, baseline) if m]
+    length = _common_context(folders, context_length, baseline)
+    try:
+        from laconic.evaluate.lm import OpenedLM
+    except ImportError as e:
+        raise ValueError(
+            f"tasks are measured by lm-eval, which cannot be imported ({reason(e)}); pip install 'laconic[eval]'"
+        ) from e
+    begun = time.monotonic()
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    with _silence() if quiet else nullcontext():
+        opened, manager = open_local(names, Path(data), fewshot) if data else _open_standard(names)
+        runs = []
+        for folder in folders:
+            ours = load(folder, device=place, dtype=getattr(torch, dtype) if dtype else None)
+            lm = OpenedLM(ours, load_tokenizer(folder), context_length=length, batch_size=batch_size)
+            runs.append(_run(lm, opened, manager, limit, fewshot))
+            precision = str(ours.dtype).removeprefix("torch.")
+            # One model in memory at a time.
+            del ours, lm
+            gc.collect()
+    rows = compare(runs[0].scores, runs[1].scores if baseline else None)
+    inner = _members(opened)
+    top = [row for row in rows if row["task"] not in inner]
+    result: dict[str, Any] = {
+        "model": str(model),
+        "baseline": baseline,
+        "tasks": names,
+        "data": str(data) if data else "Hub",
+        "limit": limit,
+        "fewshot": fewshot,
+        "shots": runs[0].shots,
+        "rows": top,
+        "subtasks": [row for row in rows if row["task"] in inner],
+        "mean_recovery": mean_recovery(top) if baseline else None,
+        "context_length": length,
+        "batch_size": batch_size,
+        "dtype": precision,
+        "device": place,
+        "seeds": SEEDS,
+        "task_versions": runs[0].versions,
+        "seconds": round(time.monotonic() - begun, 2),
+        "command": " ".join(sys.argv),
+        "versions": versions() | {"lm-eval": version("lm-eval")},
+    }
+    artifact = Artifact(folders[0])
+    if artifact.recipe is not None:
+        artifact.save_result(_file_name(names, limit, fewshot), result)
+    return result
+
+
+@dataclass(frozen=True)
+class _Run:
+    scores: list[Score]
+    shots: dict[str, int]
+    versions: dict[str, Any]
+
+
+def _run(lm: Any, opened: list[Any], manager: Any, limit: int | None, fewshot: int | None) -> _Run:
+    """One model through all tasks."""
+    from lm_eval import evaluator
+
+    # lm-eval asks git about the current folder, whose complaint where there is none would land on the terminal.
+    with mock.patch.object(evaluator, "get_git_commit_hash", return_value=None, create=True):
+        results: Any = evaluator.simple_evaluate(
+            lm,
+            tasks=opened,
+            task_manager=manager,
+            num_fewshot=fewshot,
+            limit=limit,
+            # Standard errors are ours, from the logged samples; lm-eval would draw a hundred thousand samples for some.
+            bootstrap_iters=0,
+            log_samples=True,
+            **SEEDS,
+        )
+    loaded = manager.load(opened)
+    leaves = read_scores(results, loaded["tasks"])
+    return _Run(
+        read_groups(results, loaded["groups"], leaves) + leaves,
+        {name: results["n-shot"][name] for name in loaded["tasks"]},
+        {name: results["versions"][name] for name in loaded["tasks"]},
+    )
+
+
+def _open_standard(names: Sequence[str]) -> tuple[list[Any], Any]:
+    """lm-eval's tasks and groups of these names, with their data sets from the Hub (or its cache), and the manager."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    opened: list[Any] = []
+    for pattern in names:
+        found = manager.match_tasks([pattern])
+        if not found:
+            raise ValueError(f"lm-eval has no task '{pattern}'{suggest(pattern, manager.all_tasks)}")
+        for name in found:
+            try:
+                loaded = manager.load(name)
+            except Exception as e:
+                raise ValueError(
+                    f"the task '{name}' could not be opened ({reason(e)}); its data set comes from the Hub: "
+                    "go online, or give local files with --tasks-data DIR"
+                ) from e
+            # A tag is only a list of tasks; a group has a value of its own.
+            group = loaded["groups"].get(name)
+            opened.extend([group] if group else loaded["tasks"].values())
+    return opened, manager
+
+
+def _common_context(folders: Sequence[Path], asked: int | None, baseline: str | None) -> int:
+    """Tokens that every model can read.
+
+    Raises: ValueError when more are asked for, or the models do not belong together.
+    """
+    configs = [read_config(folder)[1].get_text_config() for folder in folders]
+    if len({config.vocab_size for config in configs}) > 1:
+        raise ValueError(
+            f"baseline {baseline} has another vocabulary than {folders[0]}; is it the original of this artifact?"
+        )
+    limit = min(getattr(config, "max_position_embeddings", None) or 2048 for config in configs)
+    if asked is not None and not 2 <= asked <= limit:
+        raise ValueError(f"--context-length {asked} is not between 2 and the model's context of {limit}")
+    return asked or limit
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing of lm-eval's on the terminal: its bars cannot all be turned off otherwise."""
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        yield
+
+
+def _members(opened: Sequence[Any]) -> set[str]:
+    """Names of the tasks and groups for which a group stands that has a value of its own."""
+    groups = [item for item in opened if getattr(item, "has_aggregation", False)]
+    inner = {task.task_name for group in groups for task in group.get_all_tasks()}
+    return inner | {below.name for group in groups for below in group.get_all_groups()}
+
+
+def _file_name(names: Sequence[str], limit: int | None, fewshot: int | None) -> str:
+    """Runs of other tasks, limits or prompts do not replace one another."""
+    name = "tasks-" + re.sub(r"[^\w+-]+", "_", "+".join(names))[:150]
+    return name + (f"-{limit}" if limit else "") + (f"-{fewshot}shot" if fewshot is not None else "")
