@@ -122,7 +122,7 @@ def test_sweep_onto_fp4_is_the_papers_loop_onto_its_points(fmt: Fp4, static: boo
         rounder = OnlineGridRounder(fmt, W, torch.float32, H.diagonal())
         codes, params = sweep(W, A, rounder), rounder.params
     points = decode_e2m1(torch.arange(16, dtype=torch.uint8)).double()
-    grid = fmt.step(params).double().repeat_interleave(fmt.tiling.group_size, 1)[..., None] * points
+    grid = fmt.unit(params).double().repeat_interleave(fmt.tiling.group_size, 1)[..., None] * points
 
     damped, now, Q = H.double(), W.double(), torch.empty_like(W, dtype=torch.float64)
     damped.diagonal().add_(DAMPENING * damped.diagonal().mean())
