@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -70,6 +70,11 @@ class LinearStage(Stage):
         return False
 
     @property
+    def ranges(self) -> bool:
+        """Whether the range of every input must be known, though `compress` itself may need no data."""
+        return False
+
+    @property
     def sequential(self) -> bool:
         """Whether linears of a block are observed after the earlier ones of the same block are compressed."""
         return True
@@ -79,19 +84,31 @@ class LinearStage(Stage):
         """The scheme of what comes out, None when that is a dense weight."""
         return None
 
+    def result_for(self, shape: tuple[int, int]) -> Scheme | None:
+        """The same for a linear of shape (out, in), with what is kept beside its codes."""
+        return self.result
+
     def compress(self, weight: Tensor, moments: Moments | None, dtype: torch.dtype) -> Outcome:
         """weight: (out, in) float32, the rows of every linear on one tap. dtype: in which parameters are stored."""
         raise NotImplementedError
 
 
 class QuantizingStage(LinearStage):
-    """A linear stage that quantizes. scheme: a preset's name; the other keys vary the preset."""
+    """A linear stage that quantizes. scheme: a preset's name; the other keys vary the preset. Kept beside the codes in
+    16 bit, whatever the method (`engine.beside`): outlier_ratio, the share of input columns, the loudest in
+    calibration; low_rank, the rank of a product fitted to what rounding left over."""
 
     scheme: str
     group_size: int | None = None
     symmetric: bool | None = None
     strategy: Literal["tensor", "channel", "group"] | None = None
     dynamic: bool | None = None
+    outlier_ratio: float | None = Field(None, ge=0, lt=1)
+    low_rank: int = Field(0, ge=0)
+
+    @property
+    def ranges(self) -> bool:
+        return bool(self.outlier_ratio)
 
     @field_validator("scheme")
     @classmethod
@@ -118,3 +135,26 @@ class QuantizingStage(LinearStage):
             strategy=self.strategy,
             dynamic=self.dynamic,
         )
+
+    def result_for(self, shape: tuple[int, int]) -> Scheme:
+        return replace(self.result, outlier_columns=self.count_outliers(shape[1]), rank=self.low_rank)
+
+    def count_outliers(self, columns: int) -> int | None:
+        """How many of so many input columns are kept in 16 bit; None when that depends on the calibration set."""
+        return min(columns - 1, max(1, round(self.outlier_ratio * columns))) if self.outlier_ratio else 0
+
+    def outliers(self, moments: Moments | None) -> Tensor:
+        """Which input columns are kept in 16 bit: the loudest, by energy, or by peak where peaks set the grid of the
+        activations. Returns: their indices (k,), rising."""
+        if not self.outlier_ratio:
+            return torch.empty(0, dtype=torch.int64)
+        assert moments is not None
+        energy = moments.H is not None and self.result.input_activations is None
+        loud = moments.H.diagonal() if energy and moments.H is not None else moments.peak
+        # Sorted and stable, so that ties go one way on every machine.
+        return loud.argsort(descending=True, stable=True)[: self.count_outliers(len(loud))].sort().values
+
+    def target(self, weight: Tensor, moments: Moments | None) -> Tensor:
+        """The real weight that rounding is to come close to: (out, in). Beside columns that are not rounded, `compress`
+        gets this, and moments without D."""
+        return weight

@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from laconic.engine.beside import compress_tap
 from laconic.engine.observe import Stream, advance, make_stream, observe
 from laconic.engine.plan import Plan
 from laconic.engine.stage import LinearStage
 from laconic.engine.writer import Workspace
 from laconic.formats import Quantized
 from laconic.formats.schemes import Scheme
-from laconic.formats.storage import to_stored
+from laconic.formats.storage import as_stored, to_stored
 from laconic.model.anatomy import Call, Tap, capture_calls, head_input, linear_at
 from laconic.model.linear import QLinear, replace_linear
 from laconic.model.load import Source, materialise
@@ -187,24 +188,22 @@ class _Walker:
             begun = time.monotonic()
             weights = [linear_at(module, n).weight for n in together]
             weight = torch.cat([w.detach().float() for w in weights])
-            outcome = stage.compress(weight, moments, self.source.dtype)
-            made = outcome.weight.decode() if isinstance(outcome.weight, Quantized) else outcome.weight.float()
+            outcomes = compress_tap(stage, weight, [len(w) for w in weights], moments, self.source.dtype)
             seconds = (time.monotonic() - begun) / len(together)
-            start = 0
-            for name, old in zip(together, weights, strict=True):
-                stop = start + old.shape[0]
-                self._install(module, name, outcome.weight, slice(start, stop), stage.result, moments)
+            olds = weight.split([len(w) for w in weights])
+            for name, old, outcome in zip(together, olds, outcomes, strict=True):
+                made = outcome.weight.decode() if isinstance(outcome.weight, Quantized) else outcome.weight.float()
+                self._install(module, name, outcome.weight, stage.result, moments)
                 event = {
                     "event": "linear",
                     "linear": f"{prefix}.{name}" if prefix else name,
                     "method": stage.method,
                     "scheme": stage.result.name if stage.result else None,
-                    **_figures(weight[start:stop], made[start:stop], moments),
+                    **_figures(old, made, moments),
                     **outcome.notes,
                     "tokens": moments.tokens if moments else 0,
                     "seconds": round(seconds, 4),
                 }
-                start = stop
                 self.report(event)
                 yield event
 
@@ -213,21 +212,25 @@ class _Walker:
         module: nn.Module,
         name: str,
         made: Quantized | Tensor,
-        rows: slice,
         scheme: Scheme | None,
         moments: Moments | None,
     ) -> None:
         old = linear_at(module, name)
         if isinstance(made, Tensor):
-            old.weight.data.copy_(made[rows])
+            old.weight.data.copy_(made)
             return
         assert scheme is not None
+        stored = to_stored(made, scheme)
+        scheme = as_stored(scheme, {n: tuple(t.shape) for n, t in stored.items()})
         new = replace_linear(module, name, scheme, self.source.dtype)
-        stored = to_stored(made.rows(rows.start, rows.stop), scheme)
         acts = scheme.input_activations
         if acts and not acts.dynamic:
             assert moments is not None
-            scale = acts.format.from_range(moments.lo, moments.hi, self.source.dtype)["scale"]
+            rounded = torch.ones_like(moments.lo)
+            if made.outliers is not None:
+                rounded[made.outliers.indices.long()] = 0
+            lo, hi = (moments.lo * rounded).amin(), (moments.hi * rounded).amax()
+            scale = acts.format.from_range(lo, hi, self.source.dtype)["scale"]
             stored["input_scale"] = scale.reshape(1)
         if old.bias is not None:
             stored["bias"] = old.bias.data
@@ -239,8 +242,9 @@ class _Walker:
         local = {n.removeprefix(f"{name}."): t for n, t in tensors.items()}
         for linear in [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
             if scheme := self.plan.schemes.get(f"{name}.{linear}"):
-                new = replace_linear(block, linear, scheme, self.source.dtype)
                 inside = {n.removeprefix(f"{linear}."): t for n, t in local.items() if n.startswith(f"{linear}.")}
+                scheme = as_stored(scheme, {n: tuple(t.shape) for n, t in inside.items()})
+                new = replace_linear(block, linear, scheme, self.source.dtype)
                 _fill(new, inside, self.settings.device)
         for n, p in list(block.named_parameters()):
             if p.is_meta:
@@ -250,7 +254,7 @@ class _Walker:
 
     def _observes(self, stage: LinearStage) -> bool:
         acts = stage.result.input_activations if stage.result else None
-        return stage.gram or stage.cross or bool(acts and not acts.dynamic)
+        return stage.gram or stage.cross or stage.ranges or bool(acts and not acts.dynamic)
 
     def _materialise(self, module: nn.Module, prefix: str) -> None:
         materialise(module, prefix, self.source.checkpoint, self.settings.device, self.source.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from laconic.methods.gptq import Gptq
+from laconic.methods.llm_int8 import LlmInt8
 from laconic.methods.rtn import Rtn
 
-METHODS = (Rtn, Gptq)
+METHODS = (Rtn, Gptq, LlmInt8)
