@@ -117,8 +117,8 @@ class Quantized:
             self.format,
             self.codes[start:stop],
             params,
-            outliers and Outliers(outliers.indices, outliers.weight[start:stop]),
-            low_rank and LowRank(low_rank.left[start:stop], low_rank.right),
+            outliers and Outliers(outliers.indices.clone(), outliers.weight[start:stop]),
+            low_rank and LowRank(low_rank.left[start:stop], low_rank.right.clone()),
         )
 
 
