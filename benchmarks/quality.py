@@ -1,6 +1,6 @@
 """The table of methods by scheme: perplexity, fidelity and size of one model, each row made by this one command.
 
-    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--context-length N] [--windows N]
+    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--context-length N] [--windows N] [--stage YAML]
 
 Prints Markdown. Everything is measured in float32 on the same windows; artifacts go to a temporary folder.
 """
@@ -11,6 +11,8 @@ import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 import laconic
 from laconic.evaluate.run import evaluate
@@ -47,6 +49,13 @@ def rows(quick: bool) -> list[tuple[str, str, dict[str, Any]]]:
     return weights if quick else weights + acts
 
 
+def own_row(text: str) -> tuple[str, str, dict[str, Any]]:
+    """The row of a stage that was given as YAML."""
+    stage = yaml.safe_load(text)
+    told = [f"{key} {value}" for key, value in stage.items() if key not in ("method", "scheme")]
+    return stage.get("scheme", "W8A8"), ", ".join([stage["method"], *told]), stage
+
+
 def main() -> None:
     """Compress and measure row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,6 +67,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=None)
     parser.add_argument("--group-size", type=int, default=None)
     parser.add_argument("--group-size-for", nargs=2, action="append", metavar=("PATTERN", "SIZE"), default=[])
+    parser.add_argument("--stage", action="append", metavar="YAML", help="a row of your own, in place of the table's")
     parser.add_argument("--quick", action="store_true", help="weight-only schemes alone")
     args = parser.parse_args()
     calibration = {
@@ -68,8 +78,8 @@ def main() -> None:
     print("| scheme | method | bits/weight | perplexity | KL mean | KL p99 | same top-1 |")
     print("|---|---|---:|---:|---:|---:|---:|")
     shown = False
-    for scheme, method, stage in rows(args.quick):
-        grouped = args.group_size and stage["scheme"] not in ("W8A16", "W8A8", "W6A6", "FP8_DYNAMIC", "FP8_BLOCK")
+    for scheme, method, stage in [own_row(s) for s in args.stage] if args.stage else rows(args.quick):
+        grouped = args.group_size and scheme not in ("W8A16", "W8A8", "W6A6", "FP8_DYNAMIC", "FP8_BLOCK")
         if grouped:
             stage = stage | {"group_size": args.group_size}
         stages = [stage | {"ignore": ["lm_head", *(p for p, _ in args.group_size_for)]}] if grouped else [stage]
