@@ -177,7 +177,8 @@ def _windows(recipe: Recipe, source: Source, plan: Plan, trust_remote_code: bool
         return None
     calibration = recipe.calibration
     if calibration is None:
-        needing = next((s.method for s in plan.stages if s.gram or s.ranges), "static activations")
+        asking = [s.method if s.gram else s.ranges for s in plan.stages if s.gram or s.ranges]
+        needing = asking[0] if asking else "static activations"
         raise ValueError(
             f"{needing} needs calibration text: add 'calibration: {{dataset: FILE_OR_HUB_NAME}}' to the recipe"
         )

@@ -37,7 +37,7 @@ class Plan:
     def observing(self) -> bool:
         """Whether calibration data must flow through the model."""
         static = any(s.input_activations and not s.input_activations.dynamic for s in self.schemes.values())
-        return static or any(stage.gram or stage.cross or stage.ranges for stage in self.stages)
+        return static or any(stage.gram or stage.cross or bool(stage.ranges) for stage in self.stages)
 
     @property
     def two_streams(self) -> bool:

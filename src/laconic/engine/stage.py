@@ -70,9 +70,9 @@ class LinearStage(Stage):
         return False
 
     @property
-    def ranges(self) -> bool:
-        """Whether the range of every input must be known, though `compress` itself may need no data."""
-        return False
+    def ranges(self) -> str | None:
+        """What needs to know the range of every input, if anything does, though `compress` itself may need no data."""
+        return None
 
     @property
     def sequential(self) -> bool:
@@ -107,8 +107,8 @@ class QuantizingStage(LinearStage):
     low_rank: int = Field(0, ge=0)
 
     @property
-    def ranges(self) -> bool:
-        return bool(self.outlier_ratio)
+    def ranges(self) -> str | None:
+        return "outlier_ratio" if self.outlier_ratio else None
 
     @field_validator("scheme")
     @classmethod

@@ -254,7 +254,7 @@ class _Walker:
 
     def _observes(self, stage: LinearStage) -> bool:
         acts = stage.result.input_activations if stage.result else None
-        return stage.gram or stage.cross or stage.ranges or bool(acts and not acts.dynamic)
+        return stage.gram or stage.cross or bool(stage.ranges) or bool(acts and not acts.dynamic)
 
     def _materialise(self, module: nn.Module, prefix: str) -> None:
         materialise(module, prefix, self.source.checkpoint, self.settings.device, self.source.dtype)

@@ -42,6 +42,11 @@ class Scheme:
     rank: int = 0
 
     @property
+    def title(self) -> str:
+        """The name, with what is kept beside the codes."""
+        return self.name + " + outliers" * (self.outlier_columns != 0) + f" + rank {self.rank}" * (self.rank > 0)
+
+    @property
     def native(self) -> bool:
         """Whether only our own code reads it (QLinear, and our plugin for vLLM)."""
         return self.engine == "laconic" or self.outlier_columns != 0 or self.rank > 0

@@ -29,8 +29,13 @@ class LlmInt8(QuantizingStage):
     threshold: float = Field(6.0, gt=0, allow_inf_nan=False)
 
     @property
-    def ranges(self) -> bool:
-        return True
+    def ranges(self) -> str | None:
+        return self.method
+
+    @property
+    def sequential(self) -> bool:
+        # Which channels are loud does not hang on int8's small errors before them in the block: one pass is enough.
+        return False
 
     def count_outliers(self, columns: int) -> int | None:
         return None if self.outlier_ratio is None else super().count_outliers(columns)

@@ -167,4 +167,4 @@ def _kind(weights: Format, acts: Activations | None) -> tuple[Any, ...]:
 
 def count_schemes(schemes: Mapping[str, Scheme]) -> dict[str, int]:
     """How many linears have each scheme, by name."""
-    return dict(Counter(s.name for s in schemes.values()))
+    return dict(Counter(s.title for s in schemes.values()))

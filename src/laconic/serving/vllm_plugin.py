@@ -75,7 +75,7 @@ class LaconicConfig(QuantizationConfig):
             raise ValueError(f"vLLM fuses {', '.join(names)}, which this artifact keeps in different schemes")
         scheme = schemes[names[0]]
         if not scheme.integer and not self._told:
-            log.warning("laconic: %s is decoded, and its arithmetic simulated; its speed is not real", scheme.name)
+            log.warning("laconic: %s is decoded, and its arithmetic simulated; its speed is not real", scheme.title)
             self._told = True
         return LaconicLinearMethod(scheme)
 
