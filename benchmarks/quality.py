@@ -1,6 +1,6 @@
 """The table of methods by scheme: perplexity, fidelity and size of one model, each row made by this one command.
 
-    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--context-length N] [--windows N] [--schemes ...]
+    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--context-length N] [--schemes ...] [--stage YAML]
 
 Prints Markdown. Everything is measured in float32 on the same windows; artifacts go to a temporary folder.
 """
@@ -11,6 +11,8 @@ import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 import laconic
 from laconic.evaluate.run import evaluate
@@ -55,6 +57,13 @@ def rows(quick: bool, chosen: list[str] | None) -> list[tuple[str, str, dict[str
     return [row for row in (weights if quick else weights + acts) if chosen is None or row[0] in chosen]
 
 
+def own_row(text: str) -> tuple[str, str, dict[str, Any]]:
+    """The row of a stage that was given as YAML."""
+    stage = yaml.safe_load(text)
+    told = [f"{key} {value}" for key, value in stage.items() if key not in ("method", "scheme")]
+    return stage.get("scheme", "W8A8"), ", ".join([stage["method"], *told]), stage
+
+
 def main() -> None:
     """Compress and measure row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,6 +75,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=None)
     parser.add_argument("--group-size", type=int, default=None)
     parser.add_argument("--group-size-for", nargs=2, action="append", metavar=("PATTERN", "SIZE"), default=[])
+    parser.add_argument("--stage", action="append", metavar="YAML", help="a row of your own, in place of the table's")
     parser.add_argument("--quick", action="store_true", help="weight-only schemes alone")
     parser.add_argument("--schemes", nargs="+", choices=[*WEIGHT_ONLY, *WITH_ACTIVATIONS], help="these alone")
     args = parser.parse_args()
@@ -77,8 +87,8 @@ def main() -> None:
     print("| scheme | method | bits/weight | perplexity | KL mean | KL p99 | same top-1 |")
     print("|---|---|---:|---:|---:|---:|---:|")
     shown = False
-    for scheme, method, stage in rows(args.quick, args.schemes):
-        grouped = args.group_size and stage["scheme"] in GROUPED
+    for scheme, method, stage in [own_row(s) for s in args.stage] if args.stage else rows(args.quick, args.schemes):
+        grouped = args.group_size and scheme in GROUPED
         if grouped:
             stage = stage | {"group_size": args.group_size}
         stages = [stage | {"ignore": ["lm_head", *(p for p, _ in args.group_size_for)]}] if grouped else [stage]

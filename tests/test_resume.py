@@ -97,6 +97,32 @@ def test_a_kill_in_every_block_changes_nothing(
     ]
 
 
+@pytest.mark.parametrize(
+    "stage",
+    [
+        # How many columns each tap keeps is known only once it is calibrated, or read back.
+        {"method": "llm_int8", "threshold": 2.5},
+        GPTQ | {"outlier_ratio": 0.05, "low_rank": 3},
+    ],
+    ids=["llm_int8", "gptq"],
+)
+def test_what_is_kept_beside_the_codes_is_read_back(
+    recipe: dict[str, Any], stage: dict[str, Any], tmp_path: Path
+) -> None:
+    asked = recipe | {"stages": [stage]}
+    expected = contents(compress(recipe=asked, output=tmp_path / "expected").path)
+
+    def die(event: Mapping[str, Any]) -> None:
+        if event.get("block") == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(recipe=asked, output=tmp_path / "out", report=die)
+    artifact = compress(recipe=asked, output=tmp_path / "out")
+    assert artifact.results["compress"]["resumed_shards"] == 1
+    assert contents(tmp_path / "out") == expected
+
+
 LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 
 

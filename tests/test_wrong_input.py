@@ -19,6 +19,7 @@ from tiny import make_model, make_recipe, make_text
 
 RTN = {"method": "rtn", "scheme": "W8A16"}
 GPTQ = {"method": "gptq", "scheme": "W4A16", "group_size": 32}
+LLM_INT8 = {"method": "llm_int8"}
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 
 Damage = Callable[[Path], Any]
@@ -91,6 +92,17 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
             [RTN | {"targets": ["Linear"], "ignore": ["re:.*k_proj"]}, {**GPTQ, "targets": "re:.*k_proj"}],
             f"linears that read one input must share a scheme, since engines fuse them ({Q}: W8A16, {K}: W4A16, ",
         ),
+        (
+            [RTN | {"low_rank": 33}],
+            f"low_rank 33 is more than 32, the rank of {K} itself; lower it, or ignore it",
+        ),
+        ([RTN | {"low_rank": -1}], "stages.0.low_rank should be greater than or equal to 0, not -1"),
+        ([RTN | {"outlier_ratio": 1}], "stages.0.outlier_ratio should be less than 1, not 1"),
+        ([GPTQ | {"outlier_ratio": -0.1}], "stages.0.outlier_ratio should be greater than or equal to 0, not -0.1"),
+        ([LLM_INT8 | {"threshold": 0}], "stages.0.threshold should be greater than 0, not 0"),
+        ([LLM_INT8 | {"threshold": float("inf")}], "stages.0.threshold should be a finite number, not .inf"),
+        ([LLM_INT8 | {"scheme": "W4A16"}], "stages.0.scheme should be 'W8A8', not W4A16"),
+        ([LLM_INT8 | {"group_size": 32}], "stages.0: W8A8 has no groups: leave group_size out"),
     ],
 )
 def test_what_the_model_has_not_or_cannot_take(refused: Refused, stages: list[dict[str, Any]], expected: str) -> None:
@@ -403,6 +415,8 @@ def test_a_method_that_needs_text_and_gets_none(refused: Refused) -> None:
     fix = "needs calibration text: add 'calibration: {dataset: FILE_OR_HUB_NAME}' to the recipe"
     assert refused(GPTQ) == f"gptq {fix}"
     assert refused({"method": "rtn", "scheme": "FP8"}) == f"static activations {fix}"
+    assert refused(LLM_INT8) == f"llm_int8 {fix}"
+    assert refused(RTN | {"outlier_ratio": 0.01}) == f"outlier_ratio {fix}"
 
 
 @pytest.mark.parametrize(

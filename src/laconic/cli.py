@@ -349,7 +349,7 @@ def _warnings(prepared: Any) -> Iterator[str]:
     asked, windows = prepared.recipe.calibration, prepared.windows
     if windows is not None and len(windows) < asked.num_calibration_samples:
         yield f"the calibration text fills {len(windows)} of {asked.num_calibration_samples} samples; using those"
-    simulated = sorted({s.name for s in prepared.plan.schemes.values() if s.simulated})
+    simulated = sorted({s.title for s in prepared.plan.schemes.values() if s.simulated})
     if simulated:
         yield f"no engine runs {', '.join(simulated)}; its arithmetic is simulated by laconic"
     schemes = set(prepared.plan.schemes.values())

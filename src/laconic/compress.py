@@ -23,6 +23,8 @@ from laconic.engine.artifact import Artifact
 from laconic.engine.plan import Forecast, Plan, forecast, make_plan
 from laconic.engine.walk import Settings, walk
 from laconic.engine.writer import Workspace, check_begun, check_output
+from laconic.formats.schemes import Scheme
+from laconic.formats.storage import as_stored
 from laconic.model.anatomy import dissect
 from laconic.model.checkpoint import read_json
 from laconic.model.data import calibration_windows, read_documents
@@ -133,8 +135,10 @@ def run(prepared: Prepared, *, overwrite: bool = False, report: Report = lambda 
         resumed = sum(workspace.done(i) for i in range(shards))
         walk(source, prepared.model, plan, prepared.windows, workspace, settings, report)
         config = read_json(source.folder / "config.json")
+        schemes: dict[str, Scheme] = {}
         if plan.schemes:
-            config["quantization_config"] = to_config(plan.schemes, plan.linears)
+            schemes = _as_written(plan.schemes, workspace)
+            config["quantization_config"] = to_config(schemes, plan.linears)
         # Saved before the folder gets its name: an artifact is whole from the moment it is there.
         Artifact(workspace.folder).save_result(
             "compress",
@@ -144,13 +148,22 @@ def run(prepared: Prepared, *, overwrite: bool = False, report: Report = lambda 
                 "peak_memory_bytes": _peak_memory(settings.device),
                 "device": _device_name(settings.device),
                 "threads": torch.get_num_threads(),
-                "simulated": any(s.simulated for s in plan.schemes.values()),
+                "simulated": any(s.simulated for s in schemes.values()),
                 "command": " ".join(sys.argv),
                 "seed": prepared.recipe.seed,
                 "versions": versions(),
             },
         )
         return Artifact(workspace.finish(config, source.folder))
+
+
+def _as_written(schemes: Mapping[str, Scheme], workspace: Workspace) -> dict[str, Scheme]:
+    """The schemes with what their linears have beside the codes, as the finished shards tell."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in workspace.shapes().items():
+        linear, _, leaf = name.rpartition(".")
+        found.setdefault(linear, {})[leaf] = shape
+    return {name: as_stored(scheme, found[name]) for name, scheme in schemes.items()}
 
 
 def versions() -> dict[str, str]:
@@ -164,7 +177,7 @@ def _windows(recipe: Recipe, source: Source, plan: Plan, trust_remote_code: bool
         return None
     calibration = recipe.calibration
     if calibration is None:
-        needing = next("static activations" if s.static else s.method for s in plan.stages if s.observes)
+        needing = next(s.needing for s in plan.stages if s.observes)
         raise ValueError(
             f"{needing} needs calibration text: add 'calibration: {{dataset: FILE_OR_HUB_NAME}}' to the recipe"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from laconic.engine.beside import compress_tap
 from laconic.engine.stage import LinearStage
 from laconic.formats import Quantized
 from laconic.solvers.moments import Moments
@@ -21,15 +22,15 @@ def weight(rows: int = 96, n: int = 128) -> Tensor:
     return torch.randn(rows, n, generator=torch.Generator().manual_seed(7)) / n**0.5
 
 
-def moments_of(x: Tensor, x_full: Tensor | None = None) -> Moments:
-    moments = Moments(x.shape[1], torch.device("cpu"), asymmetric=x_full is not None)
+def moments_of(x: Tensor, x_full: Tensor | None = None, *, gram: bool = True) -> Moments:
+    moments = Moments(x.shape[1], torch.device("cpu"), gram=gram, asymmetric=x_full is not None)
     moments.add(x, x_full)
     return moments
 
 
 def made_of(stage: LinearStage, W: Tensor, x: Tensor, x_full: Tensor | None = None) -> Tensor:
     """What a stage makes of a weight whose input is x (and was x_full in the original model), decoded."""
-    made = stage.compress(W, moments_of(x, x_full), torch.bfloat16).weight
+    made = compress_tap(stage, W, [len(W)], moments_of(x, x_full, gram=stage.gram), torch.bfloat16)[0].weight
     return made.decode() if isinstance(made, Quantized) else made
 
 

@@ -15,8 +15,11 @@ from torch import Tensor
 import laconic
 from artifacts import Stage, inputs, press, quantized_linears, same_bytes, tensors, windows
 from laconic import Artifact
-from laconic.engine.stage import LinearStage, QuantizingStage
+from laconic.engine import walk
+from laconic.engine.beside import compress_tap
+from laconic.engine.stage import LinearStage, Outcome, QuantizingStage
 from laconic.formats import Quantized
+from laconic.formats.schemes import PRESETS
 from laconic.methods import METHODS
 from laconic.methods.rtn import Rtn
 
@@ -34,10 +37,23 @@ SCHEMES: list[dict[str, Any]] = [
 ]
 
 
+# What any quantizing method may keep beside its codes.
+BESIDE: list[dict[str, Any]] = [
+    {"scheme": "W4A16", "group_size": 32, "outlier_ratio": 0.05},
+    {"scheme": "W4A16_ASYM", "group_size": 32, "low_rank": 4},
+    {"scheme": "W6A6", "outlier_ratio": 0.05, "low_rank": 4},
+    {"scheme": "W8A8", "dynamic": False, "outlier_ratio": 0.05},
+]
+
+
 def stages_of(method: type[LinearStage]) -> list[Stage]:
     """A method with every scheme, where it has schemes."""
     name = {"method": method.model_fields["method"].default}
-    return [name | scheme for scheme in SCHEMES] if issubclass(method, QuantizingStage) else [name]
+    if not issubclass(method, QuantizingStage):
+        return [name]
+    if (own := method.model_fields["scheme"].default) in PRESETS:
+        return [name | {"threshold": 2.5}, name | {"scheme": own, "outlier_ratio": 0.05, "low_rank": 4}]
+    return [name | scheme for scheme in (*SCHEMES, *BESIDE)]
 
 
 def told(stage: Stage) -> str:
@@ -107,16 +123,15 @@ def test_untargeted_weights_are_left_as_they_were(stage: Stage, llama: Path, tex
 def test_the_file_decodes_to_what_was_chosen(
     stage: Stage, artifact: Artifact, llama: Path, monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path
 ) -> None:
-    method, chosen = BY_NAME[stage["method"]], list[Tensor]()
-    compress = method.compress
+    chosen = list[Tensor]()
 
-    def watched(self: LinearStage, *args: Any) -> Any:
-        outcome = compress(self, *args)
-        weight = outcome.weight
-        chosen.append(weight.decode() if isinstance(weight, Quantized) else weight)
-        return outcome
+    def watched(*args: Any) -> list[Outcome]:
+        outcomes = compress_tap(*args)
+        weights = [outcome.weight for outcome in outcomes]
+        chosen.extend(w.decode() if isinstance(w, Quantized) else w for w in weights)
+        return outcomes
 
-    monkeypatch.setattr(method, "compress", watched)
+    monkeypatch.setattr(walk, "compress_tap", watched)
     path = press(llama, tmp_path / "watched", stage, text=text).path
     found = linears_in(path, [e["linear"] for e in artifact.log])
     assert torch.equal(torch.cat([w.flatten() for w in found]), torch.cat([w.flatten() for w in chosen]))

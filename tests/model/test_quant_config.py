@@ -58,6 +58,18 @@ def test_reading_gives_back_any_mixture(mixed: dict[str, Scheme]) -> None:
     assert nameless(schemes_from_config(to_config(mixed, LINEARS), LINEARS)) == nameless(mixed)
 
 
+@given(mixed=st.dictionaries(st.sampled_from(LINEARS), st.sampled_from(SCHEMES), min_size=1), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_reading_gives_back_what_is_kept_beside_the_codes(mixed: dict[str, Scheme], data: st.DataObject) -> None:
+    few = st.integers(0, 3)
+    mixed = {n: replace(s, outlier_columns=data.draw(few), rank=data.draw(few)) for n, s in mixed.items()}
+    config = to_config(mixed, LINEARS)
+    assert nameless(schemes_from_config(config, LINEARS)) == nameless(mixed)
+    beside = any(s.outlier_columns or s.rank for s in mixed.values())
+    simulated = any(s.simulated for s in mixed.values())
+    assert config["quant_method"] == ("laconic" if beside or simulated else "compressed-tensors")
+
+
 class Tiny(nn.Module):
     """Linears of the names above."""
 

@@ -34,4 +34,14 @@ def test_links_lead_somewhere() -> None:
 
 def _shared() -> set[str]:
     """Options of every quantizing stage, described once in rtn's page and formats."""
-    return {"scheme", "group_size", "symmetric", "strategy", "dynamic", "targets", "ignore"}
+    return {
+        "scheme",
+        "group_size",
+        "symmetric",
+        "strategy",
+        "dynamic",
+        "outlier_ratio",
+        "low_rank",
+        "targets",
+        "ignore",
+    }

@@ -186,6 +186,34 @@ def test_mixed_precision_serves(tmp_path: Path) -> None:
     assert sum(near) / len(near) < 0.08
 
 
+NATIVE: dict[str, list[dict[str, Any]]] = {
+    "LLM.int8": [{"method": "llm_int8", "threshold": 3.0, "targets": ["Linear", "lm_head"], "ignore": []}],
+    "W8A8 static, outliers": [{"method": "rtn", "scheme": "W8A8", "dynamic": False, "outlier_ratio": 0.02}],
+    "W6A6": [{"method": "rtn", "scheme": "W6A6"}],
+    "W6A6 with all beside, W4A16": [
+        {"method": "gptq", "scheme": "W6A6", "outlier_ratio": 0.02, "low_rank": 4, "ignore": ["re:.*down_proj"]},
+        {"method": "gptq", "scheme": "W4A16_ASYM", "targets": "re:.*down_proj", "low_rank": 8},
+    ],
+}
+
+
+@pytest.mark.parametrize("stages", NATIVE.values(), ids=NATIVE)
+def test_native_artifacts_serve_exactly_through_our_plugin(tmp_path: Path, stages: list[dict[str, Any]]) -> None:
+    """As above; the plugin has our own products, but vLLM fuses linears, and everything between them is its own."""
+    folder = compressed(tmp_path, *stages)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "laconic"
+    served = serve(folder, prompts(5, 32), "float32")
+    ours, original = (laconic.load(m, dtype=torch.float32) for m in (folder, DEMO))
+    near, far = (
+        torch.stack([(our_logprobs(model, i) - p).abs() for i, p in zip(served.prompts, served.logprobs, strict=True)])
+        for model in (ours, original)
+    )
+    assert near.median() < 1e-4
+    assert (near < 1e-3).float().mean() > 0.6
+    assert near.mean() < far.mean() / 5
+
+
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="vLLM's CPU kernel for FP8 blocks needs AMX tiles")
 def test_fp8_blocks_serve(tmp_path: Path) -> None:
     """vLLM's CPU kernel leaves the activations in bf16."""

@@ -80,8 +80,10 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage])
                         f"stages.{number} ({stage.method}) would quantize {name} a second time; "
                         "narrow its targets, or add the linear to the ignore of one stage"
                     )
-                _check_fits(name, shapes[name], stage.result)
-                schemes[name] = stage.result
+                kept = stage.result_for(shapes[name])
+                assert kept is not None
+                _check_fits(name, shapes[name], kept)
+                schemes[name] = kept
         touched.append(frozenset(names))
     for i, taps in enumerate(anatomy.taps):
         for tap in taps:
@@ -190,6 +192,10 @@ def _check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
         choices = ", ".join(str(g) for g in [*fitting, -1])
         raise ValueError(
             f"group_size {size} does not divide the {shape[1]} inputs of {name}; use {choices}, or ignore it"
+        )
+    if scheme.rank > min(shape):
+        raise ValueError(
+            f"low_rank {scheme.rank} is more than {min(shape)}, the rank of {name} itself; lower it, or ignore it"
         )
     acts = scheme.input_activations
     if acts and acts.format.tiling.group_size and shape[1] % acts.format.tiling.group_size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -63,10 +63,24 @@ class Stage(BaseModel):
         """The scheme of what comes out, None when that is a dense weight."""
         return None
 
+    def result_for(self, shape: tuple[int, int]) -> Scheme | None:
+        """The same for a linear of shape (out, in), with what is kept beside its codes."""
+        return self.result
+
+    @property
+    def ranges(self) -> str | None:
+        """What needs to know the range of every input, if anything does, though `compress` itself may need no data."""
+        return "static activations" if self.static else None
+
     @property
     def observes(self) -> bool:
         """Whether the stage needs calibration activations."""
-        return self.static
+        return bool(self.ranges)
+
+    @property
+    def needing(self) -> str:
+        """What of this stage needs calibration activations, if anything does."""
+        return self.ranges or self.method
 
     @property
     def cross(self) -> bool:
@@ -97,7 +111,7 @@ class LinearStage(Stage):
 
     @property
     def observes(self) -> bool:
-        return self.gram or self.cross or self.static
+        return self.gram or self.cross or bool(self.ranges)
 
     @property
     def sequential(self) -> bool:
@@ -133,13 +147,21 @@ class BlockStage(Stage):
 
 
 class QuantizingStage(Stage):
-    """A stage that quantizes. scheme: a preset's name; the other keys vary the preset."""
+    """A stage that quantizes. scheme: a preset's name; the other keys vary the preset. Kept beside the codes in 16 bit,
+    whatever the method (`engine.beside`): outlier_ratio, the share of input columns, the loudest in calibration;
+    low_rank, the rank of a product fitted to what rounding left over."""
 
     scheme: str
     group_size: int | None = None
     symmetric: bool | None = None
     strategy: Literal["tensor", "channel", "group"] | None = None
     dynamic: bool | None = None
+    outlier_ratio: float | None = Field(None, ge=0, lt=1)
+    low_rank: int = Field(0, ge=0)
+
+    @property
+    def ranges(self) -> str | None:
+        return "outlier_ratio" if self.outlier_ratio else super().ranges
 
     @field_validator("scheme")
     @classmethod
@@ -166,3 +188,26 @@ class QuantizingStage(Stage):
             strategy=self.strategy,
             dynamic=self.dynamic,
         )
+
+    def result_for(self, shape: tuple[int, int]) -> Scheme:
+        return replace(self.result, outlier_columns=self.count_outliers(shape[1]), rank=self.low_rank)
+
+    def count_outliers(self, columns: int) -> int | None:
+        """How many of so many input columns are kept in 16 bit; None when that depends on the calibration set."""
+        return min(columns - 1, max(1, round(self.outlier_ratio * columns))) if self.outlier_ratio else 0
+
+    def outliers(self, moments: Moments | None) -> Tensor:
+        """Which input columns are kept in 16 bit: the loudest, by energy, or by peak where peaks set the grid of the
+        activations. Returns: their indices (k,), rising."""
+        if not self.outlier_ratio:
+            return torch.empty(0, dtype=torch.int64)
+        assert moments is not None
+        energy = moments.H is not None and self.result.input_activations is None
+        loud = moments.H.diagonal() if energy and moments.H is not None else moments.peak
+        # Sorted and stable, so that ties go one way on every machine.
+        return loud.argsort(descending=True, stable=True)[: self.count_outliers(len(loud))].sort().values
+
+    def target(self, weight: Tensor, moments: Moments | None) -> Tensor:
+        """The real weight that rounding is to come close to: (out, in). Beside columns that are not rounded, `compress`
+        gets this, and moments without D."""
+        return weight

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from laconic.engine.block import Block
 from laconic.formats.schemes import Activations
 from laconic.model.anatomy import linear_at
-from laconic.model.linear import round_activations
+from laconic.model.products import round_activations
 
 Weights = Callable[[], Mapping[str, Tensor]]
 """Makes the weights of some linears (by name within the block), differentiable in what is tuned."""

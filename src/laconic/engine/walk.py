@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from laconic.engine.beside import attach, compress_tap
 from laconic.engine.block import Block, stacked, stacks
 from laconic.engine.observe import advance, observe
 from laconic.engine.passes import Passes
@@ -30,7 +31,7 @@ from laconic.engine.stream import Stream, make_stream
 from laconic.engine.writer import Workspace
 from laconic.formats import Quantized
 from laconic.formats.schemes import Scheme
-from laconic.formats.storage import to_stored
+from laconic.formats.storage import as_stored, to_stored
 from laconic.model.anatomy import Call, capture_calls, head_input, linear_at
 from laconic.model.linear import QLinear, replace_linear
 from laconic.model.load import Source, materialise
@@ -247,7 +248,7 @@ class _Walker:
             )
         )
         moments: dict[str, Moments] = {}
-        if stage.static:
+        if stage.ranges:
             with Passes(block, taps, call, flow.stream, device, held=False) as passes:
                 ranges = observe(passes, [t for t in taps if linears & set(t.linears)], gram=False)
                 moments = {n: m for tap, m in ranges.items() for n in tap.linears}
@@ -256,7 +257,10 @@ class _Walker:
         events: list[dict[str, Any]] = []
         for names, outcome in made.items():
             notes = {"tokens": tokens, "seconds": round(seconds, 4)}
-            events += self._put(block, name, names, stage, outcome, moments.get(names[0]), notes)
+            rows = [linear_at(block, n).out_features for n in names]
+            seen = moments.get(names[0])
+            outcomes = attach(stage, stacked(block, names), outcome, rows, seen, self.source.dtype)
+            events += self._put(block, name, names, stage, outcomes, seen, notes)
         return events
 
     def _compress_head(self, flow: _Flow | None) -> Iterator[dict[str, Any]]:
@@ -287,10 +291,11 @@ class _Walker:
         of a whole tensor, which engines that fuse them want to be one."""
         for together in stacks(module, linears, stage.result):
             begun = time.monotonic()
-            outcome = stage.compress(stacked(module, together), moments, self.source.dtype)
+            rows = [linear_at(module, n).out_features for n in together]
+            outcomes = compress_tap(stage, stacked(module, together), rows, moments, self.source.dtype)
             seconds = (time.monotonic() - begun) / len(together)
             notes = {"tokens": moments.tokens if moments else 0, "seconds": round(seconds, 4)}
-            yield from self._put(module, prefix, together, stage, outcome, moments, notes)
+            yield from self._put(module, prefix, together, stage, outcomes, moments, notes)
 
     def _put(
         self,
@@ -298,29 +303,24 @@ class _Walker:
         prefix: str,
         linears: Sequence[str],
         stage: Stage,
-        outcome: Outcome,
+        outcomes: Sequence[Outcome],
         moments: Moments | None,
         notes: Mapping[str, float],
     ) -> Iterator[dict[str, Any]]:
-        """Put what a stage made of some stacked linears in their place, and tell of each."""
-        made = outcome.weight.decode() if isinstance(outcome.weight, Quantized) else outcome.weight.float()
-        start = 0
-        for name in linears:
-            old = linear_at(module, name)
-            weight = old.weight.detach().float()
-            rows = slice(start, start + weight.shape[0])
-            figures = _figures(weight, made[rows], moments)
-            self._install(module, name, outcome.weight, rows, stage.result, moments)
+        """Put what a stage made of some linears in their place, and tell of each."""
+        for name, outcome in zip(linears, outcomes, strict=True):
+            old = linear_at(module, name).weight.detach().float()
+            made = outcome.weight.decode() if isinstance(outcome.weight, Quantized) else outcome.weight.float()
+            self._install(module, name, outcome.weight, stage.result, moments)
             event = {
                 "event": "linear",
                 "linear": f"{prefix}.{name}" if prefix else name,
                 "method": stage.method,
                 "scheme": stage.result.name if stage.result else None,
-                **figures,
+                **_figures(old, made, moments),
                 **outcome.notes,
                 **notes,
             }
-            start = rows.stop
             self.report(event)
             yield event
 
@@ -329,21 +329,25 @@ class _Walker:
         module: nn.Module,
         name: str,
         made: Quantized | Tensor,
-        rows: slice,
         scheme: Scheme | None,
         moments: Moments | None,
     ) -> None:
         old = linear_at(module, name)
         if isinstance(made, Tensor):
-            old.weight.data.copy_(made[rows])
+            old.weight.data.copy_(made)
             return
         assert scheme is not None
+        stored = to_stored(made, scheme)
+        scheme = as_stored(scheme, {n: tuple(t.shape) for n, t in stored.items()})
         new = replace_linear(module, name, scheme, self.source.dtype)
-        stored = to_stored(made.rows(rows.start, rows.stop), scheme)
         acts = scheme.input_activations
         if acts and acts.calibrated:
             assert moments is not None
-            calibrated = acts.calibrate(moments.lo, moments.hi, self.source.dtype)
+            rounded = torch.ones_like(moments.lo)
+            if made.outliers is not None:
+                rounded[made.outliers.indices.long()] = 0
+            lo, hi = (moments.lo * rounded).amin(), (moments.hi * rounded).amax()
+            calibrated = acts.calibrate(lo, hi, self.source.dtype)
             stored |= {f"input_{name}": p for name, p in calibrated.items()}
         if old.bias is not None:
             stored["bias"] = old.bias.data
@@ -355,8 +359,9 @@ class _Walker:
         local = {n.removeprefix(f"{name}."): t for n, t in tensors.items()}
         for linear in [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
             if scheme := self.plan.schemes.get(f"{name}.{linear}"):
-                new = replace_linear(block, linear, scheme, self.source.dtype)
                 inside = {n.removeprefix(f"{linear}."): t for n, t in local.items() if n.startswith(f"{linear}.")}
+                scheme = as_stored(scheme, {n: tuple(t.shape) for n, t in inside.items()})
+                new = replace_linear(block, linear, scheme, self.source.dtype)
                 _fill(new, inside, self.settings.device)
         for n, p in list(block.named_parameters()):
             if p.is_meta:

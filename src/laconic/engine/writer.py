@@ -87,6 +87,14 @@ class Workspace:
         contiguous = {n: t.detach().cpu().contiguous() for n, t in sorted(tensors.items())}
         _replace(self.shard(i), lambda file: save_file(contiguous, file, metadata={"format": "pt"}))
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor in the finished shards, by name."""
+        found: dict[str, tuple[int, ...]] = {}
+        for i in range(self.shards):
+            with safe_open(self.shard(i), framework="pt") as f:
+                found |= {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}  # noqa: SIM118 - not a dict
+        return found
+
     def finish(self, config: Mapping[str, Any], source: Path) -> Path:
         """Write the index and the config, copy the tokenizer, give the folder its name."""
         weight_map, total = {}, 0

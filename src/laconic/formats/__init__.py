@@ -95,19 +95,45 @@ def decode(fmt: Format, codes: Tensor, params: Params, dtype: torch.dtype = torc
 
 
 @dataclass(frozen=True)
+class Outliers:
+    """Input columns that are kept in 16 bit. indices: (k,) int32, rising. weight: (out, k), in the model's dtype."""
+
+    indices: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A product that is added to what the codes stand for. left: (out, r), right: (r, in), in the model's dtype."""
+
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
 class Quantized:
     """A weight as it will be stored. The codes are the truth: nothing is rounded again after this.
 
-    codes: the weight's own shape, `format.code_dtype`. params: shapes by `format.tiling`.
+    codes: the weight's own shape, `format.code_dtype`. params: shapes by `format.tiling`. Beside them, in 16 bit:
+    outliers, columns that stand in place of their codes; low_rank, a product on top of all.
     """
 
     format: Format
     codes: Tensor
     params: Params
+    outliers: Outliers | None = None
+    low_rank: LowRank | None = None
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight that these codes stand for, in `dtype`."""
-        return decode(self.format, self.codes, self.params, dtype)
+        """The weight that all this stands for: computed in float32, returned in `dtype`."""
+        if self.outliers is None and self.low_rank is None:
+            return decode(self.format, self.codes, self.params, dtype)
+        w = decode(self.format, self.codes, self.params)
+        if self.outliers is not None:
+            w[:, self.outliers.indices.long()] = self.outliers.weight.float()
+        if self.low_rank is not None:
+            w += self.low_rank.left.float() @ self.low_rank.right.float()
+        return w.to(dtype)
 
     def rows(self, start: int, stop: int) -> Quantized:
         """The rows [start, stop) on their own. One tile must not reach over the cut.
@@ -116,7 +142,14 @@ class Quantized:
         """
         cut = self.format.tiling.cut_params
         params = {name: cut(p, start, stop, self.codes.shape[0]) for name, p in self.params.items()}
-        return Quantized(self.format, self.codes[start:stop], params)
+        outliers, low_rank = self.outliers, self.low_rank
+        return Quantized(
+            self.format,
+            self.codes[start:stop],
+            params,
+            outliers and Outliers(outliers.indices.clone(), outliers.weight[start:stop]),
+            low_rank and LowRank(low_rank.left[start:stop], low_rank.right.clone()),
+        )
 
 
 def quantize(fmt: Format, w: Tensor, params: Params) -> Quantized:

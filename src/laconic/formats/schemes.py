@@ -52,17 +52,41 @@ class Activations:
 @dataclass(frozen=True)
 class Scheme:
     """name: the preset it came from. engine: whether a serving engine runs it, or only our own QLinear, which
-    simulates the arithmetic."""
+    simulates the arithmetic. outlier_columns: input columns kept in 16 bit beside the codes, None when only calibration
+    will tell how many. rank: of the 16-bit product added to the codes."""
 
     name: str
     weights: Format
     input_activations: Activations | None = None
     engine: Literal["vllm", "transformers", "laconic"] = "vllm"
+    outlier_columns: int | None = 0
+    rank: int = 0
+
+    @property
+    def title(self) -> str:
+        """The name, with what is kept beside the codes."""
+        return self.name + " + outliers" * (self.outlier_columns != 0) + f" + rank {self.rank}" * (self.rank > 0)
+
+    @property
+    def native(self) -> bool:
+        """Whether only our own code reads it (QLinear, and our plugin for vLLM)."""
+        return self.engine == "laconic" or self.outlier_columns != 0 or self.rank > 0
+
+    @property
+    def integer(self) -> bool:
+        """Whether the product is one of int8 by int8 that we compute as such, outlier columns in a second product."""
+        acts = self.input_activations
+        return (
+            _int8(self.weights, "channel", "tensor")
+            and acts is not None
+            and _int8(acts.format, "token", "tensor")
+            and self.rank == 0
+        )
 
     @property
     def simulated(self) -> bool:
-        """Whether no engine has arithmetic for it, so that any speed it shows is not real."""
-        return self.engine == "laconic"
+        """Whether nobody, neither an engine nor we, has arithmetic for it, so that any speed it shows is not real."""
+        return self.native and not self.integer
 
     @property
     def storage(self) -> Storage:
@@ -75,7 +99,12 @@ class Scheme:
             case MxFp4():
                 return "mxfp4-pack-quantized"
         # Engines that compute in integers want a plain int8 weight; the others unpack words themselves.
-        return "int-quantized" if self.input_activations and not self.simulated else "pack-quantized"
+        return "int-quantized" if self.input_activations and self.engine != "laconic" else "pack-quantized"
+
+
+def _int8(fmt: Format, *strategies: str) -> bool:
+    ints = isinstance(fmt, IntAffine) and fmt.num_bits == 8 and fmt.symmetric
+    return ints and fmt.tiling.strategy in strategies
 
 
 def _ints(num_bits: int, tiling: Tiling, symmetric: bool = True) -> IntAffine:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from laconic.methods.autoround import AutoRound
 from laconic.methods.awq import Awq
 from laconic.methods.gptq import Gptq
+from laconic.methods.llm_int8 import LlmInt8
 from laconic.methods.rtn import Rtn
 from laconic.methods.smoothquant import SmoothQuant
 from laconic.methods.zeroquant import ZeroQuant
 
-METHODS = (Rtn, Gptq, Awq, AutoRound, ZeroQuant, SmoothQuant)
+METHODS = (Rtn, Gptq, Awq, AutoRound, ZeroQuant, LlmInt8, SmoothQuant)

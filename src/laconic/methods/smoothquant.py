@@ -19,8 +19,8 @@ from laconic.engine.stage import BlockStage, Outcome
 from laconic.formats import fit, quantize
 from laconic.formats.schemes import Scheme, scheme
 from laconic.model.anatomy import Tap
-from laconic.model.linear import round_activations
 from laconic.model.links import Link, fold
+from laconic.model.products import round_activations
 
 
 class SmoothQuant(BlockStage):

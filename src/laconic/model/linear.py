@@ -1,28 +1,19 @@
 """QLinear: a linear that keeps its weight as stored codes, and rounds its input as its scheme says.
 
-Its arithmetic is simulated: codes are decoded and multiplied in floating point. It is the reader of every artifact
-in evaluation, and the only runtime of the schemes that no engine has.
+Int8 by int8 is computed as that (`model.products`); all other arithmetic is simulated: codes are decoded and multiplied
+in floating point. It is the reader of every artifact in evaluation, and with transformers the runtime of the schemes
+that no engine has.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from laconic.formats import Params, decode, encode, fit
-from laconic.formats.schemes import Activations, Scheme
+from laconic.formats import Quantized
+from laconic.formats.schemes import Scheme
 from laconic.formats.storage import from_stored, stored_shapes
-
-
-def round_activations(x: Tensor, acts: Activations, calibrated: Params) -> Tensor:
-    """x (..., in) rounded to the activation format and back, in float32 (simulated). calibrated: the parameters that
-    do not come from x (`Activations.calibrate`)."""
-    flat = x.reshape(-1, x.shape[-1]).float()
-    params = (
-        fit(acts.format, flat, shared=calibrated) if acts.dynamic else {n: p.float() for n, p in calibrated.items()}
-    )
-    return decode(acts.format, encode(acts.format, flat, params), params).view(x.shape)
+from laconic.model.products import integer_linear, simulated_linear
 
 
 class QLinear(nn.Module):
@@ -49,25 +40,40 @@ class QLinear(nn.Module):
         self.bias = _frozen(torch.empty(out_features, dtype=dtype)) if bias else None
         self.dense: Tensor | None = None
 
-    def decode(self, dtype: torch.dtype) -> Tensor:
-        """The weight that the codes stand for, (out, in)."""
+    def quantized(self) -> Quantized:
+        """The stored tensors as codes and what is kept beside them."""
         stored = {name: getattr(self, name) for name in self.names}
-        return from_stored(stored, self.scheme, (self.out_features, self.in_features)).decode(dtype)
+        return from_stored(stored, self.scheme, (self.out_features, self.in_features))
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the stored tensors stand for, (out, in)."""
+        return self.quantized().decode(dtype)
 
     def unpack(self) -> None:
-        """Keep the decoded weight, so that many forward passes decode it once; the codes stay."""
-        self.dense = self.decode(torch.float32 if self.scheme.input_activations else self.dtype)
+        """Keep the decoded weight, so that many forward passes decode it once; the codes stay. Integer products use
+        the codes as they are."""
+        if not self.scheme.integer:
+            self.dense = self.decode(torch.float32 if self.scheme.input_activations else self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         acts = self.scheme.input_activations
-        compute = torch.float32 if acts else x.dtype
-        weight = self.decode(compute) if self.dense is None else self.dense.to(compute)
-        bias = None if self.bias is None else self.bias.to(compute)
-        rounded = round_activations(x, acts, {n: getattr(self, f"input_{n}") for n in self.calibrated}) if acts else x
-        return F.linear(rounded, weight, bias).to(x.dtype)
+        if acts and self.scheme.integer:
+            q = self.quantized()
+            return integer_linear(x, q.codes, q.params["scale"], acts, self._calibrated(), q.outliers, self.bias)
+        weight = self.decode(torch.float32 if acts else x.dtype) if self.dense is None else self.dense
+        exempt = self.get_parameter("outlier_indices") if self.scheme.outlier_columns else None
+        return simulated_linear(x, weight, acts, self._calibrated(), exempt, self.bias)
+
+    def _calibrated(self) -> dict[str, Tensor]:
+        return {n: self.get_parameter(f"input_{n}") for n in self.calibrated}
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}"
+        beside = "".join(
+            f", {name}={n}"
+            for name, n in (("outlier_columns", self.scheme.outlier_columns), ("rank", self.scheme.rank))
+            if n
+        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}{beside}"
 
 
 def _frozen(t: Tensor) -> nn.Parameter:

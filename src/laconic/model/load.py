@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
@@ -71,6 +70,9 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code:
 
     Raises: ValueError when transformers has no causal language model of this configuration.
     """
+    # Imported here, since vLLM, which our plugin runs in, comes without it.
+    from accelerate import init_empty_weights
+
     unsupported = f"unsupported architecture '{config.model_type}': it is no causal language model"
     try:
         with init_empty_weights(include_buffers=False):

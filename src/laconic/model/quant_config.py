@@ -1,7 +1,8 @@
 """The `quantization_config` of config.json: which linear has which scheme, in compressed-tensors' words.
 
-Schemes that engines run are written under `quant_method: compressed-tensors`. Schemes that only our QLinear runs are
-written in the same words under `quant_method: laconic`, so that no engine opens them by mistake.
+Schemes that engines run are written under `quant_method: compressed-tensors`. Schemes that only we read are written in
+the same words under `quant_method: laconic`, so that no engine opens them by mistake; there `outlier_columns` and
+`low_rank` say how many columns, and what rank, a linear has beside its codes, by its full name.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,11 +36,11 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
     """The quantization_config of a model. schemes: by full name of each quantized linear. linears: every linear."""
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
-        groups.setdefault(scheme, []).append(name)
+        groups.setdefault(replace(scheme, outlier_columns=0, rank=0), []).append(name)
     # The commonest scheme is the rule, the others are exceptions by name, and come first.
     ordered = sorted(groups, key=lambda s: len(groups[s]))
     storages = {s.storage for s in ordered}
-    native = any(s.simulated for s in ordered)
+    native = any(s.native for s in schemes.values())
     config: dict[str, Any] = QuantizationConfig.model_validate(
         {
             "config_groups": {
@@ -57,6 +59,9 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
         }
     ).model_dump(mode="json")
     config["quant_method"] = NATIVE if native else COMPRESSED_TENSORS
+    if native:
+        config["outlier_columns"] = {n: s.outlier_columns for n, s in schemes.items() if s.outlier_columns}
+        config["low_rank"] = {n: s.rank for n, s in schemes.items() if s.rank}
     if len(ordered) == 1 and not native and _decoded_while_loading(ordered[0]):
         config["dequantize"] = True
     return config
@@ -82,7 +87,11 @@ def schemes_from_config(config: Mapping[str, Any], linears: Iterable[str]) -> di
     for name in linears:
         target = next((t for t in ranked if t == "Linear" or _matches(name, t)), None)
         if target and not any(_matches(name, pattern) for pattern in parsed.ignore or ()):
-            out[name] = schemes[target]
+            out[name] = replace(
+                schemes[target],
+                outlier_columns=(config.get("outlier_columns") or {}).get(name, 0),
+                rank=(config.get("low_rank") or {}).get(name, 0),
+            )
     return out
 
 
@@ -183,4 +192,4 @@ def _kind(weights: Format, acts: Activations | None) -> tuple[Any, ...]:
 
 def count_schemes(schemes: Mapping[str, Scheme]) -> dict[str, int]:
     """How many linears have each scheme, by name."""
-    return dict(Counter(s.name for s in schemes.values()))
+    return dict(Counter(s.title for s in schemes.values()))

@@ -15,7 +15,7 @@ from laconic.recipe import gallery
 _ENGINES = {
     "vllm": "vLLM, transformers",
     "transformers": "transformers",
-    "laconic": "transformers with `import laconic` (simulated)",
+    "laconic": "vLLM with our plugin, transformers with `import laconic` (simulated)",
 }
 
 

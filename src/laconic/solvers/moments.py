@@ -21,7 +21,7 @@ class Moments:
     asked for, of x_full (the input the original model sees).
 
     H: (in, in) float32, the sum of x x^T. D: (in, in) or None, the sum of (x_full - x) x^T.
-    lo, hi: 0-dim float32, the smallest and largest value seen. tokens: how many.
+    lo, hi: (in,) float32, the smallest and largest value seen of each input, zero included. tokens: how many.
     """
 
     in_features: int
@@ -39,15 +39,20 @@ class Moments:
             self.H = torch.zeros(self.in_features, self.in_features, device=self.device)
         if self.asymmetric:
             self.D = torch.zeros(self.in_features, self.in_features, device=self.device)
-        self.lo = torch.zeros((), device=self.device)
-        self.hi = torch.zeros((), device=self.device)
+        self.lo = torch.zeros(self.in_features, device=self.device)
+        self.hi = torch.zeros(self.in_features, device=self.device)
+
+    @property
+    def peak(self) -> Tensor:
+        """(in,) the largest magnitude seen of each input."""
+        return torch.maximum(-self.lo, self.hi)
 
     def finish(self) -> Moments:
         """Complete what only half was summed, once all activations are in.
 
         Raises: ValueError when NaN or infinity was among the activations.
         """
-        if not torch.isfinite(self.hi - self.lo):
+        if not torch.isfinite(self.hi - self.lo).all():
             raise ValueError("the activations hold NaN or infinity; check the model and the calibration text")
         if self.H is not None:
             _mirror(self.H)
@@ -62,8 +67,8 @@ class Moments:
         """Take in activations of shape (..., in). H is whole only after `finish`."""
         x = x.reshape(-1, self.in_features).to(self.device)
         self.tokens += x.shape[0]
-        self.lo = torch.minimum(self.lo, x.amin().float())
-        self.hi = torch.maximum(self.hi, x.amax().float())
+        self.lo = torch.minimum(self.lo, x.amin(0).float())
+        self.hi = torch.maximum(self.hi, x.amax(0).float())
         if self.H is not None:
             _add_gram(self.H, x)
         if self.D is not None:

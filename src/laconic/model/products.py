@@ -1,0 +1,107 @@
+"""What a quantized linear computes: two real products where there is integer arithmetic, otherwise a simulated one.
+
+LLM.int8 (arXiv 2208.07339), section 3: the outlier columns of the input meet their weights in 16 bit; all others are
+rounded to int8 under one scale a token (which no outlier stretches), multiplied into int32, and scaled out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from laconic.formats import Outliers, Params, decode, encode, fit
+from laconic.formats.schemes import Activations
+
+# Sums of so many products of int8 stay below 2^24, where float32 counts exactly.
+_EXACT = 1024
+
+
+def round_activations(x: Tensor, acts: Activations, calibrated: Params, exempt: Tensor | None = None) -> Tensor:
+    """x (..., in) rounded to the activation format and back, in float32 (simulated). calibrated: the parameters that do
+    not come from x (`Activations.calibrate`). exempt: (k,) columns that are left as they are, and have no say in the
+    scale."""
+    flat = x.reshape(-1, x.shape[-1]).float()
+    rest = _without(flat, exempt)
+    params = _activation_params(rest, acts, calibrated)
+    rounded = decode(acts.format, encode(acts.format, rest, params), params)
+    if exempt is not None:
+        rounded[:, exempt.long()] = flat[:, exempt.long()]
+    return rounded.view(x.shape)
+
+
+def simulated_linear(
+    x: Tensor,
+    weight: Tensor,
+    acts: Activations | None,
+    calibrated: Params,
+    exempt: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """x (..., in) by a decoded weight (out, in), in float32 where activations are rounded. Returns: in x's dtype."""
+    compute = torch.float32 if acts else x.dtype
+    rounded = round_activations(x, acts, calibrated, exempt) if acts else x
+    return F.linear(rounded, weight.to(compute), None if bias is None else bias.to(compute)).to(x.dtype)
+
+
+def integer_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    acts: Activations,
+    calibrated: Params,
+    outliers: Outliers | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """x (..., in) by int8 codes (out, in), and by the outlier columns in a product of their own.
+
+    scale: of the weight, (1,) or (out, 1). Returns: (..., out) in x's dtype.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    exempt = None if outliers is None else outliers.indices
+    rest = _without(flat.float(), exempt)
+    params = _activation_params(rest, acts, calibrated)
+    # What codes stand in outlier columns does not count: the input is zero there.
+    y = int8_product(encode(acts.format, rest, params), codes).float()
+    y = y * params["scale"].float() * scale.float().reshape(1, -1)
+    if outliers is not None:
+        y = y + _wide_product(flat[:, outliers.indices.long()], outliers.weight.to(x.dtype))
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """a (m, k) int8 by b (n, k) int8: (m, n) int32, exact."""
+    if a.device.type == "cpu":
+        return torch._int_mm(a, b.T)
+    if a.is_cuda and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0:
+        # cuBLAS asks for more than 16 rows.
+        m = a.shape[0]
+        return torch._int_mm(F.pad(a, (0, 0, 0, max(0, 32 - m))), b.T)[:m]
+    return exact_float_product(a, b)
+
+
+def exact_float_product(a: Tensor, b: Tensor) -> Tensor:
+    """The same in float32, where no integer product is at hand: in runs short enough to be exact."""
+    y = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    for run_a, run_b in zip(a.split(_EXACT, 1), b.split(_EXACT, 1), strict=True):
+        y += (run_a.float() @ run_b.float().T).to(torch.int32)
+    return y
+
+
+def _wide_product(x: Tensor, w: Tensor) -> Tensor:
+    """x (m, k) by w (n, k), both in 16 bit, added up in float32."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(x, w.T, out_dtype=torch.float32)
+    return x.float() @ w.float().T
+
+
+def _activation_params(x: Tensor, acts: Activations, calibrated: Params) -> Params:
+    if acts.dynamic:
+        return fit(acts.format, x, shared=calibrated)
+    return {name: p.float() for name, p in calibrated.items()}
+
+
+def _without(x: Tensor, columns: Tensor | None) -> Tensor:
+    return x if columns is None else x.index_fill(1, columns.long(), 0)

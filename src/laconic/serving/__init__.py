@@ -1,0 +1,1 @@
+"""A finished artifact, served. vLLM is imported here and nowhere else."""
