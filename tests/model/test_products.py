@@ -54,7 +54,7 @@ def qlinear(dtype: torch.dtype, *, loud: list[int], **varied: Any) -> QLinear:
         q = replace(q, outliers=Outliers(columns.to(torch.int32), w[:, columns].to(dtype)))
     linear = QLinear(256, 200, bias=True, scheme=kept, dtype=dtype)
     stored = to_stored(q, kept) | {"bias": torch.randn(200, generator=generator).to(dtype)}
-    if linear.input_scale is not None:
+    if linear.calibrated:
         stored["input_scale"] = torch.tensor([0.03], dtype=dtype)
     for name, tensor in stored.items():
         setattr(linear, name, nn.Parameter(tensor, requires_grad=False))
@@ -67,7 +67,7 @@ def by_hand(x: Tensor, linear: QLinear, loud: list[int]) -> Tensor:
     for token in x.flatten(0, -2).double():
         quiet = token.clone()
         quiet[loud] = 0
-        scale = float(quiet.abs().max()) / 127 if linear.input_scale is None else float(linear.input_scale)
+        scale = float(quiet.abs().max()) / 127 if not linear.calibrated else float(linear.input_scale)
         seen = (quiet / scale).round().clamp(-127, 127) * scale
         seen[loud] = token[loud]
         rows.append(weight @ seen + linear.bias.double())
@@ -102,7 +102,7 @@ def test_exempt_columns_stay_and_have_no_say_in_the_scale(name: str) -> None:
     acts, x = PRESETS[name].input_activations, loud_input(torch.float32)
     columns = torch.tensor(LOUD, dtype=torch.int32)
     quiet = [i for i in range(256) if i not in LOUD]
-    rounded = round_activations(x, acts, None, columns)
+    rounded = round_activations(x, acts, {}, columns)
     assert torch.equal(rounded[..., LOUD], x[..., LOUD])
     silenced = x.clone()
     silenced[..., LOUD] = 0
@@ -119,7 +119,7 @@ def test_simulated_schemes_keep_outlier_columns_too() -> None:
     linear = QLinear(256, 64, bias=False, scheme=kept, dtype=torch.float32)
     for name, tensor in to_stored(q, kept).items():
         setattr(linear, name, nn.Parameter(tensor, requires_grad=False))
-    seen = round_activations(x, kept.input_activations, None, columns)
+    seen = round_activations(x, kept.input_activations, {}, columns)
     expected = seen.double() @ q.decode().double().T
     for _ in range(2):
         torch.testing.assert_close(linear(x).double(), expected, rtol=1e-4, atol=1e-4)

@@ -27,7 +27,7 @@ class ZeroQuant(QuantizingStage, BlockStage):
     scheme: str = "W4A8"
     iters: int = Field(100, ge=1)
     batch_size: int = Field(8, ge=1)
-    lr: float = Field(1e-2, gt=0)
+    lr: float = Field(2e-3, gt=0)
 
     def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
         fmt = self.result.weights

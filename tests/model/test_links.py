@@ -1,0 +1,84 @@
+"""Links: found by what a block computes, and folding a scale through one changes nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from artifacts import original, tokens
+from laconic.model.anatomy import Anatomy, Tap, dissect
+from laconic.model.links import Link, find_links, fold, pooled, used
+from tiny import ARCHITECTURES, make_model
+
+FUSED = {"phi3"}
+
+
+def anatomy_and_links(folder: Path) -> tuple[nn.Module, Anatomy, dict[Tap, Link]]:
+    model = original(folder)
+    anatomy = dissect(model)
+    return model, anatomy, dict(find_links(model, anatomy)[0])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_linear_of_a_gated_block_has_a_link(arch: str, tmp_path: Path) -> None:
+    _, anatomy, links = anatomy_and_links(make_model(tmp_path / "model", arch))
+    attention, out, up, down = anatomy.taps[0]
+    assert set(links) == {attention, out, up, down}
+    assert links[attention].is_norm
+    assert links[up].is_norm
+    assert links[attention].offset == arch.startswith("gemma")
+    assert links[out].source.endswith("qkv_proj" if arch in FUSED else "v_proj")
+    assert links[down].source.endswith("gate_up_proj" if arch in FUSED else "up_proj")
+
+
+def test_grouped_values_reach_every_query_head_of_their_group(tmp_path: Path) -> None:
+    # Four query heads of 16, two of key and value: heads 0 and 1 read the first, 2 and 3 the second.
+    _, anatomy, links = anatomy_and_links(make_model(tmp_path / "model"))
+    channels = links[anatomy.taps[0][1]].channels
+    heads = [0, 0, 1, 1]
+    assert channels.tolist() == [h * 16 + i for h in heads for i in range(16)]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_folding_keeps_the_function(arch: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", arch, dtype=torch.float32)
+    model, anatomy, links = anatomy_and_links(folder)
+    ids = tokens(2, 24)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for i in range(len(anatomy.taps)):
+            block = model.get_submodule(anatomy.block_name(i))
+            for link in links.values():
+                width = block.get_submodule(link.source).weight.shape[0]
+                count = width if link.is_norm else len(used(link))
+                before = {n: block.get_submodule(n).weight.clone() for n in link.readers}
+                columns = fold(block, link, torch.rand(count, generator=generator) * 4 + 0.1)
+                for name, weight in before.items():
+                    torch.testing.assert_close(block.get_submodule(name).weight, weight * columns)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_a_norm_that_feeds_the_residual_is_no_link(tmp_path: Path) -> None:
+    model, anatomy, _ = anatomy_and_links(make_model(tmp_path / "model"))
+    for block in model.model.layers:
+        # What the norm puts out goes into the residual as well, so that scaling it would show.
+        block.register_forward_pre_hook(lambda m, args: (m.input_layernorm(args[0]), *args[1:]))
+    links = find_links(model, anatomy)[0]
+    assert all(link.source != "input_layernorm" for link in links.values())
+
+
+def test_an_unlike_nonlinearity_between_two_linears_is_no_link(tmp_path: Path) -> None:
+    model, anatomy, _ = anatomy_and_links(make_model(tmp_path / "model"))
+    for block in model.model.layers:
+        block.mlp.up_proj.register_forward_hook(lambda m, args, y: torch.tanh(y))
+    assert anatomy.taps[0][3] not in find_links(model, anatomy)[0]
+
+
+def test_pooling_takes_the_largest_of_what_a_channel_feeds() -> None:
+    link = Link(("o",), "v", torch.tensor([4, 4, 7, 5]))
+    assert used(link).tolist() == [4, 5, 7]
+    assert pooled(link, torch.tensor([1.0, 3.0, 2.0, 9.0])).tolist() == [3.0, 9.0, 2.0]
