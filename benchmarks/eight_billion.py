@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def main() -> None:
     begun = time.monotonic()
     run(prepared, report=report)
     whole = time.monotonic() - begun
-    each = [b - a for a, b in zip(blocks, blocks[1:], strict=False)]
+    each = [b - a for a, b in pairwise(blocks)]
     print(f"compressed in {whole:.1f} s; before the first block {blocks[0] - begun:.1f} s", flush=True)
     print(
         f"a block: {sorted(each)[len(each) // 2]:.2f} s, of which compressing linears {spent.total() / len(blocks):.2f} s"

@@ -1,7 +1,7 @@
 """What a checkpoint is worth, by one measure for all: quality.py ORIGINAL CHECKPOINT TOKENS.
 
-Whatever its format, its weights are decoded into the original model, and perplexity and KL are taken in float32 on the held-out
-windows. Rounded activations (compressed-tensors) are Laconic's reading of the checkpoint.
+Whatever its format, its weights are decoded into the original model, and perplexity and KL are taken in float32 on the
+held-out windows. Rounded activations (compressed-tensors) are Laconic's reading of the checkpoint.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def nibbles(packed: Tensor, dim: int) -> Tensor:
 
 
 def decode_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, plus: bool) -> Tensor:
-    """qweight (in / 8, out), qzeros (groups, out / 8), scales (groups, out): the weight (out, in). The first version of the
-    format stores zero points less one."""
+    """qweight (in / 8, out), qzeros (groups, out / 8), scales (groups, out): the weight (out, in). The first version
+    of the format stores zero points less one."""
     codes, zeros = nibbles(qweight, 0), nibbles(qzeros, 1) + int(plus)
     groups = g_idx.long() if g_idx is not None else torch.arange(len(codes)) // (len(codes) // len(scales))
     return ((codes - zeros[groups]) * scales[groups].float()).T
