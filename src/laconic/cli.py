@@ -353,6 +353,8 @@ def _warnings(prepared: Any) -> Iterator[str]:
     if simulated:
         yield f"no engine runs {', '.join(simulated)}; its arithmetic is simulated by laconic"
     schemes = set(prepared.plan.schemes.values())
+    if any(s.outlier_columns is None for s in schemes):
+        yield "how many columns stay in 16 bit is known once calibrated; the size foretold counts none"
     if len(schemes) > 1 and not all(s.weights.symmetric for s in schemes):
         yield "transformers cannot open zero points mixed with another scheme; vLLM and laconic.load can"
     if prepared.plan.schemes and prepared.forecast.covered < 0.5:
@@ -365,6 +367,13 @@ def _remarks(log: list[dict[str, Any]]) -> Iterator[str]:
     if dead:
         count = sum(e["dead_columns"] for e in dead)
         yield f"{count} inputs of {len(dead)} linears were always zero in calibration; rounded to nearest (log.jsonl)"
+    loud = [e for e in log if e.get("outlier_share", 0) > 0.1]
+    if loud:
+        most = max(e["outlier_share"] for e in loud)
+        yield (
+            f"{len(loud)} linears keep up to {most:.0%} of their inputs in 16 bit (log.jsonl); "
+            "for a smaller file raise the threshold there, or give outlier_ratio"
+        )
     damping = [e["dampening_frac"] for e in log if "dampening_frac" in e]
     if damping and max(damping) > min(damping):
         harder = sum(d > min(damping) for d in damping)

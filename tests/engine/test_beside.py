@@ -98,6 +98,13 @@ def test_their_weights_are_the_least_squares_answer_to_the_errors_of_the_others(
     np.testing.assert_allclose(q.outliers.weight.double().numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_they_do_not_count_as_dead_inputs() -> None:
+    (outcome,) = compress_tap(gptq(outlier_ratio=0.05), W, [len(W)], moments(), torch.float32)
+    assert outcome.notes["dead_columns"] == 0
+    assert outcome.notes["outlier_columns"] == 3
+    assert outcome.notes["outlier_share"] == pytest.approx(3 / IN, abs=1e-4)
+
+
 def test_they_help_more_than_columns_that_only_stay() -> None:
     free = made(gptq(outlier_ratio=0.05), moments())
     fixed = free.decode()

@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM
 
 import laconic
 from artifacts import logits, original, press, quantized_linears, rtn
+from commands import Laconic
 from laconic.engine.beside import compress_tap
 from laconic.formats.storage import as_stored, to_stored
 from laconic.methods.llm_int8 import LlmInt8
 from laconic.model.linear import QLinear
+from tiny import make_recipe
 
 LLM_INT8 = {"method": "llm_int8", "threshold": 2.5}
 
@@ -87,6 +89,18 @@ def test_an_artifact_says_how_many_columns_each_linear_keeps(pressed: Path) -> N
         q, k, v = (linears[f"model.layers.{i}.self_attn.{n}_proj"] for n in "qkv")
         assert torch.equal(q.outlier_indices, k.outlier_indices)
         assert torch.equal(q.outlier_indices, v.outlier_indices)
+
+
+def test_the_command_line_tells_what_could_not_be_foretold(
+    laconic: Laconic, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    calibration = {"dataset": str(text), "num_calibration_samples": 8, "max_seq_length": 32}
+    stage = LLM_INT8 | {"threshold": 0.5, "ignore": "re:.*layers.1.*"}
+    recipe = make_recipe(tmp_path / "recipe.yaml", stage, model=str(llama), calibration=calibration)
+    ran = laconic("compress", recipe, "-o", tmp_path / "out")
+    assert "warning: how many columns stay in 16 bit is known once calibrated; the size foretold counts none" in ran.err
+    assert "7 linears keep up to " in ran.err
+    assert "for a smaller file raise the threshold there, or give outlier_ratio" in ran.err
 
 
 def test_transformers_computes_it_as_we_do(pressed: Path) -> None:

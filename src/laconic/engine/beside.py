@@ -115,7 +115,8 @@ def _round(stage: LinearStage, W: Tensor, columns: Tensor, moments: Moments | No
     if answer is not None:
         kept = kept + ((W - made.weight.decode()) * rounded) @ answer
     outliers = Outliers(columns.to(torch.int32), kept.to(dtype))
-    return Outcome(replace(made.weight, outliers=outliers), {**made.notes, "outlier_columns": len(columns)})
+    share = {"outlier_columns": len(columns), "outlier_share": round(len(columns) / W.shape[1], 4)}
+    return Outcome(replace(made.weight, outliers=outliers), {**made.notes, **share})
 
 
 def _eliminate(H: Tensor, columns: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,8 @@ class Gptq(QuantizingStage, LinearStage):
         assert moments.H is not None
         fmt = self.result.weights
         H = moments.mean()
-        dead = H.diagonal() == 0
+        # Where the weight is zero as well nothing is lost: so are columns kept beside the codes.
+        dead = (H.diagonal() == 0) & (weight != 0).any(0)
         order = by_energy(H) if self.actorder else None
         sorted_H = H if order is None else H[order][:, order]
         factor = feedback(sorted_H, self.dampening_frac)
