@@ -11,15 +11,21 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OPTConfig,
     Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 128
@@ -46,6 +52,16 @@ _CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "gemma2": (Gemma2Config, {"sliding_window": 16, "query_pre_attn_scalar": 16}),
     "gemma3": (Gemma3TextConfig, {"sliding_window": 16, "query_pre_attn_scalar": 16, "num_hidden_layers": 3}),
     "phi3": (Phi3Config, {}),
+    "opt": (OPTConfig, {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "gpt2": (GPT2Config, {"n_inner": 128}),
+    "gpt_neox": (GPTNeoXConfig, {}),
+    "falcon": (FalconConfig, {"ffn_hidden_size": 128, "head_dim": None}),
+    "falcon_40b": (
+        FalconConfig,
+        {"ffn_hidden_size": 128, "head_dim": None, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4}),
+    "qwen3_moe": (Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}),
 }
 ARCHITECTURES = tuple(_CONFIGS)
 
@@ -62,7 +78,8 @@ def make_model(
 ) -> Path:
     """A model of `arch` with its tokenizer in `folder`. config: any key of its config.json, in place of ours."""
     kind, own = _CONFIGS[arch]
-    model = AutoModelForCausalLM.from_config(kind(**_SIZES | own | {"tie_word_embeddings": tied} | config), dtype=dtype)
+    keys = _SIZES | own | {"tie_word_embeddings": tied} | config
+    model = AutoModelForCausalLM.from_config(kind(**{k: v for k, v in keys.items() if v is not None}), dtype=dtype)
     randomise(model, seed)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return make_tokenizer(folder)

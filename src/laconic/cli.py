@@ -263,7 +263,7 @@ class _Progress:
         memory = _bytes(psutil.Process().memory_info().rss)
         if event["event"] == "block":
             self._bar.update(self._task, total=event["blocks"], completed=event["block"], memory=memory)
-        else:
+        elif event["event"] == "linear":
             error = event.get("output_error", event["weight_error"])
             self._bar.update(self._task, linear=event["linear"], error=f"{error:.1e}", memory=memory)
 
@@ -326,6 +326,13 @@ def _remarks(log: list[dict[str, Any]]) -> Iterator[str]:
     if dead:
         count = sum(e["dead_columns"] for e in dead)
         yield f"{count} inputs of {len(dead)} linears were always zero in calibration; rounded to nearest (log.jsonl)"
+    few = [e for e in log if e.get("event") == "few_tokens"]
+    if few:
+        least = min(few, key=lambda e: e["tokens"])
+        yield (
+            f"{len(few)} inputs of linears saw fewer tokens than they are wide, the least {least['message']}; use more "
+            "samples, or calibration.moe_calibrate_all_experts"
+        )
     damping = [e["dampening_frac"] for e in log if "dampening_frac" in e]
     if damping and max(damping) > min(damping):
         harder = sum(d > min(damping) for d in damping)

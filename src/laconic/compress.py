@@ -20,14 +20,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic.engine.artifact import Artifact
-from laconic.engine.plan import Forecast, Plan, forecast, make_plan
+from laconic.engine.plan import Forecast, Plan, check_experts, forecast, make_plan
 from laconic.engine.walk import Settings, walk
 from laconic.engine.writer import Workspace, check_begun, check_output
 from laconic.model.anatomy import dissect
 from laconic.model.checkpoint import read_json
 from laconic.model.data import calibration_windows, read_documents
-from laconic.model.load import Source, check_complete, load_tokenizer, open_source, skeleton
-from laconic.model.quant_config import to_config
+from laconic.model.layout import names_for_engines
+from laconic.model.load import Source, arranged, check_complete, load_tokenizer, open_source, skeleton
+from laconic.model.quant_config import to_config, with_names
 from laconic.recipe import Calibration, Recipe, load_recipe
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -107,8 +108,10 @@ def prepare(
         raise ValueError(f"output {target} is the model's own folder, or holds it; choose another")
     check_output(target, overwrite=overwrite)
     whole = skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
+    source = arranged(source, whole)
     check_complete(whole, source.checkpoint)
     plan = make_plan(whole, dissect(whole), loaded.stages)
+    check_experts(plan, bool(loaded.calibration and loaded.calibration.moe_calibrate_all_experts))
     windows = _windows(loaded, source, plan, trust_remote_code)
     identity = {
         "recipe": loaded.model_dump(mode="json", exclude=_FREE),
@@ -134,7 +137,9 @@ def run(prepared: Prepared, *, overwrite: bool = False, report: Report = lambda 
         walk(source, prepared.model, plan, prepared.windows, workspace, settings, report)
         config = read_json(source.folder / "config.json")
         if plan.schemes:
-            config["quantization_config"] = to_config(plan.schemes, plan.linears)
+            names = names_for_engines(source.checkpoint, prepared.model, plan.linears)
+            linears = dict.fromkeys(n for pair in names.items() for n in pair)
+            config["quantization_config"] = to_config(with_names(plan.schemes, names), linears)
         # Saved before the folder gets its name: an artifact is whole from the moment it is there.
         Artifact(workspace.folder).save_result(
             "compress",
@@ -201,7 +206,7 @@ def _settings(recipe: Recipe, windows: Tensor | None) -> Settings:
     batch = calibration.batch_size or max(1, _TOKENS_AT_ONCE // length)
     gigabytes = calibration.max_memory_gb
     budget = gigabytes * 1e9 if gigabytes else psutil.virtual_memory().available / 4
-    return Settings(device, batch, budget)
+    return Settings(device, batch, budget, calibration.moe_calibrate_all_experts)
 
 
 def _fingerprint(source: Source) -> str:

@@ -79,7 +79,8 @@ def observe(
         seen: dict[Tap, Tensor] = {}
         _watch(block, taps, call, hidden.to(device), seen)
         for tap in taps:
-            moments[tap].add(seen[tap], full.get(tap))
+            if tap in seen:  # no token may be routed to an expert
+                moments[tap].add(seen[tap], full.get(tap))
     for found in moments.values():
         found.check()
     return moments

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,7 +26,10 @@ from laconic.engine.writer import Workspace
 from laconic.formats import Quantized
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import to_stored
-from laconic.model.anatomy import Call, Tap, capture_calls, head_input, linear_at
+from laconic.model.anatomy import Call, Tap, capture_calls, head_input, linear_at, rounds
+from laconic.model.checkpoint import open_shard
+from laconic.model.experts import all_tokens
+from laconic.model.layout import arrange, to_file
 from laconic.model.linear import QLinear, replace_linear
 from laconic.model.load import Source, materialise
 from laconic.solvers.moments import Moments, output_error
@@ -38,11 +40,12 @@ Report = Callable[[Mapping[str, Any]], None]
 @dataclass(frozen=True)
 class Settings:
     """device: where blocks are compressed. batch: samples run at once. budget: bytes of calibration activations kept
-    in memory before they spill to a file."""
+    in memory before they spill to a file. all_experts: show experts every token while they are observed."""
 
     device: torch.device
     batch: int
     budget: float
+    all_experts: bool = False
 
 
 def walk(
@@ -118,7 +121,7 @@ class _Walker:
         else:
             self._materialise(block, f"{name}.")
             events = list(self._compress(block, i, name, flow, original))
-            self.workspace.write_shard(i, _stored(block, name), events)
+            self.workspace.write_shard(i, to_file(self.source.checkpoint, _stored(block, name)), events)
         if flow:
             advance(block, flow.calls[i], flow.stream, self.settings.device)
             if flow.original and original is not None:
@@ -138,7 +141,7 @@ class _Walker:
             self._materialise(head, f"{anatomy.head}.")
             events = list(self._compress_head(flow))
             tensors.update(_stored(self.model.get_submodule(anatomy.head), anatomy.head))
-        self.workspace.write_shard(i, tensors, events)
+        self.workspace.write_shard(i, to_file(checkpoint, tensors), events)
 
     def _compress(
         self, block: nn.Module, i: int, name: str, flow: _Flow | None, original: nn.Module | None
@@ -146,15 +149,17 @@ class _Walker:
         device = self.settings.device
         for stage, touched in zip(self.plan.stages, self.plan.touched, strict=True):
             taps = [t for t in self.plan.anatomy.taps[i] if any(f"{name}.{n}" in touched for n in t.linears)]
-            rounds = [[t] for t in taps] if stage.sequential else [taps]
-            for together in rounds:
+            for together in rounds(taps) if stage.sequential else [taps]:
                 moments: dict[Tap, Moments] = {}
                 if flow and together and self._observes(stage):
                     pair = (original, flow.original) if original is not None and flow.original and stage.cross else None
-                    moments = observe(
-                        block, together, flow.calls[i], flow.stream, device, gram=stage.gram, original=pair
-                    )
+                    shown = [m for m in (block, original) if m is not None] if self.settings.all_experts else []
+                    with all_tokens(*shown):
+                        moments = observe(
+                            block, together, flow.calls[i], flow.stream, device, gram=stage.gram, original=pair
+                        )
                 for tap in together:
+                    yield from self._tokens_seen(name, tap, moments.get(tap))
                     linears = [n for n in tap.linears if f"{name}.{n}" in touched]
                     yield from self._compress_tap(block, name, linears, stage, moments.get(tap))
 
@@ -233,9 +238,27 @@ class _Walker:
             stored["bias"] = old.bias.data
         _fill(new, stored, self.settings.device)
 
+    def _tokens_seen(self, block: str, tap: Tap, moments: Moments | None) -> Iterator[dict[str, Any]]:
+        """Warn of experts that saw few tokens. Raises: ValueError for one that saw none."""
+        name = f"{block}.{tap.linears[0]}"
+        if moments is None or tap.experts is None:
+            return
+        if moments.tokens == 0:
+            raise ValueError(
+                f"{name}: no calibration token was routed to this expert; use more samples, or set "
+                "calibration.moe_calibrate_all_experts (what is finished stays in "
+                f"{self.workspace.folder}, for this recipe)"
+            )
+        if moments.gram and moments.tokens < moments.in_features:
+            told = f"{moments.tokens} calibration tokens for {moments.in_features} inputs"
+            event = {"event": "few_tokens", "linear": name, "tokens": moments.tokens, "message": f"{name}: {told}"}
+            self.report(event)
+            yield event
+
     def _read_back(self, block: nn.Module, i: int, name: str) -> None:
         """The finished block i, as its shard holds it."""
-        tensors = load_file(self.workspace.shard(i), device=str(self.settings.device))
+        shard = arrange(open_shard(self.workspace.shard(i)), self.model)
+        tensors = shard.load(shard.tensors, self.settings.device)
         local = {n.removeprefix(f"{name}."): t for n, t in tensors.items()}
         for linear in [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
             if scheme := self.plan.schemes.get(f"{name}.{linear}"):
@@ -245,7 +268,7 @@ class _Walker:
         for n, p in list(block.named_parameters()):
             if p.is_meta:
                 owner, _, leaf = n.rpartition(".")
-                setattr(block.get_submodule(owner), leaf, nn.Parameter(local[n], requires_grad=False))
+                setattr(block.get_submodule(owner), leaf, nn.Parameter(local[n].to(p.dtype), requires_grad=False))
         block.to(self.settings.device)
 
     def _observes(self, stage: LinearStage) -> bool:

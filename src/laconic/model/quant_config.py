@@ -74,6 +74,18 @@ def schemes_from_config(config: Mapping[str, Any], linears: Iterable[str]) -> di
     return out
 
 
+def schemes_of(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Scheme]:
+    """The scheme of every quantized linear of a model that engines may know by another name. names: theirs by ours."""
+    theirs = schemes_from_config(config, dict.fromkeys(names.values()))
+    ours = schemes_from_config(config, names)
+    return {name: theirs[other] for name, other in names.items() if other in theirs and name in ours}
+
+
+def with_names(schemes: Mapping[str, Scheme], names: Mapping[str, str]) -> dict[str, Scheme]:
+    """Schemes under both names of each linear, for `to_config`."""
+    return {n: s for name, s in schemes.items() for n in dict.fromkeys((name, names[name]))}
+
+
 def is_ours(config: Mapping[str, Any]) -> bool:
     """Whether we can read a model with this quantization_config."""
     return config.get("quant_method") in (COMPRESSED_TENSORS, NATIVE)
