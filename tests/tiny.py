@@ -44,6 +44,7 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
+_OWN_HEADS = {"head_dim": None, "num_key_value_heads": None}
 _CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "mistral": (MistralConfig, {"sliding_window": 16}),
@@ -52,13 +53,13 @@ _CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "gemma2": (Gemma2Config, {"sliding_window": 16, "query_pre_attn_scalar": 16}),
     "gemma3": (Gemma3TextConfig, {"sliding_window": 16, "query_pre_attn_scalar": 16, "num_hidden_layers": 3}),
     "phi3": (Phi3Config, {}),
-    "opt": (OPTConfig, {"ffn_dim": 128, "word_embed_proj_dim": 64}),
-    "gpt2": (GPT2Config, {"n_inner": 128}),
-    "gpt_neox": (GPTNeoXConfig, {}),
-    "falcon": (FalconConfig, {"ffn_hidden_size": 128, "head_dim": None}),
+    "opt": (OPTConfig, {"ffn_dim": 128, "word_embed_proj_dim": 64} | _OWN_HEADS),
+    "gpt2": (GPT2Config, {"n_inner": 128} | _OWN_HEADS),
+    "gpt_neox": (GPTNeoXConfig, _OWN_HEADS),
+    "falcon": (FalconConfig, {"ffn_hidden_size": 128} | _OWN_HEADS),
     "falcon_40b": (
         FalconConfig,
-        {"ffn_hidden_size": 128, "head_dim": None, "new_decoder_architecture": True, "num_kv_heads": 2},
+        {"ffn_hidden_size": 128, "new_decoder_architecture": True, "num_kv_heads": 2} | _OWN_HEADS,
     ),
     "mixtral": (MixtralConfig, {"num_local_experts": 4}),
     "qwen3_moe": (Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}),

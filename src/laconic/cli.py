@@ -307,15 +307,16 @@ def _warn(prepared: Any) -> None:
 
 
 def _warnings(prepared: Any) -> Iterator[str]:
+    from laconic.compress import closed_to_transformers
+
     asked, windows = prepared.recipe.calibration, prepared.windows
     if windows is not None and len(windows) < asked.num_calibration_samples:
         yield f"the calibration text fills {len(windows)} of {asked.num_calibration_samples} samples; using those"
     simulated = sorted({s.name for s in prepared.plan.schemes.values() if s.simulated})
     if simulated:
         yield f"no engine runs {', '.join(simulated)}; its arithmetic is simulated by laconic"
-    schemes = set(prepared.plan.schemes.values())
-    if len(schemes) > 1 and not all(s.weights.symmetric for s in schemes):
-        yield "transformers cannot open zero points mixed with another scheme; vLLM and laconic.load can"
+    if reason := closed_to_transformers(prepared):
+        yield f"transformers cannot open {reason}; vLLM and laconic.load can"
     if prepared.plan.schemes and prepared.forecast.covered < 0.5:
         yield f"only {prepared.forecast.covered:.0%} of the parameters will be quantized"
 

@@ -33,7 +33,8 @@ class Tap:
 class Anatomy:
     """blocks: name of the ModuleList (`model.layers`). taps: for each block its taps in order of execution.
     head: name of the linear that makes logits. tied: whether it shares its weight with the embeddings. wrapped: whether
-    a block returns its hidden states in a tuple. routers: linears in blocks that stay as they are."""
+    a block returns its hidden states in a tuple. routers: what weighs experts; it stays as
+    it is."""
 
     blocks: str
     taps: tuple[tuple[Tap, ...], ...]
@@ -182,7 +183,9 @@ def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
 
 def _blank_embeddings(model: PreTrainedModel, samples: int, tokens: int) -> Tensor:
     """Hidden states as if every embedding were zero."""
-    return torch.zeros(samples, tokens, model.get_input_embeddings().weight.shape[1], dtype=model.dtype)
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    return torch.zeros(samples, tokens, embeddings.shape[1], dtype=model.dtype)
 
 
 def _blanks(model: PreTrainedModel, blocks: str) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ and engines have a linear each, under names that transformers' own conversion fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -41,19 +41,15 @@ class Experts(nn.ModuleList):
     output stays the same, bit for bit."""
 
     def __init__(self, stacked: nn.Module, names: Projections) -> None:
-        gate_up, down = stacked.get_parameter(GATE_UP), stacked.get_parameter(DOWN)
-        self.num_experts, hidden, self.intermediate = down.shape
-        shapes = zip(names, [(hidden, self.intermediate)] * 2 + [(self.intermediate, hidden)], strict=True)
-        made: list[Expert] = []
-        new = {"bias": False, "device": gate_up.device, "dtype": gate_up.dtype}
-        linears = list(shapes)
-        for _ in range(self.num_experts):
-            expert = Expert(stacked.act_fn)
-            for name, (inputs, outputs) in linears:
-                setattr(expert, name, nn.Linear(inputs, outputs, **new))
-            made.append(expert)
-        super().__init__(made)
+        down, act = stacked.get_parameter(DOWN), stacked.get_submodule("act_fn")
+        count, hidden, intermediate = down.shape
+        super().__init__(Expert(act) for _ in range(count))
+        self.num_experts, self.intermediate = count, intermediate
         self.names, self.all_tokens = names, False
+        shapes = [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
+        for expert in self:
+            for name, (inputs, outputs) in zip(names, shapes, strict=True):
+                setattr(expert, name, nn.Linear(inputs, outputs, bias=False, device=down.device, dtype=down.dtype))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states: (tokens, H). top_k_index, top_k_weights: (tokens, k). Returns: (tokens, H).
@@ -64,8 +60,8 @@ class Experts(nn.ModuleList):
             return self._trace(hidden_states)
         if self.all_tokens:
             self._show(hidden_states)
-        routed = [(e, *torch.where(top_k_index == i)) for i, e in enumerate(self)]
-        routed = [r for r in routed if len(r[1])]
+        places = [torch.where(top_k_index == i) for i in range(self.num_experts)]
+        routed = [(e, token, k) for e, (token, k) in zip(self, places, strict=True) if len(token)]
         inner = [self._inner(e, hidden_states[token]) for e, token, _ in routed]
         dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
         # A place for every product: summed in one order, where adding in place would be in any on a GPU.
@@ -100,14 +96,14 @@ class Experts(nn.ModuleList):
         return torch.empty_like(hidden_states)
 
 
-def unstack(model: PreTrainedModel, only: Any = None) -> None:
-    """Put `Experts` where a model keeps its experts stacked (only: in these modules, by name).
+def unstack(model: PreTrainedModel, where: Callable[[str], bool] = lambda _: True) -> None:
+    """Put `Experts` where a model keeps its experts stacked. where: asked of the name of a linear that there would be.
 
     Raises: ValueError for experts that are stacked in another way.
     """
     names = _stored_names(model)
     for path, module in list(model.named_modules()):
-        if not _is_stacked(module) or (only is not None and path not in only):
+        if not _is_stacked(module) or (names and not where(f"{path}.0.{names.gate}")):
             continue
         if names is None or not _is_known(module):
             raise ValueError(
@@ -139,14 +135,17 @@ def experts_above(module: nn.Module, linear: str) -> str | None:
 
 
 def routers_of(module: nn.Module) -> set[str]:
-    """Linears beside experts that weigh them, or a shared expert: engines keep these as they are."""
+    """What, beside experts, weighs them or a shared expert; engines have linears there, and keep them as they are."""
     found = set()
     for path, experts in module.named_modules():
         if isinstance(experts, Experts):
             beside = path.rpartition(".")[0]
             for name, m in module.get_submodule(beside).named_modules():
-                if isinstance(m, nn.Linear) and m.out_features in (1, experts.num_experts):
-                    found.add(f"{beside}.{name}" if beside else name)
+                weight = getattr(m, "weight", None)
+                if isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) in (1, experts.num_experts):
+                    full = f"{beside}.{name}" if beside else name
+                    if not full.startswith(f"{path}."):
+                        found.add(full)
     return found
 
 

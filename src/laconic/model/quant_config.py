@@ -25,7 +25,8 @@ NATIVE = "laconic"
 
 
 def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
-    """The quantization_config of a model. schemes: by full name of each quantized linear. linears: every linear."""
+    """The quantization_config of a model. schemes: by full name of each quantized linear, or by a pattern (`re:`) of
+    many. linears: every linear, or a pattern of many that are not quantized."""
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(scheme, []).append(name)
@@ -37,7 +38,9 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
         {
             "config_groups": {
                 f"group_{i}": {
-                    "targets": ["Linear"] if s is ordered[-1] else groups[s],
+                    "targets": ["Linear", *(n for n in groups[s] if _is_pattern(n) and len(ordered) > 1)]
+                    if s is ordered[-1]
+                    else groups[s],
                     "weights": _args(s.weights, None),
                     "input_activations": s.input_activations
                     and _args(s.input_activations.format, s.input_activations.dynamic),
@@ -51,8 +54,9 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
         }
     ).model_dump(mode="json")
     config["quant_method"] = NATIVE if native else COMPRESSED_TENSORS
-    if len(ordered) == 1 and not native and not ordered[0].weights.symmetric:
-        # transformers sets up packed zero points with the wrong shape unless it decodes while loading.
+    if len(ordered) == 1 and not native and ordered[0].storage == "pack-quantized":
+        # transformers opens packed experts, packed zero points and packed linears of its own kinds (Falcon's) only when
+        # it decodes them while loading; others it would decode on the first forward pass.
         config["dequantize"] = True
     return config
 
@@ -81,18 +85,17 @@ def schemes_of(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str,
     return {name: theirs[other] for name, other in names.items() if other in theirs and name in ours}
 
 
-def with_names(schemes: Mapping[str, Scheme], names: Mapping[str, str]) -> dict[str, Scheme]:
-    """Schemes under both names of each linear, for `to_config`."""
-    return {n: s for name, s in schemes.items() for n in dict.fromkeys((name, names[name]))}
-
-
 def is_ours(config: Mapping[str, Any]) -> bool:
     """Whether we can read a model with this quantization_config."""
     return config.get("quant_method") in (COMPRESSED_TENSORS, NATIVE)
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return bool(re.match(pattern[3:], name)) if pattern.startswith("re:") else name == pattern
+    return bool(re.match(pattern[3:], name)) if _is_pattern(pattern) else name == pattern
+
+
+def _is_pattern(name: str) -> bool:
+    return name.startswith("re:")
 
 
 def _args(fmt: Format, dynamic: bool | None) -> dict[str, Any]:
