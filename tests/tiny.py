@@ -65,6 +65,7 @@ _CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen3_moe": (Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}),
 }
 ARCHITECTURES = tuple(_CONFIGS)
+MIXTURES = ("mixtral", "qwen3_moe")
 
 
 def make_model(
