@@ -16,6 +16,8 @@ from laconic.recipe import Recipe, gallery, load_recipe
 
 STAGE = {"method": "gptq", "scheme": "W4A16"}
 
+KNOWN = "autoround, awq, gptq, llm_int8, rtn, smoothquant, zeroquant"
+
 
 def a_recipe(**keys: Any) -> dict[str, Any]:
     return {"stages": [STAGE | keys]}
@@ -87,7 +89,10 @@ def test_set_leaves_the_callers_mapping_alone() -> None:
             "unknown key 'calibration.samples'; known are ",
         ),
         (a_recipe(method="gpqt"), "unknown method 'gpqt' in stages.0; did you mean 'gptq'?"),
-        (a_recipe(method=3), "stages.0.method should be the name of a method, one of autoround, awq, gptq, llm_int8, rtn, smoothquant, zeroquant"),
+        (
+            a_recipe(method=3),
+            f"stages.0.method should be the name of a method, one of {KNOWN}",
+        ),
         (a_recipe(scheme="W4A17"), "stages.0.scheme: unknown scheme 'W4A17': did you mean 'W4A16'?"),
         (a_recipe(scheme="w8a8"), "stages.0.scheme: unknown scheme 'w8a8': did you mean 'W8A8'?"),
         (a_recipe(dampening_frac=3), "stages.0.dampening_frac should be less than or equal to 1, not 3"),
@@ -99,7 +104,10 @@ def test_set_leaves_the_callers_mapping_alone() -> None:
         (a_recipe(targets=[]), "stages.0.targets should have at least one item"),
         (a_recipe(targets=[3]), "stages.0.targets.0 should be a valid string, not 3"),
         (a_recipe(targets="re:["), "stages.0.targets: 're:[' is not a regular expression: "),
-        ({"stages": [{"scheme": "W4A16"}]}, "stages.0 names no method: add 'method: NAME', one of autoround, awq, gptq, llm_int8, rtn, smoothquant, zeroquant"),
+        (
+            {"stages": [{"scheme": "W4A16"}]},
+            f"stages.0 names no method: add 'method: NAME', one of {KNOWN}",
+        ),
         ({"stages": [{"method": "gptq"}]}, "the recipe lacks 'stages.0.scheme'"),
         ({"stages": ["gptq"]}, "stages.0 should hold keys and values"),
         ({"stages": STAGE}, "stages should be a list"),
@@ -109,7 +117,10 @@ def test_set_leaves_the_callers_mapping_alone() -> None:
         (a_recipe() | {"seed": 2**64}, "seed should be less than "),
         (a_recipe() | {"device": "tpu"}, "device should be 'auto', 'cpu' or 'cuda', not tpu"),
         (a_recipe() | {1: 2}, "1: a key should be a word"),
-        ({"stages": [{}, {}]}, "stages.0 names no method: add 'method: NAME', one of autoround, awq, gptq, llm_int8, rtn, smoothquant, zeroquant (and 1 more)"),
+        (
+            {"stages": [{}, {}]},
+            f"stages.0 names no method: add 'method: NAME', one of {KNOWN} (and 1 more)",
+        ),
     ],
 )
 def test_a_wrong_key_is_named_with_its_fix(recipe: Any, expected: str) -> None:

@@ -11,15 +11,21 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OPTConfig,
     Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 128
@@ -38,6 +44,7 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
+_OWN_HEADS = {"head_dim": None, "num_key_value_heads": None}
 _CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "mistral": (MistralConfig, {"sliding_window": 16}),
@@ -46,8 +53,19 @@ _CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "gemma2": (Gemma2Config, {"sliding_window": 16, "query_pre_attn_scalar": 16}),
     "gemma3": (Gemma3TextConfig, {"sliding_window": 16, "query_pre_attn_scalar": 16, "num_hidden_layers": 3}),
     "phi3": (Phi3Config, {}),
+    "opt": (OPTConfig, {"ffn_dim": 128, "word_embed_proj_dim": 64} | _OWN_HEADS),
+    "gpt2": (GPT2Config, {"n_inner": 128} | _OWN_HEADS),
+    "gpt_neox": (GPTNeoXConfig, _OWN_HEADS),
+    "falcon": (FalconConfig, {"ffn_hidden_size": 128} | _OWN_HEADS),
+    "falcon_40b": (
+        FalconConfig,
+        {"ffn_hidden_size": 128, "new_decoder_architecture": True, "num_kv_heads": 2} | _OWN_HEADS,
+    ),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4}),
+    "qwen3_moe": (Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}),
 }
 ARCHITECTURES = tuple(_CONFIGS)
+MIXTURES = ("mixtral", "qwen3_moe")
 
 
 def make_model(
@@ -62,7 +80,8 @@ def make_model(
 ) -> Path:
     """A model of `arch` with its tokenizer in `folder`. config: any key of its config.json, in place of ours."""
     kind, own = _CONFIGS[arch]
-    model = AutoModelForCausalLM.from_config(kind(**_SIZES | own | {"tie_word_embeddings": tied} | config), dtype=dtype)
+    keys = _SIZES | own | {"tie_word_embeddings": tied} | config
+    model = AutoModelForCausalLM.from_config(kind(**{k: v for k, v in keys.items() if v is not None}), dtype=dtype)
     randomise(model, seed)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return make_tokenizer(folder)

@@ -302,7 +302,7 @@ class _Progress:
         memory = _bytes(psutil.Process().memory_info().rss)
         if event["event"] == "block":
             self._bar.update(self._task, total=event["blocks"], completed=event["block"], memory=memory)
-        else:
+        elif event["event"] == "linear":
             error = event.get("output_error", event["weight_error"])
             self._bar.update(self._task, linear=event["linear"], error=f"{error:.1e}", memory=memory)
 
@@ -346,17 +346,18 @@ def _warn(prepared: Any) -> None:
 
 
 def _warnings(prepared: Any) -> Iterator[str]:
+    from laconic.compress import closed_to_transformers
+
     asked, windows = prepared.recipe.calibration, prepared.windows
     if windows is not None and len(windows) < asked.num_calibration_samples:
         yield f"the calibration text fills {len(windows)} of {asked.num_calibration_samples} samples; using those"
     simulated = sorted({s.title for s in prepared.plan.schemes.values() if s.simulated})
     if simulated:
         yield f"no engine runs {', '.join(simulated)}; its arithmetic is simulated by laconic"
-    schemes = set(prepared.plan.schemes.values())
-    if any(s.outlier_columns is None for s in schemes):
+    if any(s.outlier_columns is None for s in prepared.plan.schemes.values()):
         yield "how many columns stay in 16 bit is known once calibrated; the size foretold counts none"
-    if len(schemes) > 1 and not all(s.weights.symmetric for s in schemes):
-        yield "transformers cannot open zero points mixed with another scheme; vLLM and laconic.load can"
+    if reason := closed_to_transformers(prepared):
+        yield f"transformers cannot open {reason}; vLLM and laconic.load can"
     if prepared.plan.schemes and prepared.forecast.covered < 0.5:
         yield f"only {prepared.forecast.covered:.0%} of the parameters will be quantized"
 
@@ -373,6 +374,13 @@ def _remarks(log: list[dict[str, Any]]) -> Iterator[str]:
         yield (
             f"{len(loud)} linears keep up to {most:.0%} of their inputs in 16 bit (log.jsonl); "
             "for a smaller file raise the threshold there, or give outlier_ratio"
+        )
+    few = [e for e in log if e.get("event") == "few_tokens"]
+    if few:
+        least = min(few, key=lambda e: e["tokens"])
+        yield (
+            f"{len(few)} inputs of linears saw fewer tokens than they are wide, the least {least['message']}; use more "
+            "samples, or calibration.moe_calibrate_all_experts"
         )
     damping = [e["dampening_frac"] for e in log if "dampening_frac" in e]
     if damping and max(damping) > min(damping):

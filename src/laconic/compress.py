@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import resource
 import sys
 import time
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic.engine.artifact import Artifact
-from laconic.engine.plan import Forecast, Plan, forecast, make_plan
+from laconic.engine.plan import Forecast, Plan, check_experts, forecast, make_plan
 from laconic.engine.walk import Settings, walk
 from laconic.engine.writer import Workspace, check_begun, check_output
 from laconic.formats.schemes import Scheme
@@ -28,7 +29,9 @@ from laconic.formats.storage import as_stored
 from laconic.model.anatomy import dissect
 from laconic.model.checkpoint import read_json
 from laconic.model.data import calibration_windows, read_documents
-from laconic.model.load import Source, check_complete, load_tokenizer, open_source, skeleton
+from laconic.model.experts import experts_above
+from laconic.model.layout import TransposedLinear, names_for_engines
+from laconic.model.load import Source, arranged, check_complete, load_tokenizer, open_source, skeleton
 from laconic.model.quant_config import to_config
 from laconic.recipe import Calibration, Recipe, load_recipe
 
@@ -109,8 +112,10 @@ def prepare(
         raise ValueError(f"output {target} is the model's own folder, or holds it; choose another")
     check_output(target, overwrite=overwrite)
     whole = skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
+    source = arranged(source, whole)
     check_complete(whole, source.checkpoint)
     plan = make_plan(whole, dissect(whole), loaded.stages)
+    check_experts(plan, bool(loaded.calibration and loaded.calibration.moe_calibrate_all_experts))
     windows = _windows(loaded, source, plan, trust_remote_code)
     identity = {
         "recipe": loaded.model_dump(mode="json", exclude=_FREE),
@@ -137,8 +142,8 @@ def run(prepared: Prepared, *, overwrite: bool = False, report: Report = lambda 
         config = read_json(source.folder / "config.json")
         schemes: dict[str, Scheme] = {}
         if plan.schemes:
-            schemes = _as_written(plan.schemes, workspace)
-            config["quantization_config"] = to_config(schemes, plan.linears)
+            schemes = _as_written(plan.schemes, workspace, prepared)
+            config["quantization_config"] = _quantization_config(prepared, schemes)
         # Saved before the folder gets its name: an artifact is whole from the moment it is there.
         Artifact(workspace.folder).save_result(
             "compress",
@@ -157,13 +162,57 @@ def run(prepared: Prepared, *, overwrite: bool = False, report: Report = lambda 
         return Artifact(workspace.finish(config, source.folder))
 
 
-def _as_written(schemes: Mapping[str, Scheme], workspace: Workspace) -> dict[str, Scheme]:
+def _as_written(schemes: Mapping[str, Scheme], workspace: Workspace, prepared: Prepared) -> dict[str, Scheme]:
     """The schemes with what their linears have beside the codes, as the finished shards tell."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in workspace.shapes().items():
         linear, _, leaf = name.rpartition(".")
         found.setdefault(linear, {})[leaf] = shape
-    return {name: as_stored(scheme, found[name]) for name, scheme in schemes.items()}
+    stored = names_for_engines(prepared.source.checkpoint, prepared.model, [*schemes])
+    return {n: as_stored(s, found.get(n) or found.get(stored[n], {})) for n, s in schemes.items()}
+
+
+def closed_to_transformers(prepared: Prepared) -> str | None:
+    """Why transformers will not open what comes out, None when it will; vLLM and `laconic.load` do."""
+    plan, model = prepared.plan, prepared.model
+    quantized = plan.schemes
+    if any(isinstance(model.get_submodule(n), TransposedLinear) for n in quantized):
+        return "quantized Conv1D linears (it makes up their weights, or stops)"
+    if any(s.simulated for s in quantized.values()):
+        return None  # it opens those by way of laconic
+    inside = {n: quantized.get(n) for n in plan.linears if experts_above(model, n)}
+    experts = set(inside.values())
+    if len(experts) > 1:
+        return "experts of more than one scheme"
+    scheme = next(iter(experts), None)
+    packed = scheme is not None and scheme.storage == "pack-quantized" and scheme.weights.symmetric
+    if scheme and not packed and scheme.storage != "float-quantized":
+        return f"experts in {scheme.name}"
+    if experts == {None} and any(s.storage != "float-quantized" for s in quantized.values()):
+        return "16-bit experts beside quantized linears"
+    if not experts and len(set(quantized.values())) > 1 and not all(s.weights.symmetric for s in quantized.values()):
+        return "zero points mixed with another scheme"
+    return None
+
+
+def _quantization_config(prepared: Prepared, quantized: Mapping[str, Scheme]) -> dict[str, Any]:
+    """What was done to which linear, under all names by which engines may know it."""
+    plan, model = prepared.plan, prepared.model
+    routers = sorted(plan.anatomy.routers)
+    names = names_for_engines(prepared.source.checkpoint, model, [*plan.linears, *routers])
+    schemes = {n: s for name, s in quantized.items() for n in dict.fromkeys((name, names[name]))}
+    linears = dict.fromkeys(n for pair in names.items() for n in pair)
+    experts = {n: quantized.get(n) for n in plan.linears if experts_above(model, n)}
+    if len(kinds := set(experts.values())) == 1:
+        # One pattern says it of thousands; and by it transformers knows whose scheme that of experts is.
+        above = {experts_above(model, n) for n in experts}
+        leaves = "|".join(sorted({re.escape(n.rpartition(".")[2]) for n in above if n}))
+        pattern = rf"re:.*\.({leaves})\.\d+\..*"
+        if (scheme := kinds.pop()) is None:
+            linears = dict.fromkeys([*(n for n in linears if not re.match(pattern[3:], n)), pattern])
+        else:
+            schemes[pattern] = scheme
+    return to_config(schemes, linears)
 
 
 def versions() -> dict[str, str]:
@@ -214,7 +263,7 @@ def _settings(recipe: Recipe, windows: Tensor | None) -> Settings:
     batch = calibration.batch_size or max(1, _TOKENS_AT_ONCE // length)
     gigabytes = calibration.max_memory_gb
     budget = gigabytes * 1e9 if gigabytes else psutil.virtual_memory().available / 4
-    return Settings(device, batch, budget)
+    return Settings(device, batch, budget, calibration.moe_calibrate_all_experts)
 
 
 def _fingerprint(source: Source) -> str:

@@ -26,7 +26,8 @@ class _Strict(BaseModel):
 
 class Calibration(_Strict):
     """dataset: a Hub name, or a .txt, .jsonl or .parquet file. batch_size: samples run at once. max_memory_gb:
-    activations beyond this many 10^9 bytes go to a file (a quarter of free memory when not given)."""
+    activations beyond this many 10^9 bytes go to a file (a quarter of free memory when not given).
+    moe_calibrate_all_experts: show experts every token, not only those that are routed to them."""
 
     dataset: str
     config: str | None = None
@@ -35,6 +36,7 @@ class Calibration(_Strict):
     max_seq_length: int = Field(2048, ge=2)
     batch_size: int | None = Field(None, ge=1)
     max_memory_gb: float | None = Field(None, gt=0)
+    moe_calibrate_all_experts: bool = False
 
 
 class Recipe(_Strict):

@@ -14,7 +14,7 @@ from laconic.engine.stage import LinearStage, Outcome
 from laconic.engine.walk import Settings, walk
 from laconic.engine.writer import Workspace
 from laconic.model.anatomy import dissect
-from laconic.model.load import open_source, skeleton
+from laconic.model.load import arranged, open_source, skeleton
 from laconic.solvers.moments import Moments
 
 
@@ -47,14 +47,22 @@ class Watch(LinearStage):
 
 
 def stroll(
-    model: Path, output: Path, windows: Tensor, *stages: Watch, batch: int = 4, budget: float = 1e9
+    model: Path,
+    output: Path,
+    windows: Tensor,
+    *stages: Watch,
+    batch: int = 4,
+    budget: float = 1e9,
+    all_experts: bool = False,
 ) -> list[dict[str, Moments]]:
     """Walk through a model with stages that watch. Returns: for each stage what it saw, by the tap's first linear."""
     source = open_source(str(model))
     whole = skeleton(source.config, source.dtype)
+    source = arranged(source, whole)
     plan = make_plan(whole, dissect(whole), stages)
     workspace = Workspace(output, {}, len(plan.anatomy.taps) + 1, overwrite=False)
-    walk(source, whole, plan, windows, workspace, Settings(torch.device("cpu"), batch, budget), lambda _: None)
+    settings = Settings(torch.device("cpu"), batch, budget, all_experts)
+    walk(source, whole, plan, windows, workspace, settings, lambda _: None)
     return [dict(zip(_taps(plan, i), s._seen, strict=True)) for i, s in enumerate(stages)]
 
 

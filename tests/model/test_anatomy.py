@@ -17,6 +17,30 @@ from tiny import ARCHITECTURES, make_model
 ATTENTION = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)]
 MLP = [("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)]
 FUSED = [("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)]
+DENSE = [("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)]
+FALCON = "self_attention.query_key_value"
+
+
+def experts(gate: str, up: str, down: str) -> list[tuple[str, ...]]:
+    """All gates and ups come before the downs."""
+    each = [f"mlp.experts.{i}" for i in range(4)]
+    return [*((f"{e}.{gate}", f"{e}.{up}") for e in each), *((f"{e}.{down}",) for e in each)]
+
+
+TAPS: dict[str, list[tuple[str, ...]]] = {
+    "phi3": FUSED,
+    "opt": [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.out_proj",), ("fc1",), ("fc2",)],
+    "gpt2": [("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)],
+    "gpt_neox": [("attention.query_key_value",), ("attention.dense",), *DENSE],
+    # One norm for both branches, or one each.
+    "falcon": [(FALCON, "mlp.dense_h_to_4h"), ("self_attention.dense",), ("mlp.dense_4h_to_h",)],
+    "falcon_40b": [(FALCON,), ("self_attention.dense",), *DENSE],
+    "mixtral": ATTENTION + experts("w1", "w3", "w2"),
+    "qwen3_moe": ATTENTION + experts("gate_proj", "up_proj", "down_proj"),
+}
+BLOCKS = {"opt": "model.decoder.layers", "gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"} | dict.fromkeys(
+    ("falcon", "falcon_40b"), "transformer.h"
+)
 
 every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
 
@@ -30,22 +54,27 @@ def bare(folder: Path) -> PreTrainedModel:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_taps_are_what_a_person_would_say(arch: str, tied: bool, tmp_path: Path) -> None:
     anatomy = dissect(bare(make_model(tmp_path, arch, tied=tied)))
-    assert (anatomy.blocks, anatomy.head, anatomy.tied) == ("model.layers", "lm_head", tied)
-    expected = FUSED if arch == "phi3" else ATTENTION + MLP
+    assert (anatomy.blocks, anatomy.head, anatomy.tied) == (
+        BLOCKS.get(arch, "model.layers"),
+        "lm_head",
+        tied,
+    )
     for taps in anatomy.taps:
-        assert [tuple(tap.linears) for tap in taps] == expected
+        assert [tuple(sorted(tap.linears)) for tap in taps] == [
+            tuple(sorted(t)) for t in TAPS.get(arch, ATTENTION + MLP)
+        ]
 
 
 @every_architecture
 def test_blocks_called_one_by_one_make_the_model(arch: str, tmp_path: Path) -> None:
-    model = original(make_model(tmp_path, arch, dtype=torch.float32))
-    anatomy, ids = dissect(model), tokens(3, 40)
+    folder = make_model(tmp_path, arch, dtype=torch.float32)
+    model, anatomy, ids = original(folder), dissect(bare(folder)), tokens(3, 40)
     hidden, _ = capture_calls(model, anatomy.blocks, input_ids=ids)
     _, calls = capture_calls(model, anatomy.blocks, input_ids=ids[:1])
     with torch.no_grad():
         for block, call in zip(model.get_submodule(anatomy.blocks), calls, strict=True):
             hidden = call(block, hidden)
-        expected = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        expected = model.base_model(input_ids=ids, use_cache=False)[0]
     torch.testing.assert_close(head_input(model, anatomy, hidden), expected)
 
 

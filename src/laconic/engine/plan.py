@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,7 +15,7 @@ from laconic.engine.stage import BlockStage, Stage
 from laconic.formats.fp4 import Fp4
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import stored_bytes
-from laconic.model.anatomy import Anatomy, Tap, linears_of
+from laconic.model.anatomy import Anatomy, Tap, linears_of, rounds
 from laconic.model.checkpoint import count_elements
 from laconic.model.links import Link, find_links
 from laconic.model.load import Source
@@ -60,7 +61,7 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage])
     twice, linears that engines fuse would differ, or a tied head is targeted.
     """
     shapes = {n: (m.out_features, m.in_features) for n, m in linears_of(model).items()}
-    inside = [n for n in shapes if n.startswith(f"{anatomy.blocks}.")]
+    inside = [n for n in shapes if n.startswith(f"{anatomy.blocks}.") and n not in anatomy.routers]
     touched, schemes = [], dict[str, Scheme]()
     for number, stage in enumerate(stages):
         names = _matches(stage, shapes, inside, anatomy.head, number)
@@ -86,8 +87,7 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage])
                 schemes[name] = kept
         touched.append(frozenset(names))
     for i, taps in enumerate(anatomy.taps):
-        for tap in taps:
-            _check_alike([f"{anatomy.block_name(i)}.{n}" for n in tap.linears], schemes)
+        _check_alike(anatomy.block_name(i), taps, schemes)
     if anatomy.head in schemes:
         schemes = {n: s for n, s in schemes.items() if n != anatomy.head} | {anatomy.head: schemes[anatomy.head]}
     links = find_links(model, anatomy) if any(isinstance(s, BlockStage) and s.links for s in stages) else ()
@@ -143,10 +143,17 @@ def forecast(plan: Plan, source: Source, samples: int, length: int) -> Forecast:
     streams = 1 + plan.two_streams
     hidden = getattr(source.config.get_text_config(), "hidden_size", 0)
     activations = samples * length * hidden * item * streams if plan.observing else 0
-    squares = widest * widest * 4 * (4 if plan.observing else 0)
+    hessians = max((_squares(plan, i, together) for i, t in enumerate(plan.anatomy.taps) for together in rounds(t)))
+    squares = (3 * widest * widest + hessians) * 4 if plan.observing else 0
     outside = sum(s for n, s in sizes.items() if not n.startswith(f"{plan.anatomy.blocks}.")) * item
     peak = max(block * (1 + streams) + largest_tap * _WORKING + squares, outside) + activations
     return Forecast(sum(sizes.values()) * item, after, peak, quantized / max(1, sum(sizes.values())))
+
+
+def _squares(plan: Plan, i: int, taps: Sequence[Tap]) -> int:
+    """Elements of the second moments of taps of block i that are observed together."""
+    names = ([f"{plan.anatomy.block_name(i)}.{n}" for n in tap.linears] for tap in taps)
+    return sum(plan.linears[n[0]][1] ** 2 for n in names if any(full in plan.schemes for full in n))
 
 
 def _tap_elements(plan: Plan, taps: Sequence[Tap]) -> int:
@@ -205,9 +212,32 @@ def _check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
         )
 
 
-def _check_alike(names: Sequence[str], schemes: Mapping[str, Scheme]) -> None:
-    """Engines fuse linears that read one input, and a fused linear has one scheme."""
-    kinds = {schemes.get(n) for n in names}
-    if len(kinds) > 1:
-        told = ", ".join(f"{n}: {s.name if (s := schemes.get(n)) else '16 bit'}" for n in names)
-        raise ValueError(f"linears that read one input must share a scheme, since engines fuse them ({told})")
+def check_experts(plan: Plan, all_experts: bool) -> None:
+    """Raises: ValueError for a stage that compares an expert's inputs with the original model's, which routes other
+    tokens to it."""
+    for number, (stage, names) in enumerate(zip(plan.stages, plan.touched, strict=True)):
+        for i, taps in enumerate(plan.anatomy.taps):
+            block = plan.anatomy.block_name(i)
+            hit = any(f"{block}.{n}" in names for tap in taps if tap.experts for n in tap.linears)
+            if stage.cross and hit and not all_experts:
+                raise ValueError(
+                    f"stages.{number} ({stage.method}) compares inputs with those in the original model, where experts "
+                    "read other tokens; set calibration.moe_calibrate_all_experts, or give experts another stage"
+                )
+
+
+def _check_alike(block: str, taps: Sequence[Tap], schemes: Mapping[str, Scheme]) -> None:
+    """Engines fuse linears of one module that read one input, and all experts of a layer; what is fused has one
+    scheme."""
+    fused: dict[Any, list[str]] = {}
+    for tap in taps:
+        for n in tap.linears:
+            fused.setdefault(tap.experts or (tap, n.rpartition(".")[0]), []).append(f"{block}.{n}")
+    for key, names in fused.items():
+        first = {schemes.get(n): n for n in reversed(names)}
+        if len(first) > 1:
+            # Of many experts, one linear of each kind tells enough.
+            shown = [n for n in names if n in first.values()] if isinstance(key, str) else names
+            told = ", ".join(f"{n}: {s.name if (s := schemes.get(n)) else '16 bit'}" for n in shown)
+            what = "the experts of a layer" if isinstance(key, str) else "linears that read one input"
+            raise ValueError(f"{what} must share a scheme, since engines fuse them ({told})")

@@ -12,12 +12,11 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -32,7 +31,10 @@ from laconic.engine.writer import Workspace
 from laconic.formats import Quantized
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import as_stored, to_stored
-from laconic.model.anatomy import Call, capture_calls, head_input, linear_at
+from laconic.model.anatomy import Call, Tap, capture_calls, head_input, linear_at, rounds
+from laconic.model.checkpoint import open_shard
+from laconic.model.experts import all_tokens
+from laconic.model.layout import arrange, to_file
 from laconic.model.linear import QLinear, replace_linear
 from laconic.model.load import Source, materialise
 from laconic.solvers.moments import Moments, output_error
@@ -46,11 +48,12 @@ _HELD = 8
 @dataclass(frozen=True)
 class Settings:
     """device: where blocks are compressed. batch: samples run at once. budget: bytes of calibration activations kept
-    in memory before they spill to a file."""
+    in memory before they spill to a file. all_experts: show experts every token while they are observed."""
 
     device: torch.device
     batch: int
     budget: float
+    all_experts: bool = False
 
 
 @torch.no_grad()
@@ -132,7 +135,7 @@ class _Walker:
             self._materialise(block, f"{name}.")
         if not done:
             events, passed_on = self._compress(block, i, name, flow, original)
-            self.workspace.write_shard(i, _stored(block, name), events)
+            self.workspace.write_shard(i, to_file(self.source.checkpoint, _stored(block, name)), events)
         if flow:
             if not passed_on:
                 advance(block, flow.calls[i], flow.stream, self.settings.device)
@@ -153,7 +156,7 @@ class _Walker:
             self._materialise(head, f"{anatomy.head}.")
             events = list(self._compress_head(flow))
             tensors.update(_stored(self.model.get_submodule(anatomy.head), anatomy.head))
-        self.workspace.write_shard(i, tensors, events)
+        self.workspace.write_shard(i, to_file(checkpoint, tensors), events)
 
     def _compress(
         self, block: nn.Module, i: int, name: str, flow: _Flow | None, original: nn.Module | None
@@ -194,26 +197,35 @@ class _Walker:
     ) -> tuple[list[dict[str, Any]], bool]:
         taps = [t for t in self.plan.anatomy.taps[i] if linears & set(t.linears)]
         sequential = stage.sequential and not through
-        rounds = [[t] for t in taps] if sequential else [taps]
+        # What waits behind one expert has run the others already: where there are experts, passes begin anew.
+        holds = sequential and not any(t.experts for t in taps)
         events: list[dict[str, Any]] = []
         with ExitStack() as open_passes:
             passes = others = None
             if flow and stage.observes:
                 arguments = (taps, flow.calls[i])
-                held = flow.held and sequential
+                held = flow.held and holds
                 device = self.settings.device
                 passes = open_passes.enter_context(Passes(block, *arguments, flow.stream, device, held))
                 if stage.cross and flow.original and original is not None:
                     others = open_passes.enter_context(Passes(original, *arguments, flow.original, device, held))
-            for together in rounds:
-                moments = observe(passes, together, gram=stage.gram, original=others, through=through) if passes else {}
+            for together in rounds(taps) if sequential else [taps]:
+                moments: dict[Tap, Moments] = {}
+                if passes:
+                    with self._showing(block, original):
+                        moments = observe(passes, together, gram=stage.gram, original=others, through=through)
                 for tap in together:
+                    events += self._tokens_seen(name, tap, moments.get(tap))
                     targeted = [n for n in tap.linears if n in linears]
                     events += self._compress_tap(block, name, targeted, stage, moments.get(tap))
             finished = passes is not None and passes.held and last
             if passes and finished:
                 passes.finish()
         return events, finished
+
+    def _showing(self, *modules: nn.Module | None) -> AbstractContextManager[None]:
+        """While this lasts every token is shown to every expert, if that was asked for."""
+        return all_tokens(*(m for m in modules if m is not None and self.settings.all_experts))
 
     def _compress_block(
         self,
@@ -232,24 +244,24 @@ class _Walker:
         if taught and original is not None:
             advance(original, call, taught, device)
         links = self.plan.links[i] if stage.links else {}
-        made = stage.compress(
-            Block(
-                block,
-                name,
-                taps,
-                frozenset(linears),
-                links,
-                call,
-                flow.stream,
-                taught,
-                device,
-                self.source.dtype,
-                through,
-            )
+        given = Block(
+            block,
+            name,
+            taps,
+            frozenset(linears),
+            links,
+            call,
+            flow.stream,
+            taught,
+            device,
+            self.source.dtype,
+            through,
         )
+        with self._showing(block):
+            made = stage.compress(given)
         moments: dict[str, Moments] = {}
         if stage.ranges:
-            with Passes(block, taps, call, flow.stream, device, held=False) as passes:
+            with Passes(block, taps, call, flow.stream, device, held=False) as passes, self._showing(block):
                 ranges = observe(passes, [t for t in taps if linears & set(t.linears)], gram=False)
                 moments = {n: m for tap, m in ranges.items() for n in tap.linears}
         seconds = (time.monotonic() - begun) / max(1, sum(len(names) for names in made))
@@ -353,9 +365,27 @@ class _Walker:
             stored["bias"] = old.bias.data
         _fill(new, stored, self.settings.device)
 
+    def _tokens_seen(self, block: str, tap: Tap, moments: Moments | None) -> Iterator[dict[str, Any]]:
+        """Warn of experts that saw few tokens. Raises: ValueError for one that saw none."""
+        name = f"{block}.{tap.linears[0]}"
+        if moments is None or tap.experts is None:
+            return
+        if moments.tokens == 0:
+            raise ValueError(
+                f"{name}: no calibration token was routed to this expert; use more samples, or set "
+                "calibration.moe_calibrate_all_experts (what is finished stays in "
+                f"{self.workspace.folder}, for this recipe)"
+            )
+        if moments.gram and moments.tokens < moments.in_features:
+            told = f"{moments.tokens} calibration tokens for {moments.in_features} inputs"
+            event = {"event": "few_tokens", "linear": name, "tokens": moments.tokens, "message": f"{name}: {told}"}
+            self.report(event)
+            yield event
+
     def _read_back(self, block: nn.Module, i: int, name: str) -> None:
         """The finished block i, as its shard holds it."""
-        tensors = load_file(self.workspace.shard(i), device=str(self.settings.device))
+        shard = arrange(open_shard(self.workspace.shard(i)), self.model)
+        tensors = shard.load(shard.tensors, self.settings.device)
         local = {n.removeprefix(f"{name}."): t for n, t in tensors.items()}
         for linear in [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
             if scheme := self.plan.schemes.get(f"{name}.{linear}"):
@@ -366,7 +396,7 @@ class _Walker:
         for n, p in list(block.named_parameters()):
             if p.is_meta:
                 owner, _, leaf = n.rpartition(".")
-                setattr(block.get_submodule(owner), leaf, nn.Parameter(local[n], requires_grad=False))
+                setattr(block.get_submodule(owner), leaf, nn.Parameter(local[n].to(p.dtype), requires_grad=False))
         block.to(self.settings.device)
 
     def _teaches(self, block: str) -> bool:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from laconic.model.anatomy import linears_of
 from laconic.model.checkpoint import count_elements, open_checkpoint
+from laconic.model.layout import arrange, names_for_engines
 from laconic.model.load import main_dtype, read_config, skeleton
-from laconic.model.quant_config import count_schemes, is_ours, schemes_from_config
+from laconic.model.quant_config import count_schemes, is_ours, schemes_of
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 
@@ -39,7 +40,8 @@ def measure_size(folder: Path) -> Size:
         del config.quantization_config
     model = skeleton(config, main_dtype(checkpoint))
     linears = linears_of(model)
-    schemes = schemes_from_config(quantization, linears) if quantization and is_ours(quantization) else {}
+    names = names_for_engines(arrange(checkpoint, model), model, linears)
+    schemes = schemes_of(quantization, names) if quantization and is_ours(quantization) else {}
     parameters = sum(p.numel() for p in model.parameters())
     quantized = sum(linears[n].weight.numel() for n in schemes)
     return Size(

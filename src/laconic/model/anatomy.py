@@ -7,31 +7,41 @@ of a block are found by running it on the meta device, where a tensor has an ide
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
+
+from laconic.model.experts import experts_above, routers_of
 
 
 @dataclass(frozen=True)
 class Tap:
-    """Linears that read the same tensor (q/k/v; gate/up), in order of execution; names within the block."""
+    """Linears that read the same tensor (q/k/v; gate/up), in order of execution; names within the block. experts: the
+    name of the experts that they belong to, if any."""
 
     linears: tuple[str, ...]
+    experts: str | None = None
 
 
 @dataclass(frozen=True)
 class Anatomy:
     """blocks: name of the ModuleList (`model.layers`). taps: for each block its taps in order of execution.
-    head: name of the linear that makes logits. tied: whether it shares its weight with the embeddings."""
+    head: name of the linear that makes logits. tied: whether it shares its weight with the embeddings. wrapped: whether
+    a block returns its hidden states in a tuple. routers: what weighs experts; it stays as
+    it is."""
 
     blocks: str
     taps: tuple[tuple[Tap, ...], ...]
     head: str
     tied: bool
+    wrapped: bool = False
+    routers: frozenset[str] = frozenset()
 
     def block_name(self, i: int) -> str:
         """Full name of block i."""
@@ -73,9 +83,8 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     head = _find_head(model)
     try:
         # Made-up embeddings stand in for the embedding's weights, which are not loaded.
-        embedded = torch.zeros(1, 4, model.config.get_text_config().hidden_size, dtype=model.dtype)
-        hidden, calls = capture_calls(model, name, inputs_embeds=embedded)
-        taps = [_trace(block, call, hidden) for block, call in zip(blocks, calls, strict=True)]
+        hidden, calls = capture_calls(model, name, inputs_embeds=_blank_embeddings(model, 1, 4))
+        traced = [_trace(block, call, hidden) for block, call in zip(blocks, calls, strict=True)]
     except ValueError:
         raise
     except Exception as e:
@@ -85,11 +94,23 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         ) from e
     embeddings = model.get_input_embeddings()
     tied = model.get_submodule(head).weight is embeddings.weight
-    return Anatomy(name, tuple(taps), head, tied)
+    routers = frozenset(f"{name}.{i}.{router}" for i, block in enumerate(blocks) for router in routers_of(block))
+    return Anatomy(name, tuple(taps for taps, _ in traced), head, tied, any(w for _, w in traced), routers)
+
+
+def rounds(taps: Sequence[Tap]) -> list[list[Tap]]:
+    """Taps that are observed together where a block is treated in sequence: each alone, but that of all experts at
+    once, since none of them depends on another's."""
+    found: dict[Any, list[Tap]] = {}
+    for tap in taps:
+        leaves = tuple(n.rpartition(".")[2] for n in tap.linears)
+        found.setdefault((tap.experts, leaves) if tap.experts else tap, []).append(tap)
+    return list(found.values())
 
 
 def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) -> tuple[Tensor, list[Call]]:
     """Embed `input_ids` (or take `inputs_embeds`) and record how each block would be called, without running any block.
+    Weights outside the blocks that are not loaded (learned positions) count as zero.
 
     Returns: hidden states as the first block gets them, and one Call a block.
     """
@@ -110,7 +131,7 @@ def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) ->
         block.forward = bypass
     try:
         with torch.no_grad():
-            model(**inputs, use_cache=False)
+            functional_call(model, _blanks(model, blocks_name), kwargs={**inputs, "use_cache": False})
     except Stopped:
         pass
     finally:
@@ -131,12 +152,14 @@ def head_input(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor) -> Tens
         seen.append(args[0])
         raise Stopped
 
+    output = (hidden,) if anatomy.wrapped else hidden
     for block in blocks:
-        block.forward = lambda *_, **__: hidden
+        block.forward = lambda *_, **__: output
     handle = model.get_submodule(anatomy.head).register_forward_pre_hook(hook)
     try:
         with torch.no_grad():
-            model(inputs_embeds=hidden, use_cache=False)
+            blank = _blank_embeddings(model, *hidden.shape[:2]).to(hidden.device, hidden.dtype)
+            model(inputs_embeds=blank, use_cache=False)
     except Stopped:
         pass
     finally:
@@ -158,7 +181,25 @@ def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
-def _trace(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Tap, ...]:
+def _blank_embeddings(model: PreTrainedModel, samples: int, tokens: int) -> Tensor:
+    """Hidden states as if every embedding were zero."""
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    return torch.zeros(samples, tokens, embeddings.shape[1], dtype=model.dtype)
+
+
+def _blanks(model: PreTrainedModel, blocks: str) -> dict[str, Tensor]:
+    """Zeros in place of weights that are not loaded, of what is neither block nor embedding nor head."""
+    ends = [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    return {
+        n: torch.zeros_like(p, device="cpu")
+        for n, p in model.named_parameters()
+        if p.is_meta and not n.startswith(f"{blocks}.") and not any(p is end for end in ends)
+    }
+
+
+def _trace(block: nn.Module, call: Call, hidden: Tensor) -> tuple[tuple[Tap, ...], bool]:
+    """The taps of a block, and whether it returns a tuple."""
     # On the meta device a tensor has an identity but no memory, so a block of any size can be followed.
     block = copy.deepcopy(block).to("meta")
     linears = linears_of(block)
@@ -176,13 +217,16 @@ def _trace(block: nn.Module, call: Call, hidden: Tensor) -> tuple[Tap, ...]:
         return remember
 
     handles = [m.register_forward_pre_hook(hook(n)) for n, m in linears.items()]
+    outputs: list[Any] = []
+    handles.append(block.register_forward_hook(lambda _, __, output: outputs.append(output)))
     try:
         with torch.no_grad():
             call.to("meta")(block, hidden.to("meta"))
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(Tap(tuple(names)) for _, names in groups)
+    taps = tuple(Tap(tuple(names), experts_above(block, names[0])) for _, names in groups)
+    return taps, isinstance(outputs[0], tuple)
 
 
 def _find_blocks(model: nn.Module) -> str:

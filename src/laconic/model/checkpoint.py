@@ -7,7 +7,7 @@ import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,33 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int8: "I8"}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a checkpoint. dtype: safetensors' name of it (BF16, F32, ...)."""
+    """One tensor of a checkpoint. shape: as it is read. dtype: safetensors' name of it (BF16, F32, ...). key: its name
+    in the file. transposed: whether it is the other way round there. index, rows: the part that it is of the tensor
+    there, which stacks many."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    key: str
+    transposed: bool = False
+    index: int | None = None
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors (or of pickles, where they were allowed). `tensors` maps every name to where it is."""
+    """A folder of safetensors (or of pickles, where they were allowed). `tensors` maps every name to where it is.
+    paths: what the file calls a module, where the names are a model's (`layout.arrange`)."""
 
     folder: Path
     tensors: Mapping[str, Stored]
+    paths: Mapping[str, str] = field(default_factory=dict)
 
     def load(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Read tensors, file by file.
@@ -50,7 +59,7 @@ class Checkpoint:
         out: dict[str, Tensor] = {}
         for file, inside in wanted.items():
             with _opened(file, device) as get:
-                out.update((name, get(name)) for name in inside)
+                out.update((name, get(self.tensors[name])) for name in inside)
         for name, tensor in out.items():
             if tensor.is_floating_point() and tensor.element_size() > 1 and not torch.isfinite(tensor).all():
                 raise ValueError(
@@ -96,6 +105,11 @@ def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     return Checkpoint(folder, tensors)
 
 
+def open_shard(file: Path) -> Checkpoint:
+    """The tensors of one file."""
+    return Checkpoint(file.parent, _header(file))
+
+
 def read_json(file: Path) -> Any:
     """A JSON file of the user's, or a ValueError that names it."""
     try:
@@ -125,24 +139,30 @@ def _header(file: Path) -> dict[str, Stored]:
     """Names, shapes and dtypes of a file; a safetensors file must be as long as its header says."""
     if file.suffix == ".bin":
         state = _unpickle(file)
-        return {n: Stored(file, tuple(t.shape), _NAMES.get(t.dtype, str(t.dtype))) for n, t in state.items()}
+        return {n: Stored(file, tuple(t.shape), _NAMES.get(t.dtype, str(t.dtype)), n) for n, t in state.items()}
     with reading(file), safe_open(file, framework="pt") as f:
         found = {}
         for name in f.keys():  # noqa: SIM118 - not a dict
             part = f.get_slice(name)
-            found[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+            found[name] = Stored(file, tuple(part.get_shape()), part.get_dtype(), name)
     return found
 
 
 @contextmanager
-def _opened(file: Path, device: torch.device | str) -> Iterator[Callable[[str], Tensor]]:
-    """A function from a tensor's name to the tensor."""
+def _opened(file: Path, device: torch.device | str) -> Iterator[Callable[[Stored], Tensor]]:
+    """A function from a tensor's place to the tensor."""
     if file.suffix == ".bin":
         state = _unpickle(file)
-        yield lambda name: state[name].to(device, copy=True)
+        yield lambda stored: _part(state[stored.key], stored).to(device, copy=True)
     else:
         with reading(file), safe_open(file, framework="pt", device=str(device)) as f:
-            yield f.get_tensor
+            yield lambda s: _part(f.get_tensor(s.key) if s.index is None else f.get_slice(s.key), s)
+
+
+def _part(whole: Any, stored: Stored) -> Tensor:
+    """What is meant of a tensor, or of a slice that is not read yet."""
+    tensor: Tensor = whole if stored.index is None else whole[stored.index, slice(*(stored.rows or ()))]
+    return tensor.T.contiguous() if stored.transposed else tensor
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from laconic.model.checkpoint import Checkpoint, open_checkpoint, read_json, reason
-
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+from laconic.model.checkpoint import DTYPES, Checkpoint, open_checkpoint, read_json, reason
+from laconic.model.experts import unstack
+from laconic.model.layout import arrange, unwrap_conv1d
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,11 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> tuple[dict[
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model with parameters on the meta device (no memory) and buffers real (rotary tables are computed).
+    """The model with parameters on the meta device (no memory) and buffers real (rotary tables are computed). Every
+    matrix is a linear of its own, experts and Conv1D too.
 
-    Raises: ValueError when transformers has no causal language model of this configuration.
+    Raises: ValueError when transformers has no causal language model of this configuration, or one that cannot be
+    taken apart into linears.
     """
     # Imported here, since vLLM, which our plugin runs in, comes without it.
     from accelerate import init_empty_weights
@@ -87,9 +89,16 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code:
     looks = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     if looks and not any(looks):
         raise ValueError(unsupported)
+    unwrap_conv1d(model)
+    unstack(model)
     model.tie_weights()
     model.eval()
     return model
+
+
+def arranged(source: Source, model: PreTrainedModel) -> Source:
+    """A source whose checkpoint has the names and shapes of a skeleton's parameters."""
+    return replace(source, checkpoint=arrange(source.checkpoint, model))
 
 
 def check_complete(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -99,12 +108,12 @@ def check_complete(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         if name is None:
             raise ValueError(
                 f"{checkpoint.folder} has no tensor '{names[0]}', which config.json asks for; "
-                "download it again, or check that the two belong together (a model that is stored under other names "
-                "than transformers gives it in memory, as mixtures of experts are, cannot be read yet)"
+                "download it again, or check that the two belong together (weights that transformers splits or joins "
+                "while it loads them, other than experts, cannot be read)"
             )
         stored = checkpoint.tensors[name]
         _check_shape(name, stored.shape, parameter)
-        if stored.dtype not in _DTYPES:
+        if stored.dtype not in DTYPES:
             raise ValueError(f"tensor '{name}' is {stored.dtype}; Laconic reads bf16, fp16 or fp32 weights")
 
 
@@ -177,8 +186,8 @@ def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
         for s in stored.shape:
             n *= s
         sizes[stored.dtype] = sizes.get(stored.dtype, 0) + n
-    floats = {name: size for name, size in sizes.items() if name in _DTYPES}
+    floats = {name: size for name, size in sizes.items() if name in DTYPES}
     if not floats:
         held = f"weights in {', '.join(sorted(sizes))}" if sizes else "no weights"
         raise ValueError(f"{checkpoint.folder} holds {held}; Laconic reads bf16, fp16 or fp32 weights")
-    return _DTYPES[max(floats, key=lambda k: floats[k])]
+    return DTYPES[max(floats, key=lambda k: floats[k])]

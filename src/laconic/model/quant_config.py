@@ -33,7 +33,8 @@ _SCALE_DTYPE = {MxFp4: torch.uint8, NvFp4: torch.float8_e4m3fn}
 
 
 def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
-    """The quantization_config of a model. schemes: by full name of each quantized linear. linears: every linear."""
+    """The quantization_config of a model. schemes: by full name of each quantized linear, or by a pattern (`re:`) of
+    many. linears: every linear, or a pattern of many that are not quantized."""
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(replace(scheme, outlier_columns=0, rank=0), []).append(name)
@@ -45,7 +46,9 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
         {
             "config_groups": {
                 f"group_{i}": {
-                    "targets": ["Linear"] if s is ordered[-1] else groups[s],
+                    "targets": ["Linear", *(n for n in groups[s] if _is_pattern(n) and len(ordered) > 1)]
+                    if s is ordered[-1]
+                    else groups[s],
                     "weights": _args(s.weights, False),
                     "input_activations": s.input_activations
                     and _args(s.input_activations.format, s.input_activations.dynamic),
@@ -68,10 +71,11 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
 
 
 def _decoded_while_loading(scheme: Scheme) -> bool:
-    """Whether transformers must decode a scheme as it loads it. Otherwise it sets up packed zero points with the wrong
-    shape, and multiplies weights of FP4, which it decodes to bfloat16, with activations of whatever dtype."""
+    """Whether transformers must decode a scheme as it loads it. Only then does it open packed experts, packed zero points
+    and packed linears of its own kinds (Falcon's); others it would decode on the first forward pass. And it multiplies
+    weights of FP4, which it decodes to bfloat16, with activations of whatever dtype."""
     fp4 = isinstance(scheme.weights, Fp4) and scheme.input_activations is None
-    return fp4 or not scheme.weights.symmetric
+    return fp4 or scheme.storage == "pack-quantized"
 
 
 def schemes_from_config(config: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Scheme]:
@@ -95,13 +99,24 @@ def schemes_from_config(config: Mapping[str, Any], linears: Iterable[str]) -> di
     return out
 
 
+def schemes_of(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Scheme]:
+    """The scheme of every quantized linear of a model that engines may know by another name. names: theirs by ours."""
+    theirs = schemes_from_config(config, dict.fromkeys(names.values()))
+    ours = schemes_from_config(config, names)
+    return {name: theirs[other] for name, other in names.items() if other in theirs and name in ours}
+
+
 def is_ours(config: Mapping[str, Any]) -> bool:
     """Whether we can read a model with this quantization_config."""
     return config.get("quant_method") in (COMPRESSED_TENSORS, NATIVE)
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return bool(re.match(pattern[3:], name)) if pattern.startswith("re:") else name == pattern
+    return bool(re.match(pattern[3:], name)) if _is_pattern(pattern) else name == pattern
+
+
+def _is_pattern(name: str) -> bool:
+    return name.startswith("re:")
 
 
 def _args(fmt: Format, dynamic: bool | str) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from laconic.model.experts import experts_above, unstack
 from laconic.model.linear import QLinear, replace_linear
 from laconic.model.quant_config import NATIVE, schemes_from_config
 
@@ -34,10 +36,14 @@ class LaconicQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        config = self.quantization_config.to_dict()
+        unstack(model, lambda linear: bool(schemes_from_config(config, [linear])))
+        linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
         dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
-        for name, scheme in schemes_from_config(self.quantization_config.to_dict(), linears).items():
-            replace_linear(model, name, scheme, dtype)
+        for name, scheme in schemes_from_config(config, linears).items():
+            conv1d = isinstance(model.get_submodule(name), Conv1D)
+            if conv1d or ("weight" in replace_linear(model, name, scheme, dtype).names and experts_above(model, name)):
+                raise ValueError(f"transformers cannot read {name} as it is stored; open the model with laconic.load")
 
     @property
     def is_trainable(self) -> bool:

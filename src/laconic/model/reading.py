@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from laconic.model.anatomy import linears_of
 from laconic.model.checkpoint import open_checkpoint
+from laconic.model.layout import arrange, names_for_engines
 from laconic.model.linear import QLinear, replace_linear
 from laconic.model.load import main_dtype, materialise, model_folder, read_config, skeleton
-from laconic.model.quant_config import is_ours, schemes_from_config
+from laconic.model.quant_config import is_ours, schemes_of
 
 
 def load(
@@ -42,8 +43,10 @@ def load(
             )
         del config.quantization_config
     model = skeleton(config, dtype, trust_remote_code=trust_remote_code)
+    checkpoint = arrange(checkpoint, model)
     if quantization:
-        for linear, scheme in schemes_from_config(quantization, linears_of(model)).items():
+        names = names_for_engines(checkpoint, model, linears_of(model))
+        for linear, scheme in schemes_of(quantization, names).items():
             with torch.device("meta"):
                 replace_linear(model, linear, scheme, dtype)
     materialise(model, "", checkpoint, torch.device(device))

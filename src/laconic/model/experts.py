@@ -1,0 +1,190 @@
+"""Mixtures of experts, taken apart: a linear for each expert and projection, where transformers keeps them stacked.
+
+transformers holds all experts of a layer in two tensors (gate_up_proj (E, 2 I, H), down_proj (E, H, I)). Checkpoints
+and engines have a linear each, under names that transformers' own conversion from one to the other tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+
+
+class Projections(NamedTuple):
+    """What an expert's linears are called in checkpoints."""
+
+    gate: str
+    up: str
+    down: str
+
+
+class Expert(nn.Module):
+    """The linears of one expert, and what its gate goes through."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.act = act
+
+
+class Experts(nn.ModuleList):
+    """The experts of a layer. all_tokens: show every token to every expert, beside those that are routed to it; the
+    output stays the same, bit for bit."""
+
+    def __init__(self, stacked: nn.Module, names: Projections) -> None:
+        down, act = stacked.get_parameter(DOWN), stacked.get_submodule("act_fn")
+        count, hidden, intermediate = down.shape
+        super().__init__(Expert(act) for _ in range(count))
+        self.num_experts, self.intermediate = count, intermediate
+        self.names, self.all_tokens = names, False
+        shapes = [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
+        for expert in self:
+            for name, (inputs, outputs) in zip(names, shapes, strict=True):
+                setattr(expert, name, nn.Linear(inputs, outputs, bias=False, device=down.device, dtype=down.dtype))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states: (tokens, H). top_k_index, top_k_weights: (tokens, k). Returns: (tokens, H).
+
+        Every gate and up runs before any down, so that one pass can show the inputs of either of all experts.
+        """
+        if hidden_states.is_meta:
+            return self._trace(hidden_states)
+        if self.all_tokens:
+            self._show(hidden_states)
+        places = [torch.where(top_k_index == i) for i in range(self.num_experts)]
+        routed = [(e, token, k) for e, (token, k) in zip(self, places, strict=True) if len(token)]
+        inner = [self._inner(e, hidden_states[token]) for e, token, _ in routed]
+        dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
+        # A place for every product: summed in one order, where adding in place would be in any on a GPU.
+        out = torch.zeros(*top_k_index.shape, hidden_states.shape[-1], dtype=dtype, device=hidden_states.device)
+        for (e, token, k), x in zip(routed, inner, strict=True):
+            out[token, k] = self._run(e, self.names.down, x) * top_k_weights[token, k, None]
+        return out.sum(1).to(hidden_states.dtype)
+
+    def _inner(self, expert: Any, x: Tensor) -> Tensor:
+        gate, up = self._run(expert, self.names.gate, x), self._run(expert, self.names.up, x)
+        inner: Tensor = expert.act(gate) * up
+        return inner
+
+    def _run(self, expert: nn.Module, name: str, x: Tensor) -> Tensor:
+        linear = getattr(expert, name)
+        # Whoever watches a linear has seen all tokens already.
+        out: Tensor = type(linear).forward(linear, x) if self.all_tokens else linear(x)
+        return out
+
+    def _show(self, hidden_states: Tensor) -> None:
+        for expert in self:
+            getattr(expert, self.names.gate)(hidden_states)
+            getattr(expert, self.names.up)(hidden_states)
+        for expert in self:
+            getattr(expert, self.names.down)(self._inner(expert, hidden_states))
+
+    def _trace(self, hidden_states: Tensor) -> Tensor:
+        """Without values there is no routing: every expert reads a tensor of its own, as when there is."""
+        inner = [self._inner(e, hidden_states.view_as(hidden_states)) for e in self]
+        for expert, x in zip(self, inner, strict=True):
+            self._run(expert, self.names.down, x)
+        return torch.empty_like(hidden_states)
+
+
+def unstack(model: PreTrainedModel, where: Callable[[str], bool] = lambda _: True) -> None:
+    """Put `Experts` where a model keeps its experts stacked. where: asked of the name of a linear that there would be.
+
+    Raises: ValueError for experts that are stacked in another way.
+    """
+    names = _stored_names(model)
+    for path, module in list(model.named_modules()):
+        if not _is_stacked(module) or (names and not where(f"{path}.0.{names.gate}")):
+            continue
+        if names is None or not _is_known(module):
+            raise ValueError(
+                f"unsupported architecture '{model.config.model_type}': its experts ({path}) are kept in a way that "
+                "cannot be taken apart yet"
+            )
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, Experts(module, names))
+
+
+@contextmanager
+def all_tokens(*modules: nn.Module) -> Iterator[None]:
+    """Show every token to every expert in these modules."""
+    experts = [m for module in modules for m in module.modules() if isinstance(m, Experts)]
+    for m in experts:
+        m.all_tokens = True
+    try:
+        yield
+    finally:
+        for m in experts:
+            m.all_tokens = False
+
+
+def experts_above(module: nn.Module, linear: str) -> str | None:
+    """The name of the experts that the linear of this name is in, None when it is in none."""
+    parts = linear.split(".")
+    above = (".".join(parts[:i]) for i in range(len(parts)))
+    return next((n for n in above if isinstance(module.get_submodule(n), Experts)), None)
+
+
+def routers_of(module: nn.Module) -> set[str]:
+    """What, beside experts, weighs them or a shared expert; engines have linears there, and keep them as they are."""
+    found = set()
+    for path, experts in module.named_modules():
+        if isinstance(experts, Experts):
+            beside = path.rpartition(".")[0]
+            for name, m in module.get_submodule(beside).named_modules():
+                weight = getattr(m, "weight", None)
+                if isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) in (1, experts.num_experts):
+                    full = f"{beside}.{name}" if beside else name
+                    if not full.startswith(f"{path}."):
+                        found.add(full)
+    return found
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    """Whether a module holds many experts in one tensor."""
+    matrices = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+    return bool(matrices) and not isinstance(module, _ConvNd) and hasattr(module, "num_experts")
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether stacked experts are gate and up, one after the other, and down; no bias, nothing transposed."""
+    parameters = {n: tuple(p.shape) for n, p in module.named_parameters()}
+    if parameters.keys() != {GATE_UP, DOWN} or len(parameters[DOWN]) != 3:
+        return False
+    experts, hidden, intermediate = parameters[DOWN]
+    flags = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
+    usual = all(getattr(module, flag, value) == value for flag, value in flags.items())
+    gate = getattr(type(module), "_apply_gate", None)
+    return (
+        parameters[GATE_UP] == (experts, 2 * intermediate, hidden)
+        and usual
+        and not getattr(module, "has_post_expert_norm", False)
+        and getattr(gate, "__module__", "transformers.integrations.moe") == "transformers.integrations.moe"
+        and isinstance(getattr(module, "act_fn", None), nn.Module)
+    )
+
+
+def _stored_names(model: PreTrainedModel) -> Projections | None:
+    """What an expert's linears are called in checkpoints, by transformers' own conversion; None when that does more
+    than stack them."""
+    found: dict[str, list[str]] = {}
+    for conversion in get_model_conversion_mapping(model):
+        if isinstance(conversion, WeightConverter) and len(conversion.target_patterns) == 1:
+            target = conversion.target_patterns[0].rpartition(".")[2]
+            if target in (GATE_UP, DOWN) and "experts" in conversion.target_patterns[0]:
+                expected = [MergeModulelist, Concatenate] if target == GATE_UP else [MergeModulelist]
+                if [type(operation) for operation in conversion.operations] != expected:
+                    return None
+                patterns = [p.removesuffix(".weight").removesuffix(r"\.weight") for p in conversion.source_patterns]
+                found[target] = [p.rpartition(".")[2] for p in patterns]
+    gate_up, down = found.get(GATE_UP, ["gate_proj", "up_proj"]), found.get(DOWN, ["down_proj"])
+    return Projections(*gate_up, *down) if (len(gate_up), len(down)) == (2, 1) else None
