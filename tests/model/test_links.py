@@ -8,21 +8,29 @@ import pytest
 import torch
 from torch import nn
 
-from artifacts import original, tokens
+import laconic
+from artifacts import tokens
 from laconic.model.anatomy import Anatomy, Tap, dissect
 from laconic.model.links import Link, find_links, fold, pooled, used
 from tiny import ARCHITECTURES, make_model
 
 FUSED = {"phi3"}
+GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+# Whose value heads lie where among fused q, k and v, with 4 query heads of 16.
+FUSED_VALUES = {
+    "gpt2": [128 + 16 * h for h in range(4)],
+    "gpt_neox": [48 * h + 32 for h in range(4)],
+    "falcon": [80] * 4,
+}
 
 
 def anatomy_and_links(folder: Path) -> tuple[nn.Module, Anatomy, dict[Tap, Link]]:
-    model = original(folder)
+    model = laconic.load(folder)
     anatomy = dissect(model)
     return model, anatomy, dict(find_links(model, anatomy)[0])
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", GATED)
 def test_every_linear_of_a_gated_block_has_a_link(arch: str, tmp_path: Path) -> None:
     _, anatomy, links = anatomy_and_links(make_model(tmp_path / "model", arch))
     attention, out, up, down = anatomy.taps[0]
@@ -32,6 +40,31 @@ def test_every_linear_of_a_gated_block_has_a_link(arch: str, tmp_path: Path) -> 
     assert links[attention].offset == arch.startswith("gemma")
     assert links[out].source.endswith("qkv_proj" if arch in FUSED else "v_proj")
     assert links[down].source.endswith("gate_up_proj" if arch in FUSED else "up_proj")
+
+
+@pytest.mark.parametrize("arch", FUSED_VALUES)
+def test_values_are_found_in_fused_attention_and_gelu_is_no_link(arch: str, tmp_path: Path) -> None:
+    _, anatomy, links = anatomy_and_links(make_model(tmp_path / "model", arch))
+    out = next(tap for tap, link in links.items() if not link.is_norm)
+    assert links[out].channels[::16].tolist() == FUSED_VALUES[arch]
+    assert [tap for tap in anatomy.taps[0] if tap not in links] == [anatomy.taps[0][-1]]
+
+
+def test_relu_between_two_linears_is_a_link(tmp_path: Path) -> None:
+    _, anatomy, links = anatomy_and_links(make_model(tmp_path / "model", "opt"))
+    assert links[anatomy.taps[0][-1]].source == "fc1"
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe"])
+def test_all_experts_and_their_router_are_behind_one_norm(arch: str, tmp_path: Path) -> None:
+    model, anatomy, links = anatomy_and_links(make_model(tmp_path / "model", arch))
+    experts = [tap for tap in anatomy.taps[0] if tap.experts]
+    before = {links[tap] for tap in experts if links[tap].is_norm}
+    (link,) = before
+    assert len(links) == len(anatomy.taps[0])
+    block = model.get_submodule(anatomy.block_name(0))
+    assert {n for tap in experts if links[tap].is_norm for n in tap.linears} < set(link.readers)
+    assert any(len(block.get_submodule(n).weight) == 4 for n in link.readers), "the router reads it too"
 
 
 def test_grouped_values_reach_every_query_head_of_their_group(tmp_path: Path) -> None:
@@ -52,7 +85,7 @@ def test_folding_keeps_the_function(arch: str, tmp_path: Path) -> None:
         expected = model(ids).logits
         for i in range(len(anatomy.taps)):
             block = model.get_submodule(anatomy.block_name(i))
-            for link in links.values():
+            for link in dict.fromkeys(links.values()):
                 width = block.get_submodule(link.source).weight.shape[0]
                 count = width if link.is_norm else len(used(link))
                 before = {n: block.get_submodule(n).weight.clone() for n in link.readers}

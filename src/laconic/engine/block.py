@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from laconic.engine.observe import no_tokens
 from laconic.engine.passes import Passes
 from laconic.engine.stream import Stream
 from laconic.formats.schemes import Scheme
@@ -36,9 +37,18 @@ class Block:
 
     def inputs(self, taps: Sequence[Tap]) -> Iterator[tuple[Tap, Tensor]]:
         """What the linears of these taps read, batch by batch. To be asked for once, before anything is changed: the
-        stream may hold the block's output after."""
+        stream may hold the block's output after.
+
+        Raises: ValueError, at the end, for an expert to which no token was routed.
+        """
+        seen: set[Tap] = set()
         with Passes(self.module, self.taps, self.call, self.stream, self.device, held=False) as passes:
-            yield from passes.through(taps) if self.through else passes.inputs(taps)
+            for tap, x in passes.through(taps) if self.through else passes.inputs(taps):
+                seen.add(tap)
+                yield tap, x
+        for tap in taps:
+            if tap not in seen:
+                raise no_tokens(f"{self.name}.{tap.linears[0]}")
 
     def targets(self, tap: Tap) -> list[str]:
         """The targeted linears of a tap."""

@@ -31,6 +31,14 @@ def observe(
     return moments
 
 
+def no_tokens(expert: str) -> ValueError:
+    """What to tell of an expert that a method has to observe and could not."""
+    return ValueError(
+        f"{expert}: no calibration token was routed to this expert; use more samples, or set "
+        "calibration.moe_calibrate_all_experts (what is finished stays in OUTPUT.partial, for this recipe)"
+    )
+
+
 def advance(block: nn.Module, call: Call, stream: Stream, device: torch.device) -> None:
     """Replace the stream's hidden states by the block's output."""
     for hidden in stream.batches():

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from laconic.engine.beside import attach, compress_tap
 from laconic.engine.block import Block, stacked, stacks
-from laconic.engine.observe import advance, observe
+from laconic.engine.observe import advance, no_tokens, observe
 from laconic.engine.passes import Passes
 from laconic.engine.plan import Plan
 from laconic.engine.stage import BlockStage, LinearStage, Outcome, Stage
@@ -371,11 +371,7 @@ class _Walker:
         if moments is None or tap.experts is None:
             return
         if moments.tokens == 0:
-            raise ValueError(
-                f"{name}: no calibration token was routed to this expert; use more samples, or set "
-                "calibration.moe_calibrate_all_experts (what is finished stays in "
-                f"{self.workspace.folder}, for this recipe)"
-            )
+            raise no_tokens(name)
         if moments.gram and moments.tokens < moments.in_features:
             told = f"{moments.tokens} calibration tokens for {moments.in_features} inputs"
             event = {"event": "few_tokens", "linear": name, "tokens": moments.tokens, "message": f"{name}: {told}"}

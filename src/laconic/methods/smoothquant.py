@@ -54,7 +54,7 @@ class SmoothQuant(BlockStage):
         for link in dict.fromkeys(block.links[t] for t in taps):
             behind = [t for t in taps if block.links[t] is link]
             largest = torch.stack([seen[t].largest for t in behind]).amax(0)
-            W = stacked(block.module, link.readers)
+            W = stacked(block.module, [n for t in behind for n in block.targets(t)])
             alpha = self.alpha
             if alpha == "search":
                 x = torch.cat([seen[t].sample for t in behind])

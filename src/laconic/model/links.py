@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laconic.model.anatomy import Anatomy, Call, Tap, capture_calls, linear_at
+from laconic.model.experts import Experts, routers_of
 
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """readers: linears whose columns are multiplied, all that read the tensor. source: the module, a norm or a linear,
-    whose output is divided. channels: for each input channel of the readers, the source's output channel that feeds
-    it; None when they are the same. offset: a norm that multiplies by 1 + weight."""
+    """readers: what has its columns multiplied: all linears, and routers, that read the tensor. source: the norm or
+    linear whose output is divided. channels: for each input channel of the readers, the source's output channel that
+    feeds it; None when they are the same. offset: a norm that multiplies by 1 + weight."""
 
     readers: tuple[str, ...]
     source: str
@@ -61,7 +62,7 @@ def fold(block: nn.Module, link: Link, s: Tensor) -> Tensor:
             linear.bias.data = (linear.bias.float() / full).to(linear.bias.dtype)
         columns = full[link.channels.to(s.device)]
     for name in link.readers:
-        weight = linear_at(block, name).weight
+        weight = block.get_submodule(name).get_parameter("weight")
         weight.data = (weight.float() * columns).to(weight.dtype)
     return columns
 
@@ -107,11 +108,35 @@ def _links_of(block: nn.Module, call: Call, taps: Sequence[Tap], heads: Sequence
     with torch.no_grad():
         norms, expected = _norms_before(block, call, hidden, taps)
         for i, tap in enumerate(taps):
-            for link in [*norms.get(tap, ()), *_linears_before(block, taps[:i], tap, heads)]:
+            for link in () if tap.experts else [*norms.get(tap, ()), *_linears_before(block, taps[:i], tap, heads)]:
                 if _holds(block, call, hidden, link, expected, generator):
                     found[tap] = link
                     break
+        for link, behind in _experts_links(block, taps, norms):
+            # Which experts the tokens reach is chance; but all are treated alike, so that some show it of all.
+            if link.channels is not None or _holds(block, call, hidden, link, expected, generator):
+                found |= dict.fromkeys(behind, link)
     return found
+
+
+def _experts_links(
+    block: nn.Module, taps: Sequence[Tap], norms: Mapping[Tap | str, Sequence[Link]]
+) -> Iterator[tuple[Link, list[Tap]]]:
+    """Links that might be, with the taps of experts that have them: the norm before all experts of a layer, their
+    router and whatever else reads it; and in each expert up before down, which is one by what `Experts` computes."""
+    for name in dict.fromkeys(tap.experts for tap in taps if tap.experts):
+        experts = block.get_submodule(name)
+        assert isinstance(experts, Experts)
+        ours = [tap for tap in taps if tap.experts == name]
+        first = [tap for tap in ours if experts.names.down not in {n.rpartition(".")[2] for n in tap.linears}]
+        inside = [n for tap in first for n in tap.linears]
+        for link in norms.get(name, ()):
+            yield Link((*link.readers, *inside), link.source, offset=link.offset), first
+        for tap in ours:
+            if tap not in first:
+                (down,) = tap.linears
+                up = f"{down.rpartition('.')[0]}.{experts.names.up}"
+                yield Link((down,), up, torch.arange(experts.intermediate)), [tap]
 
 
 def _randomised(block: nn.Module) -> nn.Module:
@@ -131,33 +156,52 @@ def _randomised(block: nn.Module) -> nn.Module:
 
 def _norms_before(
     block: nn.Module, call: Call, hidden: Tensor, taps: Sequence[Tap]
-) -> tuple[dict[Tap, list[Link]], Tensor]:
-    """For each tap the norm that made the tensor it reads, if one did; and the block's output."""
+) -> tuple[dict[Tap | str, list[Link]], Tensor]:
+    """For each tap, and for all experts of a layer by their name, the norm that made the tensor read there, if one did;
+    and the block's output."""
     made: list[tuple[str, Tensor]] = []
-    read: dict[Tap, Tensor] = {}
+    read: dict[str, Tensor] = {}
 
     def remember(name: str) -> Any:
         return lambda _, __, output: made.append((name, output))
 
-    def look(tap: Tap) -> Any:
+    def look(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            read[tap] = args[0]
+            read[name] = args[0]
 
         return hook
 
     norms = [n for n, m in block.named_modules() if getattr(getattr(m, "weight", None), "dim", lambda: 0)() == 1]
+    plain = [n for tap in taps if not tap.experts for n in tap.linears]
+    routers = sorted(routers_of(block) - set(plain))
+    mixtures = list(dict.fromkeys(tap.experts for tap in taps if tap.experts))
     handles = [block.get_submodule(n).register_forward_hook(remember(n)) for n in norms]
-    handles += [block.get_submodule(t.linears[0]).register_forward_pre_hook(look(t)) for t in taps]
+    handles += [block.get_submodule(n).register_forward_pre_hook(look(n)) for n in (*plain, *routers, *mixtures)]
     try:
         expected = call(block, hidden)
     finally:
         for handle in handles:
             handle.remove()
-    found = {
-        tap: [Link(tap.linears, n, offset=_has_offset(block.get_submodule(n))) for n, y in made if y is x]
-        for tap, x in read.items()
-    }
-    return found, expected
+
+    def links_to(name: str) -> list[Link]:
+        # What is read may be a view of what the norm put out: tokens in one row.
+        sources = [n for n, y in made if name in read and _same(y, read[name])]
+        return [
+            Link(
+                tuple(n for n in (*plain, *routers) if n in read and _same(read[n], read[name])),
+                source,
+                offset=_has_offset(block.get_submodule(source)),
+            )
+            for source in sources
+        ]
+
+    found: dict[Tap | str, list[Link]] = {tap: links_to(tap.linears[0]) for tap in taps if not tap.experts}
+    return found | {name: links_to(name) for name in mixtures}, expected
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two tensors are one memory, if perhaps in different shapes."""
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
 def _has_offset(norm: nn.Module) -> bool:
