@@ -60,7 +60,9 @@ def test_taps_are_what_a_person_would_say(arch: str, tied: bool, tmp_path: Path)
         tied,
     )
     for taps in anatomy.taps:
-        assert [tuple(sorted(tap.linears)) for tap in taps] == [tuple(sorted(t)) for t in TAPS.get(arch, ATTENTION + MLP)]
+        assert [tuple(sorted(tap.linears)) for tap in taps] == [
+            tuple(sorted(t)) for t in TAPS.get(arch, ATTENTION + MLP)
+        ]
 
 
 @every_architecture
