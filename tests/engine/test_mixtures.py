@@ -1,0 +1,249 @@
+"""Mixtures of experts: taken apart they compute the same, each expert is calibrated on its own tokens, and what is
+written has the names that engines know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, GptOssConfig, Qwen2MoeConfig
+from watching import Watch, stroll
+
+import laconic
+from artifacts import (
+    gptq,
+    inputs,
+    logits,
+    original,
+    press,
+    quantized_linears,
+    recipe,
+    rtn,
+    same_bytes,
+    tensors,
+    tokens,
+    windows,
+    with_decoded_weights,
+)
+from commands import Laconic
+from laconic.model.anatomy import dissect, rounds
+from laconic.model.experts import Experts, all_tokens
+from laconic.model.load import skeleton
+from tiny import MIXTURES, make_model, make_recipe
+
+every_mixture = pytest.mark.parametrize("arch", MIXTURES)
+ALL = {"moe_calibrate_all_experts": True}
+
+
+def experts_of(folder: Path, dtype: torch.dtype = torch.float32) -> list[Experts]:
+    return [m for m in laconic.load(folder, dtype=dtype).modules() if isinstance(m, Experts)]
+
+
+def file_name(arch: str, name: str) -> str:
+    """What the Hub calls a linear of a model."""
+    return name.replace(".mlp.", ".block_sparse_moe.") if arch == "mixtral" else name
+
+
+@every_mixture
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_experts_of_their_own_compute_what_stacked_ones_do(arch: str, implementation: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path, arch, dtype=torch.float32)
+    stacked = original(folder)
+    stacked.set_experts_implementation(implementation)
+    torch.testing.assert_close(logits(laconic.load(folder)), logits(stacked), rtol=1e-5, atol=1e-5)
+
+
+@every_mixture
+def test_every_token_for_every_expert_is_shown_and_changes_nothing(arch: str, tmp_path: Path) -> None:
+    experts = experts_of(make_model(tmp_path, arch))[0]
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    # No token is for the last expert.
+    index = torch.stack([torch.arange(40) % 3, (torch.arange(40) + 1) % 3], 1)
+    weights = torch.full((40, 2), 0.5)
+    seen: dict[str, int] = {}
+    for name, linear in experts.named_modules():
+        if isinstance(linear, nn.Linear):
+            linear.register_forward_pre_hook(lambda _, args, n=name: seen.__setitem__(n, len(args[0])))
+    expected = experts(x, index, weights)
+    assert {n for n in seen if n.startswith("3.")} == set()
+    with all_tokens(experts):
+        assert torch.equal(experts(x, index, weights), expected)
+    assert len(seen) == 12
+    assert set(seen.values()) == {40}
+    assert torch.equal(experts(x, index, weights), expected)
+
+
+@every_mixture
+def test_the_log_counts_the_tokens_that_the_router_sent(arch: str, text: Path, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", arch)
+    artifact = press(folder, tmp_path / "out", gptq("W4A16", group_size=32, true_sequential=False), text=text)
+    told = {e["linear"]: e["tokens"] for e in artifact.log if e["event"] == "linear"}
+    names = [n for n in told if n.startswith("model.layers.0.mlp.experts.")]
+    assert len(names) == 12
+    seen = inputs(original(folder), windows(folder, text), names)
+    assert {n: told[n] for n in names} == {n: len(x) for n, x in seen.items()}
+    assert sum(told[n] for n in names) == 3 * 2 * 8 * 32
+
+
+@every_mixture
+def test_an_expert_without_tokens_is_named(arch: str, text: Path, tmp_path: Path) -> None:
+    many = {"num_local_experts" if arch == "mixtral" else "num_experts": 16}
+    folder = make_model(tmp_path / "model", arch, **many)
+    few = {"text": text, "samples": 1, "length": 4}
+    said = r"model\.layers\.0\.mlp\.experts\.\d+\.\w+: no calibration token .* calibration\.moe_calibrate_all_experts"
+    for stage in (gptq("W4A16", group_size=32), rtn("W8A8", dynamic=False)):
+        with pytest.raises(ValueError, match=said):
+            press(folder, tmp_path / f"without {stage['method']}", stage, **few)
+    artifact = press(folder, tmp_path / "all", gptq("W4A16", group_size=32), **few, **ALL)
+    assert {e["tokens"] for e in artifact.log} == {4}
+    assert torch.equal(logits(laconic.load(artifact.path)), logits(with_decoded_weights(folder, artifact.path)))
+    # A method that needs no data asks for none.
+    press(folder, tmp_path / "rtn", rtn("W4A16", group_size=32), text=text)
+
+
+def test_few_tokens_are_told(text: Path, tmp_path: Path, laconic: Laconic) -> None:
+    folder = make_model(tmp_path / "model", "mixtral", num_local_experts=2)
+    calibration = recipe(text=text, samples=1)["calibration"]
+    file = make_recipe(tmp_path / "r.yaml", gptq("W4A16", group_size=32), calibration=calibration)
+    ran = laconic("compress", folder, "--recipe", file, "--output", tmp_path / "out")
+    assert ran.code == 0
+    assert "note: 8 inputs of linears saw fewer tokens than they are wide, the least model.layers.0.mlp" in ran.err
+    assert "32 calibration tokens for 64 inputs" in ran.err
+
+
+@every_mixture
+@pytest.mark.parametrize("options", [{}, ALL], ids=["routed", "all"])
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    arch: str, options: dict[str, bool], text: Path, tmp_path: Path
+) -> None:
+    folder, stage = make_model(tmp_path / "model", arch), gptq("W4A16", group_size=32)
+    expected = press(folder, tmp_path / "expected", stage, text=text, samples=16, **options)
+
+    class Killed(BaseException):
+        pass
+
+    def die(event: dict) -> None:
+        if "layers.1.mlp.experts.2" in event.get("linear", ""):
+            raise Killed
+
+    what = recipe(stage, text=text, samples=16, **options)
+    with pytest.raises(Killed):
+        laconic.compress(str(folder), what, tmp_path / "out", report=die)
+    artifact = laconic.compress(str(folder), what, tmp_path / "out")
+    assert artifact.results["compress"]["resumed_shards"] == 1
+    assert same_bytes(artifact.path, expected.path)
+
+
+@every_mixture
+def test_matching_the_original_needs_the_same_tokens(arch: str, text: Path, tmp_path: Path) -> None:
+    folder, stage = make_model(tmp_path / "model", arch), gptq("W4A16", group_size=32, asymmetric=1.0)
+    with pytest.raises(ValueError, match=r"experts read other tokens; set calibration\.moe_calibrate_all_experts"):
+        press(folder, tmp_path / "out", stage, text=text)
+    artifact = press(folder, tmp_path / "out", stage, text=text, **ALL)
+    assert {e["tokens"] for e in artifact.log} == {8 * 32}
+    attention_only = stage | {"ignore": "re:.*experts.*"}
+    assert len(quantized_linears(laconic.load(press(folder, tmp_path / "b", attention_only, text=text).path))) == 8
+
+
+@every_mixture
+def test_experts_of_a_layer_share_a_scheme(arch: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", arch)
+    with pytest.raises(ValueError, match=r"the experts of a layer must share a scheme.*experts\.0.*: W8A16.*: 16 bit"):
+        press(folder, tmp_path / "out", rtn("W8A16", targets=r"re:.*experts\.0\..*"))
+
+
+@every_mixture
+def test_what_engines_are_told(arch: str, tmp_path: Path) -> None:
+    """vLLM makes a linear of the router, and knows Mixtral's layers by other names than transformers."""
+    folder = make_model(tmp_path / "model", arch)
+    everything = press(folder, tmp_path / "a", rtn("W4A16", group_size=32))
+    told = everything.config["quantization_config"]
+    for i in range(2):
+        assert file_name(arch, f"model.layers.{i}.mlp.gate") in told["ignore"]
+    assert [g["targets"] for g in told["config_groups"].values()] == [["Linear"]]
+    attention = press(folder, tmp_path / "b", rtn("W4A16", group_size=32, ignore="re:.*experts.*"))
+    assert r"re:.*\.(experts)\.\d+\..*" in attention.config["quantization_config"]["ignore"]
+    assert len(quantized_linears(laconic.load(attention.path))) == 8
+
+
+@every_mixture
+def test_transformers_opens_experts_of_their_own_scheme(arch: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", arch)
+    stages = [
+        rtn("W8A16", targets="re:.*self_attn.*"),
+        rtn("W4A16", group_size=32, targets="re:.*experts.*"),
+    ]
+    for order in (stages, stages[::-1]):
+        artifact = press(folder, tmp_path / order[0]["scheme"], *order)
+        assert torch.equal(logits(original(artifact.path)), logits(with_decoded_weights(folder, artifact.path)))
+
+
+@every_mixture
+def test_a_stacked_checkpoint_is_read_and_stays_stacked_where_nothing_changes(arch: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", arch)
+    stacked = make_model(tmp_path / "stacked", arch)
+    original(folder).save_pretrained(stacked, save_original_format=False)
+    before = tensors(stacked)
+    assert before["model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 2 * before[DOWN].shape[2], 64)
+    assert torch.equal(logits(laconic.load(stacked)), logits(laconic.load(folder)))
+    dense = press(stacked, tmp_path / "dense", rtn("W8A16", targets="re:.*self_attn.*"))
+    after = tensors(dense.path)
+    assert all(torch.equal(after[n], t) for n, t in before.items() if "self_attn" not in n)
+    assert not any("experts.0." in n for n in after)
+    assert torch.equal(logits(laconic.load(dense.path)), logits(with_decoded_weights(stacked, dense.path)))
+    for number, stage in enumerate([rtn("W4A16", group_size=32), rtn("W8A8")]):
+        codes = press(stacked, tmp_path / str(number), stage)
+        twin = press(folder, tmp_path / f"twin {number}", stage)
+        names = {file_name(arch, n): t for n, t in tensors(codes.path).items()}
+        assert {n: t for n, t in tensors(twin.path).items() if not torch.equal(names[n], t)} == {}
+        assert torch.equal(logits(laconic.load(codes.path)), logits(laconic.load(twin.path)))
+
+
+DOWN = "model.layers.0.mlp.experts.down_proj"
+
+
+def test_taps_of_all_experts_are_observed_together(tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(make_model(tmp_path, "mixtral"))
+    taps = dissect(skeleton(config, torch.bfloat16)).taps[0]
+    assert [len(together) for together in rounds(taps)] == [1, 1, 4, 4]
+    assert [t for together in rounds(taps) for t in together] == list(taps)
+
+
+def test_what_weighs_a_shared_expert_is_no_target() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = Qwen2MoeConfig(**sizes, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=32)
+    anatomy = dissect(skeleton(config, torch.bfloat16))
+    assert anatomy.routers == {"model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert_gate"}
+
+
+def test_experts_that_are_kept_otherwise_are_refused() -> None:
+    config = GptOssConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_local_experts=4)
+    with pytest.raises(
+        ValueError, match=r"'gpt_oss': its experts \(model\.layers\.0\.mlp\.experts\) are kept in a way"
+    ):
+        skeleton(config, torch.bfloat16)
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "mixtral")
+    file = folder / "model.safetensors"
+    held = load_file(file)
+    del held["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(held, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no tensor 'model\.layers\.1\.mlp\.experts\.2\.w3\.weight'"):
+        press(folder, tmp_path / "out", rtn("W8A16"))
+
+
+@every_mixture
+@pytest.mark.parametrize("all_experts", [False, True])
+def test_moments_are_those_of_the_tokens_shown(arch: str, all_experts: bool, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", arch, dtype=torch.float32)
+    (seen,) = stroll(folder, tmp_path / "out", tokens(6, 40), Watch(), all_experts=all_experts)
+    expected = inputs(original(folder), tokens(6, 40), list(seen), all_experts=all_experts)
+    for name, moments in seen.items():
+        x = expected[name]
+        assert moments.tokens == len(x)
+        torch.testing.assert_close(moments.H.double(), x.T @ x, rtol=1e-3, atol=1e-3 * float((x * x).sum(0).mean()))
