@@ -66,9 +66,7 @@ def main() -> None:
     whole = time.monotonic() - begun
     each = [b - a for a, b in pairwise(blocks)]
     print(f"compressed in {whole:.1f} s; before the first block {blocks[0] - begun:.1f} s", flush=True)
-    print(
-        f"a block: {sorted(each)[len(each) // 2]:.2f} s, compressing its linears {spent.total() / len(blocks):.2f} s"
-    )
+    print(f"a block: {sorted(each)[len(each) // 2]:.2f} s, compressing its linears {spent.total() / len(blocks):.2f} s")
     if torch.cuda.is_available():
         print(f"{torch.cuda.get_device_name()}, peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 

@@ -17,11 +17,18 @@ import yaml
 import laconic
 from laconic.evaluate.run import evaluate
 
-METHODS: dict[str, dict[str, Any]] = {
-    "rtn (min-max)": {"method": "rtn"},
-    "rtn (mse)": {"method": "rtn", "observer": "mse"},
-    "gptq": {"method": "gptq"},
-    "gptq (asymmetric)": {"method": "gptq", "asymmetric": 1.0},
+Stages = list[dict[str, Any]]
+
+METHODS: dict[str, Stages] = {
+    "rtn (min-max)": [{"method": "rtn"}],
+    "rtn (mse)": [{"method": "rtn", "observer": "mse"}],
+    "awq": [{"method": "awq"}],
+    "gptq": [{"method": "gptq"}],
+    "gptq (asymmetric)": [{"method": "gptq", "asymmetric": 1.0}],
+    "autoround": [{"method": "autoround"}],
+    "zeroquant": [{"method": "zeroquant"}],
+    "smoothquant, rtn": [{"method": "smoothquant"}, {"method": "rtn"}],
+    "smoothquant (search), rtn": [{"method": "smoothquant", "alpha": "search"}, {"method": "rtn"}],
 }
 WEIGHT_ONLY = {
     "W8A16": {"scheme": "W8A16"},
@@ -48,20 +55,43 @@ WITH_ACTIVATIONS = {
 GROUPED = ("W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W4A8", "W4A4")
 
 
-def rows(quick: bool, chosen: list[str] | None) -> list[tuple[str, str, dict[str, Any]]]:
-    """(scheme, method, stage) of every row."""
-    weights = [
-        (s, m, v | METHODS[m]) for s, v in WEIGHT_ONLY.items() for m in METHODS if s != "W8A16" or m == "rtn (mse)"
+def rows(quick: bool, chosen: list[str] | None) -> list[tuple[str, str, Stages]]:
+    """(scheme, method, stages) of every row."""
+    table = [(s, m) for s in WEIGHT_ONLY for m in _weight_methods(s)]
+    if not quick:
+        table += [(s, m) for s in WITH_ACTIVATIONS for m in _activation_methods(s)]
+    keys = WEIGHT_ONLY | WITH_ACTIVATIONS
+    return [(s, m, _with(METHODS[m], keys[s])) for s, m in table if chosen is None or s in chosen]
+
+
+def _weight_methods(scheme: str) -> list[str]:
+    if scheme == "W8A16":
+        return ["rtn (mse)"]
+    tuned = ["autoround"] if "FP4" not in scheme else []
+    return ["rtn (min-max)", "rtn (mse)", "awq", "gptq", "gptq (asymmetric)", *tuned]
+
+
+def _activation_methods(scheme: str) -> list[str]:
+    smooth = ["smoothquant, rtn", "smoothquant (search), rtn"] if scheme[:4] in ("W8A8", "W7A7", "W6A6") else []
+    return ["rtn (min-max)", "gptq", *smooth, *(["zeroquant"] if scheme == "W4A8" else [])]
+
+
+def _with(stages: Stages, keys: dict[str, Any]) -> Stages:
+    """Stages of which the last, which rounds, has these keys."""
+    return [*stages[:-1], keys | stages[-1]]
+
+
+def own_row(text: str) -> tuple[str, str, Stages]:
+    """The row of a stage, or of a list of them, that was given as YAML."""
+    given = yaml.safe_load(text)
+    stages = given if isinstance(given, list) else [given]
+    told = [
+        " ".join(
+            [stage["method"], *(f"{key} {value}" for key, value in stage.items() if key not in ("method", "scheme"))]
+        )
+        for stage in stages
     ]
-    acts = [(s, m, v | METHODS[m]) for s, v in WITH_ACTIVATIONS.items() for m in ("rtn (min-max)", "gptq")]
-    return [row for row in (weights if quick else weights + acts) if chosen is None or row[0] in chosen]
-
-
-def own_row(text: str) -> tuple[str, str, dict[str, Any]]:
-    """The row of a stage that was given as YAML."""
-    stage = yaml.safe_load(text)
-    told = [f"{key} {value}" for key, value in stage.items() if key not in ("method", "scheme")]
-    return stage.get("scheme", "W8A8"), ", ".join([stage["method"], *told]), stage
+    return stages[-1].get("scheme", "W8A8"), ", ".join(told), stages
 
 
 def main() -> None:
@@ -87,13 +117,11 @@ def main() -> None:
     print("| scheme | method | bits/weight | perplexity | KL mean | KL p99 | same top-1 |")
     print("|---|---|---:|---:|---:|---:|---:|")
     shown = False
-    for scheme, method, stage in [own_row(s) for s in args.stage] if args.stage else rows(args.quick, args.schemes):
-        grouped = args.group_size and scheme in GROUPED
-        if grouped:
-            stage = stage | {"group_size": args.group_size}
-        stages = [stage | {"ignore": ["lm_head", *(p for p, _ in args.group_size_for)]}] if grouped else [stage]
-        if grouped:
-            stages += [stage | {"targets": p, "group_size": int(g)} for p, g in args.group_size_for]
+    for scheme, method, stages in [own_row(s) for s in args.stage] if args.stage else rows(args.quick, args.schemes):
+        if args.group_size and scheme in GROUPED:
+            last = stages[-1] | {"group_size": args.group_size}
+            others = [last | {"targets": p, "group_size": int(g)} for p, g in args.group_size_for]
+            stages = [*stages[:-1], last | {"ignore": ["lm_head", *(p for p, _ in args.group_size_for)]}, *others]
         with tempfile.TemporaryDirectory() as folder:
             artifact = laconic.compress(
                 args.model, {"stages": stages, "calibration": calibration}, Path(folder) / "artifact"
