@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from laconic.model.checkpoint import DTYPES, Checkpoint, Stored
@@ -45,7 +45,7 @@ def arrange(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
     tensors: dict[str, Stored] = {}
     paths: dict[str, str] = {}
     for key, stored in checkpoint.tensors.items():
-        path, _, leaf = apply_renamings(key, renamings).rpartition(".")
+        path, _, leaf = _renamed(key, renamings).rpartition(".")
         if path not in modules and f"{prefix}.{path}" in modules:
             path = f"{prefix}.{path}"
         elif path not in modules and path.removeprefix(f"{prefix}.") in modules:
@@ -132,3 +132,10 @@ def _as_it_was(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
         return tensor
     was = checkpoint.load([name], tensor.device)[name]
     return was if torch.equal(was.to(tensor.dtype), tensor) else tensor
+
+
+def _renamed(key: str, renamings: Iterable[WeightRenaming]) -> str:
+    """A tensor's name as transformers would have it, every renaming applied in turn."""
+    for renaming in renamings:
+        key, _ = renaming.rename_source_key(key)
+    return key
