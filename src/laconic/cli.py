@@ -307,7 +307,7 @@ def _warn(prepared: Any) -> None:
 
 
 def _warnings(prepared: Any) -> Iterator[str]:
-    from laconic.compress import closed_to_transformers
+    from laconic.engine.engines import closed_to_transformers
 
     asked, windows = prepared.recipe.calibration, prepared.windows
     if windows is not None and len(windows) < asked.num_calibration_samples:
@@ -315,7 +315,7 @@ def _warnings(prepared: Any) -> Iterator[str]:
     simulated = sorted({s.name for s in prepared.plan.schemes.values() if s.simulated})
     if simulated:
         yield f"no engine runs {', '.join(simulated)}; its arithmetic is simulated by laconic"
-    if reason := closed_to_transformers(prepared):
+    if reason := closed_to_transformers(prepared.plan, prepared.model):
         yield f"transformers cannot open {reason}; vLLM and laconic.load can"
     if prepared.plan.schemes and prepared.forecast.covered < 0.5:
         yield f"only {prepared.forecast.covered:.0%} of the parameters will be quantized"

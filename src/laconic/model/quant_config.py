@@ -54,9 +54,8 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
         }
     ).model_dump(mode="json")
     config["quant_method"] = NATIVE if native else COMPRESSED_TENSORS
-    if len(ordered) == 1 and not native and ordered[0].storage == "pack-quantized":
-        # transformers opens packed experts, packed zero points and packed linears of its own kinds (Falcon's) only when
-        # it decodes them while loading; others it would decode on the first forward pass.
+    if len(ordered) == 1 and not native and not ordered[0].weights.symmetric:
+        # transformers sets up packed zero points with the wrong shape unless it decodes while loading.
         config["dequantize"] = True
     return config
 
