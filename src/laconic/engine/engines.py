@@ -25,11 +25,10 @@ def quantization_config(plan: Plan, model: PreTrainedModel, checkpoint: Checkpoi
     schemes = {n: s for name, s in plan.schemes.items() for n in dict.fromkeys((name, names[name]))}
     linears = dict.fromkeys(n for pair in names.items() for n in pair)
     experts = {n: plan.schemes.get(n) for n in plan.linears if experts_above(model, n)}
-    if len(kinds := set(experts.values())) == 1:
+    kinds, leaves = set(experts.values()), {str(experts_above(model, n)).rpartition(".")[2] for n in experts}
+    if len(kinds) == len(leaves) == 1:
         # One pattern says it of thousands; and by it transformers knows whose scheme that of experts is.
-        above = {experts_above(model, n) for n in experts}
-        leaves = sorted({n.rpartition(".")[2] for n in above if n})
-        pattern = rf"re:.*\.{leaves[0] if len(leaves) == 1 else f'({"|".join(leaves)})'}\.\d+\..*"
+        pattern = rf"re:.*\.{leaves.pop()}\.\d+\..*"
         if (scheme := kinds.pop()) is None:
             linears = dict.fromkeys([*(n for n in linears if not re.match(pattern[3:], n)), pattern])
         else:
