@@ -346,7 +346,7 @@ def _warn(prepared: Any) -> None:
 
 
 def _warnings(prepared: Any) -> Iterator[str]:
-    from laconic.compress import closed_to_transformers
+    from laconic.engine.engines import closed_to_transformers
 
     asked, windows = prepared.recipe.calibration, prepared.windows
     if windows is not None and len(windows) < asked.num_calibration_samples:
@@ -356,7 +356,7 @@ def _warnings(prepared: Any) -> Iterator[str]:
         yield f"no engine runs {', '.join(simulated)}; its arithmetic is simulated by laconic"
     if any(s.outlier_columns is None for s in prepared.plan.schemes.values()):
         yield "how many columns stay in 16 bit is known once calibrated; the size foretold counts none"
-    if reason := closed_to_transformers(prepared):
+    if reason := closed_to_transformers(prepared.plan, prepared.model):
         yield f"transformers cannot open {reason}; vLLM and laconic.load can"
     if prepared.plan.schemes and prepared.forecast.covered < 0.5:
         yield f"only {prepared.forecast.covered:.0%} of the parameters will be quantized"

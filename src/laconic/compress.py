@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
 import resource
 import sys
 import time
@@ -21,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic.engine.artifact import Artifact
+from laconic.engine.engines import quantization_config
 from laconic.engine.plan import Forecast, Plan, check_experts, forecast, make_plan
 from laconic.engine.walk import Settings, walk
 from laconic.engine.writer import Workspace, check_begun, check_output
@@ -29,10 +29,8 @@ from laconic.formats.storage import as_stored
 from laconic.model.anatomy import dissect
 from laconic.model.checkpoint import read_json
 from laconic.model.data import calibration_windows, read_documents
-from laconic.model.experts import experts_above
-from laconic.model.layout import TransposedLinear, names_for_engines
+from laconic.model.layout import names_for_engines
 from laconic.model.load import Source, arranged, check_complete, load_tokenizer, open_source, skeleton
-from laconic.model.quant_config import to_config
 from laconic.recipe import Calibration, Recipe, load_recipe
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -136,6 +134,7 @@ def run(prepared: Prepared, *, overwrite: bool = False, report: Report = lambda 
     plan, source = prepared.plan, prepared.source
     shards = len(plan.anatomy.taps) + 1
     settings = _settings(prepared.recipe, prepared.windows)
+    tell = quantization_config(plan, prepared.model, source.checkpoint)
     with Workspace(prepared.output, prepared.identity, shards, overwrite=overwrite) as workspace:
         resumed = sum(workspace.done(i) for i in range(shards))
         walk(source, prepared.model, plan, prepared.windows, workspace, settings, report)
@@ -143,7 +142,7 @@ def run(prepared: Prepared, *, overwrite: bool = False, report: Report = lambda 
         schemes: dict[str, Scheme] = {}
         if plan.schemes:
             schemes = _as_written(plan.schemes, workspace, prepared)
-            config["quantization_config"] = _quantization_config(prepared, schemes)
+            config["quantization_config"] = tell(schemes)
         # Saved before the folder gets its name: an artifact is whole from the moment it is there.
         Artifact(workspace.folder).save_result(
             "compress",
@@ -170,49 +169,6 @@ def _as_written(schemes: Mapping[str, Scheme], workspace: Workspace, prepared: P
         found.setdefault(linear, {})[leaf] = shape
     stored = names_for_engines(prepared.source.checkpoint, prepared.model, [*schemes])
     return {n: as_stored(s, found.get(n) or found.get(stored[n], {})) for n, s in schemes.items()}
-
-
-def closed_to_transformers(prepared: Prepared) -> str | None:
-    """Why transformers will not open what comes out, None when it will; vLLM and `laconic.load` do."""
-    plan, model = prepared.plan, prepared.model
-    quantized = plan.schemes
-    if any(isinstance(model.get_submodule(n), TransposedLinear) for n in quantized):
-        return "quantized Conv1D linears (it makes up their weights, or stops)"
-    if any(s.simulated for s in quantized.values()):
-        return None  # it opens those by way of laconic
-    inside = {n: quantized.get(n) for n in plan.linears if experts_above(model, n)}
-    experts = set(inside.values())
-    if len(experts) > 1:
-        return "experts of more than one scheme"
-    scheme = next(iter(experts), None)
-    packed = scheme is not None and scheme.storage == "pack-quantized" and scheme.weights.symmetric
-    if scheme and not packed and scheme.storage != "float-quantized":
-        return f"experts in {scheme.name}"
-    if experts == {None} and any(s.storage != "float-quantized" for s in quantized.values()):
-        return "16-bit experts beside quantized linears"
-    if not experts and len(set(quantized.values())) > 1 and not all(s.weights.symmetric for s in quantized.values()):
-        return "zero points mixed with another scheme"
-    return None
-
-
-def _quantization_config(prepared: Prepared, quantized: Mapping[str, Scheme]) -> dict[str, Any]:
-    """What was done to which linear, under all names by which engines may know it."""
-    plan, model = prepared.plan, prepared.model
-    routers = sorted(plan.anatomy.routers)
-    names = names_for_engines(prepared.source.checkpoint, model, [*plan.linears, *routers])
-    schemes = {n: s for name, s in quantized.items() for n in dict.fromkeys((name, names[name]))}
-    linears = dict.fromkeys(n for pair in names.items() for n in pair)
-    experts = {n: quantized.get(n) for n in plan.linears if experts_above(model, n)}
-    if len(kinds := set(experts.values())) == 1:
-        # One pattern says it of thousands; and by it transformers knows whose scheme that of experts is.
-        above = {experts_above(model, n) for n in experts}
-        leaves = "|".join(sorted({re.escape(n.rpartition(".")[2]) for n in above if n}))
-        pattern = rf"re:.*\.({leaves})\.\d+\..*"
-        if (scheme := kinds.pop()) is None:
-            linears = dict.fromkeys([*(n for n in linears if not re.match(pattern[3:], n)), pattern])
-        else:
-            schemes[pattern] = scheme
-    return to_config(schemes, linears)
 
 
 def versions() -> dict[str, str]:

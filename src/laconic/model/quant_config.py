@@ -71,11 +71,10 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
 
 
 def _decoded_while_loading(scheme: Scheme) -> bool:
-    """Whether transformers must decode a scheme as it loads it. Only then does it open packed experts, packed zero
-    points and packed linears of its own kinds (Falcon's); others it would decode on the first forward pass. And it
-    multiplies weights of FP4, which it decodes to bfloat16, with activations of whatever dtype."""
+    """Whether transformers must decode a scheme as it loads it. Otherwise it sets up packed zero points with the wrong
+    shape, and multiplies weights of FP4, which it decodes to bfloat16, with activations of whatever dtype."""
     fp4 = isinstance(scheme.weights, Fp4) and scheme.input_activations is None
-    return fp4 or scheme.storage == "pack-quantized"
+    return fp4 or not scheme.weights.symmetric
 
 
 def schemes_from_config(config: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Scheme]:
