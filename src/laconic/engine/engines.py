@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from laconic.engine.plan import Plan
+from laconic.formats.schemes import Scheme
 from laconic.model.checkpoint import Checkpoint
 from laconic.model.experts import experts_above
 from laconic.model.layout import TransposedLinear, names_for_engines
@@ -46,6 +47,13 @@ def _packed_unusually(plan: Plan, model: PreTrainedModel) -> bool:
     return any(type(model.get_submodule(n)) is not nn.Linear for n in packed)
 
 
+def _decodes_experts(scheme: Scheme) -> bool:
+    """Whether transformers decodes experts of a scheme while it loads them."""
+    if scheme.storage == "pack-quantized":
+        return scheme.weights.symmetric
+    return scheme.storage == "float-quantized" and scheme.weights.tiling.strategy != "block"
+
+
 def closed_to_transformers(plan: Plan, model: PreTrainedModel) -> str | None:
     """What will come out of a skeleton that transformers does not open; None when it opens it. vLLM and
     `laconic.load` do."""
@@ -62,8 +70,7 @@ def closed_to_transformers(plan: Plan, model: PreTrainedModel) -> str | None:
     if len(experts) > 1:
         return "experts of more than one scheme"
     scheme = next(iter(experts), None)
-    packed = scheme is not None and scheme.storage == "pack-quantized" and scheme.weights.symmetric
-    if scheme and not packed and scheme.storage != "float-quantized":
+    if scheme and not _decodes_experts(scheme):
         return f"experts in {scheme.name}"
     if experts == {None} and any(s.storage != "float-quantized" for s in schemes):
         return "16-bit experts beside quantized linears"
