@@ -177,6 +177,7 @@ CLOSED = {
         "packed weights of more than one scheme in this model",
     ),
     "int8 experts": ("mixtral", [rtn("W8A8")], "experts in W8A8"),
+    "experts in FP8 blocks": ("mixtral", [rtn("FP8_BLOCK")], "experts in FP8_BLOCK"),
     "asymmetric experts": ("mixtral", [rtn("W4A16_ASYM", group_size=32)], "experts in W4A16_ASYM"),
     "dense experts": ("mixtral", [rtn("W8A16", ignore="re:.*experts.*")], "16-bit experts beside quantized linears"),
     "mixed experts": (
@@ -194,7 +195,8 @@ CLOSED = {
 
 @pytest.mark.parametrize(("arch", "stages", "reason"), CLOSED.values(), ids=CLOSED)
 def test_what_transformers_cannot_open_is_said_beforehand(arch: str, stages: list, reason: str, tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", arch)
+    blocks = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64} if "FP8" in stages[0]["scheme"] else {}
+    folder = make_model(tmp_path / "model", arch, **blocks)
     prepared = prepare(str(folder), recipe(*stages), tmp_path / "a")
     said = closed_to_transformers(prepared.plan, prepared.model)
     assert said is not None

@@ -54,6 +54,13 @@ def _packed_unusually(plan: Plan, model: PreTrainedModel) -> bool:
     return any(type(model.get_submodule(n)) is not nn.Linear for n in packed)
 
 
+def _decodes_experts(scheme: Scheme) -> bool:
+    """Whether transformers decodes experts of a scheme while it loads them."""
+    if scheme.storage == "pack-quantized":
+        return scheme.weights.symmetric
+    return scheme.storage == "float-quantized" and scheme.weights.tiling.strategy != "block"
+
+
 def closed_to_transformers(plan: Plan, model: PreTrainedModel) -> str | None:
     """What will come out of a skeleton that transformers does not open; None when it opens it. vLLM and
     `laconic.load` do."""
@@ -70,8 +77,7 @@ def closed_to_transformers(plan: Plan, model: PreTrainedModel) -> str | None:
     if len(experts) > 1:
         return "experts of more than one scheme"
     scheme = next(iter(experts), None)
-    packed = scheme is not None and scheme.storage == "pack-quantized" and scheme.weights.symmetric
-    if scheme and not packed and scheme.storage != "float-quantized":
+    if scheme and not _decodes_experts(scheme):
         return f"experts in {scheme.name}"
     if experts == {None} and any(s.storage != "float-quantized" for s in schemes):
         return "16-bit experts beside quantized linears"
