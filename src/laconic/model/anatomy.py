@@ -83,7 +83,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     head = _find_head(model)
     try:
         # Made-up embeddings stand in for the embedding's weights, which are not loaded.
-        hidden, calls = capture_calls(model, name, inputs_embeds=_blank_embeddings(model, 1, 4))
+        hidden, calls = capture_calls(model, name, inputs_embeds=blank_embeddings(model, 1, 4))
         traced = [_trace(block, call, hidden) for block, call in zip(blocks, calls, strict=True)]
     except ValueError:
         raise
@@ -158,7 +158,7 @@ def head_input(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor) -> Tens
     handle = model.get_submodule(anatomy.head).register_forward_pre_hook(hook)
     try:
         with torch.no_grad():
-            blank = _blank_embeddings(model, *hidden.shape[:2]).to(hidden.device, hidden.dtype)
+            blank = blank_embeddings(model, *hidden.shape[:2]).to(hidden.device, hidden.dtype)
             model(inputs_embeds=blank, use_cache=False)
     except Stopped:
         pass
@@ -181,7 +181,7 @@ def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
-def _blank_embeddings(model: PreTrainedModel, samples: int, tokens: int) -> Tensor:
+def blank_embeddings(model: PreTrainedModel, samples: int, tokens: int) -> Tensor:
     """Hidden states as if every embedding were zero."""
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)

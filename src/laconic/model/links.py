@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.model.anatomy import Anatomy, Call, Tap, capture_calls, linear_at
+from laconic.model.anatomy import Anatomy, Call, Tap, blank_embeddings, capture_calls, linear_at
 from laconic.model.experts import Experts, routers_of
 
 
@@ -86,8 +86,7 @@ def pooled(link: Link, x: Tensor) -> Tensor:
 
 def find_links(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Mapping[Tap, Link], ...]:
     """The link of every tap that has one, block by block."""
-    embedded = torch.zeros(1, 4, model.config.get_text_config().hidden_size, dtype=model.dtype)
-    _, calls = capture_calls(model, anatomy.blocks, inputs_embeds=embedded)
+    hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=blank_embeddings(model))
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
     known: dict[Any, Mapping[Tap, Link]] = {}
@@ -95,7 +94,7 @@ def find_links(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Mapping[Tap, L
     for block, call, taps in zip(blocks, calls, anatomy.taps, strict=True):
         kind = (taps, tuple((n, type(m), m.extra_repr()) for n, m in block.named_modules()))
         if kind not in known:
-            known[kind] = _links_of(block, call, taps, _head_widths(model), embedded.shape[-1])
+            known[kind] = _links_of(block, call, taps, _head_widths(model), hidden.shape[-1])
         found.append(known[kind])
     return tuple(found)
 

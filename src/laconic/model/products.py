@@ -73,7 +73,8 @@ def integer_linear(
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """a (m, k) int8 by b (n, k) int8: (m, n) int32, exact."""
-    if a.device.type == "cpu":
+    # torch's product on a CPU leaves memory as it was where there is one column to sum over.
+    if a.device.type == "cpu" and a.shape[1] > 1:
         return torch._int_mm(a, b.T)
     if a.is_cuda and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0:
         # cuBLAS asks for more than 16 rows.
