@@ -86,7 +86,7 @@ def pooled(link: Link, x: Tensor) -> Tensor:
 
 def find_links(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Mapping[Tap, Link], ...]:
     """The link of every tap that has one, block by block."""
-    hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=blank_embeddings(model))
+    hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=blank_embeddings(model, 1, 4))
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
     known: dict[Any, Mapping[Tap, Link]] = {}

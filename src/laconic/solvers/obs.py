@@ -38,19 +38,21 @@ def feedback(H: Tensor, dampening_frac: float = 0.01, attempts: int = 6) -> Feed
         raise ValueError("the activations hold NaN or infinity; check the model and the calibration text")
     if mean == 0:
         return Feedback(torch.zeros_like(H), torch.ones_like(H[0]), dampening_frac)
-    reversed_H = H.flip(0, 1)
+    # With both axes reversed, the lower Cholesky factor is R, the upper factor of H = R R^T.
+    damped = H.flip(0, 1)
+    diagonal = damped.diagonal().clone()
     for attempt in range(attempts):
         frac = min(dampening_frac * 10**attempt, 1.0) if attempt else dampening_frac
-        damped = reversed_H.clone()
-        damped.diagonal().add_(frac * mean)
-        # With both axes reversed, the lower Cholesky factor is R, the upper factor of H = R R^T.
+        damped.diagonal().copy_(diagonal + frac * mean)
         L, info = torch.linalg.cholesky_ex(damped)
         if info == 0 and torch.isfinite(L.diagonal()).all():
+            del damped  # of the size of H, as all the others here
             R_T = L.flip(0, 1).T.contiguous()
-            diagonal = R_T.diagonal().clone()
-            A = R_T.div_(diagonal[:, None])
+            del L
+            roots = R_T.diagonal().clone()
+            A = R_T.div_(roots[:, None])
             A.diagonal().zero_()
-            return Feedback(A, diagonal.square(), frac)
+            return Feedback(A, roots.square(), frac)
         dampening_frac = dampening_frac or 1e-3
     raise ValueError("the calibration Hessian cannot be factored; use more calibration text or a larger dampening_frac")
 
