@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 import laconic.engine.writer as writer
 from commands import Laconic
-from laconic.compress import compress, prepare, run
+from laconic.compression import compress, prepare, run
 from laconic.engine.writer import Workspace, partial_of
 from tiny import make_model, make_recipe, make_text
 
@@ -356,7 +356,7 @@ def _laconic(arguments: list[str], said: Path) -> None:
 def start() -> Callable[..., Any]:
     """Start `laconic ARGUMENTS` in a process of its own, forked from one that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["laconic.cli", "laconic.compress"])
+    context.set_forkserver_preload(["laconic.cli", "laconic.compression"])
 
     def begin(said: Path, *arguments: object) -> Any:
         process = context.Process(target=_laconic, args=([str(a) for a in arguments], said))

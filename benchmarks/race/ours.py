@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from laconic.compress import prepare, run
+from laconic.compression import prepare, run
 
 STAGES: dict[str, list[dict[str, Any]]] = {
     "gptq": [{"method": "gptq", "scheme": "W4A16"}],

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 import laconic.model.quantizer  # noqa: F401  - registers `quant_method: laconic` with transformers
-from laconic.compress import compress
-from laconic.engine.artifact import Artifact
-from laconic.model.reading import load
-from laconic.recipe import Recipe
+
+if TYPE_CHECKING:
+    from laconic.compression import compress
+    from laconic.engine.artifact import Artifact
+    from laconic.model.reading import load
+    from laconic.recipe import Recipe
 
 __all__ = ["Artifact", "Recipe", "compress", "load"]
+
+# Loaded when asked for: an engine that only reads an artifact should not need what compresses one.
+_HOMES = {
+    "Artifact": "laconic.engine.artifact",
+    "Recipe": "laconic.recipe",
+    "compress": "laconic.compression",
+    "load": "laconic.model.reading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'laconic' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

@@ -55,7 +55,7 @@ def compress(
     json_: Json = False,
 ) -> None:
     """Compress a model by a recipe; run again after an interruption to go on where it stopped."""
-    from laconic.compress import prepare, run
+    from laconic.compression import prepare, run
 
     if recipe is None and not source.endswith((".yaml", ".yml")):
         raise ValueError(f"'{source}' is no recipe file; to compress a model by a ready recipe add --recipe NAME")

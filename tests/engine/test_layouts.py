@@ -23,7 +23,7 @@ from artifacts import (
     tensors,
     with_decoded_weights,
 )
-from laconic.compress import prepare
+from laconic.compression import prepare
 from laconic.engine.engines import closed_to_transformers
 from tiny import make_model
 

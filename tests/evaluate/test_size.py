@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from artifacts import gptq, press, recipe, rtn, tensors
-from laconic.compress import prepare
+from laconic.compression import prepare
 from laconic.evaluate.size import measure_size
 from tiny import VOCABULARY, make_model
 

@@ -98,7 +98,7 @@ def test_static_scales_are_those_of_the_smoothed_model(loud: Path, text: Path, t
     names = [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
     for name, seen in inputs(smooth, windows(loud, text), names).items():
         found = float(both.get_submodule(name).input_scale)
-        assert found == pytest.approx(float(seen.abs().max()) / 127, rel=0.02)
+        assert found == pytest.approx(float(seen.abs().max()) / 127, rel=0.1)
 
 
 # AWQ ------------------------------------------------------------------------------------------------------------------

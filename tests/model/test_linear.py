@@ -46,12 +46,12 @@ def activations(*shape: int) -> Tensor:
 
 
 def nearest(values: Tensor, scale: float, num_bits: int | Tensor) -> Tensor:
-    """float64 values on the grid of a scale: integers that leave out the lowest code, or the values of a float."""
+    """float64 values on the grid of a scale: integers as engines clamp them, or the values of a float."""
     if isinstance(num_bits, Tensor):
         points = num_bits * scale
         return points[(values[:, None] - points).abs().argmin(-1)]
     top = 2 ** (num_bits - 1) - 1
-    return (values / scale).round().clamp(-top, top) * scale
+    return (values / scale).round().clamp(-top - 1, top) * scale
 
 
 def rounded_by_hand(x: Tensor, kept: Scheme, calibrated: float | None) -> Tensor:

@@ -68,7 +68,7 @@ def by_hand(x: Tensor, linear: QLinear, loud: list[int]) -> Tensor:
         quiet = token.clone()
         quiet[loud] = 0
         scale = float(quiet.abs().max()) / 127 if not linear.calibrated else float(linear.input_scale)
-        seen = (quiet / scale).round().clamp(-127, 127) * scale
+        seen = (quiet / scale).round().clamp(-128, 127) * scale
         seen[loud] = token[loud]
         rows.append(weight @ seen + linear.bias.double())
     return torch.stack(rows).view(*x.shape[:-1], -1)
@@ -124,3 +124,14 @@ def test_simulated_schemes_keep_outlier_columns_too() -> None:
     for _ in range(2):
         torch.testing.assert_close(linear(x).double(), expected, rtol=1e-4, atol=1e-4)
         linear.unpack()
+
+
+def test_what_lies_beyond_a_calibrated_range_is_clamped_to_all_codes_there_are() -> None:
+    acts = scheme("W8A8", dynamic=False).input_activations
+    assert acts is not None
+    calibrated = acts.calibrate(torch.tensor(-1.0), torch.tensor(0.5), torch.float32)
+    assert float(calibrated["scale"]) == pytest.approx(1 / 127)
+    x = torch.tensor([[-9.0, -1.0, 0.5, 9.0]])
+    steps = round_activations(x, acts, calibrated) * 127
+    # As vLLM clamps them: its static int8 reaches -128.
+    assert steps.tolist()[0] == pytest.approx([-128, -127, 64, 127])

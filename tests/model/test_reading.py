@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +218,11 @@ def test_a_native_artifact_saved_by_transformers_is_still_the_same(wide: Path, t
     opened.save_pretrained(tmp_path / "saved")
     assert tensors(tmp_path / "saved").keys() == tensors(artifact.path).keys()
     assert torch.equal(logits(laconic.load(tmp_path / "saved")), logits(laconic.load(artifact.path)))
+
+
+def test_what_only_reads_does_not_load_what_compresses() -> None:
+    """So that an engine's environment needs no more than the reading takes."""
+    code = "import sys, laconic, laconic.model.products; print(*(m for m in sys.modules if m.startswith('laconic.')))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "laconic.model.products" in loaded
+    assert not [m for m in loaded if m.startswith(("laconic.engine", "laconic.compression", "laconic.methods"))]

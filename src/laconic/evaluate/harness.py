@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from laconic.compress import versions
+from laconic.compression import versions
 from laconic.engine.artifact import Artifact
 from laconic.evaluate.recovery import Score, compare, mean_recovery, read_groups, read_scores
 from laconic.evaluate.task_files import open_local, suggest

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from laconic.compress import versions
+from laconic.compression import versions
 from laconic.engine.artifact import Artifact
 from laconic.evaluate.fidelity import measure
 from laconic.evaluate.size import measure_size

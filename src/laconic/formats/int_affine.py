@@ -16,8 +16,8 @@ from laconic.formats.tiling import Tiling
 
 @dataclass(frozen=True)
 class IntAffine:
-    """num_bits: 2..8. narrow: leave out the lowest code, so that a symmetric grid is centred exactly and
-    its largest value is absmax, which is how engines quantize activations on the fly."""
+    """num_bits: 2..8. narrow: a symmetric grid's highest code is absmax, which is how engines quantize activations; the
+    lowest is left to what lies beyond the range that was seen."""
 
     num_bits: int
     symmetric: bool
@@ -43,7 +43,7 @@ class IntAffine:
     @property
     def qmin(self) -> int:
         """Lowest code."""
-        return int(self.narrow) - (1 << (self.num_bits - 1))
+        return -(1 << (self.num_bits - 1))
 
     @property
     def qmax(self) -> int:
@@ -56,10 +56,10 @@ class IntAffine:
     def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NOTHING) -> Params:
         """The grid over [lo, hi], widened to hold zero. An all-zero tile gets scale 1."""
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-        span = 2 * torch.maximum(-lo, hi) if self.symmetric else hi - lo
-        scale = storable(span / (self.qmax - self.qmin), dtype)
         if self.symmetric:
-            return {"scale": scale}
+            steps = self.qmax if self.narrow else (self.qmax - self.qmin) / 2
+            return {"scale": storable(torch.maximum(-lo, hi) / steps, dtype)}
+        scale = storable((hi - lo) / (self.qmax - self.qmin), dtype)
         zero_point = (self.qmin - lo / scale.float()).round_().clamp_(self.qmin, self.qmax)
         return {"scale": scale, "zero_point": zero_point.to(torch.int8)}
 

@@ -21,7 +21,8 @@ class Rtn(QuantizingStage, LinearStage):
 
     @property
     def original_inputs(self) -> bool:
-        return True
+        # A static range is that of what the compressed model reads: what stands out in it must not be cut off.
+        return not self.static
 
     def compress(self, weight: Tensor, moments: Moments | None, dtype: torch.dtype) -> Outcome:
         fmt = self.result.weights
