@@ -69,7 +69,7 @@ def measure(linear: Linear, tokens: int, chunk: int, device: torch.device, repea
 
     W = torch.randn(linear.rows, linear.columns, device=device) / linear.columns**0.5
     x = activations(chunk, linear.columns, device)
-    H = gram(x, tokens) / tokens
+    H = gram(x, tokens)
     order = H.diagonal().argsort(descending=True)
     sorted_H = H[order][:, order]
     factor = feedback(sorted_H, DAMPENING)
@@ -111,8 +111,9 @@ def gram(x: Tensor, tokens: int) -> Tensor:
     moments = Moments(x.shape[1], x.device)
     while moments.tokens < tokens:
         moments.add(x)
-    assert moments.H is not None
-    return moments.H
+    H = moments.finish().H
+    assert H is not None
+    return H
 
 
 def inverse_factor(H: Tensor, dampening_frac: float) -> Tensor:

@@ -6,10 +6,10 @@ python=${PYTHON:-python3}
 make() {
   [ -e "$1/ready" ] && return
   "$python" -m venv "$1"
-  "$1/bin/pip" install -q --upgrade pip setuptools wheel
-  "$1/bin/pip" install -q torch==2.13.0
-  "$1/bin/pip" install -q --no-build-isolation "${@:2}"
-  "$1/bin/pip" install -q --force-reinstall --no-deps torch==2.13.0
+  "$1/bin/python" -m pip install -q --upgrade pip setuptools wheel
+  "$1/bin/python" -m pip install -q torch==2.13.0
+  "$1/bin/python" -m pip install -q --no-build-isolation "${@:2}"
+  "$1/bin/python" -m pip install -q --force-reinstall --no-deps torch==2.13.0
   touch "$1/ready"
 }
 mkdir -p "$1"

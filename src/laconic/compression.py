@@ -35,8 +35,9 @@ from laconic.recipe import Calibration, Recipe, load_recipe
 
 Report = Callable[[Mapping[str, Any]], None]
 
-# Tokens run through a block at once when the recipe does not say: enough to keep the arithmetic busy.
-_TOKENS_AT_ONCE = 16384
+# Tokens run through a block at once when the recipe does not say: enough to keep the arithmetic busy, and on a CPU
+# few enough that what a block computes from them stays small: more would be slower there as well as larger.
+_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 
 # Keys of a recipe that may change between an interruption and going on: the codes do not depend on them.
 _FREE: Any = {"output": True, "device": True, "calibration": {"max_memory_gb"}}
@@ -216,7 +217,7 @@ def _settings(recipe: Recipe, windows: Tensor | None) -> Settings:
     device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
     calibration = recipe.calibration or Calibration(dataset="")
     length = windows.shape[1] if windows is not None else calibration.max_seq_length
-    batch = calibration.batch_size or max(1, _TOKENS_AT_ONCE // length)
+    batch = calibration.batch_size or max(1, _TOKENS_AT_ONCE[device.type] // length)
     gigabytes = calibration.max_memory_gb
     budget = gigabytes * 1e9 if gigabytes else psutil.virtual_memory().available / 4
     return Settings(device, batch, budget, calibration.moe_calibrate_all_experts)

@@ -36,7 +36,7 @@ def taps_of(model: PreTrainedModel) -> list[list[tuple[str, ...]]]:
 
 def assert_seen(moments: Moments, x: torch.Tensor, x_full: torch.Tensor | None = None) -> None:
     """These are the moments of these activations."""
-    H = x.T @ x
+    H = x.T @ x / len(x)
     assert moments.tokens == len(x)
     torch.testing.assert_close(moments.H.double(), H, rtol=1e-3, atol=1e-4 * float(H.diagonal().mean()))
     assert float(moments.lo.min()) == pytest.approx(float(x.min()), rel=1e-3)
@@ -44,7 +44,7 @@ def assert_seen(moments: Moments, x: torch.Tensor, x_full: torch.Tensor | None =
     torch.testing.assert_close(moments.peak.double(), x.abs().amax(0), rtol=1e-3, atol=0)
     if x_full is not None:
         torch.testing.assert_close(
-            moments.D.double(), (x_full - x).T @ x, rtol=1e-3, atol=1e-4 * float(H.diagonal().mean())
+            moments.D.double(), (x_full - x).T @ x / len(x), rtol=1e-3, atol=1e-4 * float(H.diagonal().mean())
         )
 
 

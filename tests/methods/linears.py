@@ -25,7 +25,7 @@ def weight(rows: int = 96, n: int = 128) -> Tensor:
 def moments_of(x: Tensor, x_full: Tensor | None = None, *, gram: bool = True) -> Moments:
     moments = Moments(x.shape[1], torch.device("cpu"), gram=gram, asymmetric=x_full is not None)
     moments.add(x, x_full)
-    return moments
+    return moments.finish()
 
 
 def made_of(stage: LinearStage, W: Tensor, x: Tensor, x_full: Tensor | None = None) -> Tensor:

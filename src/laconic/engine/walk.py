@@ -136,7 +136,7 @@ class _Walker:
         if not done:
             events, passed_on = self._compress(block, i, name, flow, original)
             self.workspace.write_shard(i, to_file(self.source.checkpoint, _stored(block, name)), events)
-        if flow:
+        if flow and self._read_after(i):
             if not passed_on:
                 advance(block, flow.calls[i], flow.stream, self.settings.device)
             if flow.original and original is not None and (done or not self._teaches(name)):
@@ -170,14 +170,17 @@ class _Walker:
         passed_on = False
         for k, (stage, linears) in enumerate(work):
             # The original model's stream is passed on by the last to look at it, before anything is quantized.
-            through = self.plan.original_inputs and observing[-1:] == [k]
+            at_once = self.plan.original_inputs and observing[-1:] == [k]
+            through = at_once and self._read_after(i)
             if isinstance(stage, BlockStage):
                 assert flow is not None
                 events += self._compress_block(block, i, name, stage, linears, flow, original, through)
             else:
                 assert isinstance(stage, LinearStage)
                 last = k == len(work) - 1
-                found, finished = self._compress_linears(block, i, name, stage, linears, flow, original, through, last)
+                found, finished = self._compress_linears(
+                    block, i, name, stage, linears, flow, original, at_once, through, last
+                )
                 events += found
                 passed_on |= finished
             passed_on |= through
@@ -192,11 +195,12 @@ class _Walker:
         linears: Set[str],
         flow: _Flow | None,
         original: nn.Module | None,
+        at_once: bool,
         through: bool,
         last: bool,
     ) -> tuple[list[dict[str, Any]], bool]:
         taps = [t for t in self.plan.anatomy.taps[i] if linears & set(t.linears)]
-        sequential = stage.sequential and not through
+        sequential = stage.sequential and not at_once
         # What waits behind one expert has run the others already: where there are experts, passes begin anew.
         holds = sequential and not any(t.experts for t in taps)
         events: list[dict[str, Any]] = []
@@ -214,14 +218,23 @@ class _Walker:
                 if passes:
                     with self._showing(block, original):
                         moments = observe(passes, together, gram=stage.gram, original=others, through=through)
+                    _give_back()
                 for tap in together:
                     events += self._tokens_seen(name, tap, moments.get(tap))
                     targeted = [n for n in tap.linears if n in linears]
                     events += self._compress_tap(block, name, targeted, stage, moments.get(tap))
-            finished = passes is not None and passes.held and last
+            finished = passes is not None and passes.held and last and self._read_after(i)
             if passes and finished:
                 passes.finish()
         return events, finished
+
+    def _read_after(self, i: int) -> bool:
+        """Whether anything reads what block i puts out: the next block, or a stage that observes the head."""
+        head = self.plan.anatomy.head
+        observed = any(
+            s.observes and head in names for s, names in zip(self.plan.stages, self.plan.touched, strict=True)
+        )
+        return i + 1 < len(self.plan.anatomy.taps) or observed
 
     def _showing(self, *modules: nn.Module | None) -> AbstractContextManager[None]:
         """While this lasts every token is shown to every expert, if that was asked for."""
@@ -462,6 +475,10 @@ def _forget(block: nn.Module) -> None:
         if isinstance(module, QLinear):
             module.dense = None
     block.to("meta")
-    # The allocator keeps what small tensors leave behind, in pieces that the next block does not quite fit into.
+    _give_back()
+
+
+def _give_back() -> None:
+    """Have the allocator return what freed tensors left behind, in pieces that the next do not quite fit into."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -52,12 +52,11 @@ class Gptq(QuantizingStage, LinearStage):
         assert moments is not None
         assert moments.H is not None
         fmt = self.result.weights
-        H = moments.mean()
+        H = moments.H
         # Where the weight is zero as well nothing is lost: so are columns kept beside the codes.
         dead = (H.diagonal() == 0) & (weight != 0).any(0)
         order = by_energy(H) if self.actorder else None
-        sorted_H = H if order is None else H[order][:, order]
-        factor = feedback(sorted_H, self.dampening_frac)
+        factor = feedback(H, self.dampening_frac, order)
         target = self._retarget(weight, moments, H, factor.dampening_frac)
         q = self._sweep(fmt, target, H, factor, order, dtype)
         return Outcome(q, {"dampening_frac": factor.dampening_frac, "dead_columns": int(dead.sum())})
@@ -67,13 +66,12 @@ class Gptq(QuantizingStage, LinearStage):
         assert moments.H is not None
         if moments.D is None:
             return weight
-        H = moments.H / max(1, moments.tokens)
-        return self._retarget(weight, moments, H, feedback(H, self.dampening_frac).dampening_frac)
+        return self._retarget(weight, moments, moments.H, feedback(moments.H, self.dampening_frac).dampening_frac)
 
     def _retarget(self, W: Tensor, moments: Moments, H: Tensor, dampening_frac: float) -> Tensor:
         if moments.D is None:
             return W
-        return retarget(W, moments.D / max(1, moments.tokens) * self.asymmetric, H, dampening_frac)
+        return retarget(W, moments.D * self.asymmetric, H, dampening_frac)
 
     def _sweep(
         self, fmt: Format, W: Tensor, H: Tensor, factor: Feedback, order: Tensor | None, dtype: torch.dtype

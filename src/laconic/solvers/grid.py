@@ -27,7 +27,7 @@ def swept(
     order: of the columns, the loudest first when not given. factor: of H in that order, where it is at hand.
     """
     order = by_energy(H) if order is None else order
-    factor = feedback(H[order][:, order]) if factor is None else factor
+    factor = feedback(H, order=order) if factor is None else factor
     codes = sweep(W[:, order], factor.A, GridRounder(fmt, params, W.shape, order), block_size)
     return codes[:, order.argsort()]
 

@@ -17,10 +17,10 @@ _PANEL = 1024
 
 @dataclass
 class Moments:
-    """Sums over calibration tokens x (the input the compressed model sees) and, where asymmetric calibration is
-    asked for, of x_full (the input the original model sees).
+    """Means over calibration tokens x (the input the compressed model sees) and, where asymmetric calibration is
+    asked for, of x_full (the input the original model sees): sums, until `finish`.
 
-    H: (in, in) float32, the sum of x x^T. D: (in, in) or None, the sum of (x_full - x) x^T.
+    H: (in, in) float32, the mean of x x^T. D: (in, in) or None, that of (x_full - x) x^T.
     lo, hi: (in,) float32, the smallest and largest value seen of each input, zero included. tokens: how many.
     """
 
@@ -48,20 +48,18 @@ class Moments:
         return torch.maximum(-self.lo, self.hi)
 
     def finish(self) -> Moments:
-        """Complete what only half was summed, once all activations are in.
+        """Complete what only half was summed, and make means of the sums, once all activations are in.
 
         Raises: ValueError when NaN or infinity was among the activations.
         """
         if not torch.isfinite(self.hi - self.lo).all():
             raise ValueError("the activations hold NaN or infinity; check the model and the calibration text")
+        tokens = max(1, self.tokens)
         if self.H is not None:
-            _mirror(self.H)
+            _mirror(self.H.div_(tokens))
+        if self.D is not None:
+            self.D.div_(tokens)
         return self
-
-    def mean(self) -> Tensor:
-        """H over the number of tokens."""
-        assert self.H is not None
-        return self.H / max(1, self.tokens)
 
     def add(self, x: Tensor, x_full: Tensor | None = None) -> None:
         """Take in activations of shape (..., in). H is whole only after `finish`."""
@@ -101,7 +99,7 @@ def _mirror(H: Tensor) -> None:
 def output_error(W: Tensor, Q: Tensor, H: Tensor, max_rows: int = 256) -> float:
     """||(W - Q) X||^2 / ||W X||^2 over the calibration set, estimated on evenly spaced rows of W.
 
-    W, Q: (out, in). H: (in, in), the sum of x x^T.
+    W, Q: (out, in). H: (in, in), of x x^T.
     """
     rows = torch.linspace(0, W.shape[0] - 1, min(max_rows, W.shape[0]), device=W.device).long()
     w, e = W[rows].float(), (W[rows].float() - Q[rows].float())

@@ -26,8 +26,12 @@ class Feedback:
     dampening_frac: float
 
 
-def feedback(H: Tensor, dampening_frac: float = 0.01, attempts: int = 6) -> Feedback:
-    """Factor H + dampening_frac * mean(diag H) * I as (I + A^T) D (I + A).
+# Rows moved at a time: what holds the moments of a wide linear should hold no more copies than it must.
+_PANEL = 512
+
+
+def feedback(H: Tensor, dampening_frac: float = 0.01, order: Tensor | None = None, *, attempts: int = 6) -> Feedback:
+    """Factor H + dampening_frac * mean(diag H) * I as (I + A^T) D (I + A), its inputs taken in this order.
 
     H: (in, in) float32, symmetric; an input that is always zero (a dead column) has a zero row and column, and
     after damping has no influence on the others. When the factorisation breaks down the damping is multiplied by
@@ -39,22 +43,34 @@ def feedback(H: Tensor, dampening_frac: float = 0.01, attempts: int = 6) -> Feed
     if mean == 0:
         return Feedback(torch.zeros_like(H), torch.ones_like(H[0]), dampening_frac)
     # With both axes reversed, the lower Cholesky factor is R, the upper factor of H = R R^T.
-    damped = H.flip(0, 1)
+    damped = _reversed(H, order)
     diagonal = damped.diagonal().clone()
     for attempt in range(attempts):
         frac = min(dampening_frac * 10**attempt, 1.0) if attempt else dampening_frac
         damped.diagonal().copy_(diagonal + frac * mean)
         L, info = torch.linalg.cholesky_ex(damped)
         if info == 0 and torch.isfinite(L.diagonal()).all():
-            del damped  # of the size of H, as all the others here
-            R_T = L.flip(0, 1).T.contiguous()
-            del L
+            R_T, n = damped, len(damped)
+            for i in range(0, n, _PANEL):
+                j = min(i + _PANEL, n)
+                R_T[i:j] = L[:, n - j : n - i].flip(0, 1).T
             roots = R_T.diagonal().clone()
             A = R_T.div_(roots[:, None])
             A.diagonal().zero_()
             return Feedback(A, roots.square(), frac)
         dampening_frac = dampening_frac or 1e-3
     raise ValueError("the calibration Hessian cannot be factored; use more calibration text or a larger dampening_frac")
+
+
+def _reversed(H: Tensor, order: Tensor | None) -> Tensor:
+    """H with its rows and columns in the opposite of this order, in new memory."""
+    if order is None:
+        return H.flip(0, 1)
+    last_first = order.flip(0)
+    out = torch.empty_like(H)
+    for rows, into in zip(last_first.split(_PANEL), out.split(_PANEL), strict=True):
+        torch.index_select(H[rows], 1, last_first, out=into)
+    return out
 
 
 class Rounder(Protocol):
