@@ -184,7 +184,7 @@ def test_what_was_tuned_is_what_is_stored() -> None:
     tuned.V.data.uniform_(-0.5, 0.5)
     tuned.high.data.uniform_(0.5, 1)
     made = tuned.weight(fmt, torch.bfloat16).detach()
-    torch.testing.assert_close(tuned.quantized(fmt, torch.bfloat16).decode(), made)
+    torch.testing.assert_close(tuned.quantized(fmt, torch.bfloat16).decode(torch.bfloat16), made)
 
 
 @pytest.mark.parametrize(

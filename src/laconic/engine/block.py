@@ -78,6 +78,6 @@ def stacks(module: nn.Module, linears: Sequence[str], scheme: Scheme | None) -> 
         yield tuple(linears)
 
 
-def stacked(module: nn.Module, linears: Sequence[str]) -> Tensor:
-    """The weights of some linears that read one tensor, their rows together: (out, in) float32."""
-    return torch.cat([linear_at(module, n).weight.detach().float() for n in linears])
+def stacked(module: nn.Module, linears: Sequence[str], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights of some linears that read one tensor, their rows together: (out, in), in new memory."""
+    return torch.cat([linear_at(module, n).weight.detach().to(dtype) for n in linears])

@@ -23,59 +23,74 @@ Weights = Callable[[], Mapping[str, Tensor]]
 
 
 class SignSGD(torch.optim.Optimizer):
-    """Moves every number by the learning rate against the sign of its gradient."""
+    """Moves every number by the learning rate against the sign of its gradient, and keeps it between two bounds."""
 
-    def __init__(self, params: Iterable[Any], lr: float) -> None:
-        super().__init__(params, {"lr": lr})
+    def __init__(self, params: Iterable[Any], lr: float, bounds: tuple[float, float]) -> None:
+        super().__init__(params, {"lr": lr, "bounds": bounds})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    p.sub_(p.grad.sign_(), alpha=group["lr"])
+                    p.sub_(p.grad.sign_(), alpha=group["lr"]).clamp_(*group["bounds"])
 
 
 def tune(
     block: Block,
     weights: Weights,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     targets: Tensor,
     *,
     iters: int,
     batch_size: int,
     acts: Activations | None = None,
-    after_step: Callable[[], None] = lambda: None,
     seed: int = 0,
-) -> tuple[float, float]:
+) -> tuple[float, float, bool]:
     """Lower the mean squared error of the block's output; the learning rate falls linearly to zero.
 
-    targets: (samples, tokens, hidden), what the block should put out. acts: how the inputs of the linears are rounded;
-    the rounding passes gradients on (straight-through). Returns: the error on a fixed batch before and after; what is
-    tuned is put back where it was when that did not fall.
+    optimizers: of a tensor each, which is moved as soon as its gradient is there, and the gradient dropped, so that of
+    all of them only one is in memory. targets: (samples, tokens, hidden), what the block should put out. acts: how the
+    inputs of the linears are rounded; the rounding passes gradients on (straight-through). Returns: the error on a
+    fixed batch before and after, and whether it fell.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(targets)
     probe = torch.linspace(0, count - 1, min(count, batch_size)).long()
-    tuned = [p for group in optimizer.param_groups for p in group["params"]]
-    start = [p.detach().clone() for p in tuned]
     before = _error(block, weights, targets, probe, acts)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / iters)
-    with torch.enable_grad():
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 - step / iters) for o in optimizers]
+    with torch.enable_grad(), _moved_at_once(optimizers):
         for _ in range(iters):
             picked = torch.randperm(count, generator=generator)[:batch_size]
-            loss = _loss(block, weights(), targets, picked, acts)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            after_step()
+            _loss(block, weights(), targets, picked, acts).backward()
+            for schedule in schedules:
+                schedule.step()
     after = _error(block, weights, targets, probe, acts)
-    if not after < before:
-        for p, old in zip(tuned, start, strict=True):
-            p.data.copy_(old)
-        after = before
-    return before, after
+    return before, after, after < before
+
+
+@contextmanager
+def _moved_at_once(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
+    """While this lasts each optimizer steps in the backward pass, when the gradient of its tensor is complete."""
+
+    def mover(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
+        def move(_: Tensor) -> None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return move
+
+    handles = [
+        p.register_post_accumulate_grad_hook(mover(optimizer))
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def outputs(block: Block, module: nn.Module | None = None) -> Tensor:

@@ -7,7 +7,7 @@ compressed model's activations comes near to the original model's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from laconic.engine.block import Block, stacked, stacks
 from laconic.engine.stage import BlockStage, Outcome, QuantizingStage
 from laconic.engine.train import SignSGD, outputs, tune, unstack
 from laconic.formats import Format, Params, Quantized
+from laconic.formats.pieces import rows_at_once
 
 # How far float32 may take a value that lies half a step from its code.
 _ROUNDING = 1 + 1e-4
@@ -43,32 +44,32 @@ class AutoRound(QuantizingStage, BlockStage):
     def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
         fmt = self.result.weights
         names = [n for tap in block.targeted_taps() for n in stacks(block.module, block.targets(tap), self.result)]
-        tuned = {n: _Tuned.start(fmt, stacked(block.module, n)) for n in names}
+        tuned = {n: _Tuned.start(fmt, stacked(block.module, n, block.dtype)) for n in names}
         targets = block.original_output.hidden if block.original_output else outputs(block)
 
         def weights() -> Mapping[str, Tensor]:
             made: dict[str, Tensor] = {}
             for linears, parts in tuned.items():
-                made |= unstack(block.module, linears, parts.weight(fmt, block.dtype).to(block.dtype))
+                made |= unstack(block.module, linears, parts.weight(fmt, block.dtype))
             return made
 
-        def clamp() -> None:
-            for parts in tuned.values():
-                parts.clamp()
-
-        ranges = [r for t in tuned.values() for r in (t.low, t.high)] if self.clip else []
-        optimizer = SignSGD([*(t.V for t in tuned.values()), *ranges], lr=self.lr or 1 / self.iters)
-        before, after = tune(
+        step = self.lr or 1 / self.iters
+        optimizers = [SignSGD([t.V], step, (-0.5, 0.5)) for t in tuned.values()]
+        if self.clip:
+            optimizers += [SignSGD([end], step, (0.1, 1)) for t in tuned.values() for end in (t.low, t.high)]
+        before, after, fell = tune(
             block,
             weights,
-            optimizer,
+            optimizers,
             targets,
             iters=self.iters,
             batch_size=self.batch_size,
             acts=self.result.input_activations if not self.static else None,
-            after_step=clamp,
         )
-        notes = {"loss_before": before, "loss_after": after}
+        if not fell:
+            for parts in tuned.values():
+                parts.reset()
+        notes = {"loss_before": before, "loss_after": after if fell else before}
         return {n: Outcome(t.quantized(fmt, block.dtype), notes) for n, t in tuned.items()}
 
 
@@ -88,15 +89,17 @@ class _Tuned:
     def start(cls, fmt: Format, W: Tensor) -> _Tuned:
         """Round to nearest over the whole range."""
         tiles = fmt.tiling.split(W)
-        lo, hi = tiles.amin(-1), tiles.amax(-1)
-        V, low, high = (torch.zeros_like(tiles), torch.ones_like(lo), torch.ones_like(hi))
-        return cls(W, V.requires_grad_(), lo, hi, low.requires_grad_(), high.requires_grad_())
+        lo, hi = tiles.amin(-1).float(), tiles.amax(-1).float()
+        V, low, high = torch.empty_like(tiles, dtype=torch.float32), torch.empty_like(lo), torch.empty_like(hi)
+        started = cls(W, V.requires_grad_(), lo, hi, low.requires_grad_(), high.requires_grad_())
+        started.reset()
+        return started
 
-    def clamp(self) -> None:
-        """Keep V within half a step to either side, and ranges within the tile's own."""
-        self.V.data.clamp_(-0.5, 0.5)
-        self.low.data.clamp_(0.1, 1)
-        self.high.data.clamp_(0.1, 1)
+    def reset(self) -> None:
+        """Go back to rounding to nearest over the whole range."""
+        self.V.data.zero_()
+        self.low.data.fill_(1)
+        self.high.data.fill_(1)
 
     def params(self, fmt: Format, dtype: torch.dtype) -> Params:
         """As they will be stored."""
@@ -106,10 +109,10 @@ class _Tuned:
             return {**fmt.from_range(lo, hi, dtype, shared), **shared}
 
     def weight(self, fmt: Format, dtype: torch.dtype) -> Tensor:
-        """The rounded weight, differentiable in V, low and high through the rounding."""
+        """The rounded weight in `dtype`, differentiable in V, low and high through the rounding."""
         span = _span(fmt, self.lo * self.low, self.hi * self.high)
-        params = self.params(fmt, dtype)
-        rounded: Tensor = _Round.apply(fmt.tiling.split(self.W), self.V, span, fmt, params)  # type: ignore[no-untyped-call]
+        tiles, params = fmt.tiling.split(self.W), self.params(fmt, dtype)
+        rounded: Tensor = _Round.apply(tiles, self.V, span, fmt, params, dtype)  # type: ignore[no-untyped-call]
         return fmt.tiling.join(rounded, self.W.shape)
 
     def quantized(self, fmt: Format, dtype: torch.dtype) -> Quantized:
@@ -128,22 +131,48 @@ def _span(fmt: Format, lo: Tensor, hi: Tensor) -> Tensor:
 
 class _Round(torch.autograd.Function):
     """Q = s c, c the rounding of u = W / s + V. Straight through the rounding, where W is not cut off: dQ/dV = s and
-    dQ/ds = c - W / s; where it is cut off, 0 and c. s goes with the span of the grid."""
+    dQ/ds = c - W / s; where it is cut off, 0 and c. s goes with the span of the grid.
+
+    Nothing as large as W is kept between the two passes: rounding again costs less than remembering.
+    """
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, V: Tensor, span: Tensor, fmt: Format, params: Params) -> Tensor:
+    def forward(
+        ctx: Any, W: Tensor, V: Tensor, span: Tensor, fmt: Format, params: Params, dtype: torch.dtype
+    ) -> Tensor:
         s = fmt.unit(params).unsqueeze(-1)
-        u = W / s
-        shifted = torch.addcmul(W, V, s)
-        Q = fmt.snap_tiles(shifted, params)
-        inside = (shifted.sub_(Q).abs_() <= s * (fmt.widest / 2 * _ROUNDING)).to(W.dtype)
-        c = Q / s
-        ctx.save_for_backward(inside, c.addcmul_(u, inside, value=-1), s, span)
-        return Q
+        ctx.save_for_backward(W, V, s, span)
+        ctx.fmt, ctx.params = fmt, params
+        out = torch.empty(W.shape, dtype=dtype, device=W.device)
+        for some in _pieces(W):
+            shifted = torch.addcmul(W[some].float(), V[some], s[some])
+            out[some] = fmt.snap_tiles(shifted, _of(params, some, W))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inside, by_scale, s, span = ctx.saved_tensors
-        (grad,) = grads
-        to_span = by_scale.mul_(grad).sum(-1) * (s.squeeze(-1) / span.clamp(min=1e-30))
-        return None, inside.mul_(grad).mul_(s), to_span, None, None
+        W, V, s, span = ctx.saved_tensors
+        fmt, (grad,) = ctx.fmt, grads
+        to_V, to_span = torch.empty_like(V), torch.zeros_like(span)
+        for some in _pieces(W):
+            w, unit, g = W[some].float(), s[some], grad[some].float()
+            shifted = torch.addcmul(w, V[some], unit)
+            Q = fmt.snap_tiles(shifted, _of(ctx.params, some, W))
+            inside = (shifted.sub_(Q).abs_() <= unit * (fmt.widest / 2 * _ROUNDING)).to(w.dtype)
+            if ctx.needs_input_grad[2]:
+                # s times dQ/ds, summed over the tile; s goes with the span.
+                by_scale = Q.addcmul_(w, inside, value=-1).mul_(g).sum(-1)
+                to_span[some] = by_scale / span[some].clamp(min=1e-30)
+            torch.mul(inside.mul_(g), unit, out=to_V[some])
+        return None, to_V, to_span, None, None, None
+
+
+def _pieces(tiles: Tensor) -> Iterator[slice]:
+    step = rows_at_once(tiles)
+    for start in range(0, len(tiles), step):
+        yield slice(start, start + step)
+
+
+def _of(params: Params, some: slice, tiles: Tensor) -> Params:
+    """The parameters of some of the tiles; those of the whole tensor are every tile's."""
+    return {n: p[some] if p.dim() == tiles.dim() - 1 else p for n, p in params.items()}

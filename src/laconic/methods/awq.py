@@ -20,12 +20,13 @@ from laconic.engine.block import Block, stacked, stacks
 from laconic.engine.stage import BlockStage, Outcome, QuantizingStage
 from laconic.engine.train import standing_in
 from laconic.formats import Format, Params, fit, quantize
+from laconic.formats.pieces import rows_at_once
 from laconic.model.anatomy import Tap, linear_at
 from laconic.model.links import Link, fold, pooled
 from laconic.solvers.search import search_range
 
-# Tokens summed, and elements rounded, at a time.
-_RUN, _CACHE = 2048, 1 << 18
+# Tokens summed at a time.
+_RUN = 2048
 
 
 class Awq(QuantizingStage, BlockStage):
@@ -197,7 +198,7 @@ def _rounded(weight: Tensor, s: Tensor, fmt: Format) -> Tensor:
     """Q(W s) / s: what a linear is once its columns were scaled by s, rounded, and the scale taken back."""
     out = torch.empty_like(weight)
     height = (fmt.tiling.block_structure or (1, 1))[0]
-    rows = len(weight) if fmt.tiling.strategy == "tensor" else max(1, _CACHE // weight.shape[1] // height) * height
+    rows = len(weight) if fmt.tiling.strategy == "tensor" else max(1, rows_at_once(weight) // height) * height
     for w, into in zip(weight.split(rows), out.split(rows), strict=True):
         scaled = w.float() * s
         into.copy_(quantize(fmt, scaled, fit(fmt, scaled)).decode() / s)

@@ -42,16 +42,18 @@ class ZeroQuant(QuantizingStage, BlockStage):
                 made |= unstack(block.module, linears, rounded_through(W, nearest).to(block.dtype))
             return made
 
-        groups = [{"params": [W], "lr": self.lr * float(W.detach().square().mean().sqrt())} for W in tuned.values()]
-        before, after = tune(
+        optimizers = [
+            torch.optim.Adam([W], lr=self.lr * float(W.detach().square().mean().sqrt())) for W in tuned.values()
+        ]
+        before, after, fell = tune(
             block,
             weights,
-            torch.optim.Adam(groups),
+            optimizers,
             outputs(block),
             iters=self.iters,
             batch_size=self.batch_size,
             acts=self.result.input_activations if not self.static else None,
         )
-        notes = {"loss_before": before, "loss_after": after}
-        made = {n: W.detach() for n, W in tuned.items()}
+        notes = {"loss_before": before, "loss_after": after if fell else before}
+        made = {n: W.detach() if fell else stacked(block.module, n) for n, W in tuned.items()}
         return {n: Outcome(quantize(fmt, W, fit(fmt, W, block.dtype)), notes) for n, W in made.items()}

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from laconic.engine.artifact import Artifact
 from laconic.engine.writer import write_text
-from laconic.report.plots import error_plot, size_plot
+from laconic.report.plots import error_plot, fragments, size_plot
 from laconic.report.table import COLUMNS, caption, cells
 from laconic.report.task_table import task_rows, tasks_caption
 
@@ -42,7 +42,7 @@ def gather(folders: list[Path]) -> list[Evaluated]:
         evaluations = [r for name, r in results.items() if name.startswith("eval-")]
         tasks = [r for name, r in results.items() if name.startswith("tasks-")]
         found.append(Evaluated(folder, artifact.recipe, artifact.log, results.get("compress"), evaluations, tasks))
-    if not any(a.evaluations for a in found):
+    if not any(a.evaluations or a.tasks for a in found):
         raise ValueError("none of these artifacts was evaluated; run 'laconic eval DIR --baseline MODEL' first")
     return found
 
@@ -60,19 +60,24 @@ def write_page(artifacts: list[Evaluated], file: Path) -> None:
         columns=COLUMNS,
         rows=[cells(r) for r in results],
         caption=caption(results),
-        headline=_headline(results),
+        headline=_headline(artifacts),
         artifacts=artifacts,
         task_rows=task_rows,
         tasks_caption=tasks_caption,
         recipe_text=lambda a: yaml.safe_dump(a.recipe, sort_keys=False) if a.recipe else "",
-        plots=[p for p in (size_plot(results), error_plot(artifacts)) if p],
+        plots=fragments(size_plot(results), error_plot(artifacts)),
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, html)
 
 
-def _headline(results: list[dict[str, Any]]) -> str:
+def _headline(artifacts: list[Evaluated]) -> str:
     """The first result in a sentence."""
+    results = [r for a in artifacts for r in a.evaluations]
+    if not results:
+        tasks = next(t for a in artifacts for t in a.tasks)
+        recovery = tasks["mean_recovery"]
+        return f"{len(tasks['rows'])} measures of tasks" + (f"; mean recovery {recovery:.1%}." if recovery else ".")
     r = results[0]
     said = f"{r['bits_per_weight']:.2f} bits per weight"
     if r.get("baseline_file_bytes"):

@@ -1,4 +1,4 @@
-"""Plots for the page, by plotly, as HTML fragments; the first on the page carries the script."""
+"""Plots for the page, by plotly, as HTML fragments."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LAYOUT = {
 }
 
 
-def size_plot(results: Sequence[dict[str, Any]]) -> str:
-    """Bits per weight against KL to the original; empty when nothing was compared."""
+def size_plot(results: Sequence[dict[str, Any]]) -> go.Figure | None:
+    """Bits per weight against KL to the original; None when nothing was compared."""
     compared = [r for r in results if r["kl_mean"] is not None]
     if not compared:
-        return ""
+        return None
     names = [str(r["model"]).rstrip("/").rpartition("/")[2] for r in compared]
     figure = go.Figure(
         go.Scatter(
@@ -41,11 +41,11 @@ def size_plot(results: Sequence[dict[str, Any]]) -> str:
     figure.update_layout(title="Size and fidelity", **_LAYOUT)
     figure.update_xaxes(title="bits per weight, whole model")
     figure.update_yaxes(title="KL to the original (nats a token)", rangemode="tozero")
-    return _fragment(figure, first=True)
+    return figure
 
 
-def error_plot(artifacts: Sequence[Evaluated]) -> str:
-    """Relative error of every linear, in the order of the walk; empty when no log is there."""
+def error_plot(artifacts: Sequence[Evaluated]) -> go.Figure | None:
+    """Relative error of every linear, in the order of the walk; None when no log is there."""
     figure = go.Figure()
     for a in artifacts:
         events = [e for e in a.log if e.get("event") == "linear"]
@@ -60,14 +60,15 @@ def error_plot(artifacts: Sequence[Evaluated]) -> str:
                 hovertemplate="%{text}<br>%{y:.2e}<extra></extra>",
             )
     if not figure.data:
-        return ""
+        return None
     figure.update_layout(title="Error of each linear", showlegend=len(figure.data) > 1, **_LAYOUT)
     figure.update_xaxes(title="linear, from the first block to the last")
     figure.update_yaxes(title="relative squared error", type="log", exponentformat="power")
-    return _fragment(figure, first=False)
+    return figure
 
 
-def _fragment(figure: go.Figure, *, first: bool) -> str:
-    return str(
-        figure.to_html(full_html=False, include_plotlyjs=first, config={"displayModeBar": False, "responsive": True})
-    )
+def fragments(*figures: go.Figure | None) -> list[str]:
+    """The figures that are there, as HTML; the first brings the script."""
+    config = {"displayModeBar": False, "responsive": True}
+    there = [f for f in figures if f is not None]
+    return [str(f.to_html(full_html=False, include_plotlyjs=i == 0, config=config)) for i, f in enumerate(there)]

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from laconic.formats import Format, Params, fit_shared
-
-# Elements worked on at a time: few enough to stay in cache, enough to be worth a call.
-_CACHE = 1 << 18
-_GPU = 1 << 26
+from laconic.formats.pieces import at_once
 
 Cost = Callable[[Tensor], Tensor]
 """What the errors of tiles (..., tiles, n) cost, (..., tiles). It may overwrite them."""
@@ -42,7 +39,7 @@ def search_range(
     shared = fit_shared(fmt, w) if shared is None else shared
     tiles = fmt.tiling.split(w.float())
     shape, n = tiles.shape[:-1], tiles.shape[-1]
-    at_once = max(1, (_GPU if w.is_cuda else _CACHE) // n)
+    few = max(1, at_once(w) // n)
 
     def search(tiles: Tensor, cost: Cost) -> Params:
         return _search(fmt, tiles, cost, dtype, shared, steps, shrink_to)
@@ -51,20 +48,18 @@ def search_range(
         assert hessian is None, "a hessian goes with grids of a group or a row"
         flat = tiles.reshape(-1, n)
         weights = torch.ones_like(flat) if importance is None else _spread(fmt, w, importance)
-        found = [
-            search(some, _weighted(h)) for some, h in zip(flat.split(at_once), weights.split(at_once), strict=True)
-        ]
+        found = [search(some, _weighted(h)) for some, h in zip(flat.split(few), weights.split(few), strict=True)]
         return {name: torch.cat([f[name] for f in found]).reshape(shape) for name in found[0]} | dict(shared)
     # Tiles of the same columns have the same importance: they are searched together, several columns at a time.
     across = tiles.transpose(0, 1)
     if hessian is None:
         weights = torch.ones_like(w[:1]) if importance is None else importance[None]
-        costs = [_weighted_alike(h) for h in fmt.tiling.split(weights.float())[0].split(max(1, at_once // shape[0]))]
+        costs = [_weighted_alike(h) for h in fmt.tiling.split(weights.float())[0].split(max(1, few // shape[0]))]
     else:
-        costs = [_quadratic(H) for H in hessian.split(max(1, at_once // shape[0]))]
-    groups = across.split(max(1, at_once // shape[0]))
+        costs = [_quadratic(H) for H in hessian.split(max(1, few // shape[0]))]
+    groups = across.split(max(1, few // shape[0]))
     columns = [
-        [search(rows.contiguous(), cost) for rows in some.split(at_once, 1)]
+        [search(rows.contiguous(), cost) for rows in some.split(few, 1)]
         for some, cost in zip(groups, costs, strict=True)
     ]
     names = list(columns[0][0])
