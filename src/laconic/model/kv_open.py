@@ -1,0 +1,111 @@
+"""Caches for a model: of which shape they must be, and how the model comes to use them."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from laconic.formats.kv_scheme import KvScheme
+from laconic.model.kv_cache import Calibrated, KvCache
+from laconic.model.places import places_of
+
+_OTHER_STATE = ("mamba", "linear_attention", "recurrent", "conv")
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """layers; heads: key-value heads a layer; channels: of a head; windows: how many tokens each layer attends to
+    (None: all)."""
+
+    layers: int
+    heads: int
+    channels: int
+    windows: tuple[int | None, ...]
+
+
+def kv_shape(config: Any) -> KvShape:
+    """The shape of a model's cache, by its config.
+
+    Raises: ValueError for models whose cache is something else: latent attention, state-space layers.
+    """
+    text = config.get_text_config()
+    kind = getattr(text, "model_type", "?")
+    if getattr(text, "kv_lora_rank", None):
+        raise ValueError(f"'{kind}' caches latent vectors (MLA), not keys and values; a quantized cache is not for it")
+    types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    if any(word in t for t in (*types, kind) for word in _OTHER_STATE):
+        raise ValueError(f"'{kind}' has state-space or recurrent layers, which a quantized cache is not for")
+    queries = text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or queries
+    if kind == "falcon":
+        heads = text.num_kv_heads if text.new_decoder_architecture else 1 if text.multi_query else queries
+    channels = getattr(text, "head_dim", None) or text.hidden_size // queries
+    window = getattr(text, "sliding_window", None)
+    windows = tuple(window if "sliding" in t or "chunked" in t else None for t in types)
+    return KvShape(text.num_hidden_layers, heads, channels, windows)
+
+
+def make_cache(model: PreTrainedModel, scheme: KvScheme, calibrated: Calibrated | None = None) -> KvCache:
+    """A new, empty cache for one batch: `model.generate(..., past_key_values=cache)`.
+
+    calibrated: what calibration fixed, where the scheme has any of it.
+    Raises: ValueError when the model cannot have such a cache, or another model was calibrated.
+    """
+    shape = kv_shape(model.config)
+    scheme.check(shape.layers, shape.heads, shape.channels)
+    if scheme.calibrated and calibrated is None:
+        raise ValueError(f"a cache of '{scheme.method}' is calibrated; make it by 'laconic compress' and open that")
+    if scheme.fingerprint and scheme.fingerprint != fingerprint(model):
+        raise ValueError("this cache was calibrated on another model; calibrate it on this one, by 'laconic compress'")
+    _listen(model)
+    places = places_of(model, rotary=scheme.pre_rope)
+    return KvCache(scheme, places=places, calibrated=calibrated, windows=shape.windows)
+
+
+def use_by_default(model: PreTrainedModel, scheme: KvScheme, calibrated: Calibrated | None) -> None:
+    """Have `generate` make such a cache where it is given none."""
+    make_cache(model, scheme, calibrated)  # says what is wrong now rather than then
+    parameters = inspect.signature(type(model).forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"
+    prepare: Any = getattr(model, "_prepare_cache_for_generation")  # noqa: B009 - typed as a tensor
+
+    def prepare_ours(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
+        if wanted and model_kwargs.get(name) is None:
+            model_kwargs[name] = make_cache(model, scheme, calibrated)
+        return prepare(generation_config, model_kwargs, *args, **kwargs)
+
+    vars(model)["_prepare_cache_for_generation"] = prepare_ours
+    vars(model)["kv_scheme"] = scheme
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Of the embeddings, which compression leaves alone: the same for a model and what was made of it."""
+    table: Any = model.get_input_embeddings().weight
+    weight = table.detach().flatten()
+    some = weight[torch.linspace(0, weight.numel() - 1, 256, device=weight.device).long()]
+    told = some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+    return hashlib.sha256(told + str(tuple(table.shape)).encode()).hexdigest()[:16]
+
+
+def _listen(model: PreTrainedModel) -> None:
+    """Have caches of ours told of each forward pass, once for all."""
+    decoder: nn.Module = model.get_decoder()
+    if not getattr(decoder, "laconic_tells_places", False):
+        decoder.register_forward_pre_hook(_tell, with_kwargs=True)
+        vars(decoder)["laconic_tells_places"] = True
+
+
+def _tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = (kwargs.get("cache"), kwargs.get("past_key_values"))
+    cache = next((c for c in given if isinstance(c, KvCache)), None)
+    if cache is not None:
+        tokens = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
+        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        cache.places.begin(cache.get_seq_length(), tokens.shape[1], positions, mask)
