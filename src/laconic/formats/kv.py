@@ -211,8 +211,10 @@ def _middle_and_spread(fmt: KvFormat, x: Tensor, static: Static | None) -> tuple
         return offset, scale
     if fmt.axis == "channel":
         tiles = _tiles(fmt, x)
-        lo, hi = (e.repeat_interleave(fmt.group_size, 2) for e in (tiles.amin(3), tiles.amax(3)))
-        return (lo + hi) / 2, ((hi - lo) / 2).clamp(min=1e-12)
+        # Not the range: what is far out would be its own measure.
+        middle = tiles.median(3, keepdim=True).values
+        spread = (tiles - middle).abs().median(3, keepdim=True).values.clamp(min=1e-12)
+        return middle.expand_as(tiles).flatten(2, 3), spread.expand_as(tiles).flatten(2, 3)
     return x.mean(-1, keepdim=True), torch.ones_like(x[..., :1])
 
 

@@ -38,7 +38,9 @@ def kv_shape(config: Any) -> KvShape:
     kind = getattr(text, "model_type", "?")
     if getattr(text, "kv_lora_rank", None):
         raise ValueError(f"'{kind}' caches latent vectors (MLA), not keys and values; a quantized cache is not for it")
-    types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    window = getattr(text, "sliding_window", None)
+    everywhere = "full_attention" if window is None else "sliding_attention"
+    types = getattr(text, "layer_types", None) or [everywhere] * text.num_hidden_layers
     if any(word in t for t in (*types, kind) for word in _OTHER_STATE):
         raise ValueError(f"'{kind}' has state-space or recurrent layers, which a quantized cache is not for")
     queries = text.num_attention_heads
@@ -46,7 +48,6 @@ def kv_shape(config: Any) -> KvShape:
     if kind == "falcon":
         heads = text.num_kv_heads if text.new_decoder_architecture else 1 if text.multi_query else queries
     channels = getattr(text, "head_dim", None) or text.hidden_size // queries
-    window = getattr(text, "sliding_window", None)
     windows = tuple(window if "sliding" in t or "chunked" in t else None for t in types)
     return KvShape(text.num_hidden_layers, heads, channels, windows)
 

@@ -35,7 +35,8 @@ class Places:
         """A forward pass of so many tokens begins, after those seen. positions: (rows or 1, tokens). mask: (rows, seen
         + tokens), zero for padding."""
         self._known.clear()
-        if mask is not None and mask.dim() == 2 and seen == 0 and not mask.all():
+        # While only padding was seen, more of it may follow.
+        if mask is not None and mask.dim() == 2 and not mask.all():
             self.padding = (mask == 0).long().cumprod(-1).sum(-1)
         if self.rotary is None:
             return
