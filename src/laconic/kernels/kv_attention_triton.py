@@ -11,6 +11,7 @@ values (two tokens). Which channels a product is of is of no matter to a sum ove
 belong when they are stored.
 """
 
+# mypy: disable-error-code="assignment,var-annotated"
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ try:
     import triton.language as tl
 except ImportError as e:
     raise ImportError("attention over a packed cache on a GPU needs Triton: pip install triton") from e
+
+from laconic.kernels.planes_triton import numbers, one, ranges, tiles
 
 # Tokens in 16 bit a program: few, so that none takes longer than those over packed tokens.
 _DENSE_TOKENS = 64
@@ -60,8 +63,7 @@ def kv_attention_triton(
     """
     batch, heads, D = q.shape
     q = q.contiguous()
-    kc, vc = keys.stored["codes"], values.stored["codes"]
-    kv_heads, tokens = kc.shape[1], keys.tokens
+    kv_heads, tokens = window[0].shape[1], keys.tokens
     rep = heads // kv_heads
     tile = tile or TILES.get((keys.fmt.num_bits, values.fmt.num_bits), Tile())
     block = _block(tile.tokens, keys.fmt, values.fmt)
@@ -88,6 +90,8 @@ def kv_attention_triton(
             *k.strides, *v.strides, *wk.stride()[:3], *wv.stride()[:3], *sk.stride()[:3], *sv.stride()[:3],
             *k.layout, *v.layout,
             REP=rep, ROWS=max(8, triton.next_power_of_2(rep)), D=D, N=block, DENSE=_DENSE_TOKENS,
+            # The interpreter has no assembler.
+            FAST=q.is_cuda,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         _join[(batch * heads, D // min(D, 32))](sums, weights, out, runs, D=D, C=min(D, 32), RUNS=32, num_warps=2)
@@ -110,11 +114,11 @@ class _Side:
         codes = _rows(stored["codes"]).view(_WORDS[unit])
         if fmt.group_size is None:
             assert packed.static is not None
-            ranges = {n: packed.static[n] for n in ("scale", "offset") if n in packed.static}
-            ranges = {n: p.expand(batch, heads, D)[:, :, None] for n, p in ranges.items()}
+            fixed = {n: packed.static[n] for n in ("scale", "offset") if n in packed.static}
+            fixed = {n: p.expand(batch, heads, D)[:, :, None] for n, p in fixed.items()}
         else:
-            ranges = {n: _rows(stored[n]) for n in ("scale", "offset") if n in stored}
-        scale, offset = ranges["scale"], ranges.get("offset")
+            fixed = {n: _rows(stored[n]) for n in ("scale", "offset") if n in stored}
+        scale, offset = fixed["scale"], fixed.get("offset")
         levels = None if packed.static is None else packed.static.get("levels")
         zero = 2 ** (fmt.num_bits - 1) if fmt.symmetric and fmt.datatype == "int" else 0
         by_token = fmt.axis == "token" and fmt.group_size is not None
@@ -152,6 +156,7 @@ def _attend(  # type: ignore[no-untyped-def]
     V0: tl.constexpr, V1: tl.constexpr, V_SEG: tl.constexpr, V_UNIT: tl.constexpr,
     V_TYPE: tl.constexpr, V_BY_TOKEN: tl.constexpr, V_GROUP: tl.constexpr, V_ZERO: tl.constexpr,
     REP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """One run of tokens: its attention, and the log2 of the sum of its exponentials."""
     split, runs = tl.program_id(0), tl.num_programs(0)
@@ -211,29 +216,29 @@ def _attend(  # type: ignore[no-untyped-def]
         for start in range(first, tl.minimum(first + run, tokens), N):
             n = start + tl.arange(0, N)
             here = n < tokens
-            k_tiles = _tiles(kc, n, here, kx, (K0 + K1) * D // 8 // K_UNIT, K_X)
-            v_tiles = _tiles(vc, n, here, vx, (V0 + V1) * D // 8 // V_UNIT, V_X)
+            k_tiles = tiles(kc, n, here, kx, (K0 + K1) * D // 8 // K_UNIT, K_X)
+            v_tiles = tiles(vc, n, here, vx, (V0 + V1) * D // 8 // V_UNIT, V_X)
 
             logits = tl.zeros((N, ROWS), tl.float32)
             if K_BY_TOKEN:
                 for s in tl.static_range(D // K_SEG):
                     at = k_range + n * ks_t + s * K_SEG // K_GROUP
-                    scale, offset = _ranges(ks, ko, at, here, K_ZERO)
+                    scale, offset = ranges(ks, ko, at, here, K_ZERO)
                     part = tl.zeros((N, ROWS), tl.float32)
                     for j in tl.static_range(K_UNIT):
-                        codes = _numbers(k_tiles, s, j, kl, K0, K1, D, K_SEG, K_TYPE)
+                        codes = numbers(k_tiles, s, j, kl, K0, K1, D, K_SEG, K_UNIT, K_TYPE, FAST)
                         part = tl.dot(codes, units[s * K_UNIT + j].to(tl.float16), part)
-                    logits += part * (scale * _one(K_TYPE))[:, None] + offset[:, None] * wholes[s][None, :]
+                    logits += part * (scale * one(K_TYPE))[:, None] + offset[:, None] * wholes[s][None, :]
             else:
-                lift = tl.zeros((ROWS,), tl.float32)
+                lift = tl.zeros((K_X, ROWS), tl.float32)
                 for i in tl.static_range(D // K_X):
                     c = (i // K_UNIT) * K_SEG + kx * K_UNIT + i % K_UNIT
                     at = k_range + (start // K_GROUP if K_GROUP else 0) * ks_t + c * ks_c
-                    scale, offset = _ranges(ks, ko, at, kx < K_X, K_ZERO)
-                    lift += tl.sum(units[i] * offset[:, None], 0)
-                    codes = _numbers(k_tiles, i // K_UNIT, i % K_UNIT, kl, K0, K1, D, K_SEG, K_TYPE)
+                    scale, offset = ranges(ks, ko, at, kx < K_X, K_ZERO)
+                    lift += units[i] * offset[:, None]
+                    codes = numbers(k_tiles, i // K_UNIT, i % K_UNIT, kl, K0, K1, D, K_SEG, K_UNIT, K_TYPE, FAST)
                     logits = tl.dot(codes, (units[i] * scale[:, None]).to(tl.float16), logits)
-                logits = logits * _one(K_TYPE) + lift[None, :]
+                logits = logits * one(K_TYPE) + tl.sum(lift, 0)[None, :]
             logits = tl.where((here & (n >= sunk))[:, None], logits * top[None, :], float("-inf"))
 
             if V_BY_TOKEN:
@@ -258,19 +263,19 @@ def _attend(  # type: ignore[no-untyped-def]
                 weighed = p
                 if V_BY_TOKEN:
                     at = v_range + n * vs_t + s * V_SEG // V_GROUP
-                    scale, offset = _ranges(vs, vo, at, here, V_ZERO)
+                    scale, offset = ranges(vs, vo, at, here, V_ZERO)
                     weighed = p * scale[:, None]
                     new_lifts += (lifts[s] * fade + tl.sum(p * offset[:, None], 0),)
                 for j in tl.static_range(V_UNIT):
-                    codes = _numbers(v_tiles, s, j, vl, V0, V1, D, V_SEG, V_TYPE)
+                    codes = numbers(v_tiles, s, j, vl, V0, V1, D, V_SEG, V_UNIT, V_TYPE, FAST)
                     kept = acc[s * V_UNIT + j] * fade[None, :]
                     if V_BY_TOKEN:
                         news += (tl.dot(tl.trans(codes), weighed.to(tl.float16), kept),)
                     else:
                         c = s * V_SEG + vx * V_UNIT + j
                         at = v_range + (start // V_GROUP if V_GROUP else 0) * vs_t + c * vs_c
-                        scale, offset = _ranges(vs, vo, at, vx < V_X, V_ZERO)
-                        part = tl.dot(tl.trans(codes), weighed.to(tl.float16)) * (scale * _one(V_TYPE))[:, None]
+                        scale, offset = ranges(vs, vo, at, vx < V_X, V_ZERO)
+                        part = tl.dot(tl.trans(codes), weighed.to(tl.float16)) * (scale * one(V_TYPE))[:, None]
                         news += (kept + part + offset[:, None] * added[None, :],)
             acc = news
             if V_BY_TOKEN:
@@ -280,7 +285,7 @@ def _attend(  # type: ignore[no-untyped-def]
             c = (i // V_UNIT) * V_SEG + vx * V_UNIT + i % V_UNIT
             x = acc[i]
             if V_BY_TOKEN:
-                x = x * _one(V_TYPE) + lifts[i // V_UNIT][None, :]
+                x = x * one(V_TYPE) + lifts[i // V_UNIT][None, :]
             tl.store(out_at[None, :] + c[:, None], x / total[None, :], (r < REP)[None, :])
         tl.store(weights + row * runs + split, m + tl.log2(total), r < REP)
 
@@ -310,53 +315,6 @@ def _dense(  # type: ignore[no-untyped-def]
         acc = tl.dot(tl.trans(values), p.to(values.dtype), acc * fade[None, :], input_precision="ieee")
     tl.store(out_at[None, :] + d[:, None], acc / total[None, :], rows[None, :])
     tl.store(weight_at, m + tl.log2(total), rows)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _tiles(codes, n, here, x, WORDS: tl.constexpr, X: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The words of the tokens n, each plane cut into pieces of X words: of each piece (tokens, X)."""
-    tiles = ()
-    for piece in tl.static_range(WORDS // X):
-        tiles += (tl.load(codes + n[:, None] * WORDS + (piece * X + x)[None, :], here[:, None], 0),)
-    return tiles
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _numbers(  # type: ignore[no-untyped-def]
-    tiles, S: tl.constexpr, J: tl.constexpr, levels,
-    WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, D: tl.constexpr, SEG: tl.constexpr, TYPE: tl.constexpr,
-):  # fmt: skip
-    """Byte J of the words of segment S of channels: numbers (tokens, words) in float16, in units of `_one`."""
-    PIECES_0: tl.constexpr = D * WIDTH_0 // 8 // SEG
-    code = tiles[S % PIECES_0].to(tl.int32) >> (8 * J + WIDTH_0 * (S // PIECES_0)) & (1 << WIDTH_0) - 1
-    if WIDTH_1:
-        PIECES_1: tl.constexpr = D * WIDTH_1 // 8 // SEG
-        high = tiles[PIECES_0 + S % PIECES_1].to(tl.int32) >> (8 * J + WIDTH_1 * (S // PIECES_1))
-        code |= (high & (1 << WIDTH_1) - 1) << WIDTH_0
-    if TYPE == "table":
-        return tl.load(levels + code).to(tl.float16)
-    if TYPE == "float":
-        # E4M3 has float16's form with fewer bits, its exponents counted from 7 instead of 15.
-        code = (code & 127) << 7 | (code & 128) << 8
-    # A whole number below 1024 is the float16, subnormal, of that many times 2^-24.
-    return code.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _one(TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What 1 in `_numbers` is worth."""
-    if TYPE == "table":
-        return 1.0
-    return 256.0 if TYPE == "float" else 16777216.0
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _ranges(scale, offset, at, here, ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scales and offsets, float32; of symmetric ranges, the offset that a code in the middle answers for."""
-    s = tl.load(scale + at, here, 1.0).to(tl.float32)
-    if offset is None:
-        return s, s * (-ZERO)
-    return s, tl.load(offset + at, here, 0.0).to(tl.float32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
