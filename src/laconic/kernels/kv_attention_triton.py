@@ -1,0 +1,340 @@
+"""`kv_attention` on a GPU: flash-decoding that unpacks codes in registers and never multiplies one by its range.
+
+A program attends over a run of tokens for all query heads of a key-value head; a second kernel joins the runs by their
+log-sum-exps (flash-decoding). Codes enter tensor cores as the small whole numbers they are, and ranges go to the side
+that is smaller: a key channel's scale into the query, a token's scale into its logit or its probability, a value
+channel's scale into the sum over a block of tokens that share it.
+
+Words of several bytes are read, and byte j of all words makes a product of its own. The two numbers that a tensor core
+wants side by side are then the same bits of two words, at no cost in moving bytes, for keys (two channels) as for
+values (two tokens). Which channels a product is of is of no matter to a sum over channels, and values' go where they
+belong when they are stored.
+"""
+
+# mypy: disable-error-code="assignment,var-annotated"
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laconic.formats.kv import KvFormat
+from laconic.formats.planes import planes
+from laconic.kernels.kv_attention import Packed, Pair, segment
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as e:
+    raise ImportError("attention over a packed cache on a GPU needs Triton: pip install triton") from e
+
+from laconic.kernels.planes_triton import numbers, one, ranges, tiles
+
+# Tokens in 16 bit a program: few, so that none takes longer than those over packed tokens.
+_DENSE_TOKENS = 64
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """tokens: of a block, at most. warps, stages: of a program. programs: how many each multiprocessor should get."""
+
+    tokens: int = 32
+    warps: int = 1
+    stages: int = 2
+    programs: int = 12
+
+
+def kv_attention_triton(
+    q: Tensor,
+    keys: Packed,
+    values: Packed,
+    window: Pair,
+    sinks: Pair | None = None,
+    scaling: float | None = None,
+    tile: Tile | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """`kv_attention` for CUDA tensors, or any when Triton's interpreter runs it (TRITON_INTERPRET=1).
+
+    tile: how work is cut; chosen by bits if None. splits: programs over packed tokens of a head; as many as the GPU
+    has room for if None.
+    """
+    batch, heads, D = q.shape
+    q = q.contiguous()
+    kv_heads, tokens = window[0].shape[1], keys.tokens
+    rep = heads // kv_heads
+    tile = tile or TILES.get((keys.fmt.num_bits, values.fmt.num_bits), Tile())
+    block = _block(tile.tokens, keys.fmt, values.fmt)
+    wk, wv = (_rows(w) for w in window)
+    sk, sv = (_rows(s) for s in sinks) if sinks is not None else (wk[:, :, :0], wv[:, :, :0])
+    sunk = min(sk.shape[2], tokens)
+
+    blocks = triton.cdiv(tokens, block) - sunk // block if tokens > sunk else 0
+    splits = splits or triton.cdiv(tile.programs * _multiprocessors(q), batch * kv_heads)
+    per_split = triton.cdiv(blocks, max(1, min(splits, blocks)))
+    packed_splits = triton.cdiv(blocks, per_split) if blocks else 0
+    sink_splits, window_splits = triton.cdiv(sunk, _DENSE_TOKENS), triton.cdiv(wk.shape[2], _DENSE_TOKENS)
+    runs = sink_splits + window_splits + packed_splits
+
+    sums = torch.empty(batch, heads, runs, D, device=q.device)
+    weights = torch.empty(batch, heads, runs, device=q.device)
+    out = torch.empty_like(q)
+    k, v = _Side(keys, batch, kv_heads, D), _Side(values, batch, kv_heads, D)
+    with torch.cuda.device_of(q):
+        _attend[(runs, batch * kv_heads)](
+            q, *k.tensors, *v.tensors, wk, wv, sk, sv, sums, weights,
+            kv_heads, tokens, wk.shape[2], sunk, sink_splits, window_splits, per_split * block,
+            (D**-0.5 if scaling is None else scaling) * 1.4426950408889634,
+            *k.strides, *v.strides, *wk.stride()[:3], *wv.stride()[:3], *sk.stride()[:3], *sv.stride()[:3],
+            *k.layout, *v.layout,
+            REP=rep, ROWS=max(8, triton.next_power_of_2(rep)), D=D, N=block, DENSE=_DENSE_TOKENS,
+            # The interpreter has no assembler.
+            FAST=q.is_cuda,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        _join[(batch * heads, D // min(D, 32))](sums, weights, out, runs, D=D, C=min(D, 32), RUNS=32, num_warps=2)
+    return out
+
+
+# By bits of keys and values.
+TILES: dict[tuple[int, int], Tile] = {}
+
+
+class _Side:
+    """Keys or values as the kernel takes them."""
+
+    def __init__(self, packed: Packed, batch: int, heads: int, D: int) -> None:
+        fmt, stored = packed.fmt, packed.stored
+        seg = segment(fmt, D)
+        # A product has at least 16 words on a side.
+        unit = min(4, seg // 16)
+        widths = [8] if fmt.num_bits == 8 else [width for width, _ in planes(fmt.num_bits)]
+        codes = _rows(stored["codes"]).view(_WORDS[unit])
+        if fmt.group_size is None:
+            assert packed.static is not None
+            fixed = {n: packed.static[n] for n in ("scale", "offset") if n in packed.static}
+            fixed = {n: p.expand(batch, heads, D)[:, :, None] for n, p in fixed.items()}
+        else:
+            fixed = {n: _rows(stored[n]) for n in ("scale", "offset") if n in stored}
+        scale, offset = fixed["scale"], fixed.get("offset")
+        levels = None if packed.static is None else packed.static.get("levels")
+        zero = 2 ** (fmt.num_bits - 1) if fmt.symmetric and fmt.datatype == "int" else 0
+        by_token = fmt.axis == "token" and fmt.group_size is not None
+        self.tensors = codes, scale, offset, levels
+        self.strides = (*codes.stride()[:2], *scale.stride())
+        # In the order of the kernel's parameters.
+        self.layout = widths[0], sum(widths[1:]), seg, unit, fmt.datatype, by_token, fmt.group_size or 0, zero
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` (batch, heads, tokens, n), copied unless rows lie one after another; batches and heads may lie anywhere."""
+    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+
+
+def _block(most: int, *formats: KvFormat) -> int:
+    """Tokens of a block: a power of two, and where channels have ranges of their own, all of one group of tokens."""
+    for fmt in formats:
+        if fmt.axis == "channel" and fmt.group_size:
+            most = min(most, fmt.group_size & -fmt.group_size)
+    return most
+
+
+def _multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend(  # type: ignore[no-untyped-def]
+    q, kc, ks, ko, kl, vc, vs, vo, vl, wk, wv, sk, sv, sums, weights,
+    heads, tokens, recent, sunk, sink_splits, window_splits, run, scaling,
+    kc_b, kc_h, ks_b, ks_h, ks_t, ks_c, vc_b, vc_h, vs_b, vs_h, vs_t, vs_c,
+    wk_b, wk_h, wk_t, wv_b, wv_h, wv_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t,
+    K0: tl.constexpr, K1: tl.constexpr, K_SEG: tl.constexpr, K_UNIT: tl.constexpr,
+    K_TYPE: tl.constexpr, K_BY_TOKEN: tl.constexpr, K_GROUP: tl.constexpr, K_ZERO: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, V_SEG: tl.constexpr, V_UNIT: tl.constexpr,
+    V_TYPE: tl.constexpr, V_BY_TOKEN: tl.constexpr, V_GROUP: tl.constexpr, V_ZERO: tl.constexpr,
+    REP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """One run of tokens: its attention, and the log2 of the sum of its exponentials."""
+    split, runs = tl.program_id(0), tl.num_programs(0)
+    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    r = tl.arange(0, ROWS)
+    row = tl.program_id(1).to(tl.int64) * REP + r
+    q_at, out_at = q + row * D, sums + (row * runs + split) * D
+    if split < sink_splits:
+        first = split * DENSE
+        _dense(
+            q_at, sk + b * sk_b + h * sk_h, sv + b * sv_b + h * sv_h, sk_t, sv_t, first, sunk, scaling,
+            out_at, weights + row * runs + split, r < REP, D, N, DENSE, ROWS,
+        )  # fmt: skip
+    elif split < sink_splits + window_splits:
+        first = (split - sink_splits) * DENSE
+        _dense(
+            q_at, wk + b * wk_b + h * wk_h, wv + b * wv_b + h * wv_h, wk_t, wv_t, first, recent, scaling,
+            out_at, weights + row * runs + split, r < REP, D, N, DENSE, ROWS,
+        )  # fmt: skip
+    else:
+        K_X: tl.constexpr = K_SEG // K_UNIT
+        V_X: tl.constexpr = V_SEG // V_UNIT
+        kx, vx = tl.arange(0, K_X), tl.arange(0, V_X)
+        kc += b * kc_b + h * kc_h
+        vc += b * vc_b + h * vc_h
+        k_range, v_range = b * ks_b + h * ks_h, b * vs_b + h * vs_h
+
+        # Of length at most 1 in every channel, so that no scale lifts it over float16's range.
+        top = tl.zeros((ROWS,), tl.float32)
+        queries = ()
+        for i in tl.static_range(D // K_X):
+            c = (i // K_UNIT) * K_SEG + kx * K_UNIT + i % K_UNIT
+            part = tl.load(q_at[None, :] + c[:, None], (r < REP)[None, :], 0.0).to(tl.float32) * scaling
+            top = tl.maximum(top, tl.max(tl.abs(part), 0))
+            queries += (part,)
+        top = tl.where(top > 0, top, 1.0)
+        units = ()
+        for i in tl.static_range(D // K_X):
+            units += (queries[i] / top[None, :],)
+        wholes = ()
+        for s in tl.static_range(D // K_SEG):
+            whole = tl.zeros((ROWS,), tl.float32)
+            for j in tl.static_range(K_UNIT):
+                whole += tl.sum(units[s * K_UNIT + j], 0)
+            wholes += (whole,)
+
+        m = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = ()
+        for _ in tl.static_range(D // V_X):
+            acc += (tl.zeros((V_X, ROWS), tl.float32),)
+        lifts = ()
+        for _ in tl.static_range(D // V_SEG):
+            lifts += (tl.zeros((ROWS,), tl.float32),)
+
+        first = sunk // N * N + (split - sink_splits - window_splits) * run
+        for start in range(first, tl.minimum(first + run, tokens), N):
+            n = start + tl.arange(0, N)
+            here = n < tokens
+            k_tiles = tiles(kc, n, here, kx, (K0 + K1) * D // 8 // K_UNIT, K_X)
+            v_tiles = tiles(vc, n, here, vx, (V0 + V1) * D // 8 // V_UNIT, V_X)
+
+            logits = tl.zeros((N, ROWS), tl.float32)
+            if K_BY_TOKEN:
+                for s in tl.static_range(D // K_SEG):
+                    at = k_range + n * ks_t + s * K_SEG // K_GROUP
+                    scale, offset = ranges(ks, ko, at, here, K_ZERO)
+                    part = tl.zeros((N, ROWS), tl.float32)
+                    for j in tl.static_range(K_UNIT):
+                        codes = numbers(k_tiles, s, j, kl, K0, K1, D, K_SEG, K_UNIT, K_TYPE, FAST)
+                        part = tl.dot(codes, units[s * K_UNIT + j].to(tl.float16), part)
+                    logits += part * (scale * one(K_TYPE))[:, None] + offset[:, None] * wholes[s][None, :]
+            else:
+                lift = tl.zeros((K_X, ROWS), tl.float32)
+                for i in tl.static_range(D // K_X):
+                    c = (i // K_UNIT) * K_SEG + kx * K_UNIT + i % K_UNIT
+                    at = k_range + (start // K_GROUP if K_GROUP else 0) * ks_t + c * ks_c
+                    scale, offset = ranges(ks, ko, at, kx < K_X, K_ZERO)
+                    lift += units[i] * offset[:, None]
+                    codes = numbers(k_tiles, i // K_UNIT, i % K_UNIT, kl, K0, K1, D, K_SEG, K_UNIT, K_TYPE, FAST)
+                    logits = tl.dot(codes, (units[i] * scale[:, None]).to(tl.float16), logits)
+                logits = logits * one(K_TYPE) + tl.sum(lift, 0)[None, :]
+            logits = tl.where((here & (n >= sunk))[:, None], logits * top[None, :], float("-inf"))
+
+            if V_BY_TOKEN:
+                # Probabilities times scales are at most 1, however large a scale or small another, since the running
+                # maximum is theirs: none overflows float16, and only what is nothing beside the largest underflows.
+                widest = tl.zeros((N,), tl.float32)
+                for s in tl.static_range(D // V_SEG):
+                    at = v_range + n * vs_t + s * V_SEG // V_GROUP
+                    widest = tl.maximum(widest, tl.load(vs + at, here, 1.0).to(tl.float32))
+                peak = tl.max(logits + tl.log2(widest)[:, None], 0)
+            else:
+                peak = tl.max(logits, 0)
+            peak = tl.maximum(m, peak)
+            fade = tl.exp2(m - peak)
+            m = peak
+            p = tl.exp2(logits - m[None, :])
+            added = tl.sum(p, 0)
+            total = total * fade + added
+            news = ()
+            new_lifts = ()
+            for s in tl.static_range(D // V_SEG):
+                weighed = p
+                if V_BY_TOKEN:
+                    at = v_range + n * vs_t + s * V_SEG // V_GROUP
+                    scale, offset = ranges(vs, vo, at, here, V_ZERO)
+                    weighed = p * scale[:, None]
+                    new_lifts += (lifts[s] * fade + tl.sum(p * offset[:, None], 0),)
+                for j in tl.static_range(V_UNIT):
+                    codes = numbers(v_tiles, s, j, vl, V0, V1, D, V_SEG, V_UNIT, V_TYPE, FAST)
+                    kept = acc[s * V_UNIT + j] * fade[None, :]
+                    if V_BY_TOKEN:
+                        news += (tl.dot(tl.trans(codes), weighed.to(tl.float16), kept),)
+                    else:
+                        c = s * V_SEG + vx * V_UNIT + j
+                        at = v_range + (start // V_GROUP if V_GROUP else 0) * vs_t + c * vs_c
+                        scale, offset = ranges(vs, vo, at, vx < V_X, V_ZERO)
+                        part = tl.dot(tl.trans(codes), weighed.to(tl.float16)) * (scale * one(V_TYPE))[:, None]
+                        news += (kept + part + offset[:, None] * added[None, :],)
+            acc = news
+            if V_BY_TOKEN:
+                lifts = new_lifts
+
+        for i in tl.static_range(D // V_X):
+            c = (i // V_UNIT) * V_SEG + vx * V_UNIT + i % V_UNIT
+            x = acc[i]
+            if V_BY_TOKEN:
+                x = x * one(V_TYPE) + lifts[i // V_UNIT][None, :]
+            tl.store(out_at[None, :] + c[:, None], x / total[None, :], (r < REP)[None, :])
+        tl.store(weights + row * runs + split, m + tl.log2(total), r < REP)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _dense(  # type: ignore[no-untyped-def]
+    q_at, k, v, k_t, v_t, first, stop, scaling, out_at, weight_at, rows,
+    D: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One run of tokens in 16 bit."""
+    d = tl.arange(0, D)
+    query = tl.load(q_at[None, :] + d[:, None], rows[None, :], 0.0).to(k.dtype.element_ty)
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((D, ROWS), tl.float32)
+    for start in range(first, tl.minimum(first + DENSE, stop), N):
+        n = start + tl.arange(0, N)
+        here = (n < stop)[:, None]
+        keys = tl.load(k + n[:, None] * k_t + d[None, :], here, 0.0)
+        values = tl.load(v + n[:, None] * v_t + d[None, :], here, 0.0)
+        logits = tl.where(here, tl.dot(keys, query, input_precision="ieee") * scaling, float("-inf"))
+        peak = tl.maximum(m, tl.max(logits, 0))
+        fade = tl.exp2(m - peak)
+        m = peak
+        p = tl.exp2(logits - m[None, :])
+        total = total * fade + tl.sum(p, 0)
+        acc = tl.dot(tl.trans(values), p.to(values.dtype), acc * fade[None, :], input_precision="ieee")
+    tl.store(out_at[None, :] + d[:, None], acc / total[None, :], rows[None, :])
+    tl.store(weight_at, m + tl.log2(total), rows)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _join(  # type: ignore[no-untyped-def]
+    sums, weights, out, runs, D: tl.constexpr, C: tl.constexpr, RUNS: tl.constexpr
+):
+    """C channels of one head's attention, from all its runs."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    m = float("-inf")
+    total = 0.0
+    acc = tl.zeros((C,), tl.float32)
+    for start in range(0, runs, RUNS):
+        run = start + tl.arange(0, RUNS)
+        weight = tl.load(weights + row * runs + run, run < runs, float("-inf"))
+        x = tl.load(sums + (row * runs + run)[:, None] * D + c[None, :], (run < runs)[:, None], 0.0)
+        peak = tl.maximum(m, tl.max(weight, 0))
+        fade = tl.exp2(m - peak)
+        m = peak
+        p = tl.exp2(weight - m)
+        total = total * fade + tl.sum(p, 0)
+        acc = acc * fade + tl.sum(p[:, None] * x, 0)
+    tl.store(out + row * D + c, (acc / total).to(out.dtype.element_ty))
