@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from laconic.evaluate.through_cache import Caches, continue_greedily
 from laconic.model.data import prefix_of
 
-_COLOURS = "red green blue white black golden silver brown grey purple orange pink yellow quiet broken hidden".split()
-_THINGS = "bridge river castle garden tower forest island market window harbour mountain lantern violin wagon".split()
+_COLOURS = "red green blue white black golden silver brown grey purple orange pink yellow quiet broken hidden"
+_THINGS = "bridge river castle garden tower forest island market window harbour mountain lantern violin wagon"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def make_prompt(
     Raises: ValueError when hay, or length, is too short.
     """
     draw = random.Random(seed)
-    name = f"{draw.choice(_COLOURS)} {draw.choice(_THINGS)}"
+    name = f"{draw.choice(_COLOURS.split())} {draw.choice(_THINGS.split())}"
     number = "".join(draw.choices("0123456789", k=form.digits))
     said, asked = (
         list(tokenizer(part.format(name=name, number=number), add_special_tokens=False).input_ids)

@@ -1,4 +1,4 @@
-"""Forward passes through a cache: a text in chunks, so that later tokens attend to what the cache made of earlier ones."""
+"""Forward passes through a cache: a text in chunks, so that later tokens see what the cache made of earlier ones."""
 
 from __future__ import annotations
 

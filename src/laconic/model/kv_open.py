@@ -82,7 +82,7 @@ def use_by_default(model: PreTrainedModel, scheme: KvScheme, calibrated: Calibra
         return prepare(generation_config, model_kwargs, *args, **kwargs)
 
     vars(model)["_prepare_cache_for_generation"] = prepare_ours
-    vars(model)["kv_scheme"] = scheme
+    vars(model)["kv_scheme"], vars(model)["kv_calibrated"] = scheme, calibrated
 
 
 def fingerprint(model: PreTrainedModel) -> str:
