@@ -209,10 +209,11 @@ def _evaluate_long(model: str, suite: str, as_json: bool, **asked: Any) -> None:
     if as_json:
         _print_json(result)
         return
-    from laconic.report.long_table import long_tables
+    from laconic.report.long_table import long_caption, long_tables
 
     for table in long_tables(result):
         out.print(table)
+    out.print(long_caption(result))
 
 
 @app.command()

@@ -52,8 +52,8 @@ def evaluate_tasks(
     tasks: lm-eval's names of tasks, groups or tags, or patterns of them. data: a folder of local JSONL files to take
     the documents from, in place of the Hub. limit: the first so many documents of each task. fewshot: examples in a
     prompt (the task's own number when not given). context_length: tokens a prompt may have (the model's context when
-    not given). dtype: to compute in (the checkpoint's own when not given). kv: one cache, as `caches_for` reads it, that
-    the artifact generates with, in place of its own if it has one. quiet: without lm-eval's progress bars.
+    not given). dtype: to compute in (the checkpoint's own when not given). kv: one cache, as `caches_for` reads it,
+    that the artifact generates with, in place of its own if it has one. quiet: without lm-eval's progress bars.
 
     Returns what is written to `results/` of the artifact. Raises: ValueError for what the caller can mend.
     """

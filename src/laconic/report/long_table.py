@@ -14,14 +14,12 @@ Rows = list[dict[str, str]]
 def long_tables(result: Mapping[str, Any]) -> list[Table]:
     """For the terminal: one row a cache, then perplexity, needles, and what it takes, by length."""
     made = []
-    for i, rows in enumerate(long_rows(result)):
+    for rows in long_rows(result):
         table = Table(box=box.SIMPLE, pad_edge=False)
         for j, column in enumerate(rows[0]):
             table.add_column(column, justify="right" if j else "left", overflow="fold", no_wrap=j > 0)
         for row in rows:
             table.add_row(*row.values())
-        if i == len(long_rows(result)) - 1:
-            table.caption, table.caption_justify = long_caption(result), "left"
         made.append(table)
     return made
 
@@ -44,9 +42,8 @@ def _summary(result: Mapping[str, Any], name: str) -> dict[str, str]:
     if "memory" in result:
         ours, plain = result["memory"][name][-1], result["memory"][result["caches"][0]][-1]
         cells["bits/number"] = f"{ours['bits']:.2f}"
-        cells[f"bytes at {_count(ours['length'])}"] = (
-            f"{_bytes(ours['request_bytes'])}, {plain['request_bytes'] / ours['request_bytes']:.2f}x less"
-        )
+        less = f", {plain['request_bytes'] / ours['request_bytes']:.2f}x less" if ours != plain else ""
+        cells[f"bytes at {_count(ours['length'])}"] = _bytes(ours["request_bytes"]) + less
     if "perplexity" in result:
         whole = result["perplexity"][name][-1]
         cells["perplexity"] = f"{whole['perplexity']:.3f}"
@@ -107,12 +104,11 @@ def _bytes(n: float) -> str:
 
 def long_caption(result: Mapping[str, Any]) -> str:
     """How the result was measured."""
-    said = (
-        f"{result['text']}, {result['dtype']} on {result['device']}, {result['chunk']} tokens through the cache at once"
-    )
+    said = f"{result['text']}, {result['dtype']} on {result['device']}, "
+    said += f"{result['chunk']} tokens through the cache at once"
     if "perplexity" in result:
         said += (
-            f"; perplexity in {result['windows']} windows of {result['lengths'][-1]} tokens, KL of 16 bit to the cache"
+            f"; perplexity in {result['windows']} windows of {result['lengths'][-1]} tokens, KL from the 16-bit cache"
         )
     if "needle" in result:
         said += f"; needles ('{result['prompt']}') at {result['depths']} depths, {result['trials']} each"
