@@ -107,9 +107,7 @@ def long_caption(result: Mapping[str, Any]) -> str:
     said = f"{result['text']}, {result['dtype']} on {result['device']}, "
     said += f"{result['chunk']} tokens through the cache at once"
     if "perplexity" in result:
-        said += (
-            f"; perplexity in {result['windows']} windows of {result['lengths'][-1]} tokens, KL from the 16-bit cache"
-        )
+        said += f"; perplexity in {result['windows']} windows of {result['lengths'][-1]} tokens, KL from 16 bit"
     if "needle" in result:
         said += f"; needles ('{result['prompt']}') at {result['depths']} depths, {result['trials']} each"
     if "memory" in result:

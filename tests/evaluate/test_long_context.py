@@ -1,0 +1,120 @@
+"""`laconic eval --suite long`: its result, its words, its page, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from artifacts import press, rtn
+from commands import Laconic
+from laconic import Artifact
+from laconic.evaluate.caches import caches_for, read_stage, title
+from laconic.evaluate.long_context import evaluate_long
+from laconic.evaluate.through_cache import PLAIN
+from laconic.formats.kv import KvFormat
+from laconic.formats.kv_scheme import uniform
+from laconic.model.kv_open import use_by_default
+from laconic.model.reading import load
+
+KV = "{method: kivi, k_bits: 2, v_bits: 4, group_size: 16, residual_length: 16}"
+NAME = "kivi k_bits 2 v_bits 4 group_size 16 residual_length 16"
+SMALL = ("--lengths", "128,200", "--depths", 2, "--trials", 1, "--windows", 1)
+
+
+@pytest.fixture(scope="module")
+def artifact(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return press(llama, tmp_path_factory.mktemp("artifacts") / "w8", rtn("W8A16"))
+
+
+def test_everything_is_measured_and_kept(artifact: Artifact, text: Path) -> None:
+    result = evaluate_long(artifact.path, kv=[KV], text=str(text), lengths=[200, 128], depths=2, trials=1, windows=2)
+    assert result["caches"] == [PLAIN, NAME]
+    for part, rows in (("perplexity", 2), ("needle", 4), ("memory", 2), ("speed", 2)):
+        assert [len(result[part][name]) for name in result["caches"]] == [rows if part != "perplexity" else 1] * 2
+    assert result["perplexity"][PLAIN][-1]["kl_mean"] == 0 < result["perplexity"][NAME][-1]["kl_mean"]
+    assert result["memory"][NAME][-1]["request_bytes"] < result["memory"][PLAIN][-1]["request_bytes"]
+    assert (result["lengths"], result["seed"], result["windows"]) == ([128, 200], 0, 2)
+    assert result["command"]
+    assert "transformers" in result["versions"]
+    assert artifact.results["long-calibration-200-needle"] == json.loads(json.dumps(result))
+
+
+def test_a_cache_of_the_artifacts_own_is_measured_too(llama: Path) -> None:
+    model = load(llama)
+    scheme = (
+        uniform("own", KvFormat(8), KvFormat(8), 2)
+        if False
+        else uniform("own", KvFormat(8, group_size=16), KvFormat(8, group_size=16), 2)
+    )
+    use_by_default(model, scheme, None)
+    made = caches_for(model, [KV])
+    assert list(made) == [PLAIN, "artifact (own)", NAME]
+    assert made["artifact (own)"]().scheme == scheme  # type: ignore[attr-defined]
+
+
+def test_the_command_says_it_and_the_report_shows_it(
+    laconic: Laconic, artifact: Artifact, text: Path, tmp_path: Path
+) -> None:
+    ran = laconic("eval", artifact.path, "--suite", "long", "--kv", KV, "--text", text, *SMALL)
+    assert ran.code == 0, ran.err
+    for word in ("bits/number", "needles at", "16 bit", "0-200", "tokens/s after"):
+        assert word in ran.out
+    page = tmp_path / "page.html"
+    assert laconic("report", artifact.path, "-o", page).code == 0
+    html = page.read_text()
+    assert NAME in html
+    assert html.count('"type":"heatmap"') == 2
+    assert html.count("<script>") >= 1
+    assert "Perplexity by position" in html
+
+
+def test_a_part_alone(laconic: Laconic, llama: Path) -> None:
+    # Bytes need no text.
+    ran = laconic("eval", llama, "--suite", "long", "--kv", KV, "--measure", "memory", "--lengths", "64", "--json")
+    told = json.loads(ran.out)
+    assert told["memory"][NAME][0]["length"] == 64
+    assert not {"perplexity", "needle", "speed"} & set(told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--suite", "short"], "--suite short is not known; there is 'long'"),
+        (["--suite", "long", "--lengths", "many"], "--lengths many is no list of numbers; write it as in "),
+        (["--suite", "long", "--lengths", "512"], "--lengths 512 is not between 2 and the model's context of 256"),
+        (["--suite", "long", "--depths", "0"], "--depths 0 is less than 1"),
+        (["--suite", "long", "--measure", "taste"], "--measure taste is not one of perplexity, needle, memory, speed"),
+        (["--suite", "long", "--prompt", "riddle"], "--prompt riddle is not one of needle, comment, passkey"),
+        (["--suite", "long", "--kv", "{method: quip}"], "--kv: there is no method 'quip' of a cache; there is kivi"),
+        (["--suite", "long", "--kv", "{"], "--kv { is no YAML: "),
+        (["--suite", "long", "--kv", "kivi"], "--kv kivi names no method; write it as in --kv '{method: kivi, "),
+        (["--suite", "long", "--kv", "{method: kivi, bits: 2}"], "--kv kivi bits 2: bits: Extra inputs"),
+        (["--suite", "long", "--kv", "{method: kivi, k_bits: 9}"], "a cache stores 1 to 8 bits, or 16, not 9"),
+        (["--suite", "long", "--kv", "{method: kivi}"], "group_size 32 does not divide the 16 channels of a head; "),
+        (["--suite", "long", "--baseline", "m"], "--suite long compares caches of one model; leave out --baseline"),
+        (["--lengths", "64"], "--lengths, --depths, --trials, --prompt, --chunk and --measure go with --suite long"),
+        (["--kv", KV], "--kv goes with --suite long, or with --tasks for one cache to generate with"),
+        (["--tasks", "arc_easy", "--kv", KV, "--kv", KV], "tasks are measured with one cache; give --kv once, or use"),
+    ],
+    ids=str,
+)
+def test_a_wrong_command(laconic: Laconic, llama: Path, arguments: list[str], expected: str) -> None:
+    assert laconic("eval", llama, *arguments).complaint.startswith(expected)
+
+
+def test_a_text_that_is_too_short(laconic: Laconic, llama: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too little")
+    said = laconic("eval", llama, "--suite", "long", "--text", short, "--lengths", 128).complaint
+    assert said.startswith("the evaluation text has ")
+    assert said.endswith(
+        "less than one window of 128; give more text or a shorter context (--context-length; "
+        "--lengths of the long suite)"
+    )
+
+
+def test_a_stage_is_told_in_a_few_words() -> None:
+    assert title(read_stage(KV)) == NAME
+    assert read_stage('{"method": "kivi", "k_bits": 2}') == {"method": "kivi", "k_bits": 2}
