@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import Cache, PreTrainedModel
 
 from artifacts import original
@@ -49,15 +50,12 @@ def test_bytes_are_those_of_a_hand_count(model: PreTrainedModel) -> None:
 
 
 def test_positions_are_counted_once_a_batch(model: PreTrainedModel) -> None:
-    plain, freed = (
-        memory_by_length(model, both(model, 4, pre_rope=p), [64], batch=3)["ours"][0] for p in (False, True)
-    )
+    schemes = [both(model, 4, pre_rope=freed) for freed in (False, True)]
+    plain, freed = (memory_by_length(model, scheme, [64], batch=3)["ours"][0] for scheme in schemes)
     assert freed.request_bytes - plain.request_bytes == freed.batch_bytes - plain.batch_bytes == 64 * 4
 
 
 def test_bytes_are_of_16_bit_numbers_whatever_is_computed_in(model: PreTrainedModel, llama: Path) -> None:
-    import torch
-
     wide = original(llama, torch.float32)
     assert memory_by_length(wide, both(wide, 2), [100]) == memory_by_length(model, both(model, 2), [100])
 

@@ -20,7 +20,7 @@ from laconic.model.reading import load
 
 KV = "{method: kivi, k_bits: 2, v_bits: 4, group_size: 16, residual_length: 16}"
 NAME = "kivi k_bits 2 v_bits 4 group_size 16 residual_length 16"
-SMALL = ("--lengths", "128,200", "--depths", 2, "--trials", 1, "--windows", 1)
+SMALL = ("--lengths", "180,240", "--depths", 2, "--trials", 1, "--windows", 1)
 
 
 @pytest.fixture(scope="module")
@@ -29,25 +29,21 @@ def artifact(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 def test_everything_is_measured_and_kept(artifact: Artifact, text: Path) -> None:
-    result = evaluate_long(artifact.path, kv=[KV], text=str(text), lengths=[200, 128], depths=2, trials=1, windows=2)
+    result = evaluate_long(artifact.path, kv=[KV], text=str(text), lengths=[240, 180], depths=2, trials=1, windows=2)
     assert result["caches"] == [PLAIN, NAME]
     for part, rows in (("perplexity", 2), ("needle", 4), ("memory", 2), ("speed", 2)):
         assert [len(result[part][name]) for name in result["caches"]] == [rows if part != "perplexity" else 1] * 2
     assert result["perplexity"][PLAIN][-1]["kl_mean"] == 0 < result["perplexity"][NAME][-1]["kl_mean"]
     assert result["memory"][NAME][-1]["request_bytes"] < result["memory"][PLAIN][-1]["request_bytes"]
-    assert (result["lengths"], result["seed"], result["windows"]) == ([128, 200], 0, 2)
+    assert (result["lengths"], result["seed"], result["windows"]) == ([180, 240], 0, 2)
     assert result["command"]
     assert "transformers" in result["versions"]
-    assert artifact.results["long-calibration-200-needle"] == json.loads(json.dumps(result))
+    assert artifact.results["long-calibration-240-needle"] == json.loads(json.dumps(result))
 
 
 def test_a_cache_of_the_artifacts_own_is_measured_too(llama: Path) -> None:
     model = load(llama)
-    scheme = (
-        uniform("own", KvFormat(8), KvFormat(8), 2)
-        if False
-        else uniform("own", KvFormat(8, group_size=16), KvFormat(8, group_size=16), 2)
-    )
+    scheme = uniform("own", KvFormat(8, group_size=16), KvFormat(8, group_size=16), 2)
     use_by_default(model, scheme, None)
     made = caches_for(model, [KV])
     assert list(made) == [PLAIN, "artifact (own)", NAME]
@@ -59,7 +55,7 @@ def test_the_command_says_it_and_the_report_shows_it(
 ) -> None:
     ran = laconic("eval", artifact.path, "--suite", "long", "--kv", KV, "--text", text, *SMALL)
     assert ran.code == 0, ran.err
-    for word in ("bits/number", "needles at", "16 bit", "0-200", "tokens/s after"):
+    for word in ("bits/number", "needles at", "16 bit", "0-240", "tokens/s after"):
         assert word in ran.out
     page = tmp_path / "page.html"
     assert laconic("report", artifact.path, "-o", page).code == 0
@@ -85,6 +81,10 @@ def test_a_part_alone(laconic: Laconic, llama: Path) -> None:
         (["--suite", "long", "--lengths", "many"], "--lengths many is no list of numbers; write it as in "),
         (["--suite", "long", "--lengths", "512"], "--lengths 512 is not between 2 and the model's context of 256"),
         (["--suite", "long", "--depths", "0"], "--depths 0 is less than 1"),
+        (
+            ["--suite", "long", "--lengths", "128", "--text", "TEXT"],
+            "--lengths 128 leaves no room for hay; the needle ",
+        ),
         (["--suite", "long", "--measure", "taste"], "--measure taste is not one of perplexity, needle, memory, speed"),
         (["--suite", "long", "--prompt", "riddle"], "--prompt riddle is not one of needle, comment, passkey"),
         (["--suite", "long", "--kv", "{method: quip}"], "--kv: there is no method 'quip' of a cache; there is kivi"),
@@ -100,8 +100,9 @@ def test_a_part_alone(laconic: Laconic, llama: Path) -> None:
     ],
     ids=str,
 )
-def test_a_wrong_command(laconic: Laconic, llama: Path, arguments: list[str], expected: str) -> None:
-    assert laconic("eval", llama, *arguments).complaint.startswith(expected)
+def test_a_wrong_command(laconic: Laconic, llama: Path, text: Path, arguments: list[str], expected: str) -> None:
+    given = [text if a == "TEXT" else a for a in arguments]
+    assert laconic("eval", llama, *given).complaint.startswith(expected)
 
 
 def test_a_text_that_is_too_short(laconic: Laconic, llama: Path, tmp_path: Path) -> None:

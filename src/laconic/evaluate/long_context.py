@@ -16,7 +16,7 @@ from laconic.engine.artifact import Artifact
 from laconic.evaluate.cache_cost import memory_by_length, speed_by_length
 from laconic.evaluate.caches import caches_for
 from laconic.evaluate.context_perplexity import perplexity_by_position
-from laconic.evaluate.needle import FORMS, find_needles
+from laconic.evaluate.needle import FORMS, find_needles, make_prompt
 from laconic.evaluate.run import HUB_TEXTS
 from laconic.model.data import evaluation_windows, prefix_of, read_documents
 from laconic.model.load import load_tokenizer, model_folder
@@ -73,20 +73,23 @@ def evaluate_long(
     chosen = _lengths(lengths, getattr(ours.config.get_text_config(), "max_position_embeddings", None))
     caches = caches_for(ours, kv)
     found: dict[str, Any] = {}
-    ids = None
+    ids, hay = None, []
     if {"perplexity", "needle"} & set(parts):
         ids = evaluation_windows(
             read_documents(**HUB_TEXTS.get(text, {"dataset": text})), tokenizer, length=chosen[-1], limit=None
         )
+        hay = ids[:, len(prefix_of(tokenizer)) :].flatten().tolist()
+    if "needle" in parts:
+        # Says what is wrong now rather than in an hour.
+        make_prompt(tokenizer, hay, FORMS[prompt], length=chosen[0], depth=0.5, seed="")
     if "perplexity" in parts and ids is not None:
         report(f"perplexity at {chosen[-1]} tokens")
         buckets = perplexity_by_position(ours, ids[:windows], caches, chunk=chunk)
         found["perplexity"] = {
             name: [asdict(b) | {"perplexity": b.perplexity} for b in row] for name, row in buckets.items()
         }
-    if "needle" in parts and ids is not None:
+    if "needle" in parts:
         found["needle"] = {name: [] for name in caches}
-        hay = ids[:, len(prefix_of(tokenizer)) :].flatten().tolist()
         for length in chosen:
             report(f"needles at {length} tokens")
             cells = find_needles(
