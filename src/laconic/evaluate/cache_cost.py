@@ -105,7 +105,8 @@ def stored_bytes(cache: Cache) -> int:
     if isinstance(cache, KvCache):
         return cache.stored_bytes()
     kept = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)]
-    return sum(t.nbytes for t in kept)
+    # Single numbers are no part of what is kept of tokens.
+    return sum(t.nbytes for t in kept if t.dim())
 
 
 def _now(device: torch.device) -> float:

@@ -38,7 +38,9 @@ def kv_shape(config: Any) -> KvShape:
     kind = getattr(text, "model_type", "?")
     if getattr(text, "kv_lora_rank", None):
         raise ValueError(f"'{kind}' caches latent vectors (MLA), not keys and values; a quantized cache is not for it")
-    types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    # Where types are not said, a window is every layer's (Mistral).
+    kind_of_all = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+    types = getattr(text, "layer_types", None) or [kind_of_all] * text.num_hidden_layers
     if any(word in t for t in (*types, kind) for word in _OTHER_STATE):
         raise ValueError(f"'{kind}' has state-space or recurrent layers, which a quantized cache is not for")
     queries = text.num_attention_heads
