@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,9 +105,20 @@ def stored_bytes(cache: Cache) -> int:
     """Bytes of all that a cache of ours or of transformers keeps in tensors."""
     if isinstance(cache, KvCache):
         return cache.stored_bytes()
-    kept = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)]
-    # Single numbers are no part of what is kept of tokens.
-    return sum(t.nbytes for t in kept if t.dim())
+    return sum(t.nbytes for layer in cache.layers for held in vars(layer).values() for t in _plain_tensors(held))
+
+
+def _plain_tensors(held: Any) -> Iterator[Tensor]:
+    """Of what a layer holds, the tensors that lie in memory: those in tuples, and those that a quantized tensor, which
+    passes for one of its dense shape, is made of. Single numbers are no part of what is kept of tokens."""
+    if isinstance(held, tuple | list):
+        for part in held:
+            yield from _plain_tensors(part)
+    elif hasattr(held, "__tensor_flatten__"):
+        for name in held.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(held, name))
+    elif isinstance(held, Tensor) and held.dim():
+        yield held
 
 
 def _now(device: torch.device) -> float:
