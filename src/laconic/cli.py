@@ -128,6 +128,7 @@ def evaluate(
     parts: Annotated[
         str | None, typer.Option("--measure", metavar="NAME,...", help="Of perplexity, needle, memory, speed; all.")
     ] = None,
+    heat_map: Annotated[Path | None, typer.Option(metavar="SVG", help="Draw the needles found into this file.")] = None,
     json_: Json = False,
 ) -> None:
     """Perplexity, fidelity to the original, bits per weight and bytes; or, with --tasks, standard tasks; or, with
@@ -150,10 +151,12 @@ def evaluate(
             )
         if windows is not None:
             asked["windows"] = windows
-        _evaluate_long(model, suite, json_, kv=kv or (), text=text, dtype=dtype, batch_size=batch_size, **asked)
+        _evaluate_long(
+            model, suite, json_, heat_map, kv=kv or (), text=text, dtype=dtype, batch_size=batch_size, **asked
+        )
         return
-    if asked:
-        raise ValueError("--lengths, --depths, --trials, --prompt, --chunk and --measure go with --suite long")
+    if asked or heat_map:
+        raise ValueError("--lengths, --depths, --trials, --prompt, --chunk, --measure, --heat-map go with --suite long")
     if tasks is not None:
         if windows is not None or text != "wikitext2":
             raise ValueError(
@@ -196,9 +199,11 @@ def evaluate(
     out.print(results_table([result]))
 
 
-def _evaluate_long(model: str, suite: str, as_json: bool, **asked: Any) -> None:
+def _evaluate_long(model: str, suite: str, as_json: bool, picture: Path | None, **asked: Any) -> None:
     if suite != "long":
         raise ValueError(f"--suite {suite} is not known; there is 'long'")
+    if picture and "needle" not in asked.get("parts", ["needle"]):
+        raise ValueError("--heat-map draws needles; leave out --measure, or name needle in it")
     from laconic.evaluate.long_context import evaluate_long
 
     if as_json or not err.is_terminal:
@@ -206,6 +211,11 @@ def _evaluate_long(model: str, suite: str, as_json: bool, **asked: Any) -> None:
     else:
         with err.status("") as status:
             result = evaluate_long(model, **asked, report=status.update)
+    if picture:
+        from laconic.report.heat_map import heat_map
+
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_text(heat_map(result))
     if as_json:
         _print_json(result)
         return

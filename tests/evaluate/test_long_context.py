@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -53,16 +54,20 @@ def test_a_cache_of_the_artifacts_own_is_measured_too(llama: Path) -> None:
 def test_the_command_says_it_and_the_report_shows_it(
     laconic: Laconic, artifact: Artifact, text: Path, tmp_path: Path
 ) -> None:
-    ran = laconic("eval", artifact.path, "--suite", "long", "--kv", KV, "--text", text, *SMALL)
+    asked = ("--suite", "long", "--kv", KV, "--text", text, "--heat-map", tmp_path / "map.svg")
+    ran = laconic("eval", artifact.path, *asked, *SMALL)
     assert ran.code == 0, ran.err
     for word in ("bits/number", "needles at", "16 bit", "0-240", "tokens/s after"):
         assert word in ran.out
+    drawn = ElementTree.parse(tmp_path / "map.svg").getroot()
+    # A background, and of two caches two lengths at two depths.
+    assert sum(e.tag.endswith("rect") for e in drawn) == 1 + 2 * 2 * 2
     page = tmp_path / "page.html"
     assert laconic("report", artifact.path, "-o", page).code == 0
     html = page.read_text()
     assert NAME in html
     assert html.count('"type":"heatmap"') == 2
-    assert html.count("<script>") >= 1
+    assert html.count("Plotly.newPlot") > 4
     assert "Perplexity by position" in html
 
 
@@ -94,7 +99,14 @@ def test_a_part_alone(laconic: Laconic, llama: Path) -> None:
         (["--suite", "long", "--kv", "{method: kivi, k_bits: 9}"], "a cache stores 1 to 8 bits, or 16, not 9"),
         (["--suite", "long", "--kv", "{method: kivi}"], "group_size 32 does not divide the 16 channels of a head; "),
         (["--suite", "long", "--baseline", "m"], "--suite long compares caches of one model; leave out --baseline"),
-        (["--lengths", "64"], "--lengths, --depths, --trials, --prompt, --chunk and --measure go with --suite long"),
+        (
+            ["--lengths", "64"],
+            "--lengths, --depths, --trials, --prompt, --chunk, --measure, --heat-map go with ",
+        ),
+        (
+            ["--suite", "long", "--measure", "memory", "--heat-map", "m.svg"],
+            "--heat-map draws needles; leave out --measure, or name needle in it",
+        ),
         (["--kv", KV], "--kv goes with --suite long, or with --tasks for one cache to generate with"),
         (["--tasks", "arc_easy", "--kv", KV, "--kv", KV], "tasks are measured with one cache; give --kv once, or use"),
     ],
