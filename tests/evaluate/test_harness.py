@@ -269,7 +269,7 @@ def test_answers_are_generated_with_the_cache_asked_for(
     result = evaluate_tasks(roomy, tasks=["gsm8k"], data=tmp_path, fewshot=1, kv=[kv], quiet=True)
     assert result["cache"] == "kivi k_bits 2 v_bits 2 group_size 16 residual_length 16"
     # One is made to see whether the model can have it, one for the batch of prompts.
-    assert made[-1].get_seq_length() > 200
+    assert made[-1].get_seq_length() > 100
     assert made[-1].effective_bits() < 8
 
 
