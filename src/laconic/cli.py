@@ -235,6 +235,7 @@ def report(
     json_: Json = False,
 ) -> None:
     """One self-contained HTML page, and a table, from artifacts and their results."""
+    from laconic.report.long_table import long_tables
     from laconic.report.page import gather, write_page
     from laconic.report.table import results_table
 
@@ -243,7 +244,12 @@ def report(
     if json_:
         _print_json({"page": str(output.resolve()), "artifacts": [str(a.path) for a in found]})
         return
-    out.print(results_table([r for a in found for r in a.evaluations]))
+    long = [r for a in found for r in a.long]
+    evaluations = [r for a in found for r in a.evaluations]
+    if evaluations or not long:
+        out.print(results_table(evaluations))
+    for result in long:
+        out.print(long_tables(result)[0])
     out.print(f"page: {output.resolve()}", soft_wrap=True)
 
 

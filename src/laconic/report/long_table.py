@@ -17,7 +17,8 @@ def long_tables(result: Mapping[str, Any]) -> list[Table]:
     for rows in long_rows(result):
         table = Table(box=box.SIMPLE, pad_edge=False)
         for j, column in enumerate(rows[0]):
-            table.add_column(column, justify="right" if j else "left", overflow="fold", no_wrap=j > 0)
+            # Names of caches are long, and break between their words.
+            table.add_column(column, justify="right" if j else "left", no_wrap=j > 0, min_width=0 if j else 18)
         for row in rows:
             table.add_row(*row.values())
         made.append(table)
@@ -47,7 +48,7 @@ def _summary(result: Mapping[str, Any], name: str) -> dict[str, str]:
     if "perplexity" in result:
         whole = result["perplexity"][name][-1]
         cells["perplexity"] = f"{whole['perplexity']:.3f}"
-        cells["KL mean / p99"] = f"{whole['kl_mean']:.4f} / {whole['kl_p99']:.3f}"
+        cells["KL"] = f"{whole['kl_mean']:.4f}"
         cells["same top-1"] = f"{whole['top1_agreement']:.1%}"
     if "needle" in result:
         cells["needles"] = _share(result["needle"][name])
@@ -95,11 +96,12 @@ def _count(tokens: int) -> str:
 
 
 def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+    for unit in ("B", "kB", "MB", "GB"):
+        # A thousandth less than a thousand would be rounded up to four digits.
+        if n < 999.5:
+            return f"{n:.3g} {unit}"
         n /= 1000
-    return f"{n:.2f} GB"
+    return f"{n:.3g} TB"
 
 
 def long_caption(result: Mapping[str, Any]) -> str:
