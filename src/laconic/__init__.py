@@ -10,16 +10,18 @@ import laconic.model.quantizer  # noqa: F401  - registers `quant_method: laconic
 if TYPE_CHECKING:
     from laconic.compression import compress
     from laconic.engine.artifact import Artifact
+    from laconic.kv import kv_cache
     from laconic.model.reading import load
     from laconic.recipe import Recipe
 
-__all__ = ["Artifact", "Recipe", "compress", "load"]
+__all__ = ["Artifact", "Recipe", "compress", "kv_cache", "load"]
 
 # Loaded when asked for: an engine that only reads an artifact should not need what compresses one.
 _HOMES = {
     "Artifact": "laconic.engine.artifact",
     "Recipe": "laconic.recipe",
     "compress": "laconic.compression",
+    "kv_cache": "laconic.kv",
     "load": "laconic.model.reading",
 }
 

@@ -403,6 +403,8 @@ def _print_plan(prepared: Any, as_json: bool) -> None:
     table.add_row("model", f"{prepared.source.name} ({len(plan.anatomy.taps)} blocks)")
     for i, (stage, names) in enumerate(zip(plan.stages, plan.touched, strict=True)):
         table.add_row(f"stage {i}", f"{stage.method} on {len(names)} linears")
+    if plan.cache:
+        table.add_row("cache", f"{plan.cache[0].method}, {plan.cache[1].layers} layers x {plan.cache[1].heads} heads")
     table.add_row("schemes", ", ".join(f"{n} x {s}" for s, n in schemes.items()) or "none")
     samples = (
         "none needed" if prepared.windows is None else f"{len(prepared.windows)} x {prepared.windows.shape[1]} tokens"

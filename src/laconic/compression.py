@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,11 @@ from laconic.formats.storage import as_stored
 from laconic.model.anatomy import dissect
 from laconic.model.checkpoint import read_json
 from laconic.model.data import calibration_windows, read_documents
+from laconic.model.kv_open import fingerprint
+from laconic.model.kv_reading import KV_CONFIG
 from laconic.model.layout import names_for_engines
 from laconic.model.load import Source, arranged, check_complete, load_tokenizer, open_source, skeleton
+from laconic.model.quant_config import NATIVE
 from laconic.recipe import Calibration, Recipe, load_recipe
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -140,10 +143,17 @@ def run(prepared: Prepared, *, overwrite: bool = False, report: Report = lambda 
         resumed = sum(workspace.done(i) for i in range(shards))
         walk(source, prepared.model, plan, prepared.windows, workspace, settings, report)
         config = read_json(source.folder / "config.json")
+        if plan.cache:
+            config[KV_CONFIG] = _write_cache(prepared, workspace)
         schemes: dict[str, Scheme] = {}
         if plan.schemes:
             schemes = _as_written(plan.schemes, workspace, prepared)
             config["quantization_config"] = tell(schemes)
+        if plan.cache and (engine_scheme := plan.cache[0].engine_scheme):
+            told = config.get("quantization_config") or tell({})
+            # Native artifacts are read by our plugin, which knows the cache by its own key.
+            if told["quant_method"] != NATIVE:
+                config["quantization_config"] = told | {"kv_cache_scheme": engine_scheme}
         # Saved before the folder gets its name: an artifact is whole from the moment it is there.
         Artifact(workspace.folder).save_result(
             "compress",
@@ -160,6 +170,21 @@ def run(prepared: Prepared, *, overwrite: bool = False, report: Report = lambda 
             },
         )
         return Artifact(workspace.finish(config, source.folder))
+
+
+def _write_cache(prepared: Prepared, workspace: Workspace) -> dict[str, Any]:
+    """Settle how the cache is stored, write what is fixed of it, and return its scheme for config.json."""
+    assert prepared.plan.cache is not None
+    stage, shape = prepared.plan.cache
+    if not prepared.plan.calibrates_cache:
+        return stage.scheme(shape).to_dict()
+    scheme, fixed = stage.settle(shape, workspace.calibration(shape.layers))
+    if fixed:
+        workspace.write_cache(fixed)
+    embeddings = prepared.model.get_input_embeddings()
+    name = next(n for n, m in prepared.model.named_modules() if m is embeddings)
+    weight = prepared.source.checkpoint.load([f"{name}.weight"])[f"{name}.weight"]
+    return replace(scheme, fingerprint=fingerprint(weight)).to_dict()
 
 
 def _as_written(schemes: Mapping[str, Scheme], workspace: Workspace, prepared: Prepared) -> dict[str, Scheme]:
@@ -183,7 +208,8 @@ def _windows(recipe: Recipe, source: Source, plan: Plan, trust_remote_code: bool
         return None
     calibration = recipe.calibration
     if calibration is None:
-        needing = next(s.needing for s in plan.stages if s.observes)
+        cache = [plan.cache[0].method] if plan.cache and plan.calibrates_cache else []
+        needing = next(iter([*(s.needing for s in plan.stages if s.observes), *cache]))
         raise ValueError(
             f"{needing} needs calibration text: add 'calibration: {{dataset: FILE_OR_HUB_NAME}}' to the recipe"
         )

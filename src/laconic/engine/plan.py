@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from laconic.engine.cache_stage import CacheStage
 from laconic.engine.stage import BlockStage, Stage
 from laconic.formats.fp4 import Fp4
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import stored_bytes
 from laconic.model.anatomy import Anatomy, Tap, linears_of, rounds
 from laconic.model.checkpoint import count_elements
+from laconic.model.kv_open import KvShape, kv_shape
 from laconic.model.links import Link, find_links
 from laconic.model.load import Source
+from laconic.model.places import places_of
 
 # Bytes that a weight of the tap in hand takes while it is searched, swept and packed: float32 and int64 temporaries.
 _WORKING = 40
@@ -29,7 +32,7 @@ _ITEMSIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 class Plan:
     """stages: in order. touched: for each stage the full names of its linears. schemes: of every linear that will be
     quantized, by full name. linears: shape of every linear of the model, by full name. links: of each block, where a
-    stage needs them."""
+    stage needs them. cache: how the key-value cache is stored, and its shape, if a stage says so."""
 
     anatomy: Anatomy
     stages: tuple[Stage, ...]
@@ -37,16 +40,24 @@ class Plan:
     schemes: Mapping[str, Scheme]
     linears: Mapping[str, tuple[int, int]]
     links: tuple[Mapping[Tap, Link], ...] = ()
+    cache: tuple[CacheStage, KvShape] | None = None
 
     @property
     def observing(self) -> bool:
         """Whether calibration data must flow through the model."""
-        return any(stage.observes for stage in self.stages)
+        return self.calibrates_cache or any(stage.observes for stage in self.stages)
+
+    @property
+    def calibrates_cache(self) -> bool:
+        """Whether the attention of each compressed block is looked into."""
+        return self.cache is not None and self.cache[0].observes
 
     @property
     def original_inputs(self) -> bool:
         """Whether only the original model's activations are looked at, so that they alone flow."""
-        return self.observing and all(stage.original_inputs for stage in self.stages if stage.observes)
+        if self.calibrates_cache or not self.observing:
+            return False
+        return all(stage.original_inputs for stage in self.stages if stage.observes)
 
     @property
     def two_streams(self) -> bool:
@@ -54,12 +65,13 @@ class Plan:
         return any(stage.cross for stage in self.stages)
 
 
-def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage]) -> Plan:
+def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage | CacheStage]) -> Plan:
     """Match the stages' targets with the model's linears.
 
     Raises: ValueError when a target matches nothing, a group size does not divide, a linear would be quantized
-    twice, linears that engines fuse would differ, or a tied head is targeted.
+    twice, linears that engines fuse would differ, a tied head is targeted, or the model cannot have such a cache.
     """
+    stages, cache = _cache_apart(model, stages)
     shapes = {n: (m.out_features, m.in_features) for n, m in linears_of(model).items()}
     inside = [n for n in shapes if n.startswith(f"{anatomy.blocks}.") and n not in anatomy.routers]
     touched, schemes = [], dict[str, Scheme]()
@@ -92,7 +104,31 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage])
         schemes = {n: s for n, s in schemes.items() if n != anatomy.head} | {anatomy.head: schemes[anatomy.head]}
     links = find_links(model, anatomy) if any(isinstance(s, BlockStage) and s.links for s in stages) else ()
     _check_blocks(anatomy, stages, touched, links)
-    return Plan(anatomy, tuple(stages), tuple(touched), schemes, shapes, links)
+    return Plan(anatomy, tuple(stages), tuple(touched), schemes, shapes, links, cache)
+
+
+def _cache_apart(
+    model: PreTrainedModel, stages: Sequence[Stage | CacheStage]
+) -> tuple[list[Stage], tuple[CacheStage, KvShape] | None]:
+    """The stages that change weights, and the one that says how the cache is stored, which comes after them."""
+    weights = [s for s in stages if isinstance(s, Stage)]
+    caches = [s for s in stages if isinstance(s, CacheStage)]
+    if not caches:
+        return weights, None
+    number = len(stages) - 1
+    if len(caches) > 1 or not isinstance(stages[-1], CacheStage):
+        raise ValueError(
+            f"a recipe has one stage for the cache, and it comes last, since it looks at the compressed model; "
+            f"these are {', '.join(s.method for s in stages)}"
+        )
+    try:
+        shape = kv_shape(model.config)
+        caches[0].scheme(shape)
+        if caches[0].pre_rope:
+            places_of(model, rotary=True)
+    except ValueError as e:
+        raise ValueError(f"stages.{number} ({caches[0].method}): {e}") from e
+    return weights, (caches[0], shape)
 
 
 def _check_blocks(

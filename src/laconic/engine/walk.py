@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from laconic.engine.attention import look
 from laconic.engine.beside import attach, compress_tap
 from laconic.engine.block import Block, stacked, stacks
 from laconic.engine.observe import advance, no_tokens, observe
@@ -37,6 +38,7 @@ from laconic.model.experts import all_tokens
 from laconic.model.layout import arrange, to_file
 from laconic.model.linear import QLinear, replace_linear
 from laconic.model.load import Source, materialise
+from laconic.model.places import places_of
 from laconic.solvers.moments import Moments, output_error
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -135,7 +137,10 @@ class _Walker:
             self._materialise(block, f"{name}.")
         if not done:
             events, passed_on = self._compress(block, i, name, flow, original)
-            self.workspace.write_shard(i, to_file(self.source.checkpoint, _stored(block, name)), events)
+            tensors = _stored(block, name)
+            if flow and self.plan.calibrates_cache:
+                tensors |= self._calibrate_cache(block, i, name, flow)
+            self.workspace.write_shard(i, to_file(self.source.checkpoint, tensors), events)
         if flow and self._read_after(i):
             if not passed_on:
                 advance(block, flow.calls[i], flow.stream, self.settings.device)
@@ -171,7 +176,7 @@ class _Walker:
         for k, (stage, linears) in enumerate(work):
             # The original model's stream is passed on by the last to look at it, before anything is quantized.
             at_once = self.plan.original_inputs and observing[-1:] == [k]
-            through = at_once and self._read_after(i)
+            through = at_once and self._passes_on(i)
             if isinstance(stage, BlockStage):
                 assert flow is not None
                 events += self._compress_block(block, i, name, stage, linears, flow, original, through)
@@ -223,10 +228,27 @@ class _Walker:
                     events += self._tokens_seen(name, tap, moments.get(tap))
                     targeted = [n for n in tap.linears if n in linears]
                     events += self._compress_tap(block, name, targeted, stage, moments.get(tap))
-            finished = passes is not None and passes.held and last and self._read_after(i)
+            finished = passes is not None and passes.held and last and self._passes_on(i)
             if passes and finished:
                 passes.finish()
         return events, finished
+
+    def _calibrate_cache(self, block: nn.Module, i: int, name: str, flow: _Flow) -> dict[str, Tensor]:
+        """Keep what the cache's stage wants to know of block i, as it was compressed. Returns: what goes into the
+        shard, for engines."""
+        assert self.plan.cache is not None
+        stage, shape = self.plan.cache
+        places = places_of(self.model, rotary=True) if stage.pre_rope else None
+        seen = look(block, self.model.config, flow.calls[i], flow.stream, self.settings.device, places, i)
+        told = stage.calibrate(seen, shape)
+        self.workspace.write_calibration(i, told)
+        attention = f"{name}.{self.plan.anatomy.taps[i][0].linears[0]}".rpartition(".")[0]
+        found = stage.engine_scales(told)
+        return {f"{attention}.{leaf}": scale for leaf, scale in found.items()}
+
+    def _passes_on(self, i: int) -> bool:
+        """Whether a stage's passes may replace what block i reads by what it puts out: nothing looks at it after."""
+        return self._read_after(i) and not self.plan.calibrates_cache
 
     def _read_after(self, i: int) -> bool:
         """Whether anything reads what block i puts out: the next block, or a stage that observes the head."""

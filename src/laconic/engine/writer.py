@@ -19,12 +19,13 @@ from typing import Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from laconic.model.checkpoint import INDEX
+from laconic.model.kv_reading import KV_CACHE
 
-RECIPE, LOG, _REPLACED = "recipe.yaml", "log.jsonl", ".replaced"
+RECIPE, LOG, _REPLACED, _CALIBRATION = "recipe.yaml", "log.jsonl", ".replaced", "calibration"
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 _NOT_COPIED = {"config.json", INDEX, "training_log.json"}
 
@@ -87,6 +88,19 @@ class Workspace:
         contiguous = {n: t.detach().cpu().contiguous() for n, t in sorted(tensors.items())}
         _replace(self.shard(i), lambda file: save_file(contiguous, file, metadata={"format": "pt"}))
 
+    def write_calibration(self, i: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what calibrating the cache told of block i, until `finish`. To be called before its shard is written."""
+        contiguous = {n: t.detach().cpu().contiguous() for n, t in sorted(tensors.items())}
+        _replace(self.folder / f"{_CALIBRATION}-{i + 1:05d}", lambda file: save_file(contiguous, file))
+
+    def calibration(self, blocks: int) -> list[dict[str, Tensor]]:
+        """All of it, by block."""
+        return [load_file(self.folder / f"{_CALIBRATION}-{i + 1:05d}") for i in range(blocks)]
+
+    def write_cache(self, fixed: Mapping[str, Tensor]) -> None:
+        """Write what is fixed of the cache."""
+        _replace(self.folder / KV_CACHE, lambda file: save_file(dict(fixed), file, metadata={"format": "pt"}))
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor in the finished shards, by name."""
         found: dict[str, tuple[int, ...]] = {}
@@ -110,7 +124,7 @@ class Workspace:
                 if file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
                     _replace(self.folder / file.name, lambda to, file=file: shutil.copyfile(file, to))  # type: ignore[misc]
         write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
-        for junk in self.folder.rglob("*.writing"):
+        for junk in [*self.folder.rglob("*.writing"), *self.folder.glob(f"{_CALIBRATION}-*")]:
             junk.unlink()
         self._publish()
         return self.output

@@ -59,6 +59,13 @@ class KvFormat:
         """Whether calibration fixed something of it."""
         return self.num_bits < 16 and (self.group_size is None or self.datatype == "table")
 
+    @property
+    def reach(self) -> float:
+        """The largest code on either side of zero that a range asks for."""
+        if self.datatype == "float":
+            return float(torch.finfo(_FP8).max)
+        return 1.0 if self.datatype == "table" else 2 ** (self.num_bits - 1) - 1
+
     def outliers(self, channels: int) -> int:
         """How many channels of a token are stored apart."""
         return max(1, round(self.outlier_ratio * channels)) if self.outlier_ratio and self.num_bits < 16 else 0
@@ -89,18 +96,26 @@ def encode_kv(fmt: KvFormat, x: Tensor, static: Static | None = None, dtype: tor
         return {"plain": x.to(dtype)}
     stored: Stored = {}
     dense = x.float()
-    if count := fmt.outliers(x.shape[-1]):
-        middle, spread = _middle_and_spread(fmt, dense, static)
-        far = ((dense - middle) / spread).abs()
-        index = far.topk(count, -1).indices.sort(-1).values
+    if fmt.outliers(x.shape[-1]):
+        index, dense = _without_outliers(fmt, dense, static)
         stored["outlier_index"] = index.to(torch.uint8)
         stored["outlier_value"] = x.gather(-1, index).to(dtype)
-        dense = dense.scatter(-1, index, middle.expand_as(dense).gather(-1, index))
     ranges = _static(static) if fmt.group_size is None else _ranges(fmt, dense)
     if fmt.group_size is not None:
         stored |= ranges
     stored["codes"] = _codes(fmt, dense, ranges, static)
     return stored
+
+
+def normalised(fmt: KvFormat, x: Tensor, static: Static | None = None) -> tuple[Tensor, Tensor]:
+    """x without its outliers in units of its ranges, as it meets the levels of a table; and those units, broadcasting.
+    What is stored apart counts as the middle of its range."""
+    dense = x.float()
+    if fmt.outliers(x.shape[-1]):
+        _, dense = _without_outliers(fmt, dense, static)
+    ranges = _static(static) if fmt.group_size is None else _ranges(fmt, dense)
+    scale, offset = _over(fmt, x.shape, ranges)
+    return (dense - offset) / scale, scale
 
 
 def decode_kv(fmt: KvFormat, stored: Stored, channels: int, static: Static | None = None) -> Tensor:
@@ -120,24 +135,17 @@ def _ranges(fmt: KvFormat, x: Tensor) -> Stored:
     dim = 3 if fmt.axis == "channel" else -1
     lo, hi = tiles.amin(dim), tiles.amax(dim)
     if fmt.symmetric:
-        return {"scale": _half(torch.maximum(-lo, hi) / _reach(fmt))}
+        return {"scale": _half(torch.maximum(-lo, hi) / fmt.reach)}
     if fmt.datatype == "int":
         return {"scale": _half((hi - lo) / (2**fmt.num_bits - 1)), "offset": _half(lo, positive=False)}
-    return {"scale": _half((hi - lo) / 2 / _reach(fmt)), "offset": _half((hi + lo) / 2, positive=False)}
-
-
-def _reach(fmt: KvFormat) -> float:
-    """The largest code on either side of zero that is asked for."""
-    if fmt.datatype == "float":
-        return float(torch.finfo(_FP8).max)
-    return 1.0 if fmt.datatype == "table" else 2 ** (fmt.num_bits - 1) - 1
+    return {"scale": _half((hi - lo) / 2 / fmt.reach), "offset": _half((hi + lo) / 2, positive=False)}
 
 
 def _codes(fmt: KvFormat, x: Tensor, ranges: Mapping[str, Tensor], static: Static | None) -> Tensor:
     scale, offset = _over(fmt, x.shape, ranges)
     u = (x - offset) / scale
     if fmt.datatype == "float":
-        top = _reach(fmt)
+        top = fmt.reach
         return u.clamp_(-top, top).to(_FP8).view(torch.uint8)
     if fmt.datatype == "table":
         assert static is not None
@@ -183,6 +191,14 @@ def _tiles(fmt: KvFormat, x: Tensor) -> Tensor:
     assert fmt.group_size is not None
     tiles: Tensor = x.unflatten(2 if fmt.axis == "channel" else 3, (-1, fmt.group_size))
     return tiles
+
+
+def _without_outliers(fmt: KvFormat, x: Tensor, static: Static | None) -> tuple[Tensor, Tensor]:
+    """Which channels of each token are stored apart (..., k), rising, and x with the middle in their place."""
+    middle, spread = _middle_and_spread(fmt, x, static)
+    far = ((x - middle) / spread).abs()
+    index = far.topk(fmt.outliers(x.shape[-1]), -1).indices.sort(-1).values
+    return index, x.scatter(-1, index, middle.expand_as(x).gather(-1, index))
 
 
 def _middle_and_spread(fmt: KvFormat, x: Tensor, static: Static | None) -> tuple[Tensor, Tensor]:

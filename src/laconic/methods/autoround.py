@@ -32,7 +32,7 @@ class AutoRound(QuantizingStage, BlockStage):
 
     method: Literal["autoround"] = "autoround"
     iters: int = Field(200, ge=1)
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(4, ge=1)
     lr: float | None = Field(None, gt=0)
     clip: bool = True
     asymmetric: bool = True

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laconic.formats.kv_scheme import KvScheme
@@ -63,7 +63,7 @@ def make_cache(model: PreTrainedModel, scheme: KvScheme, calibrated: Calibrated 
     scheme.check(shape.layers, shape.heads, shape.channels)
     if scheme.calibrated and calibrated is None:
         raise ValueError(f"a cache of '{scheme.method}' is calibrated; make it by 'laconic compress' and open that")
-    if scheme.fingerprint and scheme.fingerprint != fingerprint(model):
+    if scheme.fingerprint and scheme.fingerprint != fingerprint(_embeddings(model)):
         raise ValueError("this cache was calibrated on another model; calibrate it on this one, by 'laconic compress'")
     _listen(model)
     places = places_of(model, rotary=scheme.pre_rope)
@@ -87,13 +87,17 @@ def use_by_default(model: PreTrainedModel, scheme: KvScheme, calibrated: Calibra
     vars(model)["kv_scheme"], vars(model)["kv_calibrated"] = scheme, calibrated
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Of the embeddings, which compression leaves alone: the same for a model and what was made of it."""
-    table: Any = model.get_input_embeddings().weight
-    weight = table.detach().flatten()
-    some = weight[torch.linspace(0, weight.numel() - 1, 256, device=weight.device).long()]
+def fingerprint(embeddings: Tensor) -> str:
+    """Of a model, by its embeddings (vocabulary, width), which compression leaves alone."""
+    flat = embeddings.detach().flatten()
+    some = flat[torch.linspace(0, flat.numel() - 1, 256, device=flat.device, dtype=torch.float64).long()]
     told = some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
-    return hashlib.sha256(told + str(tuple(table.shape)).encode()).hexdigest()[:16]
+    return hashlib.sha256(told + str(tuple(embeddings.shape)).encode()).hexdigest()[:16]
+
+
+def _embeddings(model: PreTrainedModel) -> Tensor:
+    weight: Any = model.get_input_embeddings().weight
+    return weight  # type: ignore[no-any-return]
 
 
 def _listen(model: PreTrainedModel) -> None:

@@ -56,7 +56,7 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
                 }
                 for i, s in enumerate(ordered)
             },
-            "format": storages.pop() if len(storages) == 1 else "mixed-precision",
+            "format": "dense" if not storages else storages.pop() if len(storages) == 1 else "mixed-precision",
             "quantization_status": QuantizationStatus.COMPRESSED,
             "ignore": [name for name in linears if name not in schemes],
         }

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from laconic.model.anatomy import linears_of
 from laconic.model.checkpoint import open_checkpoint
+from laconic.model.kv_open import use_by_default
+from laconic.model.kv_reading import KV_CONFIG, read_kv_scheme
 from laconic.model.layout import arrange, names_for_engines
 from laconic.model.linear import QLinear, replace_linear
 from laconic.model.load import main_dtype, materialise, model_folder, read_config, skeleton
@@ -27,7 +29,7 @@ def load(
     """Open an artifact (ours, or anybody's compressed-tensors checkpoint of a format we have) or a plain model.
 
     dtype: to compute in (the checkpoint's own when not given). packed: keep only the codes and decode in every forward
-    pass, instead of decoding once.
+    pass, instead of decoding once. Where the artifact says how its cache is stored, `generate` makes it so.
 
     Raises: ValueError when the folder cannot be read.
     """
@@ -42,6 +44,9 @@ def load(
                 f"{folder} is quantized by '{quantization.get('quant_method')}', which Laconic cannot read"
             )
         del config.quantization_config
+        if KV_CONFIG in raw:
+            # Said for other engines: our own key says it too.
+            quantization = {k: v for k, v in quantization.items() if k != "kv_cache_scheme"}
     model = skeleton(config, dtype, trust_remote_code=trust_remote_code)
     checkpoint = arrange(checkpoint, model)
     if quantization:
@@ -55,6 +60,8 @@ def load(
         for module in model.modules():
             if isinstance(module, QLinear):
                 module.unpack()
+    if kept := read_kv_scheme(folder, raw):
+        use_by_default(model, *kept)
     return model
 
 

@@ -1,0 +1,139 @@
+"""Looking into attention: queries, keys and values of a block on the calibration set, and what rounding them costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from laconic.engine.stream import Stream
+from laconic.formats.kv import KvFormat, decode_kv, encode_kv
+from laconic.model.anatomy import Call
+from laconic.model.places import Places
+from laconic.solvers.rotate import hadamard
+
+_NAME = "laconic_seen"
+
+# Calibration samples looked at: a cache's ranges and levels have few numbers.
+_SAMPLES = 16
+# Queries whose weights are looked at, of each sample: the square of the length would be much.
+_QUERIES = 256
+
+
+@dataclass(frozen=True)
+class Seen:
+    """queries: (samples, query heads, tokens, channels); keys, values: (samples, heads, tokens, channels); stored_keys:
+    keys as they are stored, before their rotary embedding if so; stored_queries: queries likewise. All float32.
+    scaling: of the products of queries and keys. places: to put the rotary embedding back, for layer `number`."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    stored_keys: Tensor
+    stored_queries: Tensor
+    scaling: float
+    places: Places | None
+    number: int
+
+    def attended(self, keys: Tensor, values: Tensor) -> Tensor:
+        """What attention puts out for some of the queries: (samples, query heads, queries, channels)."""
+        made: Tensor = self.weights(keys) @ self._per_query(values)
+        return made
+
+    def weights(self, keys: Tensor) -> Tensor:
+        """Attention's weights for evenly spaced queries, causal: (samples, query heads, queries, tokens)."""
+        tokens = keys.shape[2]
+        picked = torch.linspace(tokens // 4, tokens - 1, min(_QUERIES, tokens), device=keys.device).long()
+        scores = self.queries[:, :, picked] @ self._per_query(keys).transpose(-1, -2) * self.scaling
+        later = torch.arange(tokens, device=keys.device) > picked[:, None]
+        made: Tensor = scores.masked_fill_(later, -math.inf).softmax(-1)
+        return made
+
+    def _per_query(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(self.queries.shape[1] // x.shape[1], 1)
+
+
+def key_weight(seen: Seen) -> Tensor:
+    """What a squared error of a stored key's channel costs: the mean square of the queries' (1, heads, 1, channels)."""
+    energy: Tensor = seen.stored_queries.square().mean((0, 2)).unflatten(0, (seen.keys.shape[1], -1))
+    return energy.mean(1)[None, :, None]
+
+
+def value_weight(seen: Seen) -> Tensor:
+    """What a squared error of a token's value costs: the squares of the weights that it gets, summed (samples, heads,
+    tokens, 1)."""
+    weights = seen.weights(seen.keys).square().sum(2)
+    per_head: Tensor = weights.unflatten(1, (seen.keys.shape[1], -1)).mean(2).unsqueeze(-1)
+    return per_head.clamp(min=1e-12)
+
+
+def attention_error(seen: Seen, which: str, fmt: KvFormat, static: dict[str, Tensor], *, rotated: bool) -> Tensor:
+    """||o' - o||^2 / ||o||^2 of each key-value head (heads,), when its `keys`, or `values`, are stored so and
+    nothing else is."""
+    x = seen.stored_keys if which == "keys" else seen.values
+    whole = x.shape[2] // fmt.tokens_at_once * fmt.tokens_at_once
+    turned = hadamard(x[:, :, :whole]) if rotated else x[:, :, :whole]
+    back = decode_kv(fmt, encode_kv(fmt, turned, static, torch.float32), x.shape[-1], static)
+    back = torch.cat([hadamard(back) if rotated else back, x[:, :, whole:]], 2)
+    if which == "values":
+        made = seen.attended(seen.keys, back)
+    else:
+        keys = seen.places.rotate(back, 0, seen.number) if seen.places else back
+        made = seen.attended(keys, seen.values)
+    true = seen.attended(seen.keys, seen.values)
+    groups = seen.keys.shape[1]
+    lost, whole_output = (t.square().sum((0, 2, 3)).view(groups, -1).sum(1) for t in (made - true, true))
+    return lost / whole_output.clamp(min=1e-30)
+
+
+def look(
+    block: nn.Module, config: Any, call: Call, stream: Stream, device: torch.device, places: Places | None, number: int
+) -> Seen:
+    """Run a block on some of the calibration set and keep what its attention got.
+
+    config: the model's. places: where keys are stored before their rotary embedding.
+    Raises: ValueError when the block's attention cannot be looked into.
+    """
+    picked = torch.linspace(0, len(stream.hidden) - 1, min(_SAMPLES, len(stream.hidden))).long()
+    found: list[tuple[Tensor, Tensor, Tensor, float]] = []
+    with _watching(config, found):
+        for i in picked.unique().tolist():
+            call(block, stream.hidden[i : i + 1].to(device))
+    if len(found) != len(picked.unique()):
+        raise ValueError(
+            f"cannot look into the attention of '{config.get_text_config().model_type}', which a calibrated cache "
+            "needs; use a tuning-free method (kivi, kv_per_token)"
+        )
+    queries, keys, values = (torch.cat([x.float() for x in part]) for part in list(zip(*found, strict=True))[:3])
+    stored = (keys, queries)
+    if places is not None:
+        places.cut(0)
+        places.begin(0, keys.shape[2], None, None)
+        stored = (places.unrotate(keys, 0, number), places.unrotate(queries, 0, number))
+    return Seen(queries, keys, values, *stored, found[0][3], places, number)
+
+
+@contextmanager
+def _watching(config: Any, found: list[tuple[Tensor, Tensor, Tensor, float]]) -> Iterator[None]:
+    """While this lasts every attention of a model leaves its queries, keys, values and scaling in `found`."""
+
+    def watch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        scaling = kwargs.get("scaling")
+        found.append((query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling))
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    AttentionInterface.register(_NAME, watch)
+    text = config.get_text_config()
+    before = text._attn_implementation
+    text._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        text._attn_implementation = before

@@ -1,0 +1,36 @@
+"""KIVI (Liu et al., arXiv 2402.02750): keys by channel, values by token, the recent past as it is. Nothing is tuned.
+
+Keys have channels that are loud in every token, so a channel's range is that of a group of neighbouring tokens; values
+have none, so a token's range is that of a group of its channels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from laconic.engine.cache_stage import CacheStage
+from laconic.formats.kv import KvFormat
+from laconic.model.kv_open import KvShape
+
+
+class Kivi(CacheStage):
+    """k_bits, v_bits: of a code. group_size: tokens of a channel that share a range, and channels of a token.
+    key_ranges: `group`, from each group of tokens; `static`, one a channel from calibration, so that a token is stored
+    as it comes (what vLLM serves). outlier_ratio: of a token's channels, kept in 16 bit beside the codes."""
+
+    method: Literal["kivi"] = "kivi"
+    k_bits: int = Field(2, ge=1, le=8)
+    v_bits: int = Field(2, ge=1, le=8)
+    group_size: int = Field(32, ge=1)
+    residual_length: int = Field(128, ge=0)
+    key_ranges: Literal["group", "static"] = "group"
+    outlier_ratio: float = Field(0.0, ge=0, lt=0.5)
+
+    def formats(self, shape: KvShape) -> tuple[KvFormat, KvFormat]:
+        tokens = self.group_size if self.key_ranges == "group" else None
+        return (
+            KvFormat(self.k_bits, "channel", tokens, outlier_ratio=self.outlier_ratio),
+            KvFormat(self.v_bits, "token", min(self.group_size, shape.channels), outlier_ratio=self.outlier_ratio),
+        )

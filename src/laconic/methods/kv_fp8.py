@@ -1,0 +1,32 @@
+"""Keys and values in FP8 E4M3 on one scale a layer for each, from calibration: the cache that engines have kernels for.
+
+Written as compressed-tensors' `kv_cache_scheme` too, which vLLM reads by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from laconic.engine.cache_stage import CacheStage
+from laconic.formats.kv import KvFormat
+from laconic.model.kv_open import KvShape
+
+
+class KvFp8(CacheStage):
+    """It has no options of its own."""
+
+    method: Literal["kv_fp8"] = "kv_fp8"
+
+    @property
+    def engine_scheme(self) -> dict[str, Any] | None:
+        return {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+    def engine_scales(self, told: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"k_scale": told["keys.8.scale"].view(1), "v_scale": told["values.8.scale"].view(1)}
+
+    def formats(self, shape: KvShape) -> tuple[KvFormat, KvFormat]:
+        fmt = KvFormat(8, "token", None, "float", symmetric=True)
+        return fmt, fmt

@@ -1,0 +1,19 @@
+"""Keys and values in int8 on one scale a layer for each, from calibration: what engines' static int8 caches do."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from laconic.engine.cache_stage import CacheStage
+from laconic.formats.kv import KvFormat
+from laconic.model.kv_open import KvShape
+
+
+class KvInt8(CacheStage):
+    """It has no options of its own."""
+
+    method: Literal["kv_int8"] = "kv_int8"
+
+    def formats(self, shape: KvShape) -> tuple[KvFormat, KvFormat]:
+        fmt = KvFormat(8, "token", None, symmetric=True)
+        return fmt, fmt

@@ -1,0 +1,26 @@
+"""Keys and values on ranges of their own token and head, found as it comes: the simple baseline at 8 and 4 bits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from laconic.engine.cache_stage import CacheStage
+from laconic.formats.kv import KvFormat
+from laconic.model.kv_open import KvShape
+
+
+class KvPerToken(CacheStage):
+    """k_bits, v_bits: of a code. symmetric: ranges about zero."""
+
+    method: Literal["kv_per_token"] = "kv_per_token"
+    k_bits: int = Field(8, ge=1, le=8)
+    v_bits: int = Field(8, ge=1, le=8)
+    symmetric: bool = False
+
+    def formats(self, shape: KvShape) -> tuple[KvFormat, KvFormat]:
+        return (
+            KvFormat(self.k_bits, "token", shape.channels, symmetric=self.symmetric),
+            KvFormat(self.v_bits, "token", shape.channels, symmetric=self.symmetric),
+        )
