@@ -11,13 +11,9 @@ import pytest
 from artifacts import press, rtn
 from commands import Laconic
 from laconic import Artifact
-from laconic.evaluate.caches import caches_for, read_stage, title
+from laconic.evaluate.caches import read_stage, title
 from laconic.evaluate.long_context import evaluate_long
 from laconic.evaluate.through_cache import PLAIN
-from laconic.formats.kv import KvFormat
-from laconic.formats.kv_scheme import uniform
-from laconic.model.kv_open import use_by_default
-from laconic.model.reading import load
 
 KV = "{method: kivi, k_bits: 2, v_bits: 4, group_size: 16, residual_length: 16}"
 NAME = "kivi k_bits 2 v_bits 4 group_size 16 residual_length 16"
@@ -42,13 +38,16 @@ def test_everything_is_measured_and_kept(artifact: Artifact, text: Path) -> None
     assert artifact.results["long-calibration-240-needle"] == json.loads(json.dumps(result))
 
 
-def test_a_cache_of_the_artifacts_own_is_measured_too(llama: Path) -> None:
-    model = load(llama)
-    scheme = uniform("own", KvFormat(8, group_size=16), KvFormat(8, group_size=16), 2)
-    use_by_default(model, scheme, None)
-    made = caches_for(model, [KV])
-    assert list(made) == [PLAIN, "artifact (own)", NAME]
-    assert made["artifact (own)"]().scheme == scheme  # type: ignore[attr-defined]
+@pytest.mark.parametrize("method", ["kivi", "kvquant"])
+def test_a_cache_of_the_artifacts_own_is_measured_too(method: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    own = press(llama, tmp_path / "own", {"method": method}, text=text, samples=4, length=64)
+    result = evaluate_long(
+        own.path, kv=[KV], text=str(text), lengths=[200], windows=1, parts=["perplexity", "memory", "speed"], chunk=8
+    )
+    assert result["caches"] == [PLAIN, f"artifact ({method})", NAME]
+    assert result["perplexity"][f"artifact ({method})"][-1]["kl_mean"] > 0
+    assert result["memory"][f"artifact ({method})"][-1]["bits"] < 16
+    assert list(own.results) == ["compress", "long-calibration-200-perplexity+memory+speed"]
 
 
 def test_the_command_says_it_and_the_report_shows_it(
@@ -92,12 +91,17 @@ def test_a_part_alone(laconic: Laconic, llama: Path) -> None:
         ),
         (["--suite", "long", "--measure", "taste"], "--measure taste is not one of perplexity, needle, memory, speed"),
         (["--suite", "long", "--prompt", "riddle"], "--prompt riddle is not one of needle, comment, passkey"),
-        (["--suite", "long", "--kv", "{method: quip}"], "--kv: there is no method 'quip' of a cache; there is kivi"),
+        (["--suite", "long", "--kv", "{method: quip}"], "--kv: there is no method 'quip' of a cache; there is kivi, "),
         (["--suite", "long", "--kv", "{"], "--kv { is no YAML: "),
         (["--suite", "long", "--kv", "kivi"], "--kv kivi names no method; write it as in --kv '{method: kivi, "),
         (["--suite", "long", "--kv", "{method: kivi, bits: 2}"], "--kv kivi bits 2: bits: Extra inputs"),
-        (["--suite", "long", "--kv", "{method: kivi, k_bits: 9}"], "a cache stores 1 to 8 bits, or 16, not 9"),
-        (["--suite", "long", "--kv", "{method: kivi}"], "group_size 32 does not divide the 16 channels of a head; "),
+        (["--suite", "long", "--kv", "{method: kivi, k_bits: 9}"], "--kv kivi k_bits 9: k_bits: Input should be less"),
+        (
+            ["--suite", "long", "--kv", "{method: kivi, group_size: 12}"],
+            "group_size 12 does not divide the 16 channels",
+        ),
+        (["--suite", "long", "--kv", "{method: kivi, budget_bits: 3}"], "--kv kivi budget_bits 3: it is calibrated; "),
+        (["--suite", "long", "--kv", "{method: gptq}"], "--kv: there is no method 'gptq' of a cache; there is kivi, "),
         (["--suite", "long", "--baseline", "m"], "--suite long compares caches of one model; leave out --baseline"),
         (
             ["--lengths", "64"],

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from transformers import Cache, PreTrainedModel
 
+from laconic.engine.cache_stage import CacheStage
 from laconic.evaluate.through_cache import PLAIN, plain_cache
-from laconic.formats.kv import KvFormat
-from laconic.formats.kv_scheme import KvScheme, uniform
+from laconic.formats.kv_scheme import KvScheme
+from laconic.methods import METHODS
 from laconic.model.kv_open import KvShape, kv_shape, make_cache
 
 
@@ -55,32 +56,20 @@ def title(given: Mapping[str, Any]) -> str:
 def resolve(given: Mapping[str, Any], shape: KvShape) -> KvScheme:
     """The scheme that a stage asks for, of a model whose cache has this shape.
 
-    Raises: ValueError for a method that is unknown, or that has no such key.
+    Raises: ValueError for a method that is unknown or has no such key, or one that wants to be calibrated.
     """
-    if (kind := _METHODS.get(given["method"])) is None:
-        raise ValueError(f"--kv: there is no method '{given['method']}' of a cache; there is {', '.join(_METHODS)}")
+    kinds: dict[str, type[CacheStage]] = {
+        m.model_fields["method"].default: m for m in METHODS if issubclass(m, CacheStage)
+    }
+    if (kind := kinds.get(given["method"])) is None:
+        raise ValueError(f"--kv: there is no method '{given['method']}' of a cache; there is {', '.join(kinds)}")
     try:
-        return kind(**given).scheme(shape)
+        stage = kind(**given)
     except ValidationError as e:
-        told = "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in e.errors())
+        told = "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}".removeprefix(": ") for d in e.errors())
         raise ValueError(f"--kv {title(given)}: {told}") from e
-
-
-class _Kivi(BaseModel):
-    """Keys in ranges of a channel, values in ranges of a token (arXiv 2402.02750)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: str = "kivi"
-    k_bits: int = 4
-    v_bits: int = 4
-    group_size: int = 32
-    residual_length: int = 128
-
-    def scheme(self, shape: KvShape) -> KvScheme:
-        keys = KvFormat(self.k_bits, "channel", self.group_size)
-        values = KvFormat(self.v_bits, "token", self.group_size)
-        return uniform(self.method, keys, values, shape.layers, residual_length=self.residual_length)
-
-
-_METHODS = {"kivi": _Kivi}
+    if stage.observes:
+        raise ValueError(
+            f"--kv {title(given)}: it is calibrated; make an artifact by 'laconic compress', and eval that"
+        )
+    return stage.scheme(shape)

@@ -140,7 +140,8 @@ def evaluate_long(
     artifact = Artifact(folder)
     if artifact.recipe is not None:
         measured = "" if set(parts) == set(PARTS) else "-" + "+".join(p for p in PARTS if p in parts)
-        artifact.save_result(f"long-{Path(text).stem}-{chosen[-1]}-{prompt}{measured}", result)
+        name = f"long-{Path(text).stem}-{chosen[-1]}" + (f"-{prompt}" if "needle" in parts else "") + measured
+        artifact.save_result(name, result)
     return result
 
 
