@@ -58,13 +58,11 @@ def resolve(given: Mapping[str, Any], shape: KvShape) -> KvScheme:
 
     Raises: ValueError for a method that is unknown or has no such key, or one that wants to be calibrated.
     """
-    kinds: dict[str, type[CacheStage]] = {
-        m.model_fields["method"].default: m for m in METHODS if issubclass(m, CacheStage)
-    }
+    kinds: dict[str, Any] = {m.model_fields["method"].default: m for m in METHODS if issubclass(m, CacheStage)}
     if (kind := kinds.get(given["method"])) is None:
         raise ValueError(f"--kv: there is no method '{given['method']}' of a cache; there is {', '.join(kinds)}")
     try:
-        stage = kind(**given)
+        stage: CacheStage = kind(**given)
     except ValidationError as e:
         told = "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}".removeprefix(": ") for d in e.errors())
         raise ValueError(f"--kv {title(given)}: {told}") from e
