@@ -17,6 +17,7 @@ from laconic.evaluate.through_cache import PLAIN
 
 KV = "{method: kivi, k_bits: 2, v_bits: 4, group_size: 16, residual_length: 16}"
 NAME = "kivi k_bits 2 v_bits 4 group_size 16 residual_length 16"
+SLUG = "kivi_k_bits_2_v_bits_4_group_size_16_residual_length_16"
 SMALL = ("--lengths", "180,240", "--depths", 2, "--trials", 1, "--windows", 1)
 
 
@@ -35,7 +36,7 @@ def test_everything_is_measured_and_kept(artifact: Artifact, text: Path) -> None
     assert (result["lengths"], result["seed"], result["windows"]) == ([180, 240], 0, 2)
     assert result["command"]
     assert "transformers" in result["versions"]
-    assert artifact.results["long-calibration-240-needle"] == json.loads(json.dumps(result))
+    assert artifact.results[f"long-calibration-240-needle-{SLUG}"] == json.loads(json.dumps(result))
 
 
 @pytest.mark.parametrize("method", ["kivi", "kvquant"])
@@ -47,7 +48,7 @@ def test_a_cache_of_the_artifacts_own_is_measured_too(method: str, llama: Path, 
     assert result["caches"] == [PLAIN, f"artifact ({method})", NAME]
     assert result["perplexity"][f"artifact ({method})"][-1]["kl_mean"] > 0
     assert result["memory"][f"artifact ({method})"][-1]["bits"] < 16
-    assert list(own.results) == ["compress", "long-calibration-200-perplexity+memory+speed"]
+    assert list(own.results) == ["compress", f"long-calibration-200-perplexity+memory+speed-{SLUG}"]
 
 
 def test_the_command_says_it_and_the_report_shows_it(

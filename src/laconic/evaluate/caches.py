@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -51,6 +52,11 @@ def read_stage(text: str) -> dict[str, Any]:
 def title(given: Mapping[str, Any]) -> str:
     """A stage in a few words: `kivi k_bits 2 v_bits 2`."""
     return " ".join([given["method"], *(f"{key} {value}" for key, value in given.items() if key != "method")])
+
+
+def slug(asked: Sequence[str]) -> str:
+    """Of `--kv`s, for the name of a result, so that runs of other caches do not replace one another."""
+    return "".join("-" + re.sub(r"[^\w.+-]+", "_", title(read_stage(text))) for text in asked)[:150]
 
 
 def resolve(given: Mapping[str, Any], shape: KvShape) -> KvScheme:

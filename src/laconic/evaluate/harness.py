@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from laconic.compression import versions
 from laconic.engine.artifact import Artifact
-from laconic.evaluate.caches import read_stage, resolve, title
+from laconic.evaluate.caches import read_stage, resolve, slug, title
 from laconic.evaluate.recovery import Score, compare, mean_recovery, read_groups, read_scores
 from laconic.evaluate.task_files import open_local, suggest
 from laconic.model.checkpoint import reason
@@ -115,7 +115,7 @@ def evaluate_tasks(
     }
     artifact = Artifact(folders[0])
     if artifact.recipe is not None:
-        artifact.save_result(_file_name(names, limit, fewshot) + ("-kv" if kv else ""), result)
+        artifact.save_result(_file_name(names, limit, fewshot) + slug(kv), result)
     return result
 
 

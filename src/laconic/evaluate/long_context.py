@@ -14,7 +14,7 @@ import torch
 from laconic.compression import versions
 from laconic.engine.artifact import Artifact
 from laconic.evaluate.cache_cost import memory_by_length, speed_by_length
-from laconic.evaluate.caches import caches_for
+from laconic.evaluate.caches import caches_for, slug
 from laconic.evaluate.context_perplexity import perplexity_by_position
 from laconic.evaluate.needle import FORMS, find_needles, make_prompt
 from laconic.evaluate.run import HUB_TEXTS
@@ -141,7 +141,7 @@ def evaluate_long(
     if artifact.recipe is not None:
         measured = "" if set(parts) == set(PARTS) else "-" + "+".join(p for p in PARTS if p in parts)
         name = f"long-{Path(text).stem}-{chosen[-1]}" + (f"-{prompt}" if "needle" in parts else "") + measured
-        artifact.save_result(name, result)
+        artifact.save_result(name + slug(kv), result)
     return result
 
 
