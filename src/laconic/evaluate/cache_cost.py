@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,10 +109,11 @@ def stored_bytes(cache: Cache) -> int:
 
 
 def _plain_tensors(held: Any) -> Iterator[Tensor]:
-    """Of what a layer holds, the tensors that lie in memory: those in tuples, and those that a quantized tensor, which
-    passes for one of its dense shape, is made of. Single numbers are no part of what is kept of tokens."""
-    if isinstance(held, tuple | list):
-        for part in held:
+    """Of what a layer holds, the tensors that lie in memory: those in tuples and mappings, and those that a quantized
+    tensor, which passes for one of its dense shape, is made of. Single numbers are no part of what is kept of tokens.
+    """
+    if isinstance(held, tuple | list | Mapping):
+        for part in held.values() if isinstance(held, Mapping) else held:
             yield from _plain_tensors(part)
     elif hasattr(held, "__tensor_flatten__"):
         for name in held.__tensor_flatten__()[0]:
