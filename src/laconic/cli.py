@@ -111,12 +111,52 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="The first so many documents of each task.")] = None,
     fewshot: Annotated[int | None, typer.Option(help="Examples in a prompt; the task's own number by default.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts of the tasks run at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Prompts of the tasks, or of needles, run at once.")] = 8,
+    suite: Annotated[
+        str | None, typer.Option(metavar="long", help="Measure the cache over long contexts instead.")
+    ] = None,
+    kv: Annotated[
+        list[str] | None, typer.Option(metavar="YAML", help="A cache to measure: '{method: kivi, k_bits: 2}'.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Contexts of the long suite; 512,2048,8192 by default.")
+    ] = None,
+    depths: Annotated[int | None, typer.Option(help="Depths of a needle; 5 by default.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Needles for each length and depth; 4 by default.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="How needles are said: needle, comment, passkey.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Tokens that go through the cache at once; 32 by default.")] = None,
+    parts: Annotated[
+        str | None, typer.Option("--measure", metavar="NAME,...", help="Of perplexity, needle, memory, speed; all.")
+    ] = None,
+    heat_map: Annotated[Path | None, typer.Option(metavar="SVG", help="Draw the needles found into this file.")] = None,
     json_: Json = False,
 ) -> None:
-    """Perplexity, fidelity to the original, bits per weight and bytes; or, with --tasks, standard tasks."""
+    """Perplexity, fidelity to the original, bits per weight and bytes; or, with --tasks, standard tasks; or, with
+    --suite long, what a quantized cache costs and saves."""
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype} is not one of float32, bfloat16, float16")
+    long = {
+        "lengths": None if lengths is None else _numbers("--lengths", lengths),
+        "depths": depths,
+        "trials": trials,
+        "prompt": prompt,
+        "chunk": chunk,
+        "parts": None if parts is None else parts.split(","),
+    }
+    asked = {name: value for name, value in long.items() if value is not None}
+    if suite is not None:
+        if (baseline, tasks, tasks_data, limit, fewshot, context_length) != (None,) * 6:
+            raise ValueError(
+                "--suite long compares caches of one model; leave out --baseline, --context-length and the tasks"
+            )
+        if windows is not None:
+            asked["windows"] = windows
+        _evaluate_long(
+            model, suite, json_, heat_map, kv=kv or (), text=text, dtype=dtype, batch_size=batch_size, **asked
+        )
+        return
+    if asked or heat_map:
+        raise ValueError("--lengths, --depths, --trials, --prompt, --chunk, --measure, --heat-map go with --suite long")
     if tasks is not None:
         if windows is not None or text != "wikitext2":
             raise ValueError(
@@ -134,6 +174,7 @@ def evaluate(
             batch_size=batch_size,
             context_length=context_length,
             dtype=dtype,
+            kv=kv or (),
             quiet=json_ or not err.is_terminal,
         )
         if json_:
@@ -143,6 +184,8 @@ def evaluate(
 
         out.print(tasks_table(result))
         return
+    if kv:
+        raise ValueError("--kv goes with --suite long, or with --tasks for one cache to generate with")
     if (tasks_data, limit, fewshot) != (None, None, None):
         raise ValueError("--tasks-data, --limit and --fewshot go with --tasks; name some, as in --tasks hellaswag")
     from laconic.evaluate.run import evaluate as measure
@@ -156,6 +199,33 @@ def evaluate(
     out.print(results_table([result]))
 
 
+def _evaluate_long(model: str, suite: str, as_json: bool, picture: Path | None, **asked: Any) -> None:
+    if suite != "long":
+        raise ValueError(f"--suite {suite} is not known; there is 'long'")
+    if picture and "needle" not in asked.get("parts", ["needle"]):
+        raise ValueError("--heat-map draws needles; leave out --measure, or name needle in it")
+    from laconic.evaluate.long_context import evaluate_long
+
+    if as_json or not err.is_terminal:
+        result = evaluate_long(model, **asked)
+    else:
+        with err.status("") as status:
+            result = evaluate_long(model, **asked, report=status.update)
+    if picture:
+        from laconic.report.heat_map import heat_map
+
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_text(heat_map(result))
+    if as_json:
+        _print_json(result)
+        return
+    from laconic.report.long_table import long_caption, long_tables
+
+    for table in long_tables(result):
+        out.print(table)
+    out.print(long_caption(result))
+
+
 @app.command()
 def report(
     artifacts: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Artifacts that were evaluated.")],
@@ -165,6 +235,7 @@ def report(
     json_: Json = False,
 ) -> None:
     """One self-contained HTML page, and a table, from artifacts and their results."""
+    from laconic.report.long_table import long_tables
     from laconic.report.page import gather, write_page
     from laconic.report.table import results_table
 
@@ -173,7 +244,12 @@ def report(
     if json_:
         _print_json({"page": str(output.resolve()), "artifacts": [str(a.path) for a in found]})
         return
-    out.print(results_table([r for a in found for r in a.evaluations]))
+    long = [r for a in found for r in a.long]
+    evaluations = [r for a in found for r in a.evaluations]
+    if evaluations or not long:
+        out.print(results_table(evaluations))
+    for result in long:
+        out.print(long_tables(result)[0])
     out.print(f"page: {output.resolve()}", soft_wrap=True)
 
 
@@ -388,6 +464,13 @@ def _remarks(log: list[dict[str, Any]]) -> Iterator[str]:
     if damping and max(damping) > min(damping):
         harder = sum(d > min(damping) for d in damping)
         yield f"the Hessians of {harder} linears were nearly singular: damped by up to {max(damping)} (log.jsonl)"
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as e:
+        raise ValueError(f"{option} {text} is no list of numbers; write it as in {option} 512,2048") from e
 
 
 def _weights(folder: Path) -> int:

@@ -23,6 +23,8 @@ from artifacts import original, press, rtn
 from commands import Laconic
 from laconic import Artifact
 from laconic.evaluate.harness import evaluate_tasks
+from laconic.model.kv_cache import KvCache
+from laconic.model.kv_open import make_cache
 from laconic.model.load import load_tokenizer
 from tiny import make_model, make_text
 
@@ -249,6 +251,26 @@ def test_gsm8k_reads_the_number_that_the_model_writes(
     values = {row["metric"]: (row["value"], row["main"]) for row in result["rows"]}
     assert values == {"exact_match (strict-match)": (0, True), "exact_match (flexible-extract)": (0.75, False)}
     assert result["shots"] == {"gsm8k": 1}
+
+
+def test_answers_are_generated_with_the_cache_asked_for(
+    roomy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[KvCache] = []
+
+    def watched(*args: Any) -> KvCache:
+        made.append(make_cache(*args))
+        return made[-1]
+
+    monkeypatch.setattr("laconic.model.kv_open.make_cache", watched)
+    write(tmp_path / "gsm8k_train.jsonl", [{"question": "How many?", "answer": "Two and two. #### 4"}])
+    write(tmp_path / "gsm8k_test.jsonl", [{"question": phrase(0, 3), "answer": "#### 4"}])
+    kv = "{method: kivi, k_bits: 2, v_bits: 2, group_size: 16, residual_length: 16}"
+    result = evaluate_tasks(roomy, tasks=["gsm8k"], data=tmp_path, fewshot=1, kv=[kv], quiet=True)
+    assert result["cache"] == "kivi k_bits 2 v_bits 2 group_size 16 residual_length 16"
+    # One is made to see whether the model can have it, one for the batch of prompts.
+    assert made[-1].get_seq_length() > 100
+    assert made[-1].effective_bits() < 8
 
 
 def test_a_result_is_kept_with_all_that_it_depends_on(artifact: Artifact, roomy: Path, tmp_path: Path) -> None:

@@ -16,12 +16,15 @@ from typing import Any
 from unittest import mock
 
 import torch
+from transformers import PreTrainedModel
 
 from laconic.compression import versions
 from laconic.engine.artifact import Artifact
+from laconic.evaluate.caches import read_stage, resolve, slug, title
 from laconic.evaluate.recovery import Score, compare, mean_recovery, read_groups, read_scores
 from laconic.evaluate.task_files import open_local, suggest
 from laconic.model.checkpoint import reason
+from laconic.model.kv_open import kv_shape, use_by_default
 from laconic.model.load import load_tokenizer, model_folder, read_config
 from laconic.model.reading import load
 
@@ -41,6 +44,7 @@ def evaluate_tasks(
     context_length: int | None = None,
     dtype: str | None = None,
     device: str = "auto",
+    kv: Sequence[str] = (),
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Accuracy and the like on lm-eval's tasks, with standard errors; beside `baseline`, paired.
@@ -48,13 +52,16 @@ def evaluate_tasks(
     tasks: lm-eval's names of tasks, groups or tags, or patterns of them. data: a folder of local JSONL files to take
     the documents from, in place of the Hub. limit: the first so many documents of each task. fewshot: examples in a
     prompt (the task's own number when not given). context_length: tokens a prompt may have (the model's context when
-    not given). dtype: to compute in (the checkpoint's own when not given). quiet: without lm-eval's progress bars.
+    not given). dtype: to compute in (the checkpoint's own when not given). kv: one cache, as `caches_for` reads it,
+    that the artifact generates with, in place of its own if it has one. quiet: without lm-eval's progress bars.
 
     Returns what is written to `results/` of the artifact. Raises: ValueError for what the caller can mend.
     """
     for what, value, least in (("--limit", limit, 1), ("--fewshot", fewshot, 0), ("--batch-size", batch_size, 1)):
         if value is not None and value < least:
             raise ValueError(f"{what} {value} is less than {least}")
+    if len(kv) > 1:
+        raise ValueError("tasks are measured with one cache; give --kv once, or use --suite long for several")
     names = [name.strip() for name in tasks if name.strip()]
     if not names:
         raise ValueError("--tasks names no task; name some, as in --tasks hellaswag,arc_easy")
@@ -70,9 +77,11 @@ def evaluate_tasks(
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     with _silence() if quiet else nullcontext():
         opened, manager = open_local(names, Path(data), fewshot) if data else _open_standard(names)
-        runs = []
-        for folder in folders:
+        runs, cache = [], None
+        for i, folder in enumerate(folders):
             ours = load(folder, device=place, dtype=getattr(torch, dtype) if dtype else None)
+            if i == 0:
+                cache = _generate_with(ours, kv)
             lm = OpenedLM(ours, load_tokenizer(folder), context_length=length, batch_size=batch_size)
             runs.append(_run(lm, opened, manager, limit, fewshot))
             precision = str(ours.dtype).removeprefix("torch.")
@@ -95,6 +104,7 @@ def evaluate_tasks(
         "mean_recovery": mean_recovery(top) if baseline else None,
         "context_length": length,
         "batch_size": batch_size,
+        "cache": cache,
         "dtype": precision,
         "device": place,
         "seeds": SEEDS,
@@ -105,8 +115,19 @@ def evaluate_tasks(
     }
     artifact = Artifact(folders[0])
     if artifact.recipe is not None:
-        artifact.save_result(_file_name(names, limit, fewshot), result)
+        artifact.save_result(_file_name(names, limit, fewshot) + slug(kv), result)
     return result
+
+
+def _generate_with(model: PreTrainedModel, kv: Sequence[str]) -> str | None:
+    """Have a model generate with the cache asked for; says which it has, None for transformers' own. Only answers that
+    are generated go through a cache; likelihoods are read in one pass, without."""
+    for text in kv:
+        stage = read_stage(text)
+        use_by_default(model, resolve(stage, kv_shape(model.config)), None)
+        return title(stage)
+    own = vars(model).get("kv_scheme")
+    return None if own is None else str(own.method)
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def evaluation_windows(
     if count < 1:
         raise ValueError(
             f"the evaluation text has {len(stream)} tokens, less than one window of {length}; "
-            "give more text or lower --context-length"
+            "give more text or a shorter context (--context-length; --lengths of the long suite)"
         )
     windows = torch.tensor(stream[: count * body]).view(count, body)[:limit]
     lead = torch.tensor(prefix, dtype=torch.long).expand(len(windows), -1)

@@ -38,9 +38,9 @@ def kv_shape(config: Any) -> KvShape:
     kind = getattr(text, "model_type", "?")
     if getattr(text, "kv_lora_rank", None):
         raise ValueError(f"'{kind}' caches latent vectors (MLA), not keys and values; a quantized cache is not for it")
-    window = getattr(text, "sliding_window", None)
-    everywhere = "full_attention" if window is None else "sliding_attention"
-    types = getattr(text, "layer_types", None) or [everywhere] * text.num_hidden_layers
+    # Where types are not said, a window is every layer's (Mistral).
+    kind_of_all = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+    types = getattr(text, "layer_types", None) or [kind_of_all] * text.num_hidden_layers
     if any(word in t for t in (*types, kind) for word in _OTHER_STATE):
         raise ValueError(f"'{kind}' has state-space or recurrent layers, which a quantized cache is not for")
     queries = text.num_attention_heads
@@ -83,7 +83,7 @@ def use_by_default(model: PreTrainedModel, scheme: KvScheme, calibrated: Calibra
         return prepare(generation_config, model_kwargs, *args, **kwargs)
 
     vars(model)["_prepare_cache_for_generation"] = prepare_ours
-    vars(model)["kv_scheme"] = scheme
+    vars(model)["kv_scheme"], vars(model)["kv_calibrated"] = scheme, calibrated
 
 
 def fingerprint(embeddings: Tensor) -> str:

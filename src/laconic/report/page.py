@@ -8,9 +8,12 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
+from plotly.offline import get_plotlyjs
 
 from laconic.engine.artifact import Artifact
 from laconic.engine.writer import write_text
+from laconic.report.long_plots import long_plots
+from laconic.report.long_table import long_caption, long_rows
 from laconic.report.plots import error_plot, fragments, size_plot
 from laconic.report.table import COLUMNS, caption, cells
 from laconic.report.task_table import task_rows, tasks_caption
@@ -26,6 +29,7 @@ class Evaluated:
     compression: dict[str, Any] | None
     evaluations: list[dict[str, Any]]
     tasks: list[dict[str, Any]]
+    long: list[dict[str, Any]]
 
 
 def gather(folders: list[Path]) -> list[Evaluated]:
@@ -41,8 +45,10 @@ def gather(folders: list[Path]) -> list[Evaluated]:
             raise ValueError(f"a result in {folder / 'results'} is not valid JSON; delete it and evaluate again") from e
         evaluations = [r for name, r in results.items() if name.startswith("eval-")]
         tasks = [r for name, r in results.items() if name.startswith("tasks-")]
-        found.append(Evaluated(folder, artifact.recipe, artifact.log, results.get("compress"), evaluations, tasks))
-    if not any(a.evaluations or a.tasks for a in found):
+        long = [r for name, r in results.items() if name.startswith("long-")]
+        compression = results.get("compress")
+        found.append(Evaluated(folder, artifact.recipe, artifact.log, compression, evaluations, tasks, long))
+    if not any(a.evaluations or a.tasks or a.long for a in found):
         raise ValueError("none of these artifacts was evaluated; run 'laconic eval DIR --baseline MODEL' first")
     return found
 
@@ -56,6 +62,7 @@ def write_page(artifacts: list[Evaluated], file: Path) -> None:
         lstrip_blocks=True,
     )
     results = [r for a in artifacts for r in a.evaluations]
+    plots = fragments(size_plot(results), error_plot(artifacts))
     html = environment.get_template("page.html").render(
         columns=COLUMNS,
         rows=[cells(r) for r in results],
@@ -65,7 +72,11 @@ def write_page(artifacts: list[Evaluated], file: Path) -> None:
         task_rows=task_rows,
         tasks_caption=tasks_caption,
         recipe_text=lambda a: yaml.safe_dump(a.recipe, sort_keys=False) if a.recipe else "",
-        plots=fragments(size_plot(results), error_plot(artifacts)),
+        long_rows=long_rows,
+        long_caption=long_caption,
+        plots=plots,
+        long_plots=lambda result: fragments(*long_plots(result)),
+        script=get_plotlyjs() if plots or any(a.long for a in artifacts) else "",
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, html)
@@ -74,6 +85,8 @@ def write_page(artifacts: list[Evaluated], file: Path) -> None:
 def _headline(artifacts: list[Evaluated]) -> str:
     """The first result in a sentence."""
     results = [r for a in artifacts for r in a.evaluations]
+    if not results and not any(a.tasks for a in artifacts):
+        return f"The cache of keys and values, measured over {len(artifacts[0].long[0]['lengths'])} lengths of context."
     if not results:
         tasks = next(t for a in artifacts for t in a.tasks)
         recovery = tasks["mean_recovery"]

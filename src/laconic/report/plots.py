@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 if TYPE_CHECKING:
     from laconic.report.page import Evaluated
 
-_LAYOUT = {
+LAYOUT = {
     "template": "none",
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",
@@ -38,7 +38,7 @@ def size_plot(results: Sequence[dict[str, Any]]) -> go.Figure | None:
             hovertemplate="%{text}<br>%{x:.2f} bits per weight<br>KL %{y:.4f}<extra></extra>",
         )
     )
-    figure.update_layout(title="Size and fidelity", **_LAYOUT)
+    figure.update_layout(title="Size and fidelity", **LAYOUT)
     figure.update_xaxes(title="bits per weight, whole model")
     figure.update_yaxes(title="KL to the original (nats a token)", rangemode="tozero")
     return figure
@@ -61,14 +61,13 @@ def error_plot(artifacts: Sequence[Evaluated]) -> go.Figure | None:
             )
     if not figure.data:
         return None
-    figure.update_layout(title="Error of each linear", showlegend=len(figure.data) > 1, **_LAYOUT)
+    figure.update_layout(title="Error of each linear", showlegend=len(figure.data) > 1, **LAYOUT)
     figure.update_xaxes(title="linear, from the first block to the last")
     figure.update_yaxes(title="relative squared error", type="log", exponentformat="power")
     return figure
 
 
 def fragments(*figures: go.Figure | None) -> list[str]:
-    """The figures that are there, as HTML; the first brings the script."""
+    """The figures that are there, as HTML; the page brings plotly's script."""
     config = {"displayModeBar": False, "responsive": True}
-    there = [f for f in figures if f is not None]
-    return [str(f.to_html(full_html=False, include_plotlyjs=i == 0, config=config)) for i, f in enumerate(there)]
+    return [str(f.to_html(full_html=False, include_plotlyjs=False, config=config)) for f in figures if f is not None]

@@ -1,0 +1,103 @@
+"""Our caches beside transformers' own quantized ones, of the same bits and groups: bytes, perplexity, needles, speed.
+
+    pip install optimum-quanto hqq      # what transformers' backends need; those not there are left out
+    python benchmarks/kv_peers.py MODEL --text TEXT [--bits 4 2] [--prompt needle] [--lengths 512,2048]
+
+Prints Markdown. Everything goes through the same code, in chunks of 32 tokens; bytes are those of the tensors that a
+cache really holds, the insides of quanto's and HQQ's among them, right after a prompt. transformers' caches then hold
+nothing in 16 bit, and take the whole history through 16 bit and back whenever `residual_length` more have come.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import Cache, PreTrainedModel, QuantizedCache
+
+import laconic
+from laconic.evaluate.cache_cost import memory_by_length, speed_by_length
+from laconic.evaluate.caches import caches_for
+from laconic.evaluate.context_perplexity import perplexity_by_position
+from laconic.evaluate.needle import FORMS, find_needles
+from laconic.model.data import evaluation_windows, prefix_of, read_documents
+from laconic.model.load import load_tokenizer
+
+
+def peers(model: PreTrainedModel, bits: list[int], group: int, residual: int) -> dict[str, Callable[[], Cache]]:
+    """transformers' caches that this environment can make. quanto takes the axis -1 or 0, HQQ 1 or 0, of a tensor
+    (batch, heads, tokens, channels), cut into groups as each does it; both are left at transformers' default."""
+    made: dict[str, Callable[[], Cache]] = {"transformers fp8": partial(QuantizedCache, "fp8", model.config)}
+    for backend, axis in (("quanto", 0), ("hqq", 1)):
+        for b in bits:
+            keys = {"nbits": b, "axis_key": axis, "axis_value": axis, "q_group_size": group}
+            made[f"transformers {backend} {b}"] = partial(
+                QuantizedCache, backend, model.config, residual_length=residual, **keys
+            )
+    there = {}
+    for name, new_cache in made.items():
+        try:
+            new_cache()
+            there[name] = new_cache
+        except ImportError as e:
+            print(f"left out: {name}: {e}")
+    return there
+
+
+def main() -> None:
+    """Measure every cache on the same tokens and questions."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 2])
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--residual-length", type=int, default=128)
+    parser.add_argument("--lengths", default="512,2048")
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--depths", type=int, default=5)
+    parser.add_argument("--trials", type=int, default=2)
+    parser.add_argument("--prompt", default="needle", choices=FORMS)
+    parser.add_argument("--chunk", type=int, default=32)
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    lengths = sorted(int(n) for n in args.lengths.split(","))
+    model = laconic.load(args.model, dtype=getattr(torch, args.dtype))
+    tokenizer = load_tokenizer(Path(args.model))
+    keys = f"group_size: {args.group_size}, residual_length: {args.residual_length}"
+    ours = caches_for(model, [f"{{method: kivi, k_bits: {b}, v_bits: {b}, {keys}}}" for b in args.bits])
+    caches = ours | peers(model, args.bits, args.group_size, args.residual_length)
+    windows = evaluation_windows(read_documents(args.text), tokenizer, length=lengths[-1], limit=None)
+    hay = windows[:, len(prefix_of(tokenizer)) :].flatten().tolist()
+    quality = perplexity_by_position(model, windows[: args.windows], caches, chunk=args.chunk)
+    needles = find_needles(
+        model,
+        tokenizer,
+        hay,
+        caches,
+        lengths=lengths,
+        depths=args.depths,
+        trials=args.trials,
+        form=FORMS[args.prompt],
+        chunk=args.chunk,
+    )
+    memory = memory_by_length(model, caches, lengths)
+    speed = speed_by_length(model, caches, lengths)
+    print(
+        f"{args.model}, {args.text}, windows of {lengths[-1]} tokens, {args.dtype}, {torch.get_num_threads()} threads\n"
+    )
+    print("| cache | bits a number | MB | perplexity | KL mean | needles | tokens/s |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name in caches:
+        whole, m, cells = quality[name][-1], memory[name][-1], needles[name]
+        found = f"{sum(c.found for c in cells)}/{sum(c.trials for c in cells)}"
+        print(
+            f"| {name} | {m.bits:.2f} | {m.request_bytes / 1e6:.2f} | {whole.perplexity:.3f} | {whole.kl_mean:.4f} "
+            f"| {found} | {speed[name][-1].tokens_per_second:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""`laconic eval --suite long`: what a quantized cache of keys and values costs and saves, beside 16 bit."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laconic.compression import versions
+from laconic.engine.artifact import Artifact
+from laconic.evaluate.cache_cost import memory_by_length, speed_by_length
+from laconic.evaluate.caches import caches_for, slug
+from laconic.evaluate.context_perplexity import perplexity_by_position
+from laconic.evaluate.needle import FORMS, find_needles, make_prompt
+from laconic.evaluate.run import HUB_TEXTS
+from laconic.model.data import evaluation_windows, prefix_of, read_documents
+from laconic.model.load import load_tokenizer, model_folder
+from laconic.model.reading import load
+
+PARTS = ("perplexity", "needle", "memory", "speed")
+LENGTHS = (512, 2048, 8192)
+
+
+def evaluate_long(
+    model: str | Path,
+    *,
+    kv: Sequence[str] = (),
+    text: str = "wikitext2",
+    lengths: Sequence[int] | None = None,
+    depths: int = 5,
+    trials: int = 4,
+    windows: int = 4,
+    prompt: str = "needle",
+    parts: Sequence[str] = PARTS,
+    chunk: int = 32,
+    batch_size: int = 8,
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str = "auto",
+    report: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Perplexity through the cache by position, needles, bytes and speed, for each cache.
+
+    kv: caches to measure beside the artifact's own, each as `caches_for` reads it. text: for perplexity, and the hay.
+    lengths: of contexts, in tokens; perplexity is measured in windows of the longest. depths, trials: of needles; a
+    cell of the heat map is so many trials. prompt: of `needle.FORMS`. windows: of text, at most. chunk: tokens of one
+    forward pass. batch_size: prompts read at once, and requests of a batch whose bytes are counted.
+    report: told in a few words what is going on.
+
+    Returns what is written to `results/` of the artifact. Raises: ValueError for what the caller can mend.
+    """
+    for what, number in (
+        ("--depths", depths),
+        ("--trials", trials),
+        ("--windows", windows),
+        ("--chunk", chunk),
+        ("--batch-size", batch_size),
+    ):
+        if number < 1:
+            raise ValueError(f"{what} {number} is less than 1")
+    _check_names("--measure", parts, PARTS)
+    _check_names("--prompt", [prompt], tuple(FORMS))
+    begun = time.monotonic()
+    folder = model_folder(str(model))
+    tokenizer = load_tokenizer(folder)
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    ours = load(folder, device=place, dtype=getattr(torch, dtype) if dtype else None)
+    chosen = _lengths(lengths, getattr(ours.config.get_text_config(), "max_position_embeddings", None))
+    caches = caches_for(ours, kv)
+    found: dict[str, Any] = {}
+    ids, hay = None, []
+    if {"perplexity", "needle"} & set(parts):
+        ids = evaluation_windows(
+            read_documents(**HUB_TEXTS.get(text, {"dataset": text})), tokenizer, length=chosen[-1], limit=None
+        )
+        hay = ids[:, len(prefix_of(tokenizer)) :].flatten().tolist()
+    if "needle" in parts:
+        # Says what is wrong now rather than in an hour.
+        make_prompt(tokenizer, hay, FORMS[prompt], length=chosen[0], depth=0.5, seed="")
+    if "perplexity" in parts and ids is not None:
+        report(f"perplexity at {chosen[-1]} tokens")
+        buckets = perplexity_by_position(ours, ids[:windows], caches, chunk=chunk)
+        found["perplexity"] = {
+            name: [asdict(b) | {"perplexity": b.perplexity} for b in row] for name, row in buckets.items()
+        }
+    if "needle" in parts:
+        found["needle"] = {name: [] for name in caches}
+        for length in chosen:
+            report(f"needles at {length} tokens")
+            cells = find_needles(
+                ours,
+                tokenizer,
+                hay,
+                caches,
+                lengths=[length],
+                depths=depths,
+                trials=trials,
+                form=FORMS[prompt],
+                chunk=chunk,
+                batch_size=batch_size,
+                seed=seed,
+            )
+            for name, row in cells.items():
+                found["needle"][name] += [asdict(cell) for cell in row]
+    if "memory" in parts:
+        report("bytes")
+        memory = memory_by_length(ours, caches, chosen, batch=batch_size)
+        found["memory"] = {name: [asdict(m) for m in row] for name, row in memory.items()}
+    if "speed" in parts:
+        report("tokens a second")
+        speed = speed_by_length(ours, caches, chosen)
+        found["speed"] = {name: [asdict(s) for s in row] for name, row in speed.items()}
+    result: dict[str, Any] = {
+        "model": str(model),
+        "suite": "long",
+        "caches": list(caches),
+        "kv": list(kv),
+        **found,
+        "text": text,
+        "lengths": chosen,
+        "depths": depths,
+        "trials": trials,
+        "windows": 0 if ids is None else min(windows, len(ids)),
+        "prompt": prompt,
+        "chunk": chunk,
+        "batch_size": batch_size,
+        "dtype": str(ours.dtype).removeprefix("torch."),
+        "device": place,
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "seconds": round(time.monotonic() - begun, 2),
+        "command": " ".join(sys.argv),
+        "versions": versions(),
+    }
+    artifact = Artifact(folder)
+    if artifact.recipe is not None:
+        measured = "" if set(parts) == set(PARTS) else "-" + "+".join(p for p in PARTS if p in parts)
+        name = f"long-{Path(text).stem}-{chosen[-1]}" + (f"-{prompt}" if "needle" in parts else "") + measured
+        artifact.save_result(name + slug(kv), result)
+    return result
+
+
+def _lengths(asked: Sequence[int] | None, limit: int | None) -> list[int]:
+    """Lengths in order. Raises: ValueError for one that the model's context has not."""
+    if asked is None:
+        return [n for n in LENGTHS if limit is None or n <= limit] or [limit or LENGTHS[0]]
+    for length in asked:
+        if length < 2 or (limit is not None and length > limit):
+            raise ValueError(f"--lengths {length} is not between 2 and the model's context of {limit}")
+    if not asked:
+        raise ValueError("--lengths names no length; name some, as in --lengths 512,2048")
+    return sorted(set(asked))
+
+
+def _check_names(option: str, given: Sequence[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{option} {name} is not one of {', '.join(known)}")
