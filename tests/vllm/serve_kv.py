@@ -42,8 +42,8 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     pool = scheduler.kv_cache_manager.block_pool
     params = SamplingParams(temperature=0.0, ignore_eos=True, **job["sampling"])
     found: dict[str, Any] = {"tokens_that_fit": config.num_gpu_blocks * config.block_size, "rounds": []}
-    backend = next(iter(llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()))
-    found["backend"] = backend.attn_backend.__module__
+    layer = next(iter(llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()))
+    found["backend"] = type(layer.impl).__module__
     free, memory = pool.get_num_free_blocks(), []
     preempted = 0
     preempt = scheduler._preempt_request

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,15 +24,22 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    MultipleOf,
+)
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from laconic.formats.kv_scheme import KvScheme
+from laconic.formats.kv_scheme import KvScheme, tokens_at_once
 from laconic.model.kv_open import KvShape, kv_shape
 from laconic.model.places import places_of
-from laconic.serving.paged import Angles, PackedLayer, Scoring, attend, write
+from laconic.serving.paged import Angles, PackedLayer, Part, Scoring, attend, write
+from laconic.serving.paged_units import write_units
 
 log = init_logger(__name__)
 
@@ -66,6 +73,12 @@ class PackedBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
     nbytes: ClassVar[int] = 0
+    # Tokens a page, where something lies behind its slots.
+    per_page: ClassVar[int | None] = None
+
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(1) if cls.per_page is None else cls.per_page]
 
     @staticmethod
     def get_name() -> str:
@@ -94,8 +107,9 @@ class PackedBackend(AttentionBackend):
 
 
 @functools.cache
-def _of_size(nbytes: int) -> type[PackedBackend]:
-    return type(PackedBackend.__name__, (PackedBackend,), {"nbytes": nbytes, "__module__": __name__})
+def _of_size(nbytes: int, per_page: int | None) -> type[PackedBackend]:
+    size = {"nbytes": nbytes, "per_page": per_page, "__module__": __name__}
+    return type(PackedBackend.__name__, (PackedBackend,), size)
 
 
 class CpuBackend(CPUAttentionBackend):
@@ -129,16 +143,19 @@ def prepare(config: VllmConfig) -> None:
         if not isinstance(impl, PackedImpl) or impl.config is not config:
             continue
         number = extract_layer_index(name)
+        groups, sinks = scheme.layers[number], 0 if impl.scoring.window else scheme.sinks
         impl.layer = PackedLayer(
-            scheme.layers[number],
+            groups,
             {} if file is None else _calibrated(file, number),
             heads=shape.heads,
             channels=shape.channels,
             dtype=model.dtype,
             rotated=scheme.rotation is not None,
             angles=(angles.get(kinds[number]) if kinds else None) or angles.get(None),
+            sinks=sinks,
+            per_page=_tokens_a_page(config) if sinks or tokens_at_once(groups) > 1 else None,
         ).to(torch.device(config.device_config.device))
-        layer.attn_backend = _of_size(impl.layer.nbytes)
+        layer.attn_backend = _of_size(impl.layer.nbytes, impl.layer.per_page)
     log.info("laconic: keys and values are kept as '%s' says, in pages of packed slots", scheme.method)
 
 
@@ -148,16 +165,25 @@ def _refuse(scheme: KvScheme, config: VllmConfig, shape: KvShape) -> None:
         raise ValueError(f"this artifact has a cache format of its own; leave out --kv-cache-dtype, or drop {KEY}")
     if config.parallel_config.tensor_parallel_size > 1:
         raise ValueError("a packed cache is served on one device yet; serve with --tensor-parallel-size 1")
-    if not (scheme.residual_length or scheme.sinks):
+    if config.speculative_config is not None and any(tokens_at_once(layer) > 1 for layer in scheme.layers):
+        raise ValueError("keys in ranges that tokens share cannot be taken back; serve without speculative decoding")
+    if not scheme.residual_length:
         return
-    kept = f"the last {scheme.residual_length} and the first {scheme.sinks} tokens of a text in 16 bit"
+    kept = f"the last {scheme.residual_length} tokens of a text in 16 bit"
     options = config.additional_config if isinstance(config.additional_config, dict) else {}
     if options.get("laconic_kv", {}).get("window", True):
         raise ValueError(
-            f"this artifact keeps {kept}, and a vLLM page holds packed tokens only; set residual_length: 0 and "
-            """sinks: 0 in the recipe, or give them up with --additional-config '{"laconic_kv": {"window": false}}'"""
+            f"this artifact keeps {kept}, which vLLM's pages have no place for; set residual_length: 0 in the recipe, "
+            """or give them up with --additional-config '{"laconic_kv": {"window": false}}'"""
         )
     log.warning("laconic: served without %s; what was measured with them does not hold for this", kept)
+
+
+def _tokens_a_page(config: VllmConfig) -> int:
+    """Of pages with a tail, which is the smaller a share of a page the larger it is."""
+    cache = config.cache_config
+    # vLLM settles on a size for CPUs before models are loaded, and for GPUs after.
+    return cache.block_size if cache.user_specified_block_size or current_platform.is_cpu() else 512
 
 
 def _calibrated(file: str, number: int) -> dict[str, dict[str, Tensor]]:
@@ -174,7 +200,8 @@ def _calibrated(file: str, number: int) -> dict[str, dict[str, Tensor]]:
 def _angles(hf_config: Any, length: int) -> dict[str | None, Angles]:
     """Cosines and sines of the model's own rotary embedding, by type of layer where it differs by that."""
     with torch.device("meta"):
-        places = places_of(AutoModelForCausalLM.from_config(hf_config), rotary=True)
+        model = AutoModelForCausalLM.from_config(hf_config)
+    places = places_of(model, rotary=True)
     kind_of: Any = type(places.rotary)
     embedding = kind_of(hf_config.get_text_config())
     found: dict[str | None, Angles] = {}
@@ -189,35 +216,15 @@ def _angles(hf_config: Any, length: int) -> dict[str | None, Angles]:
 # --- a step of the engine ---
 
 
-@dataclass(frozen=True)
-class Part:
-    """Requests of one batch with as many new tokens each. tokens: (requests, new tokens) in the batch."""
-
-    table: Tensor
-    lengths: Tensor
-    longest: int
-    tokens: Tensor
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A step: where its tokens go and at which positions they are, (tokens,), and who attends together."""
-
-    written: Tensor
-    slots: Tensor
-    positions: Tensor
-    parts: list[Part]
-
-
 class BatchBuilder(AttentionMetadataBuilder):
-    """Makes a `Batch` of what vLLM tells of a step."""
+    """Sorts the requests of a step by how many new tokens they have."""
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Batch:
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> list[Part]:
         given = common_attn_metadata
         if given.causal is not True:
             raise ValueError("a packed cache is for causal attention; this model attends both ways")
@@ -229,7 +236,6 @@ class BatchBuilder(AttentionMetadataBuilder):
         for i in range(given.num_reqs):
             if new := starts[i + 1] - starts[i]:
                 by_count[new].append(i)
-        positions = torch.zeros(starts[given.num_reqs], dtype=torch.long, device=device)
         parts = []
         for new, requests in by_count.items():
             for some in _together(requests, known):
@@ -237,10 +243,7 @@ class BatchBuilder(AttentionMetadataBuilder):
                 ahead = torch.arange(new, device=device)
                 tokens = torch.tensor([starts[i] for i in some], device=device)[:, None] + ahead
                 parts.append(Part(given.block_table_tensor[rows], lengths[rows], max(known[i] for i in some), tokens))
-                positions[tokens] = (lengths[rows].long() - new)[:, None] + ahead
-        slots = given.slot_mapping[: len(positions)]
-        written = (slots >= 0).nonzero()[:, 0]
-        return Batch(written, slots[written], positions, parts)
+        return parts
 
 
 def _together(requests: list[int], lengths: list[int]) -> list[list[int]]:
@@ -295,7 +298,7 @@ class PackedImpl(AttentionImpl):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: Batch | None,
+        attn_metadata: list[Part] | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
@@ -306,12 +309,12 @@ class PackedImpl(AttentionImpl):
             raise NotImplementedError("a packed cache does not round its output; turn that fusion off")
         if attn_metadata is None:  # vLLM measures how much memory a step takes
             return output.zero_()
-        packed, batch = self.layer, attn_metadata
+        packed = self.layer
         assert packed is not None
-        at = batch.written
-        write(packed, kv_cache, batch.slots, key[at], value[at], batch.positions[at])
-        for part in batch.parts:
+        # All write before any reads: a request may share a page that another one fills in this very step.
+        store = write_units if packed.unit > 1 else write
+        units = [store(packed, kv_cache, part, key[part.tokens], value[part.tokens]) for part in attn_metadata]
+        for part, near in zip(attn_metadata, units, strict=True):
             tokens = (query[part.tokens], key[part.tokens], value[part.tokens])
-            found = attend(packed, kv_cache, part.table, part.lengths, part.longest, tokens, self.scoring)
-            output[part.tokens] = found.to(output.dtype)
+            output[part.tokens] = attend(packed, kv_cache, part, tokens, self.scoring, near).to(output.dtype)
         return output
