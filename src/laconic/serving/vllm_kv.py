@@ -4,8 +4,8 @@ vLLM's list of cache dtypes is closed, so the format comes from the artifact, an
 of its pages: one slot for each token and head (`formats.kv_slot`). Nothing is kept outside of pages, so prefix caching,
 preemption and swapping stay vLLM's own affair.
 
-On a CPU our backend stands in for vLLM's, and hands every other model on to it. On a GPU it is asked for, by
-`--attention-backend CUSTOM`.
+On a CPU our backend stands in for vLLM's, and hands every other model on to it. Elsewhere vLLM chooses among several,
+and the choice is ours where a model has a packed cache and no other backend was asked for.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ log = init_logger(__name__)
 
 KEY = "laconic_kv_cache"
 CALIBRATED = "kv_cache.safetensors"
+_PATH = f"{__name__}.PackedBackend"
 
 # Tokens of history, padding included, that requests of one batch may have to be attended to together.
 _TOGETHER = 1 << 14
@@ -52,9 +53,29 @@ _TOGETHER = 1 << 14
 
 def register_kv() -> None:
     """Make the backend known to vLLM. May be called again."""
-    register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.{PackedBackend.__name__}")
+    register_backend(AttentionBackendEnum.CUSTOM, _PATH)
     if current_platform.is_cpu():
-        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{CpuBackend.__name__}")
+        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.CpuBackend")
+    else:
+        choose_ours(current_platform)
+
+
+def choose_ours(platform: Any) -> None:
+    """Have a platform choose our backend for models with a packed cache. May be called again."""
+    theirs = platform.get_attn_backend_cls
+    if getattr(theirs, "laconic", False):
+        return
+
+    def choose(selected: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
+        if scheme_of(get_current_vllm_config()) is not None and selected in (None, AttentionBackendEnum.CUSTOM):
+            return _PATH
+        if scheme_of(get_current_vllm_config()) is not None:
+            log.warning("laconic: %s keeps keys and values in 16 bit; leave out --attention-backend", selected.name)
+        path: str = theirs(selected, attn_selector_config, num_heads)
+        return path
+
+    vars(choose)["laconic"] = True
+    platform.get_attn_backend_cls = choose
 
 
 def scheme_of(config: VllmConfig) -> KvScheme | None:
