@@ -102,7 +102,7 @@ LAYERS = {
 def test_attention_is_that_over_what_was_stored(
     made: tuple[KvFormat, KvFormat, dict[str, Any]], scoring: Scoring, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paged, "_SCORES", at_once)
+    monkeypatch.setattr(paged, "_HELD", at_once)
     keys, values, rest = made
     found, plain = paged_and_plain(layer(keys, values, **rest), scoring)
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)

@@ -27,8 +27,8 @@ from laconic.solvers.rotate import hadamard
 if TYPE_CHECKING:
     from laconic.serving.paged_units import Units
 
-# Scores that are held at once: 128 MiB of float32.
-_SCORES = 1 << 25
+# Scores, or numbers of decoded keys and values, that are held at once: 128 MiB of float32.
+_HELD = 1 << 25
 
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines of every position, (positions, channels that turn), float32."""
@@ -275,7 +275,8 @@ def attend(
     first = 0
     if scoring.window is not None:
         first = max(0, int(at[:, 0].min()) + 1 - scoring.window) // per_page
-    step = max(1, _SCORES // (queries.numel() // queries.shape[-1] * per_page))
+    a_token = max(queries[:, :, :, 0].numel(), 2 * keys[:, 0].numel())
+    step = max(1, _HELD // (a_token * per_page))
     for start in range(first, -(-part.longest // per_page), step):
         numbers = part.table[:, start : start + step][:, : -(-part.longest // per_page) - start]
         there, some_k, some_v = _read(layer, cache, numbers, part.lengths, start * per_page)
