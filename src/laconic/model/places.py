@@ -79,18 +79,11 @@ class Places:
 
     def rotate(self, keys: Tensor, start: int, layer: int) -> Tensor:
         """Put the rotary embedding on keys (rows, heads, tokens, channels) of the slots from `start` on."""
-        cos, sin = self._angles(keys, start, layer)
-        n = cos.shape[-1]
-        turned, rest = keys[..., :n], keys[..., n:]
-        return torch.cat([turned * cos + _half_turn(turned) * sin, rest], -1)
+        return turn(keys, *self._angles(keys, start, layer))
 
     def unrotate(self, keys: Tensor, start: int, layer: int) -> Tensor:
         """The inverse of `rotate`, whatever factor the embedding scales by."""
-        cos, sin = self._angles(keys, start, layer)
-        n = cos.shape[-1]
-        turned, rest = keys[..., :n], keys[..., n:]
-        turned = (turned * cos - _half_turn(turned) * sin) / (cos.square() + sin.square())
-        return torch.cat([turned, rest], -1)
+        return turn_back(keys, *self._angles(keys, start, layer))
 
     def _angles(self, keys: Tensor, start: int, layer: int) -> tuple[Tensor, Tensor]:
         assert self.rotary is not None
@@ -103,6 +96,21 @@ class Places:
             cos, sin = self.rotary(torch.empty(0, dtype=torch.float32, device=keys.device), positions, **more)
             self._known[kind, start, stop] = (cos.float()[:, None], sin.float()[:, None])
         return self._known[kind, start, stop]
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first channels, as many as there are angles, the first half of them against the second."""
+    n = cos.shape[-1]
+    turned, rest = x[..., :n], x[..., n:]
+    return torch.cat([turned * cos + _half_turn(turned) * sin, rest], -1)
+
+
+def turn_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The inverse of `turn`, whatever factor the angles scale by."""
+    n = cos.shape[-1]
+    turned, rest = x[..., :n], x[..., n:]
+    turned = (turned * cos - _half_turn(turned) * sin) / (cos.square() + sin.square())
+    return torch.cat([turned, rest], -1)
 
 
 def places_of(model: PreTrainedModel, *, rotary: bool) -> Places:
