@@ -84,5 +84,7 @@ def ranges(scale, offset, at, here, ZERO: tl.constexpr):  # type: ignore[no-unty
     """Scales and offsets, float32; of symmetric ranges, the offset that a code in the middle answers for."""
     s = tl.load(scale + at, here, 1.0).to(tl.float32)
     if offset is None:
-        return s, s * (-ZERO)
-    return s, tl.load(offset + at, here, 0.0).to(tl.float32)
+        o = s * (-ZERO)
+    else:
+        o = tl.load(offset + at, here, 0.0).to(tl.float32)
+    return s, o
