@@ -193,9 +193,9 @@ def _attend(  # type: ignore[no-untyped-def]
         queries = ()
         for i in tl.static_range(D // K_X):
             c = (i // K_UNIT) * K_SEG + kx * K_UNIT + i % K_UNIT
-            part = tl.load(q_at[None, :] + c[:, None], (r < REP)[None, :], 0.0).to(tl.float32) * scaling
-            top = tl.maximum(top, tl.max(tl.abs(part), 0))
-            queries += (part,)
+            loaded = tl.load(q_at[None, :] + c[:, None], (r < REP)[None, :], 0.0).to(tl.float32) * scaling
+            top = tl.maximum(top, tl.max(tl.abs(loaded), 0))
+            queries += (loaded,)
         top = tl.where(top > 0, top, 1.0)
         units = ()
         for i in tl.static_range(D // K_X):
