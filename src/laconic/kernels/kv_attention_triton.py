@@ -33,6 +33,8 @@ from laconic.kernels.planes_triton import numbers, one, ranges, tiles
 
 # Tokens in 16 bit a program: few, so that none takes longer than those over packed tokens.
 _DENSE_TOKENS = 64
+# And of a block: what they take in registers and shared memory is not to be what limits the kernel.
+_DENSE_BLOCK = 16
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -89,7 +91,7 @@ def kv_attention_triton(
             (D**-0.5 if scaling is None else scaling) * 1.4426950408889634,
             *k.strides, *v.strides, *wk.stride()[:3], *wv.stride()[:3], *sk.stride()[:3], *sv.stride()[:3],
             *k.layout, *v.layout,
-            REP=rep, ROWS=max(8, triton.next_power_of_2(rep)), D=D, N=block, DENSE=_DENSE_TOKENS,
+            REP=rep, ROWS=max(8, triton.next_power_of_2(rep)), D=D, N=block, DENSE=_DENSE_TOKENS, DENSE_N=_DENSE_BLOCK,
             # The interpreter has no assembler.
             FAST=q.is_cuda,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -98,7 +100,7 @@ def kv_attention_triton(
     return out
 
 
-# By bits of keys and values.
+# By bits of keys and values, where another than the usual is faster: benchmarks/kv_attention.py finds them.
 TILES: dict[tuple[int, int], Tile] = {}
 
 
@@ -156,7 +158,7 @@ def _attend(  # type: ignore[no-untyped-def]
     V0: tl.constexpr, V1: tl.constexpr, V_SEG: tl.constexpr, V_UNIT: tl.constexpr,
     V_TYPE: tl.constexpr, V_BY_TOKEN: tl.constexpr, V_GROUP: tl.constexpr, V_ZERO: tl.constexpr,
     REP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr,
-    FAST: tl.constexpr,
+    DENSE_N: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One run of tokens: its attention, and the log2 of the sum of its exponentials."""
     split, runs = tl.program_id(0), tl.num_programs(0)
@@ -168,17 +170,19 @@ def _attend(  # type: ignore[no-untyped-def]
         first = split * DENSE
         _dense(
             q_at, sk + b * sk_b + h * sk_h, sv + b * sv_b + h * sv_h, sk_t, sv_t, first, sunk, scaling,
-            out_at, weights + row * runs + split, r < REP, D, N, DENSE, ROWS,
+            out_at, weights + row * runs + split, r < REP, D, DENSE_N, DENSE, ROWS,
         )  # fmt: skip
     elif split < sink_splits + window_splits:
         first = (split - sink_splits) * DENSE
         _dense(
             q_at, wk + b * wk_b + h * wk_h, wv + b * wv_b + h * wv_h, wk_t, wv_t, first, recent, scaling,
-            out_at, weights + row * runs + split, r < REP, D, N, DENSE, ROWS,
+            out_at, weights + row * runs + split, r < REP, D, DENSE_N, DENSE, ROWS,
         )  # fmt: skip
     else:
         K_X: tl.constexpr = K_SEG // K_UNIT
         V_X: tl.constexpr = V_SEG // V_UNIT
+        K_PLANES: tl.constexpr = 2 if K1 and K_TYPE == "int" else 1
+        V_PLANES: tl.constexpr = 2 if V1 and V_TYPE == "int" else 1
         kx, vx = tl.arange(0, K_X), tl.arange(0, V_X)
         kc += b * kc_b + h * kc_h
         vc += b * vc_b + h * vc_h
@@ -189,9 +193,9 @@ def _attend(  # type: ignore[no-untyped-def]
         queries = ()
         for i in tl.static_range(D // K_X):
             c = (i // K_UNIT) * K_SEG + kx * K_UNIT + i % K_UNIT
-            part = tl.load(q_at[None, :] + c[:, None], (r < REP)[None, :], 0.0).to(tl.float32) * scaling
-            top = tl.maximum(top, tl.max(tl.abs(part), 0))
-            queries += (part,)
+            loaded = tl.load(q_at[None, :] + c[:, None], (r < REP)[None, :], 0.0).to(tl.float32) * scaling
+            top = tl.maximum(top, tl.max(tl.abs(loaded), 0))
+            queries += (loaded,)
         top = tl.where(top > 0, top, 1.0)
         units = ()
         for i in tl.static_range(D // K_X):
@@ -216,8 +220,8 @@ def _attend(  # type: ignore[no-untyped-def]
         for start in range(first, tl.minimum(first + run, tokens), N):
             n = start + tl.arange(0, N)
             here = n < tokens
-            k_tiles = tiles(kc, n, here, kx, (K0 + K1) * D // 8 // K_UNIT, K_X)
-            v_tiles = tiles(vc, n, here, vx, (V0 + V1) * D // 8 // V_UNIT, V_X)
+            k_tiles = tiles(kc, n, here, kx, (K0 + K1) * D // 8, K_X, K_UNIT)
+            v_tiles = tiles(vc, n, here, vx, (V0 + V1) * D // 8, V_X, V_UNIT)
 
             logits = tl.zeros((N, ROWS), tl.float32)
             if K_BY_TOKEN:
@@ -226,9 +230,12 @@ def _attend(  # type: ignore[no-untyped-def]
                     scale, offset = ranges(ks, ko, at, here, K_ZERO)
                     part = tl.zeros((N, ROWS), tl.float32)
                     for j in tl.static_range(K_UNIT):
-                        codes = numbers(k_tiles, s, j, kl, K0, K1, D, K_SEG, K_UNIT, K_TYPE, FAST)
-                        part = tl.dot(codes, units[s * K_UNIT + j].to(tl.float16), part)
+                        query = units[s * K_UNIT + j].to(tl.float16)
+                        for plane in tl.static_range(K_PLANES):
+                            codes = numbers(k_tiles, s, j, kl, K0, K1, D, K_SEG, K_UNIT, K_TYPE, FAST, plane)
+                            part = tl.dot(codes, query, part)
                     logits += part * (scale * one(K_TYPE))[:, None] + offset[:, None] * wholes[s][None, :]
+                logits *= top[None, :]
             else:
                 lift = tl.zeros((K_X, ROWS), tl.float32)
                 for i in tl.static_range(D // K_X):
@@ -236,10 +243,14 @@ def _attend(  # type: ignore[no-untyped-def]
                     at = k_range + (start // K_GROUP if K_GROUP else 0) * ks_t + c * ks_c
                     scale, offset = ranges(ks, ko, at, kx < K_X, K_ZERO)
                     lift += units[i] * offset[:, None]
-                    codes = numbers(k_tiles, i // K_UNIT, i % K_UNIT, kl, K0, K1, D, K_SEG, K_UNIT, K_TYPE, FAST)
-                    logits = tl.dot(codes, (units[i] * scale[:, None]).to(tl.float16), logits)
-                logits = logits * one(K_TYPE) + tl.sum(lift, 0)[None, :]
-            logits = tl.where((here & (n >= sunk))[:, None], logits * top[None, :], float("-inf"))
+                    query = (units[i] * scale[:, None]).to(tl.float16)
+                    for plane in tl.static_range(K_PLANES):
+                        codes = numbers(
+                            k_tiles, i // K_UNIT, i % K_UNIT, kl, K0, K1, D, K_SEG, K_UNIT, K_TYPE, FAST, plane
+                        )
+                        logits = tl.dot(codes, query, logits)
+                logits = logits * (top * one(K_TYPE))[None, :] + (tl.sum(lift, 0) * top)[None, :]
+            logits = tl.where((here & (n >= sunk))[:, None], logits, float("-inf"))
 
             if V_BY_TOKEN:
                 # Probabilities times scales are at most 1, however large a scale or small another, since the running
@@ -266,17 +277,20 @@ def _attend(  # type: ignore[no-untyped-def]
                     scale, offset = ranges(vs, vo, at, here, V_ZERO)
                     weighed = p * scale[:, None]
                     new_lifts += (lifts[s] * fade + tl.sum(p * offset[:, None], 0),)
+                weighed = weighed.to(tl.float16)
                 for j in tl.static_range(V_UNIT):
-                    codes = numbers(v_tiles, s, j, vl, V0, V1, D, V_SEG, V_UNIT, V_TYPE, FAST)
                     kept = acc[s * V_UNIT + j] * fade[None, :]
+                    part = kept if V_BY_TOKEN else tl.zeros((V_X, ROWS), tl.float32)
+                    for plane in tl.static_range(V_PLANES):
+                        codes = numbers(v_tiles, s, j, vl, V0, V1, D, V_SEG, V_UNIT, V_TYPE, FAST, plane)
+                        part = tl.dot(tl.trans(codes), weighed, part)
                     if V_BY_TOKEN:
-                        news += (tl.dot(tl.trans(codes), weighed.to(tl.float16), kept),)
+                        news += (part,)
                     else:
-                        c = s * V_SEG + vx * V_UNIT + j
-                        at = v_range + (start // V_GROUP if V_GROUP else 0) * vs_t + c * vs_c
+                        at = v_range + (start // V_GROUP if V_GROUP else 0) * vs_t
+                        at += (s * V_SEG + vx * V_UNIT + j) * vs_c
                         scale, offset = ranges(vs, vo, at, vx < V_X, V_ZERO)
-                        part = tl.dot(tl.trans(codes), weighed.to(tl.float16)) * (scale * one(V_TYPE))[:, None]
-                        news += (kept + part + offset[:, None] * added[None, :],)
+                        news += (kept + part * (scale * one(V_TYPE))[:, None] + offset[:, None] * added[None, :],)
             acc = news
             if V_BY_TOKEN:
                 lifts = new_lifts
