@@ -48,6 +48,7 @@ def kv_shape(config: Any) -> KvShape:
     if kind == "falcon":
         heads = text.num_kv_heads if text.new_decoder_architecture else 1 if text.multi_query else queries
     channels = getattr(text, "head_dim", None) or text.hidden_size // queries
+    window = getattr(text, "sliding_window", None)
     windows = tuple(window if "sliding" in t or "chunked" in t else None for t in types)
     return KvShape(text.num_hidden_layers, heads, channels, windows)
 
