@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,18 +24,18 @@ def kv_cache(model: PreTrainedModel, method: str = "kivi", **options: Any) -> Kv
     return make_cache(model, kv_scheme(model.config, {"method": method, **options}))
 
 
-def kv_scheme(config: Any, stage: dict[str, Any]) -> KvScheme:
+def kv_scheme(config: Any, stage: Mapping[str, Any]) -> KvScheme:
     """The scheme that a stage, given as a mapping, gives the cache of a model of this config. Raises: ValueError."""
     kinds: dict[str, Any] = {m.model_fields["method"].default: m for m in METHODS if issubclass(m, CacheStage)}
     kind: type[CacheStage] | None = kinds.get(stage.get("method", ""))
     if kind is None:
         raise ValueError(f"no cache method '{stage.get('method')}'; choose one of {', '.join(kinds)}")
     try:
-        made = kind.model_validate(stage)
+        made = kind.model_validate(dict(stage))
     except ValidationError as e:
         problem = e.errors(include_url=False)[0]
         where = ".".join(map(str, (stage["method"], *problem["loc"])))
         raise ValueError(f"{where}: {problem['msg']}") from e
     if made.observes:
-        raise ValueError(f"{made.method} is calibrated here; compress with it, and open the artifact by laconic.load")
+        raise ValueError(f"{made.method} is calibrated; make an artifact by 'laconic compress', and open or eval that")
     return made.scheme(kv_shape(config))

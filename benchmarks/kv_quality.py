@@ -1,0 +1,120 @@
+"""The table of caches: how much perplexity each costs at how many bits, read through the cache as decoding reads it.
+
+    python benchmarks/kv_quality.py MODEL --calibration TEXT --text TEXT [--length 2048] [--windows 4] [--kv YAML ...]
+
+Prints Markdown. A row is a stage as a recipe has it; those that need calibration are made by `laconic.compress` on the
+calibration text, with the weights left alone. Bits count all that a cache of the whole window keeps, ranges, outliers
+and the 16-bit window included. KL is of the 16-bit cache to this one, in nats a token, over the whole window and over
+its second half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import laconic
+from laconic.evaluate.caches import read_stage, title
+from laconic.evaluate.context_perplexity import perplexity_by_position
+from laconic.evaluate.through_cache import PLAIN, chunks, plain_cache, step
+from laconic.model.data import evaluation_windows, read_documents
+from laconic.model.kv_open import make_cache
+from laconic.model.kv_reading import read_kv_scheme
+from laconic.model.load import load_tokenizer, model_folder
+
+ROWS = [
+    "{method: kv_int8}",
+    "{method: kv_fp8}",
+    "{method: kv_per_token}",
+    *(f"{{method: kv_per_token, k_bits: {b}, v_bits: {b}}}" for b in (4, 3, 2)),
+    *(f"{{method: kivi, k_bits: {b}, v_bits: {b}}}" for b in (4, 3, 2)),
+    *(f"{{method: kivi, k_bits: {b}, v_bits: {b}, residual_length: 0}}" for b in (4, 3, 2)),
+    *(f"{{method: kivi, k_bits: {b}, v_bits: {b}, residual_length: 0, group_size: 64}}" for b in (3, 2)),
+    *(f"{{method: kvquant, k_bits: {b}, v_bits: {b}}}" for b in (4, 3, 2)),
+    "{method: kvquant, before_rope: false}",
+    "{method: kvquant, q_norm: false, k_bits: 2, v_bits: 2}",
+    "{method: kvquant, datatype: int}",
+    "{method: kvquant, outlier_ratio: 0}",
+    *(f"{{method: kivi, k_bits: {k}, v_bits: {v}, residual_length: 0}}" for k, v in ((4, 2), (2, 4))),
+    *(f"{{method: kvquant, k_bits: {k}, v_bits: {v}}}" for k, v in ((4, 2), (2, 4))),
+    "{method: kivi, residual_length: 0, sinks: 4}",
+    "{method: kivi, residual_length: 0, rotation: hadamard}",
+    "{method: kv_per_token, k_bits: 3, v_bits: 3, rotation: hadamard}",
+    "{method: kvquant, budget_bits: 3}",
+    "{method: kvquant, budget_bits: 3, per_head: true}",
+    "{method: kivi, k_bits: 1, v_bits: 1, residual_length: 0}",
+]
+
+
+def main() -> None:
+    """Make every cache, read the windows through all of them at once."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--chunk", type=int, default=32)
+    parser.add_argument("--kv", action="append", metavar="YAML", help="a row of your own, in place of the table's")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = laconic.load(args.model, device=device, dtype=torch.float32)
+    caches: dict[str, Any] = {PLAIN: partial(plain_cache, model)}
+    for text in args.kv or ROWS:
+        stage = read_stage(text)
+        caches[title(stage)] = partial(make_cache, model, *calibrated(args, stage))
+    documents = read_documents(args.text)
+    windows = evaluation_windows(
+        documents, load_tokenizer(model_folder(args.model)), length=args.length, limit=args.windows
+    )
+    half = args.length // 2
+    found = perplexity_by_position(model, windows, caches, chunk=args.chunk, ends=[half, args.length])
+    print("| cache | bits | perplexity | second half | KL | second half | same top-1 |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name, (_, late, whole) in found.items():
+        bits = 16.0 if name == PLAIN else filled(model, caches[name](), windows[:1]).effective_bits()
+        print(
+            f"| {name} | {bits:.2f} | {whole.perplexity:.3f} | {late.perplexity:.3f} | {whole.kl_mean:.4f} "
+            f"| {late.kl_mean:.4f} | {100 * whole.top1_agreement:.1f} % |",
+            flush=True,
+        )
+
+
+def calibrated(args: argparse.Namespace, stage: dict[str, Any]) -> tuple[Any, Any]:
+    """The scheme of a stage, and what calibration fixes of it."""
+    calibration = {
+        "dataset": args.calibration,
+        "num_calibration_samples": args.samples,
+        "max_seq_length": args.length,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "artifact"
+        artifact = laconic.compress(args.model, {"stages": [stage], "calibration": calibration}, output)
+        kept = read_kv_scheme(artifact.path, artifact.config)
+    assert kept is not None
+    return kept
+
+
+@torch.no_grad()
+def filled(model: Any, cache: Any, ids: torch.Tensor) -> Any:
+    """A cache that has read some tokens; its 16-bit numbers are made of 16 bit, though float32 computes."""
+    for piece in chunks(ids, 128):
+        step(model, piece, cache)
+    for layer in cache.packed:
+        layer.keys, layer.values = layer.keys.bfloat16(), layer.values.bfloat16()
+        layer.sinks = layer.sinks and tuple(s.bfloat16() for s in layer.sinks)
+        layer.packed = [
+            tuple({n: t.bfloat16() if t.dtype == torch.float32 else t for n, t in s.items()} for s in pair)
+            for pair in layer.packed
+        ]
+    return cache
+
+
+if __name__ == "__main__":
+    main()
