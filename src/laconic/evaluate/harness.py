@@ -24,7 +24,7 @@ from laconic.evaluate.caches import read_stage, resolve, slug, title
 from laconic.evaluate.recovery import Score, compare, mean_recovery, read_groups, read_scores
 from laconic.evaluate.task_files import open_local, suggest
 from laconic.model.checkpoint import reason
-from laconic.model.kv_open import kv_shape, use_by_default
+from laconic.model.kv_open import use_by_default
 from laconic.model.load import load_tokenizer, model_folder, read_config
 from laconic.model.reading import load
 
@@ -124,7 +124,7 @@ def _generate_with(model: PreTrainedModel, kv: Sequence[str]) -> str | None:
     are generated go through a cache; likelihoods are read in one pass, without."""
     for text in kv:
         stage = read_stage(text)
-        use_by_default(model, resolve(stage, kv_shape(model.config)), None)
+        use_by_default(model, resolve(stage, model.config), None)
         return title(stage)
     own = vars(model).get("kv_scheme")
     return None if own is None else str(own.method)
