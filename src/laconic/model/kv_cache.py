@@ -108,6 +108,7 @@ class PackedLayer(CacheLayerMixin):
         """Learn shapes, dtype and device from the first tokens."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.channels, self.heads = key_states.shape[-1], key_states.shape[1]
+        self.static = {name: {n: t.to(self.device) for n, t in own.items()} for name, own in self.static.items()}
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         for group in self.groups:
             group.keys.check(self.channels)
