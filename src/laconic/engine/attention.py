@@ -49,21 +49,34 @@ class Seen:
 
     def weights(self, keys: Tensor) -> Tensor:
         """Attention's weights for evenly spaced queries, causal: (samples, query heads, queries, tokens)."""
-        tokens = keys.shape[2]
-        picked = torch.linspace(tokens // 4, tokens - 1, min(_QUERIES, tokens), device=keys.device).long()
+        tokens, picked = keys.shape[2], self.picked()
         scores = self.queries[:, :, picked] @ self._per_query(keys).transpose(-1, -2) * self.scaling
         later = torch.arange(tokens, device=keys.device) > picked[:, None]
         made: Tensor = scores.masked_fill_(later, -math.inf).softmax(-1)
         return made
+
+    def picked(self) -> Tensor:
+        """Which queries are looked at."""
+        tokens = self.keys.shape[2]
+        return torch.linspace(tokens // 4, tokens - 1, min(_QUERIES, tokens), device=self.keys.device).long()
 
     def _per_query(self, x: Tensor) -> Tensor:
         return x.repeat_interleave(self.queries.shape[1] // x.shape[1], 1)
 
 
 def key_weight(seen: Seen) -> Tensor:
-    """What a squared error of a stored key's channel costs: the mean square of the queries' (1, heads, 1, channels)."""
-    energy: Tensor = seen.stored_queries.square().mean((0, 2)).unflatten(0, (seen.keys.shape[1], -1))
-    return energy.mean(1)[None, :, None]
+    """What a squared error of a stored key's channel costs (samples, heads, tokens, channels): to first order, the
+    squares of the weights that queries give the token, times the squares of their channel, summed.
+
+    Tokens that are attended to are the far ones of their channels: without these weights ranges would cut them off. A
+    query meets a key from before its rotary embedding at many angles, so it counts with the mean of its two halves.
+    """
+    energy = seen.stored_queries[:, :, seen.picked()].square()
+    if seen.places is not None:
+        energy = (energy + energy.roll(energy.shape[-1] // 2, -1)) / 2
+    cost = seen.weights(seen.keys).square().transpose(-1, -2) @ energy
+    per_head: Tensor = cost.unflatten(1, (seen.keys.shape[1], -1)).mean(2)
+    return per_head.clamp(min=1e-20)
 
 
 def value_weight(seen: Seen) -> Tensor:
