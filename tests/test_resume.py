@@ -103,8 +103,9 @@ def test_a_kill_in_every_block_changes_nothing(
         # How many columns each tap keeps is known only once it is calibrated, or read back.
         {"method": "llm_int8", "threshold": 2.5},
         GPTQ | {"outlier_ratio": 0.05, "low_rank": 3},
+        {"method": "gptq", "scheme": "NVFP4A16", "outlier_ratio": 0.05, "low_rank": 3},
     ],
-    ids=["llm_int8", "gptq"],
+    ids=["llm_int8", "gptq", "fp4"],
 )
 def test_what_is_kept_beside_the_codes_is_read_back(
     recipe: dict[str, Any], stage: dict[str, Any], tmp_path: Path
