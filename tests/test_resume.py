@@ -28,6 +28,8 @@ from tiny import make_model, make_recipe, make_text
 
 RTN = {"method": "rtn", "scheme": "W8A16"}
 GPTQ = {"method": "gptq", "scheme": "W4A16", "group_size": 32}
+TUNED = {"method": "autoround", "scheme": "W4A16", "group_size": 32, "iters": 3}
+ATTENTION, MLP = {"targets": "re:.*self_attn.*"}, {"targets": "re:.*mlp.*"}
 
 
 class Killed(BaseException):
@@ -121,6 +123,31 @@ def test_what_is_kept_beside_the_codes_is_read_back(
         compress(recipe=asked, output=tmp_path / "out", report=die)
     artifact = compress(recipe=asked, output=tmp_path / "out")
     assert artifact.results["compress"]["resumed_shards"] == 1
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [{"method": "smoothquant"}, GPTQ | {"asymmetric": 1.0}],
+        [TUNED | ATTENTION, TUNED | MLP],
+        [TUNED | ATTENTION, GPTQ | MLP | {"asymmetric": 1.0}],
+    ],
+    ids=lambda stages: "-".join(s["method"] for s in stages),
+)
+def test_several_stages_of_a_block_go_on_to_the_same_bytes(
+    recipe: dict[str, Any], stages: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    asked = recipe | {"stages": stages}
+    expected = contents(compress(recipe=asked, output=tmp_path / "expected").path)
+
+    def die(event: Mapping[str, Any]) -> None:
+        if event.get("block") == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(recipe=asked, output=tmp_path / "out", report=die)
+    compress(recipe=asked, output=tmp_path / "out")
     assert contents(tmp_path / "out") == expected
 
 

@@ -19,7 +19,7 @@ from laconic.engine.stage import BlockStage, Outcome
 from laconic.formats import fit, quantize
 from laconic.formats.schemes import Scheme, scheme
 from laconic.model.anatomy import Tap
-from laconic.model.links import Link, fold
+from laconic.model.links import Link
 from laconic.model.products import round_activations
 
 
@@ -59,7 +59,7 @@ class SmoothQuant(BlockStage):
             if alpha == "search":
                 x = torch.cat([seen[t].sample for t in behind])
                 alpha = _search(W, x, largest, scheme(self.scheme, group_size=None))
-            fold(block.module, link, scales(largest, W, alpha))
+            block.fold(link, scales(largest, W, alpha))
             for tap in behind:
                 names = tuple(block.targets(tap))
                 made[names] = Outcome(stacked(block.module, names), {"alpha": alpha})
