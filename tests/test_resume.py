@@ -132,6 +132,9 @@ def test_what_is_kept_beside_the_codes_is_read_back(
         [{"method": "smoothquant"}, GPTQ | {"asymmetric": 1.0}],
         [TUNED | ATTENTION, TUNED | MLP],
         [TUNED | ATTENTION, GPTQ | MLP | {"asymmetric": 1.0}],
+        # These are content with the original's activations, but the last to look comes after one that quantizes.
+        [RTN | ATTENTION, {"method": "smoothquant"}, RTN | MLP],
+        [{"method": "llm_int8"} | ATTENTION, {"method": "llm_int8"} | MLP],
     ],
     ids=lambda stages: "-".join(s["method"] for s in stages),
 )

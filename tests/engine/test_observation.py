@@ -13,6 +13,7 @@ from watching import Learn, Watch, stroll
 
 from artifacts import inputs, original, tokens
 from laconic.engine.stream import make_stream
+from laconic.methods.awq import Awq
 from laconic.methods.smoothquant import SmoothQuant
 from laconic.model.anatomy import dissect
 from laconic.solvers.moments import Moments
@@ -120,6 +121,15 @@ def test_scales_that_moved_are_no_difference_from_the_original(precise: Path, tm
     # Twice, so that the second scales come on top of the first.
     moving = (SmoothQuant(), SmoothQuant(alpha=0.8))
     (seen,) = stroll(precise, tmp_path / "out", WINDOWS, *moving, Watch(with_original=True))
+    assert_nothing_differs(seen)
+
+
+def test_scales_that_moved_for_another_are_no_difference_from_the_original(tmp_path: Path) -> None:
+    # In Falcon one norm feeds attention and MLP: scales found for the one are moved into the other as well.
+    folder = make_model(tmp_path / "model", "falcon", dtype=torch.float32)
+    moving = Awq(scheme="W2A16", group_size=16, targets="re:.*query_key_value")
+    watching = Watch(with_original=True, targets="re:.*h.0.mlp.dense_h_to_4h")
+    (seen,) = stroll(folder, tmp_path / "out", WINDOWS, moving, watching)
     assert_nothing_differs(seen)
 
 

@@ -73,7 +73,8 @@ def stroll(
     budget: float = 1e9,
     all_experts: bool = False,
 ) -> list[dict[str, Moments]]:
-    """Walk through a model. Returns: for each stage that watches what it saw, by the tap's first linear."""
+    """Walk through a model. Returns: for each stage that watches what it saw, by the first linear of each tap
+    that it treats."""
     source = open_source(str(model))
     whole = skeleton(source.config, source.dtype)
     source = arranged(source, whole)
@@ -86,6 +87,9 @@ def stroll(
 
 def _taps(plan: Plan, stage: int) -> list[str]:
     inside = [
-        f"{plan.anatomy.block_name(i)}.{tap.linears[0]}" for i, taps in enumerate(plan.anatomy.taps) for tap in taps
+        [f"{plan.anatomy.block_name(i)}.{n}" for n in tap.linears]
+        for i, taps in enumerate(plan.anatomy.taps)
+        for tap in taps
     ]
-    return [name for name in (*inside, plan.anatomy.head) if name in plan.touched[stage]]
+    touched = ([n for n in names if n in plan.touched[stage]] for names in (*inside, [plan.anatomy.head]))
+    return [names[0] for names in touched if names]

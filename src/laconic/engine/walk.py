@@ -38,6 +38,7 @@ from laconic.model.checkpoint import open_shard
 from laconic.model.experts import all_tokens
 from laconic.model.layout import arrange, to_file
 from laconic.model.linear import QLinear, replace_linear
+from laconic.model.links import without
 from laconic.model.load import Source, materialise
 from laconic.model.places import places_of
 from laconic.solvers.moments import Moments, output_error
@@ -284,7 +285,8 @@ class _Walker:
     ) -> list[dict[str, Any]]:
         begun = time.monotonic()
         taps, device, call = self.plan.anatomy.taps[i], self.settings.device, flow.calls[i]
-        links = self.plan.links[i] if stage.links else {}
+        quantized = {n for n, m in block.named_modules() if isinstance(m, QLinear)}
+        links = without(self.plan.links[i], quantized) if stage.links else {}
         given = Block(
             block,
             name,

@@ -46,7 +46,7 @@ class Awq(QuantizingStage, BlockStage):
         lost = [tap for tap in taps if tap not in links]
         if lost and self.unlinked == "error":
             raise ValueError(
-                f"nothing that feeds {lost[0].linears[0]} can take its scale; "
+                f"nothing that feeds {lost[0].linears[0]} can take its scale (what is quantized already cannot); "
                 "set unlinked: skip to round such linears unscaled, or ignore them"
             )
 

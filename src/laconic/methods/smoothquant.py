@@ -43,7 +43,7 @@ class SmoothQuant(BlockStage):
     def check(self, taps: Sequence[Tap], links: Mapping[Tap, Link]) -> None:
         if not any(tap in links and links[tap].is_norm for tap in taps):
             raise ValueError(
-                f"no norm feeds {taps[0].linears[0]} alone, so its scale can go nowhere; "
+                f"no norm feeds {taps[0].linears[0]} and only what is not quantized yet, so its scale can go nowhere; "
                 "narrow targets to blocks that have such a norm, or leave this stage out"
             )
 
