@@ -28,6 +28,8 @@ from tiny import make_model, make_recipe, make_text
 
 RTN = {"method": "rtn", "scheme": "W8A16"}
 GPTQ = {"method": "gptq", "scheme": "W4A16", "group_size": 32}
+TUNED = {"method": "autoround", "scheme": "W4A16", "group_size": 32, "iters": 3}
+ATTENTION, MLP = {"targets": "re:.*self_attn.*"}, {"targets": "re:.*mlp.*"}
 
 
 class Killed(BaseException):
@@ -103,8 +105,9 @@ def test_a_kill_in_every_block_changes_nothing(
         # How many columns each tap keeps is known only once it is calibrated, or read back.
         {"method": "llm_int8", "threshold": 2.5},
         GPTQ | {"outlier_ratio": 0.05, "low_rank": 3},
+        {"method": "gptq", "scheme": "NVFP4A16", "outlier_ratio": 0.05, "low_rank": 3},
     ],
-    ids=["llm_int8", "gptq"],
+    ids=["llm_int8", "gptq", "fp4"],
 )
 def test_what_is_kept_beside_the_codes_is_read_back(
     recipe: dict[str, Any], stage: dict[str, Any], tmp_path: Path
@@ -120,6 +123,34 @@ def test_what_is_kept_beside_the_codes_is_read_back(
         compress(recipe=asked, output=tmp_path / "out", report=die)
     artifact = compress(recipe=asked, output=tmp_path / "out")
     assert artifact.results["compress"]["resumed_shards"] == 1
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [{"method": "smoothquant"}, GPTQ | {"asymmetric": 1.0}],
+        [TUNED | ATTENTION, TUNED | MLP],
+        [TUNED | ATTENTION, GPTQ | MLP | {"asymmetric": 1.0}],
+        # These are content with the original's activations, but the last to look comes after one that quantizes.
+        [RTN | ATTENTION, {"method": "smoothquant"}, RTN | MLP],
+        [{"method": "llm_int8"} | ATTENTION, {"method": "llm_int8"} | MLP],
+    ],
+    ids=lambda stages: "-".join(s["method"] for s in stages),
+)
+def test_several_stages_of_a_block_go_on_to_the_same_bytes(
+    recipe: dict[str, Any], stages: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    asked = recipe | {"stages": stages}
+    expected = contents(compress(recipe=asked, output=tmp_path / "expected").path)
+
+    def die(event: Mapping[str, Any]) -> None:
+        if event.get("block") == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(recipe=asked, output=tmp_path / "out", report=die)
+    compress(recipe=asked, output=tmp_path / "out")
     assert contents(tmp_path / "out") == expected
 
 

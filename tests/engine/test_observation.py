@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import PreTrainedModel
-from watching import Watch, stroll
+from watching import Learn, Watch, stroll
 
 from artifacts import inputs, original, tokens
 from laconic.engine.stream import make_stream
+from laconic.methods.awq import Awq
+from laconic.methods.smoothquant import SmoothQuant
 from laconic.model.anatomy import dissect
 from laconic.solvers.moments import Moments
 from tiny import ARCHITECTURES, make_model
@@ -82,6 +84,53 @@ def test_a_later_stage_sees_what_an_earlier_one_made_of_its_block(precise: Path,
             assert_seen(dict(seen)[tap[0]], inputs(model, WINDOWS, [tap[0]])[tap[0]])
             for linear in tap:
                 model.get_submodule(linear).weight.data *= 0.5 if "self_attn" in linear else 0.25
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel) -> list[torch.Tensor]:
+    """What every block puts out."""
+    made: list[torch.Tensor] = []
+    for block in model.model.layers:
+        block.register_forward_hook(lambda _, __, output: made.append(output))
+    model(input_ids=WINDOWS, use_cache=False)
+    return made
+
+
+def assert_nothing_differs(seen: dict[str, Moments]) -> None:
+    """The compressed model's activations are the original's."""
+    for moments in seen.values():
+        assert float(moments.D.abs().max()) < 1e-5 * float(moments.H.diagonal().max())
+
+
+@pytest.mark.parametrize("budget", [1e9, 0], ids=["in memory", "in files"])
+@pytest.mark.parametrize("kinds", ["LL", "LW", "WL", "LWL", "LLWW"])
+def test_stages_of_one_block_learn_from_the_original_one_after_another(
+    kinds: str, budget: float, precise: Path, tmp_path: Path
+) -> None:
+    stages = [Learn() if kind == "L" else Watch(with_original=True) for kind in kinds]
+    for seen in stroll(precise, tmp_path / "out", WINDOWS, *stages, budget=budget):
+        assert_nothing_differs(seen)
+    expected = outputs(original(precise))
+    for stage in stages:
+        if isinstance(stage, Learn):
+            for found, output in zip(stage._taught, expected, strict=True):
+                torch.testing.assert_close(found, output, rtol=1e-4, atol=1e-4)
+
+
+def test_scales_that_moved_are_no_difference_from_the_original(precise: Path, tmp_path: Path) -> None:
+    # Twice, so that the second scales come on top of the first.
+    moving = (SmoothQuant(), SmoothQuant(alpha=0.8))
+    (seen,) = stroll(precise, tmp_path / "out", WINDOWS, *moving, Watch(with_original=True))
+    assert_nothing_differs(seen)
+
+
+def test_scales_that_moved_for_another_are_no_difference_from_the_original(tmp_path: Path) -> None:
+    # In Falcon one norm feeds attention and MLP: scales found for the one are moved into the other as well.
+    folder = make_model(tmp_path / "model", "falcon", dtype=torch.float32)
+    moving = Awq(scheme="W2A16", group_size=16, targets="re:.*query_key_value")
+    watching = Watch(with_original=True, targets="re:.*h.0.mlp.dense_h_to_4h")
+    (seen,) = stroll(folder, tmp_path / "out", WINDOWS, moving, watching)
+    assert_nothing_differs(seen)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 100])

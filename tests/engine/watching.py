@@ -1,7 +1,8 @@
-"""A stage that changes little and keeps what the walk shows it."""
+"""Stages that change little and keep what the walk shows them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -9,8 +10,9 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
+from laconic.engine.block import Block
 from laconic.engine.plan import Plan, make_plan
-from laconic.engine.stage import LinearStage, Outcome
+from laconic.engine.stage import BlockStage, LinearStage, Outcome, Stage
 from laconic.engine.walk import Settings, walk
 from laconic.engine.writer import Workspace
 from laconic.model.anatomy import dissect
@@ -46,16 +48,33 @@ class Watch(LinearStage):
         return Outcome(weight * self.factor)
 
 
+class Learn(BlockStage):
+    """Changes nothing, and keeps what each block puts out in the original model."""
+
+    method: Literal["learn"] = "learn"
+    _taught: list[Tensor] = PrivateAttr(default_factory=list)
+
+    @property
+    def cross(self) -> bool:
+        return True
+
+    def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
+        assert block.original_output is not None
+        self._taught.append(block.original_output.hidden.clone())
+        return {}
+
+
 def stroll(
     model: Path,
     output: Path,
     windows: Tensor,
-    *stages: Watch,
+    *stages: Stage,
     batch: int = 4,
     budget: float = 1e9,
     all_experts: bool = False,
 ) -> list[dict[str, Moments]]:
-    """Walk through a model with stages that watch. Returns: for each stage what it saw, by the tap's first linear."""
+    """Walk through a model. Returns: for each stage that watches what it saw, by the first linear of each tap
+    that it treats."""
     source = open_source(str(model))
     whole = skeleton(source.config, source.dtype)
     source = arranged(source, whole)
@@ -63,11 +82,14 @@ def stroll(
     workspace = Workspace(output, {}, len(plan.anatomy.taps) + 1, overwrite=False)
     settings = Settings(torch.device("cpu"), batch, budget, all_experts)
     walk(source, whole, plan, windows, workspace, settings, lambda _: None)
-    return [dict(zip(_taps(plan, i), s._seen, strict=True)) for i, s in enumerate(stages)]
+    return [dict(zip(_taps(plan, i), s._seen, strict=True)) for i, s in enumerate(stages) if isinstance(s, Watch)]
 
 
 def _taps(plan: Plan, stage: int) -> list[str]:
     inside = [
-        f"{plan.anatomy.block_name(i)}.{tap.linears[0]}" for i, taps in enumerate(plan.anatomy.taps) for tap in taps
+        [f"{plan.anatomy.block_name(i)}.{n}" for n in tap.linears]
+        for i, taps in enumerate(plan.anatomy.taps)
+        for tap in taps
     ]
-    return [name for name in (*inside, plan.anatomy.head) if name in plan.touched[stage]]
+    touched = ([n for n in names if n in plan.touched[stage]] for names in (*inside, [plan.anatomy.head]))
+    return [names[0] for names in touched if names]

@@ -15,7 +15,7 @@ from laconic.formats.storage import as_stored, from_stored, stored_bytes, stored
 SHAPE = (48, 256)
 KEPT = [
     replace(PRESETS[name], outlier_columns=columns, rank=rank)
-    for name in ("W8A8", "W4A16_ASYM", "W6A6", "FP8_BLOCK")
+    for name in ("W8A8", "W4A16_ASYM", "W6A6", "FP8_BLOCK", "NVFP4A16", "MXFP4A16")
     for columns, rank in ((3, 0), (0, 5), (3, 5))
 ]
 every_scheme = pytest.mark.parametrize("kept", KEPT, ids=lambda s: f"{s.name}-{s.outlier_columns}-{s.rank}")

@@ -44,6 +44,9 @@ BESIDE: list[dict[str, Any]] = [
     {"scheme": "W4A16_ASYM", "group_size": 32, "low_rank": 4},
     {"scheme": "W6A6", "outlier_ratio": 0.05, "low_rank": 4},
     {"scheme": "W8A8", "dynamic": False, "outlier_ratio": 0.05},
+    {"scheme": "NVFP4A16", "outlier_ratio": 0.05, "low_rank": 4},
+    {"scheme": "NVFP4", "outlier_ratio": 0.05},
+    {"scheme": "MXFP4A16", "low_rank": 4},
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from laconic.engine.passes import Passes
 from laconic.engine.stream import Stream
 from laconic.formats.schemes import Scheme
 from laconic.model.anatomy import Call, Tap, linear_at
-from laconic.model.links import Link
+from laconic.model.links import Link, fold
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Block:
     """module: the block, dense. name: in the model. taps: all of its taps, in order of execution. targeted: the linears
     that the stage means, by name within the block. links: of the taps that have one. stream: what the block reads.
     original_output: what the block puts out in the original model, where the stage asked for that (`cross`).
-    dtype: in which parameters are stored. through: whether the stream is passed on while it is observed."""
+    dtype: in which parameters are stored. through: whether the stream is passed on while it is observed. moved: what
+    the columns of linears were multiplied by so far, by name."""
 
     module: nn.Module
     name: str
@@ -34,6 +35,7 @@ class Block:
     device: torch.device
     dtype: torch.dtype
     through: bool = False
+    moved: dict[str, Tensor] = field(default_factory=dict)
 
     def inputs(self, taps: Sequence[Tap]) -> Iterator[tuple[Tap, Tensor]]:
         """What the linears of these taps read, batch by batch. To be asked for once, before anything is changed: the
@@ -49,6 +51,13 @@ class Block:
         for tap in taps:
             if tap not in seen:
                 raise no_tokens(f"{self.name}.{tap.linears[0]}")
+
+    def fold(self, link: Link, s: Tensor) -> Tensor:
+        """Move scales through a link, as `model.links.fold`, and remember them: what its readers read is no longer in
+        the scale of the original model."""
+        columns = fold(self.module, link, s)
+        self.moved.update({n: self.moved[n] * columns if n in self.moved else columns for n in link.readers})
+        return columns
 
     def targets(self, tap: Tap) -> list[str]:
         """The targeted linears of a tap."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from laconic.formats.storage import stored_bytes
 from laconic.model.anatomy import Anatomy, Tap, linears_of, rounds
 from laconic.model.checkpoint import count_elements
 from laconic.model.kv_open import KvShape, kv_shape
-from laconic.model.links import Link, find_links
+from laconic.model.links import Link, find_links, without
 from laconic.model.load import Source
 from laconic.model.places import places_of
 
@@ -52,12 +53,24 @@ class Plan:
         """Whether the attention of each compressed block is looked into."""
         return self.cache is not None and self.cache[0].observes
 
-    @property
+    @cached_property
     def original_inputs(self) -> bool:
-        """Whether only the original model's activations are looked at, so that they alone flow."""
+        """Whether only the original model's activations are looked at, so that they alone flow: the last stage to look
+        at a block passes them on, before any linear of it is quantized."""
         if self.calibrates_cache or not self.observing:
             return False
-        return all(stage.original_inputs for stage in self.stages if stage.observes)
+        if not all(stage.original_inputs for stage in self.stages if stage.observes):
+            return False
+        quantized: set[str] = set()
+        for stage, names in zip(self.stages, self.touched, strict=True):
+            blocks = {self._block_of(n) for n in names if n != self.anatomy.head}
+            if stage.observes and blocks & quantized:
+                return False
+            quantized |= blocks if stage.result else set()
+        return True
+
+    def _block_of(self, name: str) -> str:
+        return name.removeprefix(f"{self.anatomy.blocks}.").partition(".")[0]
 
     @property
     def two_streams(self) -> bool:
@@ -97,6 +110,14 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage |
                 assert kept is not None
                 _check_fits(name, shapes[name], kept)
                 schemes[name] = kept
+        else:
+            # Codes stay as they are: a stage that only moves or changes weights means the others.
+            names = [n for n in names if n not in schemes]
+            if not names:
+                raise ValueError(
+                    f"stages.{number} ({stage.method}) changes weights, and earlier stages have quantized all that it "
+                    "targets; list it before them, or leave it out"
+                )
         touched.append(frozenset(names))
     for i, taps in enumerate(anatomy.taps):
         _check_alike(anatomy.block_name(i), taps, schemes)
@@ -138,15 +159,18 @@ def _check_blocks(
     links: Sequence[Mapping[Tap, Link]],
 ) -> None:
     """Let block stages say what they cannot do, naming the block."""
+    quantized: set[str] = set()
     for number, (stage, names) in enumerate(zip(stages, touched, strict=True)):
         for i, taps in enumerate(anatomy.taps):
             block = anatomy.block_name(i)
             meant = [t for t in taps if any(f"{block}.{n}" in names for n in t.linears)]
             if isinstance(stage, BlockStage) and meant:
+                codes = {n for t in taps for n in t.linears if f"{block}.{n}" in quantized}
                 try:
-                    stage.check(meant, links[i] if links else {})
+                    stage.check(meant, without(links[i], codes) if links else {})
                 except ValueError as e:
                     raise ValueError(f"stages.{number} ({stage.method}), {block}: {e}") from e
+        quantized |= names if stage.result else frozenset()
 
 
 @dataclass(frozen=True)

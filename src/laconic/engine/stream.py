@@ -25,6 +25,25 @@ class Stream:
         yield from self.hidden.split(self.batch)
 
 
+@dataclass(frozen=True)
+class Room:
+    """Where a stream may be. budget: bytes; when it would take more it is kept in the file `spill`."""
+
+    budget: float
+    spill: Path
+
+    def stream(self, shape: tuple[int, int, int], dtype: torch.dtype, batch: int) -> Stream:
+        """A new stream, its hidden states yet unset."""
+        return make_stream(shape, dtype, batch, self.budget, self.spill)
+
+    def copy_of(self, other: Stream) -> Stream:
+        """Another stream with the same hidden states."""
+        samples, tokens, width = other.hidden.shape
+        made = self.stream((samples, tokens, width), other.hidden.dtype, other.batch)
+        made.hidden.copy_(other.hidden)
+        return made
+
+
 def make_stream(shape: tuple[int, int, int], dtype: torch.dtype, batch: int, budget: float, spill: Path) -> Stream:
     """Room for hidden states. budget: bytes; when they would take more they are kept in the file `spill`."""
     size = shape[0] * shape[1] * shape[2]

@@ -121,7 +121,7 @@ def standing_in(
     acts: Activations | None = None,
     known: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    """Some linears with other weights, their inputs rounded; and some whose output is known."""
+    """Some linears with other weights, their inputs rounded; and some, quantized perhaps, whose output is known."""
 
     def with_weight(linear: nn.Linear, weight: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: F.linear(_straight_through(x, acts), weight.to(x.dtype), linear.bias)
@@ -134,12 +134,12 @@ def standing_in(
     }
     forwards |= {name: with_output(output) for name, output in (known or {}).items()}
     for name, forward in forwards.items():
-        vars(linear_at(module, name))["forward"] = forward
+        vars(module.get_submodule(name))["forward"] = forward
     try:
         yield
     finally:
         for name in forwards:
-            del vars(linear_at(module, name))["forward"]
+            del vars(module.get_submodule(name))["forward"]
 
 
 def _straight_through(x: Tensor, acts: Activations | None) -> Tensor:

@@ -24,10 +24,11 @@ from laconic.engine.attention import look
 from laconic.engine.beside import attach, compress_tap
 from laconic.engine.block import Block, stacked, stacks
 from laconic.engine.observe import advance, no_tokens, observe
+from laconic.engine.original import Original
 from laconic.engine.passes import Passes
 from laconic.engine.plan import Plan
 from laconic.engine.stage import BlockStage, LinearStage, Outcome, Stage
-from laconic.engine.stream import Stream, make_stream
+from laconic.engine.stream import Room, Stream
 from laconic.engine.writer import Workspace
 from laconic.formats import Quantized
 from laconic.formats.schemes import Scheme
@@ -37,6 +38,7 @@ from laconic.model.checkpoint import open_shard
 from laconic.model.experts import all_tokens
 from laconic.model.layout import arrange, to_file
 from laconic.model.linear import QLinear, replace_linear
+from laconic.model.links import without
 from laconic.model.load import Source, materialise
 from laconic.model.places import places_of
 from laconic.solvers.moments import Moments, output_error
@@ -85,12 +87,13 @@ def walk(
 @dataclass(frozen=True)
 class _Flow:
     """The calibration set on its way: how each block is called, the compressed model's stream, the original's.
-    held: whether there is room for halted passes."""
+    held: whether there is room for halted passes. room: for one more stream of the kind."""
 
     calls: Sequence[Call]
     stream: Stream
     original: Stream | None
     held: bool
+    room: Room
 
 
 @dataclass(frozen=True)
@@ -110,16 +113,16 @@ class _Walker:
         _, calls = capture_calls(self.model, self.plan.anatomy.blocks, input_ids=windows[:1].to(device))
         width = self.source.config.get_text_config().hidden_size
         count = 1 + self.plan.two_streams
-        spills = [self.workspace.folder / f"activations-{i}.writing" for i in range(count)]
         budget = self.settings.budget / count
-        made = [make_stream((samples, tokens, width), dtype, self.settings.batch, budget, s) for s in spills]
+        rooms = [Room(budget, self.workspace.folder / f"activations-{i}.writing") for i in range(count + 1)]
+        made = [r.stream((samples, tokens, width), dtype, self.settings.batch) for r in rooms[:count]]
         for ids, *hidden in zip(windows.split(self.settings.batch), *(s.batches() for s in made), strict=True):
             embedded, _ = capture_calls(self.model, self.plan.anatomy.blocks, input_ids=ids.to(device))
             for h in hidden:
                 h.copy_(embedded)
         self._forget_outside()
         held = made[0].hidden.nbytes * count * _HELD <= min(self.settings.budget, _free_memory(device) / 2)
-        return _Flow([c.to(device) for c in calls], made[0], made[1] if count > 1 else None, held)
+        return _Flow([c.to(device) for c in calls], made[0], made[1] if count > 1 else None, held, rooms[-1])
 
     def block(self, i: int, name: str, flow: _Flow | None) -> None:
         """Compress block i, or read it back, and push the activations through it."""
@@ -127,9 +130,10 @@ class _Walker:
         if done and flow is None:
             return
         block = self.model.get_submodule(name)
-        original = copy.deepcopy(block) if flow and flow.original else None
-        if original is not None:
-            self._materialise(original, f"{name}.")
+        original = None
+        if flow and flow.original:
+            original = Original(copy.deepcopy(block), flow.calls[i], flow.original, self.settings.device, flow.room)
+            self._materialise(original.module, f"{name}.")
         passed_on = False
         if done and not self.plan.original_inputs:
             self._read_back(block, i, name)
@@ -144,8 +148,8 @@ class _Walker:
         if flow and self._read_after(i):
             if not passed_on:
                 advance(block, flow.calls[i], flow.stream, self.settings.device)
-            if flow.original and original is not None and (done or not self._teaches(name)):
-                advance(original, flow.calls[i], flow.original, self.settings.device)
+            if original:
+                original.finish()
         _forget(block)
 
     def rest(self, i: int, flow: _Flow | None) -> None:
@@ -164,7 +168,7 @@ class _Walker:
         self.workspace.write_shard(i, to_file(checkpoint, tensors), events)
 
     def _compress(
-        self, block: nn.Module, i: int, name: str, flow: _Flow | None, original: nn.Module | None
+        self, block: nn.Module, i: int, name: str, flow: _Flow | None, original: Original | None
     ) -> tuple[list[dict[str, Any]], bool]:
         """Take block i through all stages. Returns: what happened, and whether the stream holds its output already."""
         touched = [frozenset(n.removeprefix(f"{name}.") for n in t) for t in self.plan.touched]
@@ -179,7 +183,10 @@ class _Walker:
             through = at_once and self._passes_on(i)
             if isinstance(stage, BlockStage):
                 assert flow is not None
-                events += self._compress_block(block, i, name, stage, linears, flow, original, through)
+                read_again = any(s.cross and isinstance(s, LinearStage) for s, _ in work[k + 1 :])
+                taught = original.output(read_again=read_again) if original and stage.cross else None
+                moved = original.moved if original else {}
+                events += self._compress_block(block, i, name, stage, linears, flow, taught, moved, through)
             else:
                 assert isinstance(stage, LinearStage)
                 last = k == len(work) - 1
@@ -199,7 +206,7 @@ class _Walker:
         stage: LinearStage,
         linears: Set[str],
         flow: _Flow | None,
-        original: nn.Module | None,
+        original: Original | None,
         at_once: bool,
         through: bool,
         last: bool,
@@ -212,17 +219,19 @@ class _Walker:
         with ExitStack() as open_passes:
             passes = others = None
             if flow and stage.observes:
-                arguments = (taps, flow.calls[i])
-                held = flow.held and holds
-                device = self.settings.device
-                passes = open_passes.enter_context(Passes(block, *arguments, flow.stream, device, held))
-                if stage.cross and flow.original and original is not None:
-                    others = open_passes.enter_context(Passes(original, *arguments, flow.original, device, held))
+                call, held, device = flow.calls[i], flow.held and holds, self.settings.device
+                passes = open_passes.enter_context(Passes(block, taps, call, flow.stream, device, held))
+                if stage.cross and original:
+                    taught = Passes(original.module, taps, call, original.stream, device, held)
+                    others = open_passes.enter_context(taught)
             for together in rounds(taps) if sequential else [taps]:
                 moments: dict[Tap, Moments] = {}
                 if passes:
-                    with self._showing(block, original):
-                        moments = observe(passes, together, gram=stage.gram, original=others, through=through)
+                    with self._showing(block, original.module if original else None):
+                        moved = original.moved if original else {}
+                        moments = observe(
+                            passes, together, gram=stage.gram, original=others, moved=moved, through=through
+                        )
                     _give_back()
                 for tap in together:
                     events += self._tokens_seen(name, tap, moments.get(tap))
@@ -270,15 +279,14 @@ class _Walker:
         stage: BlockStage,
         linears: Set[str],
         flow: _Flow,
-        original: nn.Module | None,
+        taught: Stream | None,
+        moved: dict[str, Tensor],
         through: bool,
     ) -> list[dict[str, Any]]:
         begun = time.monotonic()
         taps, device, call = self.plan.anatomy.taps[i], self.settings.device, flow.calls[i]
-        taught = flow.original if stage.cross and original is not None else None
-        if taught and original is not None:
-            advance(original, call, taught, device)
-        links = self.plan.links[i] if stage.links else {}
+        quantized = {n for n, m in block.named_modules() if isinstance(m, QLinear)}
+        links = without(self.plan.links[i], quantized) if stage.links else {}
         given = Block(
             block,
             name,
@@ -291,6 +299,7 @@ class _Walker:
             device,
             self.source.dtype,
             through,
+            moved,
         )
         with self._showing(block):
             made = stage.compress(given)
@@ -429,13 +438,6 @@ class _Walker:
                 owner, _, leaf = n.rpartition(".")
                 setattr(block.get_submodule(owner), leaf, nn.Parameter(local[n].to(p.dtype), requires_grad=False))
         block.to(self.settings.device)
-
-    def _teaches(self, block: str) -> bool:
-        """Whether a block stage has the original model's activations passed on before its own work."""
-        return any(
-            stage.cross and isinstance(stage, BlockStage) and any(n.startswith(f"{block}.") for n in names)
-            for stage, names in zip(self.plan.stages, self.plan.touched, strict=True)
-        )
 
     def _materialise(self, module: nn.Module, prefix: str) -> None:
         materialise(module, prefix, self.source.checkpoint, self.settings.device)

@@ -24,17 +24,7 @@ from laconic.formats.schemes import Scheme
 
 def to_stored(q: Quantized, scheme: Scheme) -> dict[str, Tensor]:
     """Tensors to write for a weight, by their name within the linear."""
-    if isinstance(q.format, Fp4):
-        return {"weight_packed": pack_fp4(q.codes)} | {f"weight_{name}": p for name, p in q.params.items()}
-    bits = q.format.num_bits
-    stored = {"weight_scale": q.params["scale"]}
-    if scheme.storage == "pack-quantized":
-        stored["weight_packed"] = pack(q.codes, bits)
-        stored["weight_shape"] = torch.tensor(q.codes.shape, dtype=torch.int64)
-        if not q.format.symmetric:
-            stored["weight_zero_point"] = pack(q.params["zero_point"].T, bits).T.contiguous()
-    else:
-        stored["weight"] = q.codes
+    stored = _stored_codes(q, scheme)
     if q.outliers is not None:
         stored |= {"outlier_indices": q.outliers.indices, "outlier_weight": q.outliers.weight}
     if q.low_rank is not None:
@@ -60,12 +50,26 @@ def as_stored(scheme: Scheme, shapes: Mapping[str, tuple[int, ...]]) -> Scheme:
     return replace(scheme, outlier_columns=columns, rank=rank)
 
 
+def _stored_codes(q: Quantized, scheme: Scheme) -> dict[str, Tensor]:
+    if isinstance(q.format, Fp4):
+        return {"weight_packed": pack_fp4(q.codes)} | {f"weight_{name}": p for name, p in q.params.items()}
+    bits = q.format.num_bits
+    stored = {"weight_scale": q.params["scale"]}
+    if scheme.storage == "pack-quantized":
+        stored["weight_packed"] = pack(q.codes, bits)
+        stored["weight_shape"] = torch.tensor(q.codes.shape, dtype=torch.int64)
+        if not q.format.symmetric:
+            stored["weight_zero_point"] = pack(q.params["zero_point"].T, bits).T.contiguous()
+    else:
+        stored["weight"] = q.codes
+    return stored
+
+
 def _codes_from_stored(stored: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Quantized:
     fmt, scale = scheme.weights, stored["weight_scale"]
     if isinstance(fmt, Fp4):
-        packed = stored["weight_packed"]
-        named = {name.removeprefix("weight_"): p for name, p in stored.items() if p is not packed}
-        return Quantized(fmt, unpack_fp4(packed), named)
+        own = {n.removeprefix("weight_"): p for n, p in stored.items() if n.startswith("weight_")}
+        return Quantized(fmt, unpack_fp4(own.pop("packed")), own)
     if scheme.storage != "pack-quantized":
         return Quantized(fmt, stored["weight"], {"scale": scale})
     params = {"scale": scale}

@@ -22,7 +22,7 @@ from laconic.engine.train import standing_in
 from laconic.formats import Format, Params, fit, quantize
 from laconic.formats.pieces import rows_at_once
 from laconic.model.anatomy import Tap, linear_at
-from laconic.model.links import Link, fold, pooled
+from laconic.model.links import Link, pooled
 from laconic.solvers.search import search_range
 
 # Tokens summed at a time.
@@ -46,7 +46,7 @@ class Awq(QuantizingStage, BlockStage):
         lost = [tap for tap in taps if tap not in links]
         if lost and self.unlinked == "error":
             raise ValueError(
-                f"nothing that feeds {lost[0].linears[0]} can take its scale; "
+                f"nothing that feeds {lost[0].linears[0]} can take its scale (what is quantized already cannot); "
                 "set unlinked: skip to round such linears unscaled, or ignore them"
             )
 
@@ -70,7 +70,7 @@ class Awq(QuantizingStage, BlockStage):
             chosen[link] = _search(block.module, targets, link, mean, fmt, cost)
         for link, (_, s) in chosen.items():
             if s is not None:
-                columns = fold(block.module, link, s)
+                columns = block.fold(link, s)
                 seen.update((t, seen[t].over(columns)) for t in taps if block.links.get(t) is link)
         made: dict[tuple[str, ...], Outcome] = {}
         for tap in taps:

@@ -19,7 +19,7 @@ from laconic.engine.stage import BlockStage, Outcome
 from laconic.formats import fit, quantize
 from laconic.formats.schemes import Scheme, scheme
 from laconic.model.anatomy import Tap
-from laconic.model.links import Link, fold
+from laconic.model.links import Link
 from laconic.model.products import round_activations
 
 
@@ -43,7 +43,7 @@ class SmoothQuant(BlockStage):
     def check(self, taps: Sequence[Tap], links: Mapping[Tap, Link]) -> None:
         if not any(tap in links and links[tap].is_norm for tap in taps):
             raise ValueError(
-                f"no norm feeds {taps[0].linears[0]} alone, so its scale can go nowhere; "
+                f"no norm feeds {taps[0].linears[0]} and only what is not quantized yet, so its scale can go nowhere; "
                 "narrow targets to blocks that have such a norm, or leave this stage out"
             )
 
@@ -59,7 +59,7 @@ class SmoothQuant(BlockStage):
             if alpha == "search":
                 x = torch.cat([seen[t].sample for t in behind])
                 alpha = _search(W, x, largest, scheme(self.scheme, group_size=None))
-            fold(block.module, link, scales(largest, W, alpha))
+            block.fold(link, scales(largest, W, alpha))
             for tap in behind:
                 names = tuple(block.targets(tap))
                 made[names] = Outcome(stacked(block.module, names), {"alpha": alpha})

@@ -10,7 +10,7 @@ block stays the same to the last bit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,11 @@ def pooled(link: Link, x: Tensor) -> Tensor:
     out = torch.full((int(index.max()) + 1,), -torch.inf, device=x.device)
     out.scatter_reduce_(0, index, x.float(), "amax")
     return out
+
+
+def without(links: Mapping[Tap, Link], quantized: Set[str]) -> Mapping[Tap, Link]:
+    """Those of a block's links that touch none of these linears: codes take no scale."""
+    return {tap: link for tap, link in links.items() if quantized.isdisjoint((link.source, *link.readers))}
 
 
 def find_links(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Mapping[Tap, Link], ...]:
