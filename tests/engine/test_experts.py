@@ -4,6 +4,7 @@ written has the names that engines know."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,29 @@ def test_matching_the_original_needs_the_same_tokens(arch: str, text: Path, tmp_
     assert {e["tokens"] for e in artifact.log} == {8 * 32}
     attention_only = stage | {"ignore": "re:.*experts.*"}
     assert len(quantized_linears(laconic.load(press(folder, tmp_path / "b", attention_only, text=text).path))) == 8
+
+
+AWQ = {"method": "awq", "scheme": "W4A16", "group_size": 32, "unlinked": "skip"}
+AUTOROUND = {"method": "autoround", "scheme": "W4A16", "group_size": 32, "iters": 10}
+ZEROQUANT = {"method": "zeroquant", "group_size": 32, "iters": 10}
+
+
+@pytest.mark.parametrize("stage", [AWQ, AUTOROUND, ZEROQUANT], ids=lambda s: s["method"])
+def test_block_methods_work_on_experts_that_are_shown_every_token(
+    stage: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "model", "mixtral", num_hidden_layers=1)
+    only = stage | {"targets": "re:.*experts.*"}
+    artifact = press(folder, tmp_path / "out", only, text=text, **ALL)
+    if stage is AWQ:
+        assert any(e["ratio"] > 0 for e in artifact.log)
+    else:
+        assert all(e["loss_after"] < e["loss_before"] for e in artifact.log)
+        plain = press(folder, tmp_path / "rtn", rtn(only.get("scheme", "W4A8"), group_size=32, targets=only["targets"]))
+        ours, nearest = tensors(artifact.path), tensors(plain.path)
+        codes = [n for n in ours if n.endswith(("experts.0.w2.weight", "experts.0.w2.weight_packed"))]
+        assert codes
+        assert not any(torch.equal(ours[n], nearest[n]) for n in codes)
 
 
 @every_mixture

@@ -13,6 +13,7 @@ from laconic.engine.passes import Passes
 from laconic.engine.stream import Stream
 from laconic.formats.schemes import Scheme
 from laconic.model.anatomy import Call, Tap, linear_at
+from laconic.model.experts import all_tokens
 from laconic.model.links import Link
 
 
@@ -21,7 +22,8 @@ class Block:
     """module: the block, dense. name: in the model. taps: all of its taps, in order of execution. targeted: the linears
     that the stage means, by name within the block. links: of the taps that have one. stream: what the block reads.
     original_output: what the block puts out in the original model, where the stage asked for that (`cross`).
-    dtype: in which parameters are stored. through: whether the stream is passed on while it is observed."""
+    dtype: in which parameters are stored. through: whether the stream is passed on while it is observed.
+    all_experts: whether experts are observed on every token."""
 
     module: nn.Module
     name: str
@@ -34,6 +36,7 @@ class Block:
     device: torch.device
     dtype: torch.dtype
     through: bool = False
+    all_experts: bool = False
 
     def inputs(self, taps: Sequence[Tap]) -> Iterator[tuple[Tap, Tensor]]:
         """What the linears of these taps read, batch by batch. To be asked for once, before anything is changed: the
@@ -42,7 +45,9 @@ class Block:
         Raises: ValueError, at the end, for an expert to which no token was routed.
         """
         seen: set[Tap] = set()
-        with Passes(self.module, self.taps, self.call, self.stream, self.device, held=False) as passes:
+        # Only while they are observed: what a stage runs, tunes and compares is what the router chooses.
+        shown = all_tokens(*[self.module] * self.all_experts)
+        with shown, Passes(self.module, self.taps, self.call, self.stream, self.device, held=False) as passes:
             for tap, x in passes.through(taps) if self.through else passes.inputs(taps):
                 seen.add(tap)
                 yield tap, x

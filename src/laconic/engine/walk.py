@@ -291,9 +291,9 @@ class _Walker:
             device,
             self.source.dtype,
             through,
+            self.settings.all_experts,
         )
-        with self._showing(block):
-            made = stage.compress(given)
+        made = stage.compress(given)
         moments: dict[str, Moments] = {}
         if stage.ranges:
             with Passes(block, taps, call, flow.stream, device, held=False) as passes, self._showing(block):
