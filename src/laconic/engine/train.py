@@ -53,18 +53,24 @@ def tune(
     all of them only one is in memory. targets: (samples, tokens, hidden), what the block should put out. acts: how the
     inputs of the linears are rounded; the rounding passes gradients on (straight-through). Returns: the error on a
     fixed batch before and after, and whether it fell.
+
+    Raises: ValueError for activations from which nothing can be learned (`Block.count`).
     """
+    block.count()
     generator = torch.Generator().manual_seed(seed)
     count = len(targets)
     probe = torch.linspace(0, count - 1, min(count, batch_size)).long()
     before = _error(block, weights, targets, probe, acts)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 - step / iters) for o in optimizers]
+    groups = [(group, group["lr"]) for o in optimizers for group in o.param_groups]
     with torch.enable_grad(), _moved_at_once(optimizers):
-        for _ in range(iters):
+        for step in range(iters):
+            for group, lr in groups:
+                group["lr"] = lr * (1 - step / iters)
             picked = torch.randperm(count, generator=generator)[:batch_size]
-            _loss(block, weights(), targets, picked, acts).backward()
-            for schedule in schedules:
-                schedule.step()
+            loss = _loss(block, weights(), targets, picked, acts)
+            # None of it comes of experts to which no token of these samples was routed.
+            if loss.requires_grad:
+                loss.backward()
     after = _error(block, weights, targets, probe, acts)
     return before, after, after < before
 
