@@ -117,6 +117,25 @@ def test_an_expert_without_tokens_is_named(arch: str, text: Path, tmp_path: Path
     press(folder, tmp_path / "rtn", rtn("W4A16", group_size=32), text=text)
 
 
+@pytest.mark.parametrize("stage", [gptq("W4A16", group_size=32), AWQ], ids=lambda s: s["method"])
+def test_what_is_advised_for_an_expert_without_tokens_can_be_followed(
+    stage: dict[str, Any], text: Path, tmp_path: Path, laconic: Laconic
+) -> None:
+    folder = make_model(tmp_path / "model", "mixtral", num_local_experts=16)
+    calibration = recipe(text=text, samples=1, length=4)["calibration"]
+
+    def run(*options: str, **keys: bool) -> Any:
+        file = make_recipe(tmp_path / "r.yaml", stage, calibration=calibration | keys)
+        return laconic("compress", folder, "--recipe", file, "--output", tmp_path / "out", *options)
+
+    said = run().complaint
+    assert said.endswith(
+        "use more samples, or set calibration.moe_calibrate_all_experts, and pass --overwrite, since what is finished "
+        "is of this recipe"
+    )
+    assert run("--overwrite", **ALL).code == 0
+
+
 def test_few_tokens_are_told(text: Path, tmp_path: Path, laconic: Laconic) -> None:
     folder = make_model(tmp_path / "model", "mixtral", num_local_experts=2)
     calibration = recipe(text=text, samples=1)["calibration"]
