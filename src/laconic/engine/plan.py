@@ -270,7 +270,7 @@ def _check_alike(block: str, taps: Sequence[Tap], schemes: Mapping[str, Scheme])
         for n in tap.linears:
             fused.setdefault(tap.experts or (tap, n.rpartition(".")[0]), []).append(f"{block}.{n}")
     for key, names in fused.items():
-        first = {_alike(schemes.get(n)): n for n in reversed(names)}
+        first = {alike(schemes.get(n)): n for n in reversed(names)}
         if len(first) > 1:
             # Of many experts, one linear of each kind tells enough.
             shown = [n for n in names if n in first.values()] if isinstance(key, str) else names
@@ -279,6 +279,6 @@ def _check_alike(block: str, taps: Sequence[Tap], schemes: Mapping[str, Scheme])
             raise ValueError(f"{what} must share a scheme, since engines fuse them ({told})")
 
 
-def _alike(scheme: Scheme | None) -> Scheme | None:
+def alike(scheme: Scheme | None) -> Scheme | None:
     """A scheme but for what is kept beside the codes: how many columns that is hangs on a linear's width."""
     return scheme and replace(scheme, outlier_columns=0, rank=0)
