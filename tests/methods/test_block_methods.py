@@ -262,6 +262,19 @@ def test_alpha_is_between_zero_and_one(alpha: Any, llama: Path, text: Path, tmp_
         press(llama, tmp_path / "x", {"method": "smoothquant", "alpha": alpha}, text=text)
 
 
+def test_groups_under_which_alphas_are_compared_divide_the_inputs(llama: Path, text: Path, tmp_path: Path) -> None:
+    stage: Stage = {"method": "smoothquant", "alpha": "search", "scheme": "W4A8"}
+    said = r"group_size 128, which does not divide the 64 inputs of self_attn\.q_proj; set group_size to 64, 32, -1"
+    with pytest.raises(ValueError, match=said):
+        press(llama, tmp_path / "refused", stage, text=text)
+    assert not list(tmp_path.iterdir())
+    artifact = press(llama, tmp_path / "grouped", stage | {"group_size": 32}, text=text)
+    assert all(0 <= event["alpha"] <= 1 for event in artifact.log)
+    press(llama, tmp_path / "given", stage | {"alpha": 0.5}, text=text)
+    with pytest.raises(ValueError, match="W8A8 has no groups"):
+        press(llama, tmp_path / "x", stage | {"scheme": "W8A8", "group_size": 32}, text=text)
+
+
 @pytest.mark.parametrize("method", ["awq", "autoround", "zeroquant", "smoothquant"])
 def test_calibration_is_needed(method: str, llama: Path, tmp_path: Path) -> None:
     stage: Stage = {"method": method} | ({} if method == "smoothquant" else {"scheme": "W8A16"})

@@ -16,6 +16,7 @@ from laconic.engine.stage import BlockStage, Stage
 from laconic.formats.fp4 import Fp4
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import stored_bytes
+from laconic.formats.tiling import groups_for
 from laconic.model.anatomy import Anatomy, Tap, linears_of, rounds
 from laconic.model.checkpoint import count_elements
 from laconic.model.kv_open import KvShape, kv_shape
@@ -103,7 +104,7 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage |
     if anatomy.head in schemes:
         schemes = {n: s for n, s in schemes.items() if n != anatomy.head} | {anatomy.head: schemes[anatomy.head]}
     links = find_links(model, anatomy) if any(isinstance(s, BlockStage) and s.links for s in stages) else ()
-    _check_blocks(anatomy, stages, touched, links)
+    _check_blocks(anatomy, stages, touched, links, shapes)
     return Plan(anatomy, tuple(stages), tuple(touched), schemes, shapes, links, cache)
 
 
@@ -136,6 +137,7 @@ def _check_blocks(
     stages: Sequence[Stage],
     touched: Sequence[frozenset[str]],
     links: Sequence[Mapping[Tap, Link]],
+    shapes: Mapping[str, tuple[int, int]],
 ) -> None:
     """Let block stages say what they cannot do, naming the block."""
     for number, (stage, names) in enumerate(zip(stages, touched, strict=True)):
@@ -143,8 +145,9 @@ def _check_blocks(
             block = anatomy.block_name(i)
             meant = [t for t in taps if any(f"{block}.{n}" in names for n in t.linears)]
             if isinstance(stage, BlockStage) and meant:
+                widths = {t: shapes[f"{block}.{t.linears[0]}"][1] for t in meant}
                 try:
-                    stage.check(meant, links[i] if links else {})
+                    stage.check(widths, links[i] if links else {})
                 except ValueError as e:
                     raise ValueError(f"stages.{number} ({stage.method}), {block}: {e}") from e
 
@@ -231,8 +234,7 @@ def _check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
                 f"{scheme.name} is groups of {size}, which do not divide the {shape[1]} inputs of {name}; "
                 "use another scheme there, or ignore it"
             )
-        fitting = [g for g in (128, 64, 32, 16, 8) if shape[1] % g == 0 and g != size][:2]
-        choices = ", ".join(str(g) for g in [*fitting, -1])
+        choices = groups_for(shape[1])
         raise ValueError(
             f"group_size {size} does not divide the {shape[1]} inputs of {name}; use {choices}, or ignore it"
         )
