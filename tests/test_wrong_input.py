@@ -469,7 +469,19 @@ def test_a_tokenizer_of_another_model(refused: Refused, tmp_path: Path, text: Pa
     assert said.endswith("the model knows 20; copy the original model's tokenizer files there")
 
 
-@pytest.mark.parametrize("stage", [GPTQ, {"method": "rtn", "scheme": "FP8"}])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        GPTQ,
+        {"method": "rtn", "scheme": "FP8"},
+        {"method": "awq", "scheme": "W8A16"},
+        {"method": "smoothquant"},
+        {"method": "zeroquant", "scheme": "W8A8", "iters": 2},
+        {"method": "autoround", "scheme": "W8A16", "iters": 2},
+        {"method": "autoround", "scheme": "W8A16", "iters": 2, "asymmetric": False},
+    ],
+    ids=lambda s: s["method"],
+)
 def test_activations_that_overflow(laconic: Laconic, tmp_path: Path, text: Path, stage: dict[str, Any]) -> None:
     loud = make_model(tmp_path / "loud", dtype=torch.float16)
     weights(lambda t: t["model.layers.0.mlp.down_proj.weight"].fill_(60000))(loud)

@@ -4,6 +4,7 @@ written has the names that engines know."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,9 @@ from tiny import MIXTURES, make_model, make_recipe
 
 every_mixture = pytest.mark.parametrize("arch", MIXTURES)
 ALL = {"moe_calibrate_all_experts": True}
+AWQ = {"method": "awq", "scheme": "W4A16", "group_size": 32, "unlinked": "skip"}
+AUTOROUND = {"method": "autoround", "scheme": "W4A16", "group_size": 32, "iters": 10}
+ZEROQUANT = {"method": "zeroquant", "group_size": 32, "iters": 10}
 
 
 def experts_of(folder: Path, dtype: torch.dtype = torch.float32) -> list[Experts]:
@@ -77,9 +81,16 @@ def test_every_token_for_every_expert_is_shown_and_changes_nothing(arch: str, tm
 
 
 @every_mixture
-def test_the_log_counts_the_tokens_that_the_router_sent(arch: str, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "stage",
+    [gptq("W4A16", group_size=32, true_sequential=False), AWQ, ZEROQUANT, AUTOROUND | {"asymmetric": False}],
+    ids=lambda s: s["method"],
+)
+def test_the_log_counts_the_tokens_that_the_router_sent(
+    arch: str, stage: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
     folder = make_model(tmp_path / "model", arch)
-    artifact = press(folder, tmp_path / "out", gptq("W4A16", group_size=32, true_sequential=False), text=text)
+    artifact = press(folder, tmp_path / "out", stage, text=text)
     told = {e["linear"]: e["tokens"] for e in artifact.log if e["event"] == "linear"}
     names = [n for n in told if n.startswith("model.layers.0.mlp.experts.")]
     assert len(names) == 12
@@ -94,14 +105,35 @@ def test_an_expert_without_tokens_is_named(arch: str, text: Path, tmp_path: Path
     folder = make_model(tmp_path / "model", arch, **many)
     few = {"text": text, "samples": 1, "length": 4}
     said = r"model\.layers\.0\.mlp\.experts\.\d+\.\w+: no calibration token .* calibration\.moe_calibrate_all_experts"
-    for stage in (gptq("W4A16", group_size=32), rtn("W8A8", dynamic=False)):
+    for number, stage in enumerate(
+        [gptq("W4A16", group_size=32), rtn("W8A8", dynamic=False), AWQ, ZEROQUANT, AUTOROUND | {"asymmetric": False}]
+    ):
         with pytest.raises(ValueError, match=said):
-            press(folder, tmp_path / f"without {stage['method']}", stage, **few)
+            press(folder, tmp_path / f"without {number}", stage, **few)
     artifact = press(folder, tmp_path / "all", gptq("W4A16", group_size=32), **few, **ALL)
     assert {e["tokens"] for e in artifact.log} == {4}
     assert torch.equal(logits(laconic.load(artifact.path)), logits(with_decoded_weights(folder, artifact.path)))
     # A method that needs no data asks for none.
     press(folder, tmp_path / "rtn", rtn("W4A16", group_size=32), text=text)
+
+
+@pytest.mark.parametrize("stage", [gptq("W4A16", group_size=32), AWQ], ids=lambda s: s["method"])
+def test_what_is_advised_for_an_expert_without_tokens_can_be_followed(
+    stage: dict[str, Any], text: Path, tmp_path: Path, laconic: Laconic
+) -> None:
+    folder = make_model(tmp_path / "model", "mixtral", num_local_experts=16)
+    calibration = recipe(text=text, samples=1, length=4)["calibration"]
+
+    def run(*options: str, **keys: bool) -> Any:
+        file = make_recipe(tmp_path / "r.yaml", stage, calibration=calibration | keys)
+        return laconic("compress", folder, "--recipe", file, "--output", tmp_path / "out", *options)
+
+    said = run().complaint
+    assert said.endswith(
+        "use more samples, or set calibration.moe_calibrate_all_experts, and pass --overwrite, since what is finished "
+        "is of this recipe"
+    )
+    assert run("--overwrite", **ALL).code == 0
 
 
 def test_few_tokens_are_told(text: Path, tmp_path: Path, laconic: Laconic) -> None:
@@ -112,6 +144,28 @@ def test_few_tokens_are_told(text: Path, tmp_path: Path, laconic: Laconic) -> No
     assert ran.code == 0
     assert "note: 8 inputs of linears saw fewer tokens than they are wide, the least model.layers.0.mlp" in ran.err
     assert "32 calibration tokens for 64 inputs" in ran.err
+
+
+def test_a_step_may_pass_an_expert_by(text: Path, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "mixtral", num_local_experts=16)
+    one = ZEROQUANT | {"targets": r"re:.*experts\.3\..*", "batch_size": 1}
+    rest = rtn("W4A8", group_size=32, targets="re:.*experts.*", ignore=one["targets"])
+    artifact = press(folder, tmp_path / "out", rest, one, text=text, samples=64, length=4)
+    tuned = [e for e in artifact.log if e.get("method") == "zeroquant"]
+    assert len(tuned) == 6
+    assert all(e["tokens"] > 0 for e in tuned)
+
+
+@every_mixture
+def test_an_expert_that_could_learn_nothing_is_told(arch: str, text: Path, tmp_path: Path) -> None:
+    many = {"num_local_experts" if arch == "mixtral" else "num_experts": 16}
+    folder = make_model(tmp_path / "model", arch, **many)
+    artifact = press(folder, tmp_path / "out", ZEROQUANT, text=text, samples=1, length=4, **ALL)
+    untaught = {e["linear"] for e in artifact.log if e["event"] == "linear" and e["tokens"] == 0}
+    told = {e["linear"] for e in artifact.log if e["event"] == "few_tokens" and e["tokens"] == 0}
+    assert untaught
+    assert told <= untaught
+    assert {n.rpartition(".")[0] for n in told} == {n.rpartition(".")[0] for n in untaught}
 
 
 @every_mixture
@@ -146,6 +200,24 @@ def test_matching_the_original_needs_the_same_tokens(arch: str, text: Path, tmp_
     assert {e["tokens"] for e in artifact.log} == {8 * 32}
     attention_only = stage | {"ignore": "re:.*experts.*"}
     assert len(quantized_linears(laconic.load(press(folder, tmp_path / "b", attention_only, text=text).path))) == 8
+
+
+@pytest.mark.parametrize("stage", [AWQ, AUTOROUND, ZEROQUANT], ids=lambda s: s["method"])
+def test_block_methods_work_on_experts_that_are_shown_every_token(
+    stage: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "model", "mixtral", num_hidden_layers=1)
+    only = stage | {"targets": "re:.*experts.*"}
+    artifact = press(folder, tmp_path / "out", only, text=text, **ALL)
+    if stage is AWQ:
+        assert any(e["ratio"] > 0 for e in artifact.log if e["event"] == "linear")
+    else:
+        assert all(e["loss_after"] < e["loss_before"] for e in artifact.log if e["event"] == "linear")
+        plain = press(folder, tmp_path / "rtn", rtn(only.get("scheme", "W4A8"), group_size=32, targets=only["targets"]))
+        ours, nearest = tensors(artifact.path), tensors(plain.path)
+        codes = [n for n in ours if n.endswith(("experts.0.w2.weight", "experts.0.w2.weight_packed"))]
+        assert codes
+        assert not any(torch.equal(ours[n], nearest[n]) for n in codes)
 
 
 @every_mixture

@@ -185,6 +185,9 @@ CLOSED = {
         [rtn("W8A16", targets=r"re:.*\.0\.mlp\.experts.*"), rtn("W4A16", group_size=32, targets=r"re:.*\.1\.mlp.*")],
         "experts of more than one scheme",
     ),
+    "NVFP4 experts": ("mixtral", [rtn("NVFP4A16")], "experts in NVFP4A16"),
+    "LLM.int8 experts": ("mixtral", [{"method": "llm_int8", "outlier_ratio": 0.05}], "experts in W8A8"),
+    "int8 experts and a product": ("qwen3_moe", [rtn("W8A8", low_rank=2)], "experts in W8A8"),
     "mixed zero points": (
         "llama",
         [rtn("W4A16_ASYM", group_size=32, targets="re:.*mlp.*"), rtn("W8A16", targets="re:.*self_attn.*")],
@@ -194,14 +197,16 @@ CLOSED = {
 
 
 @pytest.mark.parametrize(("arch", "stages", "reason"), CLOSED.values(), ids=CLOSED)
-def test_what_transformers_cannot_open_is_said_beforehand(arch: str, stages: list, reason: str, tmp_path: Path) -> None:
-    blocks = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64} if "FP8" in stages[0]["scheme"] else {}
+def test_what_transformers_cannot_open_is_said_beforehand(
+    arch: str, stages: list, reason: str, text: Path, tmp_path: Path
+) -> None:
+    blocks = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64} if "FP8" in str(stages) else {}
     folder = make_model(tmp_path / "model", arch, **blocks)
-    prepared = prepare(str(folder), recipe(*stages), tmp_path / "a")
+    prepared = prepare(str(folder), recipe(*stages, text=text), tmp_path / "a")
     said = closed_to_transformers(prepared.plan, prepared.model)
     assert said is not None
     assert said.startswith(reason)
-    artifact = press(folder, tmp_path / "a", *stages)
+    artifact = press(folder, tmp_path / "a", *stages, text=text)
     expected = logits(laconic.load(artifact.path))
     try:
         theirs = logits(original(artifact.path))
@@ -217,6 +222,10 @@ OPEN = {
         [rtn("W8A16", targets="re:.*self_attn.*"), rtn("W4A16", targets="re:.*experts.*", group_size=32)],
     ),
     "FP8 experts": ("mixtral", [rtn("FP8_DYNAMIC")]),
+    "MXFP4 experts": ("mixtral", [rtn("MXFP4A16")]),
+    "MXFP4 experts, rounded activations": ("mixtral", [rtn("MXFP4")]),
+    "MXFP4 experts of another family": ("qwen3_moe", [rtn("MXFP4A16")]),
+    "LLM.int8 beside experts": ("mixtral", [{"method": "llm_int8", "outlier_ratio": 0.05, "ignore": "re:.*experts.*"}]),
     "simulated": ("qwen3_moe", [rtn("W6A6")]),
     "simulated experts": ("mixtral", [rtn("W6A6", targets="re:.*experts.*")]),
     "Falcon": ("falcon", [rtn("W4A16", group_size=32)]),
@@ -224,13 +233,13 @@ OPEN = {
 
 
 @pytest.mark.parametrize(("arch", "stages"), OPEN.values(), ids=OPEN)
-def test_what_transformers_opens(arch: str, stages: list, tmp_path: Path) -> None:
+def test_what_transformers_opens(arch: str, stages: list, text: Path, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", arch)
-    prepared = prepare(str(folder), recipe(*stages), tmp_path / "a")
+    prepared = prepare(str(folder), recipe(*stages, text=text), tmp_path / "a")
     assert closed_to_transformers(prepared.plan, prepared.model) is None
-    artifact = press(folder, tmp_path / "a", *stages)
+    artifact = press(folder, tmp_path / "a", *stages, text=text)
     theirs, ours = original(artifact.path), laconic.load(artifact.path)
-    if "FP8" in stages[0]["scheme"]:
+    if stages[0].get("scheme") in ("FP8_DYNAMIC", "MXFP4"):
         # It leaves the activations of experts as they are, so that only weights can be compared.
         name = "model.layers.1.mlp.experts.down_proj"
         decoded = with_decoded_weights(folder, artifact.path).get_parameter(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ from torch import Tensor
 
 import laconic
 from artifacts import Stage, inputs, logits, original, press, tensors, windows
+from laconic.engine.train import _passing_gradients
 from laconic.evaluate.fidelity import measure
-from laconic.formats import fit, quantize
+from laconic.formats import LowRank, Outliers, fit, quantize, schemes
 from laconic.formats.int_affine import IntAffine
+from laconic.formats.storage import to_stored
 from laconic.formats.tiling import Tiling
 from laconic.methods.autoround import _Tuned
 from laconic.methods.awq import _relative_size, _rounded, _Seen
 from laconic.methods.smoothquant import scales
+from laconic.model.linear import QLinear
 from tiny import make_model
 
 G16 = Tiling("group", 16)
@@ -206,6 +210,49 @@ def test_tuning_lowers_the_error_of_every_block_and_of_the_model(
     assert kl(llama, tuned.path, text) < kl(llama, rtn.path, text)
 
 
+@pytest.mark.parametrize("scheme", ["W8A8", "W6A6", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("method", ["autoround", "zeroquant"])
+def test_tuning_sees_through_what_an_earlier_stage_rounded(
+    method: str, scheme: str, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    # What gate and up put out goes through down, and through nothing else.
+    before: Stage = {"method": "rtn", "scheme": scheme, "targets": "re:.*down_proj"}
+    stage: Stage = {
+        "method": method,
+        "scheme": "W4A16",
+        "group_size": 32,
+        "iters": 20,
+        "targets": "re:.*(gate|up)_proj",
+    }
+    artifact = press(llama, tmp_path / "tuned", before, stage, text=text)
+    tuned = [event for event in artifact.log if event["method"] == method]
+    assert all(event["loss_after"] < event["loss_before"] for event in tuned)
+
+
+@pytest.mark.parametrize("keys", [{}, {"outlier_columns": 3}, {"rank": 2}], ids=str)
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A8"])
+def test_codes_pass_on_the_gradient_of_what_they_stand_for(scheme: str, keys: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    kept = replace(schemes.scheme(scheme, group_size=16 if scheme == "W4A8" else None), **keys)
+    linear = QLinear(32, 8, bias=False, scheme=kept, dtype=torch.float32)
+    W = torch.randn(8, 32)
+    made = quantize(kept.weights, W, fit(kept.weights, W, torch.float32))
+    if "outlier_columns" in keys:
+        made = replace(made, outliers=Outliers(torch.tensor([1, 5, 9], dtype=torch.int32), torch.randn(8, 3)))
+    if "rank" in keys:
+        made = replace(made, low_rank=LowRank(torch.randn(8, 2), torch.randn(2, 32)))
+    for name, tensor in to_stored(made, kept).items():
+        setattr(linear, name, torch.nn.Parameter(tensor, requires_grad=False))
+    x, G = torch.randn(2, 5, 32).requires_grad_(), torch.randn(2, 5, 8)
+    expected = linear(x.detach())
+    with _passing_gradients(linear, torch.float32):
+        found = linear(x)
+    assert torch.equal(found, expected)
+    (found * G).sum().backward()
+    torch.testing.assert_close(x.grad, G @ linear.decode(torch.float32))
+    assert torch.equal(linear(x), expected)
+
+
 # What they refuse -----------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +260,19 @@ def test_tuning_lowers_the_error_of_every_block_and_of_the_model(
 def test_alpha_is_between_zero_and_one(alpha: Any, llama: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"stages\.0\.alpha"):
         press(llama, tmp_path / "x", {"method": "smoothquant", "alpha": alpha}, text=text)
+
+
+def test_groups_under_which_alphas_are_compared_divide_the_inputs(llama: Path, text: Path, tmp_path: Path) -> None:
+    stage: Stage = {"method": "smoothquant", "alpha": "search", "scheme": "W4A8"}
+    said = r"group_size 128, which does not divide the 64 inputs of self_attn\.q_proj; set group_size to 64, 32, -1"
+    with pytest.raises(ValueError, match=said):
+        press(llama, tmp_path / "refused", stage, text=text)
+    assert not list(tmp_path.iterdir())
+    artifact = press(llama, tmp_path / "grouped", stage | {"group_size": 32}, text=text)
+    assert all(0 <= event["alpha"] <= 1 for event in artifact.log)
+    press(llama, tmp_path / "given", stage | {"alpha": 0.5}, text=text)
+    with pytest.raises(ValueError, match="W8A8 has no groups"):
+        press(llama, tmp_path / "x", stage | {"scheme": "W8A8", "group_size": 32}, text=text)
 
 
 @pytest.mark.parametrize("method", ["awq", "autoround", "zeroquant", "smoothquant"])

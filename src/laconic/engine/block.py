@@ -13,7 +13,9 @@ from laconic.engine.passes import Passes
 from laconic.engine.stream import Stream
 from laconic.formats.schemes import Scheme
 from laconic.model.anatomy import Call, Tap, linear_at
+from laconic.model.experts import all_tokens
 from laconic.model.links import Link, fold
+from laconic.solvers.moments import not_finite
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Block:
     that the stage means, by name within the block. links: of the taps that have one. stream: what the block reads.
     original_output: what the block puts out in the original model, where the stage asked for that (`cross`).
     dtype: in which parameters are stored. through: whether the stream is passed on while it is observed. moved: what
-    the columns of linears were multiplied by so far, by name."""
+    the columns of linears were multiplied by so far, by name. all_experts: whether experts are observed on every token.
+    tokens: how many each tap that was observed read."""
 
     module: nn.Module
     name: str
@@ -36,20 +39,43 @@ class Block:
     dtype: torch.dtype
     through: bool = False
     moved: dict[str, Tensor] = field(default_factory=dict)
+    all_experts: bool = False
+    tokens: dict[Tap, int] = field(default_factory=dict)
 
     def inputs(self, taps: Sequence[Tap]) -> Iterator[tuple[Tap, Tensor]]:
         """What the linears of these taps read, batch by batch. To be asked for once, before anything is changed: the
         stream may hold the block's output after.
 
-        Raises: ValueError, at the end, for an expert to which no token was routed.
+        Raises: ValueError for NaN or infinity; and, at the end, for an expert to which no token was routed.
         """
-        seen: set[Tap] = set()
+        # Only while they are observed: what a stage runs, tunes and compares is what the router chooses.
+        with all_tokens(*[self.module] * self.all_experts):
+            yield from self._inputs(taps)
+        self._check_tokens(taps)
+
+    def count(self) -> None:
+        """See how many tokens the router sends the targeted linears, for a stage that learns from these alone.
+
+        Raises: as `inputs` does; but where experts were to be shown every token, none is asked of the router.
+        """
+        taps = self.targeted_taps()
+        for _ in self._inputs(taps):
+            pass
+        if not self.all_experts:
+            self._check_tokens(taps)
+
+    def _inputs(self, taps: Sequence[Tap]) -> Iterator[tuple[Tap, Tensor]]:
+        self.tokens.update(dict.fromkeys(taps, 0))
         with Passes(self.module, self.taps, self.call, self.stream, self.device, held=False) as passes:
             for tap, x in passes.through(taps) if self.through else passes.inputs(taps):
-                seen.add(tap)
+                if not torch.isfinite(x).all():
+                    raise not_finite()
+                self.tokens[tap] += x.numel() // x.shape[-1]
                 yield tap, x
+
+    def _check_tokens(self, taps: Sequence[Tap]) -> None:
         for tap in taps:
-            if tap not in seen:
+            if not self.tokens[tap]:
                 raise no_tokens(f"{self.name}.{tap.linears[0]}")
 
     def fold(self, link: Link, s: Tensor) -> Tensor:

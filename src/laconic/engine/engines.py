@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from laconic.engine.plan import Plan
+from laconic.engine.plan import Plan, alike
 from laconic.formats.schemes import Scheme
 from laconic.model.checkpoint import Checkpoint
 from laconic.model.experts import experts_above
@@ -58,6 +58,8 @@ def _decodes_experts(scheme: Scheme) -> bool:
     """Whether transformers decodes experts of a scheme while it loads them."""
     if scheme.storage == "pack-quantized":
         return scheme.weights.symmetric
+    if scheme.storage == "mxfp4-pack-quantized":
+        return True
     return scheme.storage == "float-quantized" and scheme.weights.tiling.strategy != "block"
 
 
@@ -68,12 +70,13 @@ def closed_to_transformers(plan: Plan, model: PreTrainedModel) -> str | None:
     if any(isinstance(model.get_submodule(n), TransposedLinear) for n in quantized):
         return "quantized Conv1D linears (it makes up their weights, or stops)"
     schemes = set(quantized.values())
-    if any(s.simulated for s in schemes):
-        return None  # it opens those by way of laconic
+    experts = {alike(quantized.get(n)) for n in plan.linears if experts_above(model, n)}
+    if any(s.native and s.outlier_columns is not None for s in schemes):
+        # It opens those by way of laconic, where `weight` of an expert is no tensor of its own.
+        unread = [s.name for s in experts if s and s.storage in ("int-quantized", "float-quantized")]
+        return f"experts in {unread[0]}" if unread else None
     if len(schemes) > 1 and _packed_unusually(plan, model):
         return "packed weights of more than one scheme in this model"
-    inside = {n: quantized.get(n) for n in plan.linears if experts_above(model, n)}
-    experts = set(inside.values())
     if len(experts) > 1:
         return "experts of more than one scheme"
     scheme = next(iter(experts), None)

@@ -55,7 +55,7 @@ def no_tokens(expert: str) -> ValueError:
     """What to tell of an expert that a method has to observe and could not."""
     return ValueError(
         f"{expert}: no calibration token was routed to this expert; use more samples, or set "
-        "calibration.moe_calibrate_all_experts (what is finished stays in OUTPUT.partial, for this recipe)"
+        "calibration.moe_calibrate_all_experts, and pass --overwrite, since what is finished is of this recipe"
     )
 
 

@@ -17,6 +17,7 @@ from laconic.engine.stage import BlockStage, Stage
 from laconic.formats.fp4 import Fp4
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import stored_bytes
+from laconic.formats.tiling import groups_for
 from laconic.model.anatomy import Anatomy, Tap, linears_of, rounds
 from laconic.model.checkpoint import count_elements
 from laconic.model.kv_open import KvShape, kv_shape
@@ -124,7 +125,7 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage |
     if anatomy.head in schemes:
         schemes = {n: s for n, s in schemes.items() if n != anatomy.head} | {anatomy.head: schemes[anatomy.head]}
     links = find_links(model, anatomy) if any(isinstance(s, BlockStage) and s.links for s in stages) else ()
-    _check_blocks(anatomy, stages, touched, links)
+    _check_blocks(anatomy, stages, touched, links, shapes)
     return Plan(anatomy, tuple(stages), tuple(touched), schemes, shapes, links, cache)
 
 
@@ -157,6 +158,7 @@ def _check_blocks(
     stages: Sequence[Stage],
     touched: Sequence[frozenset[str]],
     links: Sequence[Mapping[Tap, Link]],
+    shapes: Mapping[str, tuple[int, int]],
 ) -> None:
     """Let block stages say what they cannot do, naming the block."""
     quantized: set[str] = set()
@@ -166,8 +168,9 @@ def _check_blocks(
             meant = [t for t in taps if any(f"{block}.{n}" in names for n in t.linears)]
             if isinstance(stage, BlockStage) and meant:
                 codes = {n for t in taps for n in t.linears if f"{block}.{n}" in quantized}
+                widths = {t: shapes[f"{block}.{t.linears[0]}"][1] for t in meant}
                 try:
-                    stage.check(meant, without(links[i], codes) if links else {})
+                    stage.check(widths, without(links[i], codes) if links else {})
                 except ValueError as e:
                     raise ValueError(f"stages.{number} ({stage.method}), {block}: {e}") from e
         quantized |= names if stage.result else frozenset()
@@ -255,8 +258,7 @@ def _check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
                 f"{scheme.name} is groups of {size}, which do not divide the {shape[1]} inputs of {name}; "
                 "use another scheme there, or ignore it"
             )
-        fitting = [g for g in (128, 64, 32, 16, 8) if shape[1] % g == 0 and g != size][:2]
-        choices = ", ".join(str(g) for g in [*fitting, -1])
+        choices = groups_for(shape[1])
         raise ValueError(
             f"group_size {size} does not divide the {shape[1]} inputs of {name}; use {choices}, or ignore it"
         )
@@ -294,7 +296,7 @@ def _check_alike(block: str, taps: Sequence[Tap], schemes: Mapping[str, Scheme])
         for n in tap.linears:
             fused.setdefault(tap.experts or (tap, n.rpartition(".")[0]), []).append(f"{block}.{n}")
     for key, names in fused.items():
-        first = {_alike(schemes.get(n)): n for n in reversed(names)}
+        first = {alike(schemes.get(n)): n for n in reversed(names)}
         if len(first) > 1:
             # Of many experts, one linear of each kind tells enough.
             shown = [n for n in names if n in first.values()] if isinstance(key, str) else names
@@ -303,6 +305,6 @@ def _check_alike(block: str, taps: Sequence[Tap], schemes: Mapping[str, Scheme])
             raise ValueError(f"{what} must share a scheme, since engines fuse them ({told})")
 
 
-def _alike(scheme: Scheme | None) -> Scheme | None:
+def alike(scheme: Scheme | None) -> Scheme | None:
     """A scheme but for what is kept beside the codes: how many columns that is hangs on a linear's width."""
     return scheme and replace(scheme, outlier_columns=0, rank=0)

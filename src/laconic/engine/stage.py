@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -137,8 +137,11 @@ class BlockStage(Stage):
         """Whether the stage moves scales between linears and what feeds them."""
         return False
 
-    def check(self, taps: Sequence[Tap], links: Mapping[Tap, Link]) -> None:
-        """Raises: ValueError when the stage cannot work on these taps (those with targeted linears) of a block."""
+    def check(self, taps: Mapping[Tap, int], links: Mapping[Tap, Link]) -> None:
+        """taps: those of a block with targeted linears, and how wide their input is.
+
+        Raises: ValueError when the stage cannot work on these taps.
+        """
 
     def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
         """Change the block's dense weights in place, keeping what it computes; and say what becomes of its targeted

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from laconic.engine.block import Block
 from laconic.formats.schemes import Activations
 from laconic.model.anatomy import linear_at
+from laconic.model.linear import QLinear
 from laconic.model.products import round_activations
 
 Weights = Callable[[], Mapping[str, Tensor]]
@@ -53,20 +54,58 @@ def tune(
     all of them only one is in memory. targets: (samples, tokens, hidden), what the block should put out. acts: how the
     inputs of the linears are rounded; the rounding passes gradients on (straight-through). Returns: the error on a
     fixed batch before and after, and whether it fell.
+
+    Raises: ValueError for activations from which nothing can be learned (`Block.count`).
     """
+    block.count()
     generator = torch.Generator().manual_seed(seed)
     count = len(targets)
     probe = torch.linspace(0, count - 1, min(count, batch_size)).long()
     before = _error(block, weights, targets, probe, acts)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 - step / iters) for o in optimizers]
-    with torch.enable_grad(), _moved_at_once(optimizers):
-        for _ in range(iters):
+    groups = [(group, group["lr"]) for o in optimizers for group in o.param_groups]
+    with torch.enable_grad(), _moved_at_once(optimizers), _passing_gradients(block.module, block.dtype):
+        for step in range(iters):
+            for group, lr in groups:
+                group["lr"] = lr * (1 - step / iters)
             picked = torch.randperm(count, generator=generator)[:batch_size]
-            _loss(block, weights(), targets, picked, acts).backward()
-            for schedule in schedules:
-                schedule.step()
+            loss = _loss(block, weights(), targets, picked, acts)
+            # None of it comes of experts to which no token of these samples was routed.
+            if loss.requires_grad:
+                loss.backward()
     after = _error(block, weights, targets, probe, acts)
     return before, after, after < before
+
+
+@contextmanager
+def _passing_gradients(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """While this lasts linears that hold codes let gradients through. dtype: of the weights by which these go."""
+
+    def through(linear: QLinear, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: _Through.apply(x, linear, weight)  # type: ignore[no-untyped-call]
+
+    rounding = [m for m in module.modules() if isinstance(m, QLinear) and m.scheme.input_activations]
+    for linear in rounding:
+        vars(linear)["forward"] = through(linear, linear.decode(dtype))
+    try:
+        yield
+    finally:
+        for linear in rounding:
+            del vars(linear)["forward"]
+
+
+class _Through(torch.autograd.Function):
+    """What a QLinear puts out, and the gradient of its decoded weight: straight through the rounding of its input, for
+    codes have none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: QLinear, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return QLinear.forward(linear, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return grads[0] @ weight.to(grads[0].dtype), None, None
 
 
 @contextmanager

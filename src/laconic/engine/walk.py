@@ -300,19 +300,24 @@ class _Walker:
             self.source.dtype,
             through,
             moved,
+            self.settings.all_experts,
         )
-        with self._showing(block):
-            made = stage.compress(given)
+        made = stage.compress(given)
         moments: dict[str, Moments] = {}
         if stage.ranges:
             with Passes(block, taps, call, flow.stream, device, held=False) as passes, self._showing(block):
                 ranges = observe(passes, [t for t in taps if linears & set(t.linears)], gram=False)
                 moments = {n: m for tap, m in ranges.items() for n in tap.linears}
         seconds = (time.monotonic() - begun) / max(1, sum(len(names) for names in made))
-        tokens = flow.stream.hidden.shape[0] * flow.stream.hidden.shape[1]
+        whole = flow.stream.hidden.shape[0] * flow.stream.hidden.shape[1]
+        read = {n: tokens for tap, tokens in given.tokens.items() for n in tap.linears}
         events: list[dict[str, Any]] = []
+        for tap, tokens in given.tokens.items():
+            if tap.experts and stage.result:
+                first = tap.linears[0]
+                events += self._few_tokens(f"{name}.{first}", tokens, linear_at(block, first).in_features)
         for names, outcome in made.items():
-            notes = {"tokens": tokens, "seconds": round(seconds, 4)}
+            notes = {"tokens": read.get(names[0], whole), "seconds": round(seconds, 4)}
             rows = [linear_at(block, n).out_features for n in names]
             seen = moments.get(names[0])
             outcomes = attach(stage, stacked(block, names), outcome, rows, seen, self.source.dtype)
@@ -416,9 +421,13 @@ class _Walker:
             return
         if moments.tokens == 0:
             raise no_tokens(name)
-        if moments.gram and moments.tokens < moments.in_features:
-            told = f"{moments.tokens} calibration tokens for {moments.in_features} inputs"
-            event = {"event": "few_tokens", "linear": name, "tokens": moments.tokens, "message": f"{name}: {told}"}
+        if moments.gram:
+            yield from self._few_tokens(name, moments.tokens, moments.in_features)
+
+    def _few_tokens(self, name: str, tokens: int, inputs: int) -> Iterator[dict[str, Any]]:
+        if tokens < inputs:
+            told = f"{tokens} calibration tokens for {inputs} inputs"
+            event = {"event": "few_tokens", "linear": name, "tokens": tokens, "message": f"{name}: {told}"}
             self.report(event)
             yield event
 

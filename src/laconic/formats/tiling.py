@@ -91,3 +91,8 @@ class Tiling:
                 return param[start // height : -(-stop // height)]
             case _:
                 return param[start:stop]
+
+
+def groups_for(columns: int) -> str:
+    """Group sizes that rows of so many columns can have: the largest usual ones, and -1, the whole row."""
+    return ", ".join(str(g) for g in [*[g for g in (128, 64, 32, 16, 8) if columns % g == 0][:2], -1])

@@ -42,7 +42,7 @@ class Awq(QuantizingStage, BlockStage):
     def links(self) -> bool:
         return True
 
-    def check(self, taps: Sequence[Tap], links: Mapping[Tap, Link]) -> None:
+    def check(self, taps: Mapping[Tap, int], links: Mapping[Tap, Link]) -> None:
         lost = [tap for tap in taps if tap not in links]
         if lost and self.unlinked == "error":
             raise ValueError(

@@ -21,9 +21,9 @@ from laconic.model.kv_open import KvShape
 
 class KvQuant(CacheStage):
     """k_bits, v_bits: of a code. key_ranges: `group`, of so many tokens of a channel (group_size); `static`, one a
-    channel from calibration, so that a token is stored as it comes. datatype: `table`, levels from calibration; `int`, evenly spaced. outlier_ratio: of a
-    token's channels, kept in 16 bit beside the codes. before_rope: store keys as they were before their rotary
-    embedding. q_norm: see above."""
+    channel from calibration, so that a token is stored as it comes. datatype: `table`, levels from calibration; `int`,
+    evenly spaced. outlier_ratio: of a token's channels, kept in 16 bit beside the codes. before_rope: store keys as
+    they were before their rotary embedding. q_norm: see above."""
 
     method: Literal["kvquant"] = "kvquant"
     k_bits: int = Field(3, ge=1, le=8)

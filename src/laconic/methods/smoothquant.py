@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from laconic.engine.block import Block, stacked
 from laconic.engine.stage import BlockStage, Outcome
 from laconic.formats import fit, quantize
 from laconic.formats.schemes import Scheme, scheme
+from laconic.formats.tiling import groups_for
 from laconic.model.anatomy import Tap
 from laconic.model.links import Link
 from laconic.model.products import round_activations
@@ -25,12 +27,24 @@ from laconic.model.products import round_activations
 
 class SmoothQuant(BlockStage):
     """alpha: how much of the difficulty moves into the weights, 0 to 1; `search` tries several for each norm and keeps
-    the one with the least output error under `scheme`. search_tokens: on how many."""
+    the one with the least output error under `scheme`, in groups of `group_size` if not the preset's. search_tokens:
+    on how many."""
 
     method: Literal["smoothquant"] = "smoothquant"
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
     scheme: Literal["W8A8", "W7A7", "W6A6", "W4A8"] = "W8A8"
+    group_size: int | None = None
     search_tokens: int = Field(512, ge=1)
+
+    @model_validator(mode="after")
+    def _buildable(self) -> SmoothQuant:
+        _ = self.compared
+        return self
+
+    @cached_property
+    def compared(self) -> Scheme:
+        """The scheme under which alphas are compared."""
+        return scheme(self.scheme, group_size=self.group_size)
 
     @property
     def original_inputs(self) -> bool:
@@ -40,12 +54,22 @@ class SmoothQuant(BlockStage):
     def links(self) -> bool:
         return True
 
-    def check(self, taps: Sequence[Tap], links: Mapping[Tap, Link]) -> None:
-        if not any(tap in links and links[tap].is_norm for tap in taps):
+    def check(self, taps: Mapping[Tap, int], links: Mapping[Tap, Link]) -> None:
+        smoothed = {tap: width for tap, width in taps.items() if tap in links and links[tap].is_norm}
+        if not smoothed:
             raise ValueError(
-                f"no norm feeds {taps[0].linears[0]} and only what is not quantized yet, so its scale can go nowhere; "
+                f"no norm feeds {next(iter(taps)).linears[0]} and only what is not quantized yet, so its scale can go "
+                "nowhere; "
                 "narrow targets to blocks that have such a norm, or leave this stage out"
             )
+        size = self.compared.weights.tiling.group_size if self.alpha == "search" else None
+        for tap, width in smoothed.items():
+            if size and width % size:
+                raise ValueError(
+                    f"alphas are compared under {self.scheme} with group_size {size}, which does not divide the "
+                    f"{width} inputs of {tap.linears[0]}; set group_size to {groups_for(width)}, as in the stage "
+                    "that rounds"
+                )
 
     def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
         taps = [t for t in block.targeted_taps() if t in block.links and block.links[t].is_norm]
@@ -58,7 +82,7 @@ class SmoothQuant(BlockStage):
             alpha = self.alpha
             if alpha == "search":
                 x = torch.cat([seen[t].sample for t in behind])
-                alpha = _search(W, x, largest, scheme(self.scheme, group_size=None))
+                alpha = _search(W, x, largest, self.compared)
             block.fold(link, scales(largest, W, alpha))
             for tap in behind:
                 names = tuple(block.targets(tap))

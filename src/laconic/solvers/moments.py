@@ -53,7 +53,7 @@ class Moments:
         Raises: ValueError when NaN or infinity was among the activations.
         """
         if not torch.isfinite(self.hi - self.lo).all():
-            raise ValueError("the activations hold NaN or infinity; check the model and the calibration text")
+            raise not_finite()
         tokens = max(1, self.tokens)
         if self.H is not None:
             _mirror(self.H.div_(tokens))
@@ -73,6 +73,11 @@ class Moments:
             assert x_full is not None
             x, full = x.float(), x_full.reshape(-1, self.in_features).to(self.device, torch.float32)
             self.D.addmm_((full - x).T, x)
+
+
+def not_finite() -> ValueError:
+    """What to tell when NaN or infinity is among the activations."""
+    return ValueError("the activations hold NaN or infinity; check the model and the calibration text")
 
 
 def _add_gram(H: Tensor, x: Tensor) -> None:
