@@ -243,3 +243,22 @@ def test_the_memory_foretold_is_of_the_size_that_is_taken(llama: Path, tmp_path:
     floor, told = compress(llama)["peak_memory_bytes"], compress(large)
     taken = told["peak_memory_bytes"] - floor
     assert taken / 3 < told["forecast"]["peak_bytes"] < taken * 3
+
+
+def test_a_report_does_not_take_the_place_of_another_file(artifact: Path, laconic: Laconic) -> None:
+    config = artifact / "config.json"
+    before = config.read_text()
+    ran = laconic("report", artifact, "-o", config)
+    assert ran.code == 2
+    assert "ends in .html" in ran.err
+    assert config.read_text() == before
+
+
+def test_schemes_that_vllm_has_no_kernel_for_are_told(
+    llama: Path, text: Path, tmp_path: Path, laconic: Laconic
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stages: [{method: rtn, scheme: W3A16, group_size: 32}]")
+    ran = laconic("compress", llama, "--recipe", recipe, "-o", tmp_path / "out", "--dry-run")
+    assert ran.code == 0
+    assert "vLLM has no kernel for W3A16" in " ".join(ran.err.split())

@@ -238,6 +238,7 @@ def report(
     from laconic.report.long_table import long_tables
     from laconic.report.page import gather, write_page
     from laconic.report.table import results_table
+    from laconic.report.task_table import tasks_table
 
     found = gather(artifacts)
     write_page(found, output)
@@ -246,8 +247,11 @@ def report(
         return
     long = [r for a in found for r in a.long]
     evaluations = [r for a in found for r in a.evaluations]
-    if evaluations or not long:
+    tasks = [r for a in found for r in a.tasks]
+    if evaluations or not (long or tasks):
         out.print(results_table(evaluations))
+    for result in tasks:
+        out.print(tasks_table(result))
     for result in long:
         out.print(long_tables(result)[0])
     out.print(f"page: {output.resolve()}", soft_wrap=True)
@@ -429,9 +433,12 @@ def _warnings(prepared: Any) -> Iterator[str]:
     asked, windows = prepared.recipe.calibration, prepared.windows
     if windows is not None and len(windows) < asked.num_calibration_samples:
         yield f"the calibration text fills {len(windows)} of {asked.num_calibration_samples} samples; using those"
+    unserved = sorted({s.name for s in prepared.plan.schemes.values() if s.engine == "transformers"})
+    if unserved:
+        yield f"vLLM has no kernel for {', '.join(unserved)}; transformers opens it"
     simulated = sorted({s.title for s in prepared.plan.schemes.values() if s.simulated})
     if simulated:
-        yield f"no engine runs {', '.join(simulated)}; its arithmetic is simulated by laconic"
+        yield f"neither vLLM nor transformers runs {', '.join(simulated)}; its arithmetic is simulated by laconic"
     if any(s.outlier_columns is None for s in prepared.plan.schemes.values()):
         yield "how many columns stay in 16 bit is known once calibrated; the size foretold counts none"
     if reason := closed_to_transformers(prepared.plan, prepared.model):

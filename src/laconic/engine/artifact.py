@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import yaml
 
 from laconic.engine.writer import RECIPE, read_log, write_text
 from laconic.model.checkpoint import read_json
+
+# What a result has to share with an older one to take its place.
+_SAME = ("text", "baseline", "dtype", "data")
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,20 @@ class Artifact:
         return {f.stem: json.loads(f.read_text()) for f in sorted((self.path / "results").glob("*.json"))}
 
     def save_result(self, name: str, result: dict[str, Any]) -> Path:
-        """Keep a result under `results/NAME.json`."""
-        file = self.path / "results" / f"{name}.json"
-        file.parent.mkdir(exist_ok=True)
+        """Keep a result under `results/NAME.json`; where one stands there that is of something else (another text,
+        original, dtype), under NAME-2 and so on."""
+        folder = self.path / "results"
+        folder.mkdir(exist_ok=True)
+        names = (name if i == 1 else f"{name}-{i}" for i in count(1))
+        file = next(f for n in names if not _of_something_else(f := folder / f"{n}.json", result))
         write_text(file, json.dumps(result, indent=2) + "\n")
         return file
+
+
+def _of_something_else(file: Path, result: dict[str, Any]) -> bool:
+    """Whether a result is there that this one should not replace."""
+    try:
+        old = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return any(old.get(key) != result.get(key) for key in _SAME)

@@ -49,7 +49,7 @@ def evaluate(
     begun = time.monotonic()
     ours = load(folder, device=place, dtype=precision)
     limit = getattr(ours.config.get_text_config(), "max_position_embeddings", None) or 2048
-    length = context_length or min(2048, limit)
+    length = min(2048, limit) if context_length is None else context_length
     if not 2 <= length <= limit:
         raise ValueError(f"--context-length {length} is not between 2 and the model's context of {limit}")
     where = HUB_TEXTS.get(text, {"dataset": text})

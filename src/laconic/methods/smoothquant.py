@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from laconic.engine.block import Block, stacked
@@ -31,7 +31,7 @@ class SmoothQuant(BlockStage):
     on how many."""
 
     method: Literal["smoothquant"] = "smoothquant"
-    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
+    alpha: float | Literal["search"] = 0.5
     scheme: Literal["W8A8", "W7A7", "W6A6", "W4A8"] = "W8A8"
     group_size: int | None = None
     search_tokens: int = Field(512, ge=1)
@@ -45,6 +45,14 @@ class SmoothQuant(BlockStage):
     def compared(self) -> Scheme:
         """The scheme under which alphas are compared."""
         return scheme(self.scheme, group_size=self.group_size)
+
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def _a_share(cls, value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+        if not number and value != "search":
+            raise ValueError(f"should be a number from 0 to 1, or 'search', not {value}")
+        return value
 
     @property
     def original_inputs(self) -> bool:

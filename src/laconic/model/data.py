@@ -26,7 +26,7 @@ def read_documents(dataset: str, *, split: str = "train", config: str | None = N
     path = Path(dataset).expanduser()
     if path.suffix in _SUFFIXES or path.exists():
         if not path.is_file():
-            raise ValueError(f"no calibration file '{dataset}'; check the path")
+            raise ValueError(f"no text file '{dataset}'; check the path")
         if path.suffix not in _SUFFIXES:
             raise ValueError(f"'{dataset}' is no dataset: use a .txt, .jsonl or .parquet file, or a Hub name")
         return _read_file(path)

@@ -54,7 +54,9 @@ def gather(folders: list[Path]) -> list[Evaluated]:
 
 
 def write_page(artifacts: list[Evaluated], file: Path) -> None:
-    """Write the page, whole or not at all."""
+    """Write the page, whole or not at all. Raises: ValueError for a file that is no page."""
+    if file.suffix not in (".html", ".htm"):
+        raise ValueError(f"the report is a page of HTML; give {file} a name that ends in .html")
     environment = Environment(
         loader=PackageLoader("laconic.report"),
         autoescape=select_autoescape(),
