@@ -152,7 +152,7 @@ def test_text_of_a_chat_template_without_bos_loses_nothing(
         ("a.parquet", b"PAR1 no more PAR1", "{file} is not a readable Parquet file: "),
         ("a.parquet", b"", "{file} is not a readable Parquet file: "),
         ("a.csv", b"text\nhello\n", "'{file}' is no dataset: use a .txt, .jsonl or .parquet file, or a Hub name"),
-        ("folder.txt/a.txt", b"", "no calibration file '{file.parent}'; check the path"),
+        ("folder.txt/a.txt", b"", "no text file '{file.parent}'; check the path"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, expected: str) -> None:

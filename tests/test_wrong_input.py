@@ -422,7 +422,7 @@ def test_a_method_that_needs_text_and_gets_none(refused: Refused) -> None:
 @pytest.mark.parametrize(
     ("calibration", "expected"),
     [
-        ({"dataset": "{t}/gone.txt"}, "no calibration file '{t}/gone.txt'; check the path"),
+        ({"dataset": "{t}/gone.txt"}, "no text file '{t}/gone.txt'; check the path"),
         (
             {"dataset": "{t}/short.txt"},
             "the calibration text has 40 tokens, less than one sample of 64; give more text or ",
