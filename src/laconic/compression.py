@@ -119,6 +119,8 @@ def prepare(
     plan = make_plan(whole, dissect(whole), loaded.stages)
     check_experts(plan, bool(loaded.calibration and loaded.calibration.moe_calibrate_all_experts))
     windows = _windows(loaded, source, plan, trust_remote_code)
+    if windows is not None and plan.cache and plan.calibrates_cache:
+        plan.cache[0].check_length(plan.cache[1], windows.shape[1])
     identity = {
         "recipe": loaded.model_dump(mode="json", exclude=_FREE),
         "source": {"model": name, "sha256": _fingerprint(source)},

@@ -272,7 +272,7 @@ def test_nonsense_is_refused(method: str, options: dict[str, Any], told: str, mo
 
 def test_keys_without_a_rotary_embedding_are_refused(tmp_path: Path) -> None:
     own = original(make_model(tmp_path / "opt", "opt"), torch.float32)
-    with pytest.raises(ValueError, match="set pre_rope: false"):
+    with pytest.raises(ValueError, match="set before_rope: false"):
         cache_of(own, EIGHT, pre_rope=True)
 
 

@@ -83,6 +83,15 @@ class CacheStage(BaseModel):
         """How keys and values are stored where nothing is shared out."""
         raise NotImplementedError
 
+    def check_length(self, shape: KvShape, tokens: int) -> None:
+        """Raises: ValueError when calibration samples of so many tokens are too short to be stored."""
+        need = max(fmt.tokens_at_once for fmt in self.formats(shape))
+        if tokens < need:
+            raise ValueError(
+                f"{self.method} stores {need} tokens together, more than the {tokens} of a calibration sample; raise "
+                "calibration.max_seq_length, or lower group_size"
+            )
+
     def scheme(self, shape: KvShape, layers: Sequence[Layer] | None = None) -> KvScheme:
         """The cache's scheme, with these layers where calibration chose them.
 
@@ -104,11 +113,12 @@ class CacheStage(BaseModel):
         turned = {"keys": self._turned(seen.stored_keys), "values": self._turned(seen.values)}
         kept: dict[tuple[str, int], Static] = {}
         for which, plain in (("keys", keys), ("values", values)):
+            whole = turned[which].shape[2] // plain.tokens_at_once * plain.tokens_at_once
             # A rotation spreads what a channel weighs over all of them.
             weight = weights[which].mean(-1, keepdim=True) if self.rotation and which == "keys" else weights[which]
             for bits in self._choices(plain):
                 fmt = replace(plain, num_bits=bits)
-                static = fit_static(fmt, turned[which], weight, qnorm=self.qnorm)
+                static = fit_static(fmt, turned[which][:, :, :whole], weight[:, :, :whole], qnorm=self.qnorm)
                 kept[which, bits] = static
                 told |= {f"{which}.{bits}.{name}": t for name, t in static.items()}
         if self.budget_bits is not None:

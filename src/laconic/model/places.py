@@ -125,11 +125,11 @@ def places_of(model: PreTrainedModel, *, rotary: bool) -> Places:
     if not isinstance(embedding, nn.Module) or not _turns_by_halves(decoder):
         raise ValueError(
             f"keys are to be stored before their rotary embedding, and that of '{model.config.model_type}' is not "
-            "known; set pre_rope: false"
+            "known; set before_rope: false"
         )
     kinds = getattr(embedding, "rope_type", "default")
     if {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
-        raise ValueError("this model's rotary embedding changes with the length of the text; set pre_rope: false")
+        raise ValueError("this model's rotary embedding changes with the length of the text; set before_rope: false")
     by_layer = "layer_type" in inspect.signature(type(embedding).forward).parameters
     return Places(embedding, model.config.get_text_config().layer_types if by_layer else None)
 
