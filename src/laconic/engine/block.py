@@ -54,11 +54,15 @@ class Block:
         self._check_tokens(taps)
 
     def count(self) -> None:
-        """See how many tokens the router sends the targeted linears, for a stage that learns from these alone.
+        """See how many tokens the targeted linears read, for a stage that learns from what the router sends them.
 
         Raises: as `inputs` does; but where experts were to be shown every token, none is asked of the router.
         """
         taps = self.targeted_taps()
+        if not any(tap.experts for tap in taps):
+            # All of them; what is not finite shows in the first error.
+            self.tokens.update(dict.fromkeys(taps, self.stream.hidden.shape[0] * self.stream.hidden.shape[1]))
+            return
         for _ in self._inputs(taps):
             pass
         if not self.all_experts:

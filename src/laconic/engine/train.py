@@ -5,6 +5,7 @@ The one training loop: which numbers are tuned, how weights come of them and whi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from laconic.formats.schemes import Activations
 from laconic.model.anatomy import linear_at
 from laconic.model.linear import QLinear
 from laconic.model.products import round_activations
+from laconic.solvers.moments import not_finite
 
 Weights = Callable[[], Mapping[str, Tensor]]
 """Makes the weights of some linears (by name within the block), differentiable in what is tuned."""
@@ -55,13 +57,16 @@ def tune(
     inputs of the linears are rounded; the rounding passes gradients on (straight-through). Returns: the error on a
     fixed batch before and after, and whether it fell.
 
-    Raises: ValueError for activations from which nothing can be learned (`Block.count`).
+    Raises: ValueError for activations from which nothing can be learned: NaN or infinity, or those of an expert to which
+    no token was routed.
     """
     block.count()
     generator = torch.Generator().manual_seed(seed)
     count = len(targets)
     probe = torch.linspace(0, count - 1, min(count, batch_size)).long()
     before = _error(block, weights, targets, probe, acts)
+    if not math.isfinite(before):
+        raise not_finite()
     groups = [(group, group["lr"]) for o in optimizers for group in o.param_groups]
     with torch.enable_grad(), _moved_at_once(optimizers), _passing_gradients(block.module, block.dtype):
         for step in range(iters):
