@@ -57,8 +57,8 @@ def tune(
     inputs of the linears are rounded; the rounding passes gradients on (straight-through). Returns: the error on a
     fixed batch before and after, and whether it fell.
 
-    Raises: ValueError for activations from which nothing can be learned: NaN or infinity, or those of an expert to which
-    no token was routed.
+    Raises: ValueError for activations from which nothing can be learned: NaN or infinity, or those of an expert to
+    which no token was routed.
     """
     block.count()
     generator = torch.Generator().manual_seed(seed)
