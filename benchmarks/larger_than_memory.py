@@ -1,6 +1,6 @@
 """A checkpoint several times larger than the memory allowed, compressed all the same.
 
-    python benchmarks/larger_than_memory.py [--blocks 32 128] [--limit-gb 0.8] [--methods rtn gptq]
+    python benchmarks/larger_than_memory.py [--blocks 32 128] [--limit-gb 1.0] [--methods rtn gptq]
 
 Writes random Llamas of as many blocks block by block, and compresses each in a process that the system stops from
 taking more memory than the limit (RLIMIT_DATA: everything but files mapped for reading). That the limit holds is tried
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[32, 128], help="how many, for each model")
     parser.add_argument("--hidden", type=int, default=1024, help="the feed-forward width is 2.75 times that")
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"], choices=["rtn", "gptq"])
-    parser.add_argument("--limit-gb", type=float, default=0.8, help="10^9 bytes that a compressing process may take")
+    parser.add_argument("--limit-gb", type=float, default=1.0, help="10^9 bytes that a compressing process may take")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")

@@ -54,7 +54,8 @@ def stages_of(method: type[AnyStage]) -> list[Stage]:
     """A method with every scheme, where it has schemes."""
     name = {"method": method.model_fields["method"].default}
     if not issubclass(method, QuantizingStage):
-        return [name]
+        # Ranges of groups of tokens want samples of a group at least.
+        return [name | ({"group_size": 16} if name["method"] == "kvquant" else {})]
     if "threshold" in method.model_fields:
         return [name | {"threshold": 2.5}, name | {"scheme": "W8A8", "outlier_ratio": 0.05, "low_rank": 4}]
     if "iters" in method.model_fields:

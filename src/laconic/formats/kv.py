@@ -215,7 +215,7 @@ def _middle_and_spread(fmt: KvFormat, x: Tensor, static: Static | None) -> tuple
         middle = tiles.median(3, keepdim=True).values
         spread = (tiles - middle).abs().median(3, keepdim=True).values.clamp(min=1e-12)
         return middle.expand_as(tiles).flatten(2, 3), spread.expand_as(tiles).flatten(2, 3)
-    return x.mean(-1, keepdim=True), torch.ones_like(x[..., :1])
+    return x.median(-1, keepdim=True).values, torch.ones_like(x[..., :1])
 
 
 def _static(static: Static | None) -> dict[str, Tensor]:
