@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
+
+from laconic.console import Walking, err, in_bytes, out, print_json, print_plan, remarks, warn
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,10 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress Hugging Face language models, and say honestly what it cost.",
 )
-# No markup: a path may hold brackets.
-_WIDTH = None if sys.stdout.isatty() else 120
-out, err = Console(markup=False, width=_WIDTH), Console(stderr=True, markup=False)
-
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Vary a recipe's key.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
@@ -70,21 +56,21 @@ def compress(
         trust_remote_code=trust_remote_code,
     )
     if dry_run:
-        _print_plan(prepared, json_)
+        print_plan(prepared, json_)
         return
-    _warn(prepared)
-    with _Progress(quiet=json_ or not err.is_terminal) as progress:
+    warn(prepared)
+    with Walking(quiet=json_ or not err.is_terminal) as progress:
         artifact = run(prepared, overwrite=overwrite, report=progress)
     done = artifact.results["compress"]
-    for remark in _remarks(artifact.log):
+    for remark in remarks(artifact.log):
         err.print(f"note: {remark}", highlight=False, soft_wrap=True)
     if json_:
-        _print_json({"output": str(artifact.path), "forecast": asdict(prepared.forecast), **done})
+        print_json({"output": str(artifact.path), "forecast": asdict(prepared.forecast), **done})
         return
     before, after = prepared.source.checkpoint.nbytes, _weights(artifact.path)
     out.print(
-        f"{artifact.path}: {_bytes(before)} -> {_bytes(after)} ({before / after:.2f}x smaller), "
-        f"{done['seconds']:.1f} s, peak memory {_bytes(done['peak_memory_bytes'])}",
+        f"{artifact.path}: {in_bytes(before)} -> {in_bytes(after)} ({before / after:.2f}x smaller), "
+        f"{done['seconds']:.1f} s, peak memory {in_bytes(done['peak_memory_bytes'])}",
         soft_wrap=True,
     )
 
@@ -178,7 +164,7 @@ def evaluate(
             quiet=json_ or not err.is_terminal,
         )
         if json_:
-            _print_json(result)
+            print_json(result)
             return
         from laconic.report.task_table import tasks_table
 
@@ -192,7 +178,7 @@ def evaluate(
 
     result = measure(model, baseline=baseline, text=text, context_length=context_length, windows=windows, dtype=dtype)
     if json_:
-        _print_json(result)
+        print_json(result)
         return
     from laconic.report.table import results_table
 
@@ -217,7 +203,7 @@ def _evaluate_long(model: str, suite: str, as_json: bool, picture: Path | None, 
         picture.parent.mkdir(parents=True, exist_ok=True)
         picture.write_text(heat_map(result))
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     from laconic.report.long_table import long_caption, long_tables
 
@@ -243,7 +229,7 @@ def report(
     found = gather(artifacts)
     write_page(found, output)
     if json_:
-        _print_json({"page": str(output.resolve()), "artifacts": [str(a.path) for a in found]})
+        print_json({"page": str(output.resolve()), "artifacts": [str(a.path) for a in found]})
         return
     long = [r for a in found for r in a.long]
     evaluations = [r for a in found for r in a.evaluations]
@@ -269,10 +255,10 @@ def inspect(model: Annotated[str, typer.Argument(metavar="DIR")], json_: Json = 
     linears = [e for e in artifact.log if e.get("event") == "linear"]
     worst = sorted(linears, key=lambda e: -e.get("output_error", e["weight_error"]))[:5]
     if json_:
-        _print_json({**asdict(size), "recipe": artifact.recipe, "linears": linears})
+        print_json({**asdict(size), "recipe": artifact.recipe, "linears": linears})
         return
     table = Table(show_header=False, box=None)
-    table.add_row("weights", _bytes(size.file_bytes))
+    table.add_row("weights", in_bytes(size.file_bytes))
     table.add_row("parameters", f"{size.parameters:,}")
     table.add_row("bits per weight", f"{size.bits_per_weight:.2f} (embeddings, head, scales included)")
     table.add_row("quantized", f"{size.covered:.1%} of parameters")
@@ -294,7 +280,7 @@ def list_(json_: Json = False) -> None:
 
     known = catalogue()
     if json_:
-        _print_json(known)
+        print_json(known)
         return
     for title, rows in known.items():
         table = Table(title=title, title_justify="left", show_header=False, box=None)
@@ -315,7 +301,7 @@ def validate(
 
     loaded = load_recipe(recipe, set_).model_dump(mode="json")
     if json_:
-        _print_json(loaded)
+        print_json(loaded)
     else:
         out.print(
             f"{recipe}: valid, {len(loaded['stages'])} stage(s): {', '.join(s['method'] for s in loaded['stages'])}",
@@ -353,126 +339,6 @@ def _complain(message: str) -> None:
     sys.exit(2)
 
 
-class _Progress:
-    """Block, linear, error, memory and time left, on stderr."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("block"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[linear]}  error {task.fields[error]}  memory {task.fields[memory]}"),
-            TimeRemainingColumn(),
-            console=err,
-            disable=quiet,
-        )
-        self._task = self._bar.add_task("", total=None, linear="", error="-", memory="-")
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        import psutil
-
-        memory = _bytes(psutil.Process().memory_info().rss)
-        if event["event"] == "block":
-            self._bar.update(self._task, total=event["blocks"], completed=event["block"], memory=memory)
-        elif event["event"] == "linear":
-            error = event.get("output_error", event["weight_error"])
-            self._bar.update(self._task, linear=event["linear"], error=f"{error:.1e}", memory=memory)
-
-
-def _print_plan(prepared: Any, as_json: bool) -> None:
-    plan, forecast = prepared.plan, prepared.forecast
-    schemes: dict[str, int] = {}
-    for scheme in plan.schemes.values():
-        schemes[scheme.name] = schemes.get(scheme.name, 0) + 1
-    if as_json:
-        _print_json(
-            {
-                **asdict(forecast),
-                "schemes": schemes,
-                "blocks": len(plan.anatomy.taps),
-                "output": str(prepared.output),
-            }
-        )
-        return
-    _warn(prepared)
-    table = Table(show_header=False, box=None)
-    table.add_row("model", f"{prepared.source.name} ({len(plan.anatomy.taps)} blocks)")
-    for i, (stage, names) in enumerate(zip(plan.stages, plan.touched, strict=True)):
-        table.add_row(f"stage {i}", f"{stage.method} on {len(names)} linears")
-    if plan.cache:
-        table.add_row("cache", f"{plan.cache[0].method}, {plan.cache[1].layers} layers x {plan.cache[1].heads} heads")
-    table.add_row("schemes", ", ".join(f"{n} x {s}" for s, n in schemes.items()) or "none")
-    samples = (
-        "none needed" if prepared.windows is None else f"{len(prepared.windows)} x {prepared.windows.shape[1]} tokens"
-    )
-    table.add_row("calibration", samples)
-    smaller = forecast.bytes_before / forecast.bytes_after
-    table.add_row("size", f"{_bytes(forecast.bytes_before)} -> {_bytes(forecast.bytes_after)} ({smaller:.2f}x smaller)")
-    table.add_row("memory", f"about {_bytes(forecast.peak_bytes)} beyond Python and torch")
-    table.add_row("output", str(prepared.output))
-    out.print(table)
-
-
-def _warn(prepared: Any) -> None:
-    """Things a user would want to know that are no errors."""
-    for warning in _warnings(prepared):
-        err.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
-
-
-def _warnings(prepared: Any) -> Iterator[str]:
-    from laconic.engine.engines import closed_to_transformers
-
-    asked, windows = prepared.recipe.calibration, prepared.windows
-    if windows is not None and len(windows) < asked.num_calibration_samples:
-        yield f"the calibration text fills {len(windows)} of {asked.num_calibration_samples} samples; using those"
-    unserved = sorted({s.name for s in prepared.plan.schemes.values() if s.engine == "transformers"})
-    if unserved:
-        yield f"vLLM has no kernel for {', '.join(unserved)}; transformers opens it"
-    simulated = sorted({s.title for s in prepared.plan.schemes.values() if s.simulated})
-    if simulated:
-        yield f"neither vLLM nor transformers runs {', '.join(simulated)}; its arithmetic is simulated by laconic"
-    if any(s.outlier_columns is None for s in prepared.plan.schemes.values()):
-        yield "how many columns stay in 16 bit is known once calibrated; the size foretold counts none"
-    if reason := closed_to_transformers(prepared.plan, prepared.model):
-        yield f"transformers cannot open {reason}; vLLM and laconic.load can"
-    if prepared.plan.schemes and prepared.forecast.covered < 0.5:
-        yield f"only {prepared.forecast.covered:.0%} of the parameters will be quantized"
-
-
-def _remarks(log: list[dict[str, Any]]) -> Iterator[str]:
-    """What the calibration set could not say, from the log."""
-    dead = [e for e in log if e.get("dead_columns")]
-    if dead:
-        count = sum(e["dead_columns"] for e in dead)
-        yield f"{count} inputs of {len(dead)} linears were always zero in calibration; rounded to nearest (log.jsonl)"
-    loud = [e for e in log if e.get("outlier_share", 0) > 0.1]
-    if loud:
-        most = max(e["outlier_share"] for e in loud)
-        yield (
-            f"{len(loud)} linears keep up to {most:.0%} of their inputs in 16 bit (log.jsonl); "
-            "for a smaller file raise the threshold there, or give outlier_ratio"
-        )
-    few = [e for e in log if e.get("event") == "few_tokens"]
-    if few:
-        least = min(few, key=lambda e: e["tokens"])
-        yield (
-            f"{len(few)} inputs of linears saw fewer tokens than they are wide, the least {least['message']}; use more "
-            "samples, or calibration.moe_calibrate_all_experts"
-        )
-    damping = [e["dampening_frac"] for e in log if "dampening_frac" in e]
-    if damping and max(damping) > min(damping):
-        harder = sum(d > min(damping) for d in damping)
-        yield f"the Hessians of {harder} linears were nearly singular: damped by up to {max(damping)} (log.jsonl)"
-
-
 def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -482,24 +348,3 @@ def _numbers(option: str, text: str) -> list[int]:
 
 def _weights(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
-        n /= 1000
-    return f"{n:.2f} TB"
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for NaN and infinity; they become null."""
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
