@@ -11,8 +11,8 @@ from torch import Tensor
 # length of the sum: 1e-5 of it here, 6e-5 at four times as many (measured on an H200).
 _RUN = 4096
 
-# Rows of a Gram matrix made at once: few enough that half of it need not be computed, enough to be worth a product. On a
-# CPU, 2,048 wide, 256 rows take two thirds of the time that 1,024 do.
+# Rows of a Gram matrix made at once: few enough that half of it need not be computed, enough to be worth a product. On
+# a CPU, 2,048 wide, 256 rows take two thirds of the time that 1,024 do.
 _PANEL, _PANEL_CUDA = 256, 1024
 
 
