@@ -79,11 +79,13 @@ def choose_ours(platform: Any) -> None:
 
 
 def scheme_of(config: VllmConfig) -> KvScheme | None:
-    """The scheme in a model's config, if there is one."""
+    """The scheme in a model's config, if there is one that vLLM has no cache of its own for."""
     found = None
     if config.model_config is not None:
         hf = config.model_config.hf_config
         found = getattr(hf, KEY, None) or getattr(hf.get_text_config(), KEY, None)
+        if (getattr(hf, "quantization_config", None) or {}).get("kv_cache_scheme"):
+            return None
     return None if found is None else KvScheme.from_dict(found)
 
 
