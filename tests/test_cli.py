@@ -91,7 +91,9 @@ def test_help_is_0_and_no_command_is_2(laconic: Laconic) -> None:
 
 @pytest.mark.slow
 def test_the_installed_command_is_interrupted_and_goes_on(recipe: Path, tmp_path: Path) -> None:
-    command = [LACONIC, "compress", recipe, "--set", "calibration.num_calibration_samples=128"]
+    # Long enough that a signal finds it at work, on a busy machine too.
+    slow = "stages=[{method: autoround, scheme: W4A16, group_size: 32, iters: 400}]"
+    command = [LACONIC, "compress", recipe, "--set", slow]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "out.partial").exists():
         assert process.poll() is None, process.communicate()
