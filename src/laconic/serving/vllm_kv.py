@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.hub import cached_file
@@ -37,14 +37,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from laconic.formats.kv_scheme import KvScheme, tokens_at_once
 from laconic.model.kv_open import KvShape, kv_shape
+from laconic.model.kv_reading import KV_CACHE, KV_CONFIG, by_layer
 from laconic.model.places import places_of
 from laconic.serving.paged import Angles, PackedLayer, Part, Scoring, attend, write
 from laconic.serving.paged_units import write_units
 
 log = init_logger(__name__)
 
-KEY = "laconic_kv_cache"
-CALIBRATED = "kv_cache.safetensors"
 _PATH = f"{__name__}.PackedBackend"
 
 # Tokens of history, padding included, that requests of one batch may have to be attended to together.
@@ -83,7 +82,7 @@ def scheme_of(config: VllmConfig) -> KvScheme | None:
     found = None
     if config.model_config is not None:
         hf = config.model_config.hf_config
-        found = getattr(hf, KEY, None) or getattr(hf.get_text_config(), KEY, None)
+        found = getattr(hf, KV_CONFIG, None) or getattr(hf.get_text_config(), KV_CONFIG, None)
         if (getattr(hf, "quantization_config", None) or {}).get("kv_cache_scheme"):
             return None
     return None if found is None else KvScheme.from_dict(found)
@@ -154,12 +153,13 @@ def prepare(config: VllmConfig) -> None:
     """
     scheme = scheme_of(config)
     if scheme is None:
-        raise ValueError(f"this model has no {KEY} in its config.json; serve it with another --attention-backend")
+        raise ValueError(f"this model has no {KV_CONFIG} in its config.json; serve it with another --attention-backend")
     model = config.model_config
     shape = kv_shape(model.hf_config)
     _refuse(scheme, config, shape)
     angles = _angles(model.hf_config, model.max_model_len) if scheme.pre_rope else {}
-    file = cached_file(model.model, CALIBRATED, revision=model.revision) if scheme.calibrated else None
+    file = cached_file(model.model, KV_CACHE, revision=model.revision) if scheme.calibrated else None
+    fixed = by_layer(load_file(file) if file else {}, len(scheme.layers))
     kinds = getattr(model.hf_text_config, "layer_types", None)
     for name, layer in config.compilation_config.static_forward_context.items():
         impl = getattr(layer, "impl", None)
@@ -169,7 +169,7 @@ def prepare(config: VllmConfig) -> None:
         groups, sinks = scheme.layers[number], 0 if impl.scoring.window else scheme.sinks
         impl.layer = PackedLayer(
             groups,
-            {} if file is None else _calibrated(file, number),
+            fixed[number],
             heads=shape.heads,
             channels=shape.channels,
             dtype=model.dtype,
@@ -185,7 +185,9 @@ def prepare(config: VllmConfig) -> None:
 def _refuse(scheme: KvScheme, config: VllmConfig, shape: KvShape) -> None:
     scheme.check(shape.layers, shape.heads, shape.channels)
     if config.cache_config.cache_dtype != "auto":
-        raise ValueError(f"this artifact has a cache format of its own; leave out --kv-cache-dtype, or drop {KEY}")
+        raise ValueError(
+            f"this artifact has a cache format of its own; leave out --kv-cache-dtype, or drop {KV_CONFIG}"
+        )
     if config.parallel_config.tensor_parallel_size > 1:
         raise ValueError("a packed cache is served on one device yet; serve with --tensor-parallel-size 1")
     if config.speculative_config is not None and any(tokens_at_once(layer) > 1 for layer in scheme.layers):
@@ -207,17 +209,6 @@ def _tokens_a_page(config: VllmConfig) -> int:
     cache = config.cache_config
     # vLLM settles on a size for CPUs before models are loaded, and for GPUs after.
     return cache.block_size if cache.user_specified_block_size or current_platform.is_cpu() else 512
-
-
-def _calibrated(file: str, number: int) -> dict[str, dict[str, Tensor]]:
-    """What calibration fixed of one layer."""
-    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    with safe_open(file, "pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - not a mapping
-            layer, of, group, which = name.split(".")
-            if int(layer) == number:
-                found[f"{of}.{group}"][which] = tensors.get_tensor(name)
-    return dict(found)
 
 
 def _angles(hf_config: Any, length: int) -> dict[str | None, Angles]:
