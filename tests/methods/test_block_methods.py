@@ -169,8 +169,9 @@ def test_its_gradient_is_that_of_the_straight_through_estimator(num_bits: int, s
 
     V, low, high = (t.detach().clone().requires_grad_() for t in (tuned.V, tuned.low, tuned.high))
     lo, hi = tuned.lo * low, tuned.hi * high
-    span = 2 * torch.maximum(-lo, hi) if symmetric else hi.clamp(min=0) - lo.clamp(max=0)
-    s = (span / (fmt.qmax - fmt.qmin))[..., None]
+    # A symmetric grid's lowest code is the end that reaches further.
+    end = torch.where(hi > -lo, hi, lo) / fmt.qmin
+    s = (end if symmetric else (hi.clamp(min=0) - lo.clamp(max=0)) / (fmt.qmax - fmt.qmin))[..., None]
     zero = torch.zeros_like(s) if symmetric else (fmt.qmin - lo.clamp(max=0)[..., None] / s).round().detach()
     u = W.view(8, -1, 16) / s + V
     rounded = u + (u.round() - u).detach()

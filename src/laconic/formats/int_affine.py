@@ -1,6 +1,8 @@
 """Integer affine grids of 2 to 8 bits: w = scale * (code - zero_point).
 
-Codes are signed, in [-2^(b-1), 2^(b-1) - 1], as compressed-tensors stores them. A symmetric grid has no zero point.
+Codes are signed, in [-2^(b-1), 2^(b-1) - 1], as compressed-tensors stores them. A symmetric grid has no zero point, and one
+more code below zero than above; at 4 bits and fewer that code is worth having, so the scale of a range that reaches
+further up than down is negative.
 """
 
 from __future__ import annotations
@@ -50,6 +52,11 @@ class IntAffine:
         """Highest code."""
         return (1 << (self.num_bits - 1)) - 1
 
+    @property
+    def signed(self) -> bool:
+        """Whether scales may be negative."""
+        return self.symmetric and not self.narrow and self.num_bits <= 4
+
     def shared(self, lo: Tensor, hi: Tensor) -> Params:
         return NOTHING
 
@@ -57,8 +64,9 @@ class IntAffine:
         """The grid over [lo, hi], widened to hold zero. An all-zero tile gets scale 1."""
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         if self.symmetric:
-            steps = self.qmax if self.narrow else (self.qmax - self.qmin) / 2
-            return {"scale": storable(torch.maximum(-lo, hi) / steps, dtype)}
+            steps = self.qmax if self.narrow else -self.qmin if self.signed else (self.qmax - self.qmin) / 2
+            scale = storable(torch.maximum(-lo, hi) / steps, dtype)
+            return {"scale": torch.where(hi > -lo, -scale, scale) if self.signed else scale}
         scale = storable((hi - lo) / (self.qmax - self.qmin), dtype)
         zero_point = (self.qmin - lo / scale.float()).round_().clamp_(self.qmin, self.qmax)
         return {"scale": scale, "zero_point": zero_point.to(torch.int8)}

@@ -32,7 +32,7 @@ class AutoRound(QuantizingStage, BlockStage):
 
     method: Literal["autoround"] = "autoround"
     iters: int = Field(200, ge=1)
-    batch_size: int = Field(4, ge=1)
+    batch_size: int = Field(2, ge=1)
     lr: float | None = Field(None, gt=0)
     clip: bool = True
     asymmetric: bool = True
@@ -158,7 +158,7 @@ class _Round(torch.autograd.Function):
             w, unit, g = W[some].float(), s[some], grad[some].float()
             shifted = torch.addcmul(w, V[some], unit)
             Q = fmt.snap_tiles(shifted, _of(ctx.params, some, W))
-            inside = (shifted.sub_(Q).abs_() <= unit * (fmt.widest / 2 * _ROUNDING)).to(w.dtype)
+            inside = (shifted.sub_(Q).abs_() <= unit.abs() * (fmt.widest / 2 * _ROUNDING)).to(w.dtype)
             if ctx.needs_input_grad[2]:
                 # s times dQ/ds, summed over the tile; s goes with the span.
                 by_scale = Q.addcmul_(w, inside, value=-1).mul_(g).sum(-1)
