@@ -47,6 +47,8 @@ def problem(
     rep: int = 4,
     window: int = 5,
     sinks: int = 0,
+    new: int = 1,
+    starts: list[int] | None = None,
     seed: int = 0,
 ) -> Problem:
     """What `kv_attention` takes."""
@@ -57,11 +59,12 @@ def problem(
         return k, v
 
     return {
-        "q": torch.randn(BATCH, HEADS * rep, channels, generator=generator).to(DEVICE),
+        "q": torch.randn(BATCH, HEADS * rep, new, channels, generator=generator).to(DEVICE),
         "keys": packed(keys, tokens, channels, generator),
         "values": packed(values, tokens, channels, generator),
         "window": pair(window),
         "sinks": pair(sinks) if sinks else None,
+        "starts": None if starts is None else torch.tensor(starts, device=DEVICE),
     }
 
 
@@ -71,15 +74,22 @@ def problem(
 @pytest.mark.parametrize("keys", [KvFormat(3, "channel", 32), KvFormat(4, outlier_ratio=0.02)], ids=["plain", "apart"])
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("scaling", [None, 0.5])
-def test_reference_is_attention_over_what_was_stored(keys: KvFormat, sinks: int, scaling: float | None) -> None:
-    given = problem(keys, KvFormat(4, "token", 32), sinks=sinks)
+@pytest.mark.parametrize(("new", "starts"), [(1, None), (4, [0, 62])])
+def test_reference_is_attention_over_what_was_stored(
+    keys: KvFormat, sinks: int, scaling: float | None, new: int, starts: list[int] | None
+) -> None:
+    given = problem(keys, KvFormat(4, "token", 32), sinks=sinks, new=new, starts=starts)
     whole = []
     for which, name in enumerate(("keys", "values")):
         x = decode_kv(given[name].fmt, given[name].stored, 64).double()
-        if sinks:
-            x[:, :, :sinks] = given["sinks"][which].double()
+        for row, start in enumerate(starts or [0, 0]) if sinks else ():
+            sunk = min(sinks, 64 - start)
+            x[row, :, start : start + sunk] = given["sinks"][which][row, :, :sunk].double()
         whole.append(torch.cat([x, given["window"][which].double()], 2).repeat_interleave(4, 1))
-    expected = scaled_dot_product_attention(given["q"].double()[:, :, None], *whole, scale=scaling)[:, :, 0]
+    mask = torch.ones(new, 69, dtype=torch.bool, device=DEVICE).tril(69 - new).repeat(BATCH, 1, 1, 1)
+    for row, start in enumerate(starts or ()):
+        mask[row, ..., :start] = False
+    expected = scaled_dot_product_attention(given["q"].double(), *whole, attn_mask=mask, scale=scaling)
     torch.testing.assert_close(kv_attention_torch(**given, scaling=scaling).double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -161,10 +171,12 @@ def test_kernel_reads_keys_and_values_of_different_formats(kernel: Attention) ->
     agree(kernel, problem(KvFormat(4, "channel", 64), KvFormat(2, "token", 16), rep=1))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     tokens=st.integers(1, 70),
     window=st.integers(0, 70),
+    new=st.integers(1, 5),
+    starts=st.none() | st.lists(st.integers(0, 140), min_size=BATCH, max_size=BATCH),
     sinks=st.integers(0, 40),
     rep=st.sampled_from([1, 3, 4, 12]),
     group_size=st.sampled_from([16, 32, 64]),
@@ -172,10 +184,24 @@ def test_kernel_reads_keys_and_values_of_different_formats(kernel: Attention) ->
     seed=st.integers(0, 2**31),
 )
 def test_kernel_takes_any_number_of_tokens(
-    kernel: Attention, tokens: int, window: int, sinks: int, rep: int, group_size: int, splits: int, seed: int
+    kernel: Attention,
+    tokens: int,
+    window: int,
+    new: int,
+    starts: list[int] | None,
+    sinks: int,
+    rep: int,
+    group_size: int,
+    splits: int,
+    seed: int,
 ) -> None:
     fmt = KvFormat(4, "token", group_size)
-    given = problem(fmt, fmt, tokens=tokens, window=window, sinks=sinks, rep=rep, seed=seed)
+    window = max(window, new if new > 1 or starts else 0)
+    # A query sees itself at least.
+    starts = None if starts is None else [min(start, tokens + window - new) for start in starts]
+    given = problem(
+        fmt, fmt, tokens=tokens, window=window, sinks=sinks, new=new, starts=starts, rep=rep, seed=seed
+    )
     agree(kernel, given, splits=splits)
 
 

@@ -1,7 +1,8 @@
-"""Attention of one new token over a packed cache: keys and values are read as they are stored.
+"""Attention of the newest tokens over a packed cache: keys and values are read as they are stored.
 
 A query head h looks at key-value head h // (query heads / key-value heads). What it looks at, in this order: the
-packed tokens, the first of them replaced by sinks where sinks are kept, and the recent window in 16 bit.
+packed tokens, a row's first of them replaced by sinks where sinks are kept, and the recent window in 16 bit, of which
+the new tokens are the last and see no later one.
 """
 
 from __future__ import annotations
@@ -37,38 +38,58 @@ class Packed:
 
 
 def kv_attention(
-    q: Tensor, keys: Packed, values: Packed, window: Pair, sinks: Pair | None = None, scaling: float | None = None
+    q: Tensor,
+    keys: Packed,
+    values: Packed,
+    window: Pair,
+    sinks: Pair | None = None,
+    scaling: float | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one query token a sequence over all that is cached of it.
+    """Attention of the newest tokens of each sequence over all that is cached of it.
 
-    q: (batch, query heads, channels). keys, values: of (batch, key-value heads, tokens, channels). window: the recent
-    tokens, none or more. sinks: what replaces the first packed tokens. scaling: of logits, channels^-1/2 if None.
-    Returns: (batch, query heads, channels), in q's dtype.
+    q: (batch, query heads, new tokens, channels). keys, values: of (batch, key-value heads, tokens, channels). window:
+    the recent tokens, the new ones last. sinks: what replaces the first packed tokens that a row sees. scaling: of
+    logits, channels^-1/2 if None. starts: (batch,), the first token that a row sees, counted from the first packed
+    one; all if None.
+    Returns: (batch, query heads, new tokens, channels), in q's dtype.
     """
     if q.is_cuda and fits(keys.fmt, q.shape[-1]) and fits(values.fmt, q.shape[-1]):
         from laconic.kernels.kv_attention_triton import kv_attention_triton
 
-        return kv_attention_triton(q, keys, values, window, sinks, scaling)
-    return kv_attention_torch(q, keys, values, window, sinks, scaling)
+        return kv_attention_triton(q, keys, values, window, sinks, scaling, starts)
+    return kv_attention_torch(q, keys, values, window, sinks, scaling, starts)
 
 
 def kv_attention_torch(
-    q: Tensor, keys: Packed, values: Packed, window: Pair, sinks: Pair | None = None, scaling: float | None = None
+    q: Tensor,
+    keys: Packed,
+    values: Packed,
+    window: Pair,
+    sinks: Pair | None = None,
+    scaling: float | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
-    """`kv_attention` in plain torch, float32: the reference, and what a CPU runs."""
-    batch, heads, channels = q.shape
-    k, v = (_all_of(p, w, s) for p, w, s in zip((keys, values), window, sinks or (None, None), strict=True))
+    """`kv_attention` in plain torch, float32: the reference."""
+    batch, heads, new, channels = q.shape
+    first = q.new_zeros(batch, dtype=torch.long) if starts is None else starts.long()
+    k, v = (_all_of(p, w, s, first) for p, w, s in zip((keys, values), window, sinks or (None, None), strict=True))
     grouped = q.float().view(batch, k.shape[1], -1, channels)
     logits = grouped @ k.mT * (channels**-0.5 if scaling is None else scaling)
-    return (logits.softmax(-1) @ v).view(batch, heads, channels).to(q.dtype)
+    slots = torch.arange(k.shape[2], device=q.device)
+    latest = len(slots) - new + torch.arange(new, device=q.device)
+    seen = (slots >= first[:, None, None]) & (slots <= latest[:, None])  # (batch, new tokens, tokens)
+    logits = logits.unflatten(2, (-1, new)).masked_fill(~seen[:, None, None], -torch.inf).flatten(2, 3)
+    return (logits.softmax(-1) @ v).view(batch, heads, new, channels).to(q.dtype)
 
 
-def _all_of(packed: Packed, window: Tensor, sinks: Tensor | None) -> Tensor:
+def _all_of(packed: Packed, window: Tensor, sinks: Tensor | None, first: Tensor) -> Tensor:
     """(batch, key-value heads, tokens, channels) float32."""
     x = decode_kv(packed.fmt, packed.stored, window.shape[-1], packed.static).float()
     if sinks is not None:
-        count = min(sinks.shape[2], x.shape[2])
-        x = torch.cat([sinks[:, :, :count].float(), x[:, :, count:]], 2)
+        slots = first[:, None] + torch.arange(sinks.shape[2], device=x.device)
+        rows, which = ((slots >= 0) & (slots < x.shape[2])).nonzero(as_tuple=True)
+        x[rows, :, slots[rows, which]] = sinks[rows, :, which].float()
     return torch.cat([x, window.float()], 2)
 
 

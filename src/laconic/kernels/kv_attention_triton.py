@@ -55,6 +55,7 @@ def kv_attention_triton(
     window: Pair,
     sinks: Pair | None = None,
     scaling: float | None = None,
+    starts: Tensor | None = None,
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> Tensor:
@@ -63,40 +64,42 @@ def kv_attention_triton(
     tile: how work is cut; chosen by bits if None. splits: programs over packed tokens of a head; as many as the GPU
     has room for if None.
     """
-    batch, heads, D = q.shape
+    batch, heads, new, D = q.shape
     q = q.contiguous()
     kv_heads, tokens = window[0].shape[1], keys.tokens
-    rep = heads // kv_heads
+    rows = heads // kv_heads * new
     tile = tile or TILES.get((keys.fmt.num_bits, values.fmt.num_bits), Tile())
     block = _block(tile.tokens, keys.fmt, values.fmt)
     wk, wv = (_rows(w) for w in window)
     sk, sv = (_rows(s) for s in sinks) if sinks is not None else (wk[:, :, :0], wv[:, :, :0])
+    # Where all rows begin together, blocks of sinks alone are left out.
     sunk = min(sk.shape[2], tokens)
+    skipped = sunk // block if starts is None else 0
 
-    blocks = triton.cdiv(tokens, block) - sunk // block if tokens > sunk else 0
+    blocks = triton.cdiv(tokens, block) - skipped if tokens > sunk else 0
     splits = splits or triton.cdiv(tile.programs * _multiprocessors(q), batch * kv_heads)
     per_split = triton.cdiv(blocks, max(1, min(splits, blocks)))
     packed_splits = triton.cdiv(blocks, per_split) if blocks else 0
     sink_splits, window_splits = triton.cdiv(sunk, _DENSE_TOKENS), triton.cdiv(wk.shape[2], _DENSE_TOKENS)
     runs = sink_splits + window_splits + packed_splits
 
-    sums = torch.empty(batch, heads, runs, D, device=q.device)
-    weights = torch.empty(batch, heads, runs, device=q.device)
+    sums = torch.empty(batch, heads, new, runs, D, device=q.device)
+    weights = torch.empty(batch, heads, new, runs, device=q.device)
     out = torch.empty_like(q)
     k, v = _Side(keys, batch, kv_heads, D), _Side(values, batch, kv_heads, D)
     with torch.cuda.device_of(q):
         _attend[(runs, batch * kv_heads)](
-            q, *k.tensors, *v.tensors, wk, wv, sk, sv, sums, weights,
-            kv_heads, tokens, wk.shape[2], sunk, sink_splits, window_splits, per_split * block,
+            q, *k.tensors, *v.tensors, wk, wv, sk, sv, sums, weights, starts,
+            kv_heads, tokens, wk.shape[2], sunk, sink_splits, window_splits, skipped * block, per_split * block,
             (D**-0.5 if scaling is None else scaling) * 1.4426950408889634,
             *k.strides, *v.strides, *wk.stride()[:3], *wv.stride()[:3], *sk.stride()[:3], *sv.stride()[:3],
             *k.layout, *v.layout,
-            REP=rep, ROWS=max(8, triton.next_power_of_2(rep)), D=D, N=block, DENSE=_DENSE_TOKENS, DENSE_N=_DENSE_BLOCK,
+            NEW=new, QUERIES=rows, ROWS=max(8, triton.next_power_of_2(rows)), D=D, N=block, DENSE=_DENSE_TOKENS, DENSE_N=_DENSE_BLOCK,
             # The interpreter has no assembler.
             FAST=q.is_cuda,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        _join[(batch * heads, D // min(D, 32))](sums, weights, out, runs, D=D, C=min(D, 32), RUNS=32, num_warps=2)
+        _join[(batch * heads * new, D // min(D, 32))](sums, weights, out, runs, D=D, C=min(D, 32), RUNS=32, num_warps=2)
     return out
 
 
@@ -147,36 +150,45 @@ def _multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Compiled once for all lengths: these numbers change from one token to the next.
+@triton.jit(do_not_specialize=["tokens", "recent", "sunk", "sink_splits", "window_splits", "skipped"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    q, kc, ks, ko, kl, vc, vs, vo, vl, wk, wv, sk, sv, sums, weights,
-    heads, tokens, recent, sunk, sink_splits, window_splits, run, scaling,
+    q, kc, ks, ko, kl, vc, vs, vo, vl, wk, wv, sk, sv, sums, weights, starts,
+    heads, tokens, recent, sunk, sink_splits, window_splits, skipped, run, scaling,
     kc_b, kc_h, ks_b, ks_h, ks_t, ks_c, vc_b, vc_h, vs_b, vs_h, vs_t, vs_c,
     wk_b, wk_h, wk_t, wv_b, wv_h, wv_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t,
     K0: tl.constexpr, K1: tl.constexpr, K_SEG: tl.constexpr, K_UNIT: tl.constexpr,
     K_TYPE: tl.constexpr, K_BY_TOKEN: tl.constexpr, K_GROUP: tl.constexpr, K_ZERO: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_SEG: tl.constexpr, V_UNIT: tl.constexpr,
     V_TYPE: tl.constexpr, V_BY_TOKEN: tl.constexpr, V_GROUP: tl.constexpr, V_ZERO: tl.constexpr,
-    REP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr,
+    NEW: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    DENSE: tl.constexpr,
     DENSE_N: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One run of tokens: its attention, and the log2 of the sum of its exponentials."""
     split, runs = tl.program_id(0), tl.num_programs(0)
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     r = tl.arange(0, ROWS)
-    row = tl.program_id(1).to(tl.int64) * REP + r
+    row = tl.program_id(1).to(tl.int64) * QUERIES + r
     q_at, out_at = q + row * D, sums + (row * runs + split) * D
+    # The first token that is seen, and the first that is seen as it is packed.
+    begin = tl.zeros((), tl.int32)
+    if starts is not None:
+        begin += tl.load(starts + b)
+    sunk = tl.maximum(tl.minimum(sunk, tokens - begin), 0)
+    unsunk = begin + sunk
     if split < sink_splits:
         first = split * DENSE
         _dense(
-            q_at, sk + b * sk_b + h * sk_h, sv + b * sv_b + h * sv_h, sk_t, sv_t, first, sunk, scaling,
-            out_at, weights + row * runs + split, r < REP, D, DENSE_N, DENSE, ROWS,
+            q_at, sk + b * sk_b + h * sk_h, sv + b * sv_b + h * sv_h, sk_t, sv_t, first, 0, sunk + 0 * r, sunk, scaling,
+            out_at, weights + row * runs + split, r < QUERIES, D, DENSE_N, DENSE, ROWS,
         )  # fmt: skip
     elif split < sink_splits + window_splits:
         first = (split - sink_splits) * DENSE
         _dense(
-            q_at, wk + b * wk_b + h * wk_h, wv + b * wv_b + h * wv_h, wk_t, wv_t, first, recent, scaling,
-            out_at, weights + row * runs + split, r < REP, D, DENSE_N, DENSE, ROWS,
+            q_at, wk + b * wk_b + h * wk_h, wv + b * wv_b + h * wv_h, wk_t, wv_t, first, begin - tokens,
+            recent - NEW + 1 + r % NEW, recent, scaling,
+            out_at, weights + row * runs + split, r < QUERIES, D, DENSE_N, DENSE, ROWS,
         )  # fmt: skip
     else:
         K_X: tl.constexpr = K_SEG // K_UNIT
@@ -193,7 +205,7 @@ def _attend(  # type: ignore[no-untyped-def]
         queries = ()
         for i in tl.static_range(D // K_X):
             c = (i // K_UNIT) * K_SEG + kx * K_UNIT + i % K_UNIT
-            loaded = tl.load(q_at[None, :] + c[:, None], (r < REP)[None, :], 0.0).to(tl.float32) * scaling
+            loaded = tl.load(q_at[None, :] + c[:, None], (r < QUERIES)[None, :], 0.0).to(tl.float32) * scaling
             top = tl.maximum(top, tl.max(tl.abs(loaded), 0))
             queries += (loaded,)
         top = tl.where(top > 0, top, 1.0)
@@ -216,8 +228,10 @@ def _attend(  # type: ignore[no-untyped-def]
         for _ in tl.static_range(D // V_SEG):
             lifts += (tl.zeros((ROWS,), tl.float32),)
 
-        first = sunk // N * N + (split - sink_splits - window_splits) * run
-        for start in range(first, tl.minimum(first + run, tokens), N):
+        first = skipped + (split - sink_splits - window_splits) * run
+        # No block is without a token that is seen, so that a maximum is a number.
+        last = tl.where(unsunk < tokens, tl.minimum(first + run, tokens), 0)
+        for start in range(tl.maximum(first, unsunk // N * N), last, N):
             n = start + tl.arange(0, N)
             here = n < tokens
             k_tiles = tiles(kc, n, here, kx, (K0 + K1) * D // 8, K_X, K_UNIT)
@@ -250,7 +264,7 @@ def _attend(  # type: ignore[no-untyped-def]
                         )
                         logits = tl.dot(codes, query, logits)
                 logits = logits * (top * one(K_TYPE))[None, :] + (tl.sum(lift, 0) * top)[None, :]
-            logits = tl.where((here & (n >= sunk))[:, None], logits, float("-inf"))
+            logits = tl.where((here & (n >= unsunk))[:, None], logits, float("-inf"))
 
             if V_BY_TOKEN:
                 # Probabilities times scales are at most 1, however large a scale or small another, since the running
@@ -300,16 +314,16 @@ def _attend(  # type: ignore[no-untyped-def]
             x = acc[i]
             if V_BY_TOKEN:
                 x = x * one(V_TYPE) + lifts[i // V_UNIT][None, :]
-            tl.store(out_at[None, :] + c[:, None], x / total[None, :], (r < REP)[None, :])
-        tl.store(weights + row * runs + split, m + tl.log2(total), r < REP)
+            tl.store(out_at[None, :] + c[:, None], x / _or_one(total)[None, :], (r < QUERIES)[None, :])
+        tl.store(weights + row * runs + split, m + tl.log2(total), r < QUERIES)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _dense(  # type: ignore[no-untyped-def]
-    q_at, k, v, k_t, v_t, first, stop, scaling, out_at, weight_at, rows,
+    q_at, k, v, k_t, v_t, first, begin, stops, stop, scaling, out_at, weight_at, rows,
     D: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One run of tokens in 16 bit."""
+    """One run of tokens in 16 bit, of which every row sees those from `begin` to its own of `stops`."""
     d = tl.arange(0, D)
     query = tl.load(q_at[None, :] + d[:, None], rows[None, :], 0.0).to(k.dtype.element_ty)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -320,22 +334,24 @@ def _dense(  # type: ignore[no-untyped-def]
         here = (n < stop)[:, None]
         keys = tl.load(k + n[:, None] * k_t + d[None, :], here, 0.0)
         values = tl.load(v + n[:, None] * v_t + d[None, :], here, 0.0)
-        logits = tl.where(here, tl.dot(keys, query, input_precision="ieee") * scaling, float("-inf"))
+        seen = (n >= begin)[:, None] & (n[:, None] < stops[None, :])
+        logits = tl.where(seen, tl.dot(keys, query, input_precision="ieee") * scaling, float("-inf"))
         peak = tl.maximum(m, tl.max(logits, 0))
-        fade = tl.exp2(m - peak)
+        from_peak = _or_zero(peak)
+        fade = tl.exp2(m - from_peak)
         m = peak
-        p = tl.exp2(logits - m[None, :])
+        p = tl.exp2(logits - from_peak[None, :])
         total = total * fade + tl.sum(p, 0)
         acc = tl.dot(tl.trans(values), p.to(values.dtype), acc * fade[None, :], input_precision="ieee")
-    tl.store(out_at[None, :] + d[:, None], acc / total[None, :], rows[None, :])
+    tl.store(out_at[None, :] + d[:, None], acc / _or_one(total)[None, :], rows[None, :])
     tl.store(weight_at, m + tl.log2(total), rows)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["runs"])  # type: ignore[untyped-decorator]
 def _join(  # type: ignore[no-untyped-def]
     sums, weights, out, runs, D: tl.constexpr, C: tl.constexpr, RUNS: tl.constexpr
 ):
-    """C channels of one head's attention, from all its runs."""
+    """C channels of one query's attention, from all its runs; those that saw nothing weigh 2^-inf."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * C + tl.arange(0, C)
     m = float("-inf")
@@ -346,9 +362,22 @@ def _join(  # type: ignore[no-untyped-def]
         weight = tl.load(weights + row * runs + run, run < runs, float("-inf"))
         x = tl.load(sums + (row * runs + run)[:, None] * D + c[None, :], (run < runs)[:, None], 0.0)
         peak = tl.maximum(m, tl.max(weight, 0))
-        fade = tl.exp2(m - peak)
+        from_peak = _or_zero(peak)
+        fade = tl.exp2(m - from_peak)
         m = peak
-        p = tl.exp2(weight - m)
+        p = tl.exp2(weight - from_peak)
         total = total * fade + tl.sum(p, 0)
         acc = acc * fade + tl.sum(p[:, None] * x, 0)
     tl.store(out + row * D + c, (acc / total).to(out.dtype.element_ty))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _or_zero(peak):  # type: ignore[no-untyped-def]
+    """A maximum, 0 where nothing was seen."""
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _or_one(total):  # type: ignore[no-untyped-def]
+    """What a sum is divided by, 1 where nothing was seen."""
+    return tl.where(total > 0, total, 1.0)
