@@ -101,7 +101,7 @@ def test_what_the_kernel_cannot_read_goes_to_the_reference() -> None:
 def test_supports_says_which_schemes_the_kernel_reads() -> None:
     keys, values = KvFormat(2, "channel", 32), KvFormat(2, "token", 32)
     assert supports(uniform("kivi", keys, values, 2, residual_length=32, sinks=4), 128)
-    assert not supports(uniform("kivi", keys, values, 2, rotation="hadamard"), 128)
+    assert supports(uniform("kivi", keys, values, 2, rotation="hadamard"), 128)
     assert not supports(uniform("kivi", keys, values, 2, pre_rope=True), 128)
     assert not supports(uniform("kivi", KvFormat(16), values, 2), 128)
     assert not supports(uniform("kivi", keys, values, 2), 96)
@@ -199,9 +199,7 @@ def test_kernel_takes_any_number_of_tokens(
     window = max(window, new if new > 1 or starts else 0)
     # A query sees itself at least.
     starts = None if starts is None else [min(start, tokens + window - new) for start in starts]
-    given = problem(
-        fmt, fmt, tokens=tokens, window=window, sinks=sinks, new=new, starts=starts, rep=rep, seed=seed
-    )
+    given = problem(fmt, fmt, tokens=tokens, window=window, sinks=sinks, new=new, starts=starts, rep=rep, seed=seed)
     agree(kernel, given, splits=splits)
 
 

@@ -7,16 +7,23 @@ the new tokens are the last and see no later one.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from laconic.formats.kv import KvFormat, Static, Stored, decode_kv
-from laconic.formats.kv_scheme import KvScheme
+from laconic.formats.kv_scheme import HeadGroup, KvScheme
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values in 16 bit, each (batch, key-value heads, tokens, channels)."""
+
+# Queries that share a key-value head, at most: more do not fit into a program's registers.
+MOST_QUERIES = 32
 
 _BITS = (1, 2, 3, 4, 8)
 # The fewest numbers a side of a tensor core's product has: fewer codes with one range would leave it half empty.
@@ -54,7 +61,7 @@ def kv_attention(
     one; all if None.
     Returns: (batch, query heads, new tokens, channels), in q's dtype.
     """
-    if q.is_cuda and fits(keys.fmt, q.shape[-1]) and fits(values.fmt, q.shape[-1]):
+    if runs_on(q.device) and fits(keys.fmt, q.shape[-1]) and fits(values.fmt, q.shape[-1]):
         from laconic.kernels.kv_attention_triton import kv_attention_triton
 
         return kv_attention_triton(q, keys, values, window, sinks, scaling, starts)
@@ -80,7 +87,8 @@ def kv_attention_torch(
     latest = len(slots) - new + torch.arange(new, device=q.device)
     seen = (slots >= first[:, None, None]) & (slots <= latest[:, None])  # (batch, new tokens, tokens)
     logits = logits.unflatten(2, (-1, new)).masked_fill(~seen[:, None, None], -torch.inf).flatten(2, 3)
-    return (logits.softmax(-1) @ v).view(batch, heads, new, channels).to(q.dtype)
+    made: Tensor = logits.softmax(-1) @ v
+    return made.view(batch, heads, new, channels).to(q.dtype)
 
 
 def _all_of(packed: Packed, window: Tensor, sinks: Tensor | None, first: Tensor) -> Tensor:
@@ -93,11 +101,22 @@ def _all_of(packed: Packed, window: Tensor, sinks: Tensor | None, first: Tensor)
     return torch.cat([x, window.float()], 2)
 
 
+@lru_cache
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernel runs on tensors there: on a GPU, or by Triton's interpreter (TRITON_INTERPRET=1) anywhere."""
+    return find_spec("triton") is not None and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
 def supports(scheme: KvScheme, channels: int) -> bool:
-    """Whether the kernel reads every layer of a cache stored so, heads having this many channels: all but keys from
-    before their rotary embedding, rotated heads, numbers stored apart, and ranges of very few numbers."""
-    formats = {f for layer in scheme.layers for group in layer for f in (group.keys, group.values)}
-    return not scheme.rotation and not scheme.pre_rope and all(fits(f, channels) for f in formats)
+    """Whether every layer of a cache stored so is read as it is, heads having this many channels."""
+    return all(supports_layer(scheme, layer, channels) for layer in scheme.layers)
+
+
+def supports_layer(scheme: KvScheme, layer: Sequence[HeadGroup], channels: int) -> bool:
+    """Whether a layer is: all but keys from before their rotary embedding, numbers stored apart or in 16 bit, and
+    ranges of very few numbers. (Rotated heads are, by rotated queries.)"""
+    formats = {f for group in layer for f in (group.keys, group.values)}
+    return not scheme.pre_rope and all(fits(f, channels) for f in formats)
 
 
 def fits(fmt: KvFormat, channels: int) -> bool:

@@ -15,6 +15,7 @@ belong when they are stored.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ def kv_attention_triton(
     skipped = sunk // block if starts is None else 0
 
     blocks = triton.cdiv(tokens, block) - skipped if tokens > sunk else 0
-    splits = splits or triton.cdiv(tile.programs * _multiprocessors(q), batch * kv_heads)
+    splits = splits or triton.cdiv(tile.programs * _multiprocessors(q.device), batch * kv_heads)
     per_split = triton.cdiv(blocks, max(1, min(splits, blocks)))
     packed_splits = triton.cdiv(blocks, per_split) if blocks else 0
     sink_splits, window_splits = triton.cdiv(sunk, _DENSE_TOKENS), triton.cdiv(wk.shape[2], _DENSE_TOKENS)
@@ -94,10 +95,11 @@ def kv_attention_triton(
             (D**-0.5 if scaling is None else scaling) * 1.4426950408889634,
             *k.strides, *v.strides, *wk.stride()[:3], *wv.stride()[:3], *sk.stride()[:3], *sv.stride()[:3],
             *k.layout, *v.layout,
-            NEW=new, QUERIES=rows, ROWS=max(8, triton.next_power_of_2(rows)), D=D, N=block, DENSE=_DENSE_TOKENS, DENSE_N=_DENSE_BLOCK,
+            NEW=new, QUERIES=rows, ROWS=max(8, triton.next_power_of_2(rows)), D=D, N=block,
+            DENSE=_DENSE_TOKENS, DENSE_N=_DENSE_BLOCK,
             # The interpreter has no assembler.
             FAST=q.is_cuda,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps * triton.cdiv(rows, 16), num_stages=tile.stages,
         )  # fmt: skip
         _join[(batch * heads * new, D // min(D, 32))](sums, weights, out, runs, D=D, C=min(D, 32), RUNS=32, num_warps=2)
     return out
@@ -146,12 +148,13 @@ def _block(most: int, *formats: KvFormat) -> int:
     return most
 
 
-def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-# Compiled once for all lengths: these numbers change from one token to the next.
-@triton.jit(do_not_specialize=["tokens", "recent", "sunk", "sink_splits", "window_splits", "skipped"])  # type: ignore[untyped-decorator]
+# These change from one token to the next, and nothing is to be compiled anew for it.
+@triton.jit(do_not_specialize=["recent", "sunk", "sink_splits", "window_splits"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     q, kc, ks, ko, kl, vc, vs, vo, vl, wk, wv, sk, sv, sums, weights, starts,
     heads, tokens, recent, sunk, sink_splits, window_splits, skipped, run, scaling,
@@ -231,7 +234,8 @@ def _attend(  # type: ignore[no-untyped-def]
         first = skipped + (split - sink_splits - window_splits) * run
         # No block is without a token that is seen, so that a maximum is a number.
         last = tl.where(unsunk < tokens, tl.minimum(first + run, tokens), 0)
-        for start in range(tl.maximum(first, unsunk // N * N), last, N):
+        for block in range(tl.maximum(first, unsunk // N * N), last, N):
+            start = tl.multiple_of(block, N)
             n = start + tl.arange(0, N)
             here = n < tokens
             k_tiles = tiles(kc, n, here, kx, (K0 + K1) * D // 8, K_X, K_UNIT)
@@ -368,7 +372,7 @@ def _join(  # type: ignore[no-untyped-def]
         p = tl.exp2(weight - from_peak)
         total = total * fade + tl.sum(p, 0)
         acc = acc * fade + tl.sum(p[:, None] * x, 0)
-    tl.store(out + row * D + c, (acc / total).to(out.dtype.element_ty))
+    tl.store(out + row * D + c, (acc / _or_one(total)).to(out.dtype.element_ty))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
