@@ -94,7 +94,7 @@ def test_reference_is_attention_over_what_was_stored(
 
 
 def test_what_the_kernel_cannot_read_goes_to_the_reference() -> None:
-    given = problem(KvFormat(4, outlier_ratio=0.02), KvFormat(4))
+    given = problem(KvFormat(4, outlier_ratio=0.2), KvFormat(4))
     torch.testing.assert_close(kv_attention(**given), kv_attention_torch(**given), rtol=0, atol=0)
 
 
@@ -105,6 +105,8 @@ def test_supports_says_which_schemes_the_kernel_reads() -> None:
     assert not supports(uniform("kivi", keys, values, 2, pre_rope=True), 128)
     assert not supports(uniform("kivi", KvFormat(16), values, 2), 128)
     assert not supports(uniform("kivi", keys, values, 2), 96)
+    assert fits(KvFormat(2, outlier_ratio=0.01), 128)
+    assert not fits(KvFormat(2, outlier_ratio=0.1), 128)
     assert not fits(KvFormat(2, "channel", 8), 128), "a block of tokens shares no range"
     assert not fits(KvFormat(2, "token", 8), 128), "a product would be half empty"
     assert not fits(KvFormat(1), 64), "a plane has too few bytes"
@@ -165,6 +167,24 @@ def test_kernel_reads_every_width_along_either_axis(kernel: Attention, bits: int
 def test_kernel_reads_every_datatype(kernel: Attention, axis: Any, rest: dict[str, Any]) -> None:
     fmt = KvFormat(**{"num_bits": 4, "axis": axis, **rest})
     agree(kernel, problem(fmt, fmt), splits=2)
+
+
+@pytest.mark.parametrize("axis", ["token", "channel"])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        {"num_bits": 3, "group_size": 32, "datatype": "table"},
+        {"num_bits": 4, "group_size": None},
+        {"num_bits": 4, "group_size": 32, "symmetric": True},
+        {"num_bits": 8, "group_size": 32, "datatype": "float"},
+    ],
+    ids=lambda rest: "-".join(map(str, rest.values())),
+)
+def test_kernel_reads_numbers_stored_apart(kernel: Attention, axis: Any, rest: dict[str, Any]) -> None:
+    fmt = KvFormat(axis=axis, outlier_ratio=0.03, **rest)
+    given = problem(fmt, fmt, channels=64 if fmt.num_bits == 4 else 128, rep=2)
+    assert given["keys"].stored["outlier_index"].shape[-1] > 1
+    agree(kernel, given, splits=2)
 
 
 def test_kernel_reads_keys_and_values_of_different_formats(kernel: Attention) -> None:

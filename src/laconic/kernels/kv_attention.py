@@ -25,6 +25,8 @@ Pair = tuple[Tensor, Tensor]
 # Queries that share a key-value head, at most: more do not fit into a program's registers.
 MOST_QUERIES = 32
 
+# Numbers of a token that are stored apart, at most: each is put in its place by products of its own.
+_MOST_APART = 4
 _BITS = (1, 2, 3, 4, 8)
 # The fewest numbers a side of a tensor core's product has: fewer codes with one range would leave it half empty.
 _SIDE = 16
@@ -113,15 +115,15 @@ def supports(scheme: KvScheme, channels: int) -> bool:
 
 
 def supports_layer(scheme: KvScheme, layer: Sequence[HeadGroup], channels: int) -> bool:
-    """Whether a layer is: all but keys from before their rotary embedding, numbers stored apart or in 16 bit, and
-    ranges of very few numbers. (Rotated heads are, by rotated queries.)"""
+    """Whether a layer is: all but keys from before their rotary embedding, numbers in 16 bit, many numbers stored
+    apart, and ranges of very few numbers. (Rotated heads are, by rotated queries.)"""
     formats = {f for group in layer for f in (group.keys, group.values)}
     return not scheme.pre_rope and all(fits(f, channels) for f in formats)
 
 
 def fits(fmt: KvFormat, channels: int) -> bool:
     """Whether the kernel reads this format."""
-    if fmt.num_bits not in _BITS or fmt.outlier_ratio or channels & (channels - 1):
+    if fmt.num_bits not in _BITS or fmt.outliers(channels) > _MOST_APART or channels & (channels - 1):
         return False
     if fmt.group_size is None or fmt.axis == "channel":
         return segment(fmt, channels) >= _SIDE and (fmt.group_size or _SIDE) % _SIDE == 0

@@ -30,7 +30,7 @@ try:
 except ImportError as e:
     raise ImportError("attention over a packed cache on a GPU needs Triton: pip install triton") from e
 
-from laconic.kernels.planes_triton import numbers, one, ranges, tiles
+from laconic.kernels.planes_triton import number_at, numbers, one, ranges, tiles
 
 # Tokens in 16 bit a program: few, so that none takes longer than those over packed tokens.
 _DENSE_TOKENS = 64
@@ -106,7 +106,7 @@ def kv_attention_triton(
 
 
 # By bits of keys and values, where another than the usual is faster: benchmarks/kv_attention.py finds them.
-TILES: dict[tuple[int, int], Tile] = {}
+TILES = {(bits, bits): Tile(64, 1, 1, 16) for bits in (2, 3, 4)} | {(8, 8): Tile(32, 1, 2, 16)}
 
 
 class _Side:
@@ -129,10 +129,13 @@ class _Side:
         levels = None if packed.static is None else packed.static.get("levels")
         zero = 2 ** (fmt.num_bits - 1) if fmt.symmetric and fmt.datatype == "int" else 0
         by_token = fmt.axis == "token" and fmt.group_size is not None
-        self.tensors = codes, scale, offset, levels
-        self.strides = (*codes.stride()[:2], *scale.stride())
+        at, far = (_rows(stored[n]) if n in stored else None for n in ("outlier_index", "outlier_value"))
+        self.tensors = codes, scale, offset, levels, at, far
+        apart = [(0, 0) if t is None else t.stride()[:2] for t in (at, far)]
+        self.strides = (*codes.stride()[:2], *scale.stride(), *apart[0], *apart[1])
         # In the order of the kernel's parameters.
-        self.layout = widths[0], sum(widths[1:]), seg, unit, fmt.datatype, by_token, fmt.group_size or 0, zero
+        shape = widths[0], sum(widths[1:]), seg, unit, fmt.datatype
+        self.layout = *shape, by_token, fmt.group_size or 0, zero, fmt.outliers(D)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -156,14 +159,15 @@ def _multiprocessors(device: torch.device) -> int:
 # These change from one token to the next, and nothing is to be compiled anew for it.
 @triton.jit(do_not_specialize=["recent", "sunk", "sink_splits", "window_splits"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    q, kc, ks, ko, kl, vc, vs, vo, vl, wk, wv, sk, sv, sums, weights, starts,
+    q, kc, ks, ko, kl, k_at, k_far, vc, vs, vo, vl, v_at, v_far, wk, wv, sk, sv, sums, weights, starts,
     heads, tokens, recent, sunk, sink_splits, window_splits, skipped, run, scaling,
-    kc_b, kc_h, ks_b, ks_h, ks_t, ks_c, vc_b, vc_h, vs_b, vs_h, vs_t, vs_c,
+    kc_b, kc_h, ks_b, ks_h, ks_t, ks_c, ka_b, ka_h, kf_b, kf_h,
+    vc_b, vc_h, vs_b, vs_h, vs_t, vs_c, va_b, va_h, vf_b, vf_h,
     wk_b, wk_h, wk_t, wv_b, wv_h, wv_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t,
     K0: tl.constexpr, K1: tl.constexpr, K_SEG: tl.constexpr, K_UNIT: tl.constexpr,
-    K_TYPE: tl.constexpr, K_BY_TOKEN: tl.constexpr, K_GROUP: tl.constexpr, K_ZERO: tl.constexpr,
+    K_TYPE: tl.constexpr, K_BY_TOKEN: tl.constexpr, K_GROUP: tl.constexpr, K_ZERO: tl.constexpr, K_FAR: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_SEG: tl.constexpr, V_UNIT: tl.constexpr,
-    V_TYPE: tl.constexpr, V_BY_TOKEN: tl.constexpr, V_GROUP: tl.constexpr, V_ZERO: tl.constexpr,
+    V_TYPE: tl.constexpr, V_BY_TOKEN: tl.constexpr, V_GROUP: tl.constexpr, V_ZERO: tl.constexpr, V_FAR: tl.constexpr,
     NEW: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     DENSE: tl.constexpr,
     DENSE_N: tl.constexpr, FAST: tl.constexpr,
@@ -202,6 +206,12 @@ def _attend(  # type: ignore[no-untyped-def]
         kc += b * kc_b + h * kc_h
         vc += b * vc_b + h * vc_h
         k_range, v_range = b * ks_b + h * ks_h, b * vs_b + h * vs_h
+        if K_FAR:
+            k_at += b * ka_b + h * ka_h
+            k_far += b * kf_b + h * kf_h
+        if V_FAR:
+            v_at += b * va_b + h * va_h
+            v_far += b * vf_b + h * vf_h
 
         # Of length at most 1 in every channel, so that no scale lifts it over float16's range.
         top = tl.zeros((ROWS,), tl.float32)
@@ -268,6 +278,18 @@ def _attend(  # type: ignore[no-untyped-def]
                         )
                         logits = tl.dot(codes, query, logits)
                 logits = logits * (top * one(K_TYPE))[None, :] + (tl.sum(lift, 0) * top)[None, :]
+            for j in tl.static_range(K_FAR):
+                # What a token's number apart is more than the one that its code says.
+                c = tl.load(k_at + n * K_FAR + j, here, 0).to(tl.int32)
+                if K_BY_TOKEN:
+                    at = k_range + n * ks_t + c // K_GROUP
+                else:
+                    at = k_range + (start // K_GROUP if K_GROUP else 0) * ks_t + c * ks_c
+                scale, offset = ranges(ks, ko, at, here, K_ZERO)
+                far = tl.load(k_far + n * K_FAR + j, here, 0.0).to(tl.float32)
+                far -= number_at(kc, n, here, c, kl, K0, K1, D, K_TYPE) * scale + offset
+                asked = tl.load(q_at[None, :] + c[:, None], (r < QUERIES)[None, :], 0.0).to(tl.float32) * scaling
+                logits += far[:, None] * asked
             logits = tl.where((here & (n >= unsunk))[:, None], logits, float("-inf"))
 
             if V_BY_TOKEN:
@@ -309,6 +331,24 @@ def _attend(  # type: ignore[no-untyped-def]
                         at += (s * V_SEG + vx * V_UNIT + j) * vs_c
                         scale, offset = ranges(vs, vo, at, vx < V_X, V_ZERO)
                         news += (kept + part * (scale * one(V_TYPE))[:, None] + offset[:, None] * added[None, :],)
+            for j in tl.static_range(V_FAR):
+                c = tl.load(v_at + n * V_FAR + j, here, 0).to(tl.int32)
+                if V_BY_TOKEN:
+                    at = v_range + n * vs_t + c // V_GROUP
+                else:
+                    at = v_range + (start // V_GROUP if V_GROUP else 0) * vs_t + c * vs_c
+                scale, offset = ranges(vs, vo, at, here, V_ZERO)
+                far = tl.load(v_far + n * V_FAR + j, here, 0.0).to(tl.float32)
+                far -= number_at(vc, n, here, c, vl, V0, V1, D, V_TYPE) * scale + offset
+                if V_BY_TOKEN:
+                    far *= 1 / one(V_TYPE)
+                weighed = p * far[:, None]
+                more = ()
+                for i in tl.static_range(D // V_X):
+                    own = (i // V_UNIT) * V_SEG + vx * V_UNIT + i % V_UNIT
+                    hit = (own[:, None] == c[None, :]).to(tl.float32)
+                    more += (tl.dot(hit, weighed, news[i], input_precision="tf32"),)
+                news = more
             acc = news
             if V_BY_TOKEN:
                 lifts = new_lifts
