@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from laconic.formats.kv import KvFormat, decode_kv, encode_kv
 from laconic.formats.kv_scheme import uniform
-from laconic.kernels.kv_attention import Packed, Pair, fits, kv_attention, kv_attention_torch, supports
+from laconic.kernels.kv_attention import MOST_QUERIES, Angles, Packed, Pair, fits, kv_attention, kv_attention_torch, supports
 
 BATCH, HEADS = 2, 2
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,6 +38,13 @@ def packed(fmt: KvFormat, tokens: int, channels: int, generator: torch.Generator
     return Packed(fmt, encode_kv(fmt, x.to(DEVICE), static), static)
 
 
+def angles(rows: int, tokens: int, channels: int) -> Angles:
+    """Of so many rows, each a little further on in its text."""
+    positions = torch.arange(tokens) + 3 * torch.arange(rows)[:, None]
+    turns = positions[..., None] * 100.0 ** -torch.linspace(0, 1, channels // 2)
+    return turns.cos().half().to(DEVICE), turns.sin().half().to(DEVICE)
+
+
 def problem(
     keys: KvFormat,
     values: KvFormat,
@@ -49,6 +56,7 @@ def problem(
     sinks: int = 0,
     new: int = 1,
     starts: list[int] | None = None,
+    turned: int = 0,
     seed: int = 0,
 ) -> Problem:
     """What `kv_attention` takes."""
@@ -64,6 +72,7 @@ def problem(
         "values": packed(values, tokens, channels, generator),
         "window": pair(window),
         "sinks": pair(sinks) if sinks else None,
+        "angles": angles(turned, tokens, channels) if turned else None,
         "starts": None if starts is None else torch.tensor(starts, device=DEVICE),
     }
 
@@ -102,7 +111,8 @@ def test_supports_says_which_schemes_the_kernel_reads() -> None:
     keys, values = KvFormat(2, "channel", 32), KvFormat(2, "token", 32)
     assert supports(uniform("kivi", keys, values, 2, residual_length=32, sinks=4), 128)
     assert supports(uniform("kivi", keys, values, 2, rotation="hadamard"), 128)
-    assert not supports(uniform("kivi", keys, values, 2, pre_rope=True), 128)
+    assert supports(uniform("kvquant", keys, values, 2, pre_rope=True), 128)
+    assert not supports(uniform("kvquant", keys, values, 2, pre_rope=True, rotation="hadamard"), 128)
     assert not supports(uniform("kivi", KvFormat(16), values, 2), 128)
     assert not supports(uniform("kivi", keys, values, 2), 96)
     assert fits(KvFormat(2, outlier_ratio=0.01), 128)
@@ -187,6 +197,26 @@ def test_kernel_reads_numbers_stored_apart(kernel: Attention, axis: Any, rest: d
     agree(kernel, given, splits=2)
 
 
+@pytest.mark.parametrize("rows", [1, BATCH])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        KvFormat(3, "channel", 32, "table", outlier_ratio=0.01),
+        KvFormat(2, "channel", 32),
+        KvFormat(3, "token", 16, outlier_ratio=0.02),
+        KvFormat(4, "channel", None),
+        KvFormat(8, "token", 64),
+        KvFormat(8, "channel", 32, "float", symmetric=True),
+    ],
+    ids=str,
+)
+def test_kernel_turns_keys_from_before_their_rotary_embedding(kernel: Attention, fmt: KvFormat, rows: int) -> None:
+    given = problem(fmt, KvFormat(4), channels=128, rep=2, turned=rows, starts=[0, 5], sinks=2)
+    unturned = kv_attention_torch(**given | {"angles": None})
+    assert (unturned - kv_attention_torch(**given)).abs().max() > 0.1, "turning does nothing: the test shows nothing"
+    agree(kernel, given, splits=2)
+
+
 def test_kernel_reads_keys_and_values_of_different_formats(kernel: Attention) -> None:
     agree(kernel, problem(KvFormat(4, "channel", 64), KvFormat(2, "token", 16), rep=1))
 
@@ -216,6 +246,7 @@ def test_kernel_takes_any_number_of_tokens(
     seed: int,
 ) -> None:
     fmt = KvFormat(4, "token", group_size)
+    new = min(new, MOST_QUERIES // rep)
     window = max(window, new if new > 1 or starts else 0)
     # A query sees itself at least.
     starts = None if starts is None else [min(start, tokens + window - new) for start in starts]

@@ -158,6 +158,8 @@ WAYS: list[Way] = [
     {"rotation": "hadamard", "sinks": 2, "residual_length": 3},
     {"by_head": True, "residual_length": 2},
     {"formats": (KvFormat(8), KvFormat(8, symmetric=True))},
+    {"pre_rope": True, "residual_length": 2},
+    {"pre_rope": True, "formats": (KvFormat(4, outlier_ratio=0.05), KvFormat(4)), "sinks": 2},
     {"formats": (KvFormat(4, "channel", 16, outlier_ratio=0.05), KvFormat(4, outlier_ratio=0.05)), "sinks": 1},
 ]
 
@@ -195,7 +197,9 @@ def test_what_masks_hide_beside_padding_is_hidden(run: Any, both: Any, folder: P
 
 
 @pytest.mark.parametrize(
-    "way", [{"pre_rope": True}, {"formats": (KvFormat(4, outlier_ratio=0.3), KvFormat(4))}], ids=["pre_rope", "apart"]
+    "way",
+    [{"pre_rope": True, "rotation": "hadamard"}, {"formats": (KvFormat(4, outlier_ratio=0.3), KvFormat(4))}],
+    ids=["rotated", "apart"],
 )
 def test_what_the_kernel_cannot_read_is_decoded(way: Way, both: Any, folder: Path) -> None:
     found, expected, calls = both(folder, way, a_text)

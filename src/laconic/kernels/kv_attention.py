@@ -27,6 +27,10 @@ MOST_QUERIES = 32
 
 # Numbers of a token that are stored apart, at most: each is put in its place by products of its own.
 _MOST_APART = 4
+Angles = tuple[Tensor, Tensor]
+"""Cosines and sines by which packed keys are turned, the first half of the channels against the second: (batch or 1,
+packed tokens, channels / 2), float16."""
+
 _BITS = (1, 2, 3, 4, 8)
 # The fewest numbers a side of a tensor core's product has: fewer codes with one range would leave it half empty.
 _SIDE = 16
@@ -54,20 +58,21 @@ def kv_attention(
     sinks: Pair | None = None,
     scaling: float | None = None,
     starts: Tensor | None = None,
+    angles: Angles | None = None,
 ) -> Tensor:
     """Attention of the newest tokens of each sequence over all that is cached of it.
 
     q: (batch, query heads, new tokens, channels). keys, values: of (batch, key-value heads, tokens, channels). window:
     the recent tokens, the new ones last. sinks: what replaces the first packed tokens that a row sees. scaling: of
     logits, channels^-1/2 if None. starts: (batch,), the first token that a row sees, counted from the first packed
-    one; all if None.
+    one; all if None. angles: of the packed tokens, where keys are stored before their rotary embedding.
     Returns: (batch, query heads, new tokens, channels), in q's dtype.
     """
     if runs_on(q.device) and fits(keys.fmt, q.shape[-1]) and fits(values.fmt, q.shape[-1]):
         from laconic.kernels.kv_attention_triton import kv_attention_triton
 
-        return kv_attention_triton(q, keys, values, window, sinks, scaling, starts)
-    return kv_attention_torch(q, keys, values, window, sinks, scaling, starts)
+        return kv_attention_triton(q, keys, values, window, sinks, scaling, starts, angles)
+    return kv_attention_torch(q, keys, values, window, sinks, scaling, starts, angles)
 
 
 def kv_attention_torch(
@@ -78,11 +83,13 @@ def kv_attention_torch(
     sinks: Pair | None = None,
     scaling: float | None = None,
     starts: Tensor | None = None,
+    angles: Angles | None = None,
 ) -> Tensor:
     """`kv_attention` in plain torch, float32: the reference."""
     batch, heads, new, channels = q.shape
     first = q.new_zeros(batch, dtype=torch.long) if starts is None else starts.long()
-    k, v = (_all_of(p, w, s, first) for p, w, s in zip((keys, values), window, sinks or (None, None), strict=True))
+    k = _all_of(keys, window[0], sinks and sinks[0], first, angles)
+    v = _all_of(values, window[1], sinks and sinks[1], first)
     grouped = q.float().view(batch, k.shape[1], -1, channels)
     logits = grouped @ k.mT * (channels**-0.5 if scaling is None else scaling)
     slots = torch.arange(k.shape[2], device=q.device)
@@ -93,9 +100,15 @@ def kv_attention_torch(
     return made.view(batch, heads, new, channels).to(q.dtype)
 
 
-def _all_of(packed: Packed, window: Tensor, sinks: Tensor | None, first: Tensor) -> Tensor:
+def _all_of(
+    packed: Packed, window: Tensor, sinks: Tensor | None, first: Tensor, angles: Angles | None = None
+) -> Tensor:
     """(batch, key-value heads, tokens, channels) float32."""
     x = decode_kv(packed.fmt, packed.stored, window.shape[-1], packed.static).float()
+    if angles is not None:
+        cos, sin = (a.float()[:, None] for a in angles)
+        a, b = x.chunk(2, -1)
+        x = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
     if sinks is not None:
         slots = first[:, None] + torch.arange(sinks.shape[2], device=x.device)
         rows, which = ((slots >= 0) & (slots < x.shape[2])).nonzero(as_tuple=True)
@@ -115,10 +128,10 @@ def supports(scheme: KvScheme, channels: int) -> bool:
 
 
 def supports_layer(scheme: KvScheme, layer: Sequence[HeadGroup], channels: int) -> bool:
-    """Whether a layer is: all but keys from before their rotary embedding, numbers in 16 bit, many numbers stored
-    apart, and ranges of very few numbers. (Rotated heads are, by rotated queries.)"""
+    """Whether a layer is: all but numbers in 16 bit, many numbers stored apart, ranges of very few numbers, and keys
+    that were rotated before their rotary embedding. (Else rotated heads are, by rotated queries.)"""
     formats = {f for group in layer for f in (group.keys, group.values)}
-    return not scheme.pre_rope and all(fits(f, channels) for f in formats)
+    return not (scheme.pre_rope and scheme.rotation) and all(fits(f, channels) for f in formats)
 
 
 def fits(fmt: KvFormat, channels: int) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from laconic.formats.kv import KvFormat
 from laconic.formats.planes import planes
-from laconic.kernels.kv_attention import Packed, Pair, segment
+from laconic.kernels.kv_attention import Angles, Packed, Pair, segment
 
 try:
     import triton
@@ -57,6 +57,7 @@ def kv_attention_triton(
     sinks: Pair | None = None,
     scaling: float | None = None,
     starts: Tensor | None = None,
+    angles: Angles | None = None,
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> Tensor:
@@ -87,10 +88,14 @@ def kv_attention_triton(
     sums = torch.empty(batch, heads, new, runs, D, device=q.device)
     weights = torch.empty(batch, heads, new, runs, device=q.device)
     out = torch.empty_like(q)
-    k, v = _Side(keys, batch, kv_heads, D), _Side(values, batch, kv_heads, D)
+    # Channels that are turned against each other lie in different segments.
+    k = _Side(keys, batch, kv_heads, D, D // 2 if angles else D)
+    v = _Side(values, batch, kv_heads, D, D)
+    cos, sin = (None, None) if angles is None else (a.contiguous() for a in angles)
     with torch.cuda.device_of(q):
         _attend[(runs, batch * kv_heads)](
-            q, *k.tensors, *v.tensors, wk, wv, sk, sv, sums, weights, starts,
+            q, *k.tensors, *v.tensors, wk, wv, sk, sv, sums, weights, starts, cos, sin,
+            0 if cos is None or len(cos) == 1 else cos.stride(0),
             kv_heads, tokens, wk.shape[2], sunk, sink_splits, window_splits, skipped * block, per_split * block,
             (D**-0.5 if scaling is None else scaling) * 1.4426950408889634,
             *k.strides, *v.strides, *wk.stride()[:3], *wv.stride()[:3], *sk.stride()[:3], *sv.stride()[:3],
@@ -99,7 +104,7 @@ def kv_attention_triton(
             DENSE=_DENSE_TOKENS, DENSE_N=_DENSE_BLOCK,
             # The interpreter has no assembler.
             FAST=q.is_cuda,
-            num_warps=tile.warps * triton.cdiv(rows, 16), num_stages=tile.stages,
+            num_warps=tile.warps * max(1, triton.next_power_of_2(rows) // 16), num_stages=tile.stages,
         )  # fmt: skip
         _join[(batch * heads * new, D // min(D, 32))](sums, weights, out, runs, D=D, C=min(D, 32), RUNS=32, num_warps=2)
     return out
@@ -112,9 +117,9 @@ TILES = {(bits, bits): Tile(64, 1, 1, 16) for bits in (2, 3, 4)} | {(8, 8): Tile
 class _Side:
     """Keys or values as the kernel takes them."""
 
-    def __init__(self, packed: Packed, batch: int, heads: int, D: int) -> None:
+    def __init__(self, packed: Packed, batch: int, heads: int, D: int, most: int) -> None:
         fmt, stored = packed.fmt, packed.stored
-        seg = segment(fmt, D)
+        seg = min(segment(fmt, D), most)
         # A product has at least 16 words on a side.
         unit = min(4, seg // 16)
         widths = [8] if fmt.num_bits == 8 else [width for width, _ in planes(fmt.num_bits)]
@@ -159,8 +164,8 @@ def _multiprocessors(device: torch.device) -> int:
 # These change from one token to the next, and nothing is to be compiled anew for it.
 @triton.jit(do_not_specialize=["recent", "sunk", "sink_splits", "window_splits"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    q, kc, ks, ko, kl, k_at, k_far, vc, vs, vo, vl, v_at, v_far, wk, wv, sk, sv, sums, weights, starts,
-    heads, tokens, recent, sunk, sink_splits, window_splits, skipped, run, scaling,
+    q, kc, ks, ko, kl, k_at, k_far, vc, vs, vo, vl, v_at, v_far, wk, wv, sk, sv, sums, weights,
+    starts, cos, sin, angles_b, heads, tokens, recent, sunk, sink_splits, window_splits, skipped, run, scaling,
     kc_b, kc_h, ks_b, ks_h, ks_t, ks_c, ka_b, ka_h, kf_b, kf_h,
     vc_b, vc_h, vs_b, vs_h, vs_t, vs_c, va_b, va_h, vf_b, vf_h,
     wk_b, wk_h, wk_t, wv_b, wv_h, wv_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t,
@@ -252,7 +257,28 @@ def _attend(  # type: ignore[no-untyped-def]
             v_tiles = tiles(vc, n, here, vx, (V0 + V1) * D // 8, V_X, V_UNIT)
 
             logits = tl.zeros((N, ROWS), tl.float32)
-            if K_BY_TOKEN:
+            if cos is not None:
+                # Here a key meets its own angle before its query, so it has to be a number of its own.
+                turns = b * angles_b + n[:, None] * (D // 2)
+                for s in tl.static_range(D // K_SEG // 2):
+                    for j in tl.static_range(K_UNIT):
+                        c = s * K_SEG + kx * K_UNIT + j
+                        low = _keys(
+                            k_tiles, s, j, kl, ks, ko, k_range, n, here, start, kx, ks_t, ks_c,
+                            K0, K1, D, K_SEG, K_UNIT, K_TYPE, K_BY_TOKEN, K_GROUP, K_ZERO, FAST,
+                        )  # fmt: skip
+                        high = _keys(
+                            k_tiles, s + D // K_SEG // 2, j, kl, ks, ko, k_range, n, here, start, kx, ks_t, ks_c,
+                            K0, K1, D, K_SEG, K_UNIT, K_TYPE, K_BY_TOKEN, K_GROUP, K_ZERO, FAST,
+                        )  # fmt: skip
+                        across = tl.load(cos + turns + c[None, :], here[:, None], 0.0).to(tl.float32)
+                        along = tl.load(sin + turns + c[None, :], here[:, None], 0.0).to(tl.float32)
+                        first_half = (low * across - high * along).to(tl.float16)
+                        second_half = (high * across + low * along).to(tl.float16)
+                        logits = tl.dot(first_half, units[s * K_UNIT + j].to(tl.float16), logits)
+                        logits = tl.dot(second_half, units[s * K_UNIT + j + D // K_X // 2].to(tl.float16), logits)
+                logits *= top[None, :]
+            elif K_BY_TOKEN:
                 for s in tl.static_range(D // K_SEG):
                     at = k_range + n * ks_t + s * K_SEG // K_GROUP
                     scale, offset = ranges(ks, ko, at, here, K_ZERO)
@@ -280,15 +306,22 @@ def _attend(  # type: ignore[no-untyped-def]
                 logits = logits * (top * one(K_TYPE))[None, :] + (tl.sum(lift, 0) * top)[None, :]
             for j in tl.static_range(K_FAR):
                 # What a token's number apart is more than the one that its code says.
-                c = tl.load(k_at + n * K_FAR + j, here, 0).to(tl.int32)
+                place = tl.load(k_at + n * K_FAR + j, here, 0).to(tl.int32)
                 if K_BY_TOKEN:
-                    at = k_range + n * ks_t + c // K_GROUP
+                    at = k_range + n * ks_t + place // K_GROUP
                 else:
-                    at = k_range + (start // K_GROUP if K_GROUP else 0) * ks_t + c * ks_c
+                    at = k_range + (start // K_GROUP if K_GROUP else 0) * ks_t + place * ks_c
                 scale, offset = ranges(ks, ko, at, here, K_ZERO)
                 far = tl.load(k_far + n * K_FAR + j, here, 0.0).to(tl.float32)
-                far -= number_at(kc, n, here, c, kl, K0, K1, D, K_TYPE) * scale + offset
-                asked = tl.load(q_at[None, :] + c[:, None], (r < QUERIES)[None, :], 0.0).to(tl.float32) * scaling
+                far -= number_at(kc, n, here, place, kl, K0, K1, D, K_TYPE) * scale + offset
+                asked = tl.load(q_at[None, :] + place[:, None], (r < QUERIES)[None, :], 0.0).to(tl.float32) * scaling
+                if cos is not None:
+                    partner = (place + D // 2) % D
+                    other = tl.load(q_at[None, :] + partner[:, None], (r < QUERIES)[None, :], 0.0).to(tl.float32)
+                    angle = b * angles_b + n * (D // 2) + place % (D // 2)
+                    asked *= tl.load(cos + angle, here, 0.0).to(tl.float32)[:, None]
+                    across = tl.load(sin + angle, here, 0.0).to(tl.float32)
+                    asked += other * scaling * tl.where(place < D // 2, across, -across)[:, None]
                 logits += far[:, None] * asked
             logits = tl.where((here & (n >= unsunk))[:, None], logits, float("-inf"))
 
@@ -332,21 +365,21 @@ def _attend(  # type: ignore[no-untyped-def]
                         scale, offset = ranges(vs, vo, at, vx < V_X, V_ZERO)
                         news += (kept + part * (scale * one(V_TYPE))[:, None] + offset[:, None] * added[None, :],)
             for j in tl.static_range(V_FAR):
-                c = tl.load(v_at + n * V_FAR + j, here, 0).to(tl.int32)
+                place = tl.load(v_at + n * V_FAR + j, here, 0).to(tl.int32)
                 if V_BY_TOKEN:
-                    at = v_range + n * vs_t + c // V_GROUP
+                    at = v_range + n * vs_t + place // V_GROUP
                 else:
-                    at = v_range + (start // V_GROUP if V_GROUP else 0) * vs_t + c * vs_c
+                    at = v_range + (start // V_GROUP if V_GROUP else 0) * vs_t + place * vs_c
                 scale, offset = ranges(vs, vo, at, here, V_ZERO)
                 far = tl.load(v_far + n * V_FAR + j, here, 0.0).to(tl.float32)
-                far -= number_at(vc, n, here, c, vl, V0, V1, D, V_TYPE) * scale + offset
+                far -= number_at(vc, n, here, place, vl, V0, V1, D, V_TYPE) * scale + offset
                 if V_BY_TOKEN:
                     far *= 1 / one(V_TYPE)
                 weighed = p * far[:, None]
                 more = ()
                 for i in tl.static_range(D // V_X):
                     own = (i // V_UNIT) * V_SEG + vx * V_UNIT + i % V_UNIT
-                    hit = (own[:, None] == c[None, :]).to(tl.float32)
+                    hit = (own[:, None] == place[None, :]).to(tl.float32)
                     more += (tl.dot(hit, weighed, news[i], input_precision="tf32"),)
                 news = more
             acc = news
@@ -360,6 +393,24 @@ def _attend(  # type: ignore[no-untyped-def]
                 x = x * one(V_TYPE) + lifts[i // V_UNIT][None, :]
             tl.store(out_at[None, :] + c[:, None], x / _or_one(total)[None, :], (r < QUERIES)[None, :])
         tl.store(weights + row * runs + split, m + tl.log2(total), r < QUERIES)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _keys(  # type: ignore[no-untyped-def]
+    words, S: tl.constexpr, J: tl.constexpr, levels, scales, offsets, at, n, here, start, x, by_time, by_channel,
+    WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, D: tl.constexpr, SEG: tl.constexpr, UNIT: tl.constexpr,
+    TYPE: tl.constexpr, BY_TOKEN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Byte J of the words of segment S, as the keys that they stand for: (tokens, words) float32."""
+    codes = numbers(words, S, J, levels, WIDTH_0, WIDTH_1, D, SEG, UNIT, TYPE, FAST, 0)
+    if WIDTH_1 and TYPE == "int":
+        codes += numbers(words, S, J, levels, WIDTH_0, WIDTH_1, D, SEG, UNIT, TYPE, FAST, 1)
+    if BY_TOKEN:
+        scale, offset = ranges(scales, offsets, at + n * by_time + S * SEG // GROUP, here, ZERO)
+        return codes.to(tl.float32) * (scale * one(TYPE))[:, None] + offset[:, None]
+    at += (start // GROUP if GROUP else 0) * by_time
+    scale, offset = ranges(scales, offsets, at + (S * SEG + x * UNIT + J) * by_channel, x < SEG // UNIT, ZERO)
+    return codes.to(tl.float32) * (scale * one(TYPE))[None, :] + offset[None, :]
 
 
 @triton.jit  # type: ignore[untyped-decorator]

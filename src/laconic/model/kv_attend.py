@@ -68,6 +68,7 @@ def _plain(history: History, query: Tensor, mask: Any, given: dict[str, Any]) ->
         and new * query.shape[1] // layer.heads <= MOST_QUERIES
         and (layer.window is None or new == 1)
         and layer.places.only_padding
+        and (layer.angles is None or 2 * layer.angles[0].shape[-1] == query.shape[-1])
         and (mask is None or mask.dtype == torch.bool)
         and given.get("is_causal") is not False
         and not given.get("dropout")
@@ -99,6 +100,7 @@ def attend(layer: PackedLayer, query: Tensor, scaling: float | None) -> Tensor:
             sinks and _heads(sinks, group),
             scaling,
             starts,
+            layer.angles,
         )
         if group.heads is None:
             made = some

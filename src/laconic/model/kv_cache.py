@@ -162,6 +162,12 @@ class PackedLayer(CacheLayerMixin):
         seen = self.window - 1 + new
         return keys[:, :, -seen:], values[:, :, -seen:]
 
+    @property
+    def angles(self) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of what is encoded, (rows or 1, tokens, half of the channels that turn), float16; None
+        where keys have their rotary embedding on."""
+        return self.places.angles(self.begin, self.encoded, self.device, self.number) if self.scheme.pre_rope else None
+
     def first_seen(self, rows: int) -> Tensor | None:
         """(rows,): the first slot that the newest token of each row sees, counted from the first encoded one; None
         where all see all."""

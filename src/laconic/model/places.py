@@ -94,6 +94,16 @@ class Places:
         """The inverse of `rotate`, whatever factor the embedding scales by."""
         return turn_back(keys, *self._angles(keys, start, layer))
 
+    def angles(self, start: int, tokens: int, device: torch.device, layer: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of so many slots from `start` on, of the first half of the channels that turn, whose
+        second half has the same: (rows or 1, tokens, channels / 2), float16."""
+        name = ("half", self.layer_types[layer] if self.layer_types else None, start, tokens)
+        if name not in self._known:
+            cos, sin = self._angles(torch.empty(1, 1, tokens, 0, device=device), start, layer)
+            n = cos.shape[-1] // 2
+            self._known[name] = (cos[:, 0, :, :n].half().contiguous(), sin[:, 0, :, :n].half().contiguous())
+        return self._known[name]
+
     def _angles(self, keys: Tensor, start: int, layer: int) -> tuple[Tensor, Tensor]:
         assert self.rotary is not None
         assert self.positions is not None
