@@ -16,7 +16,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from laconic.formats.kv import KvFormat, decode_kv, encode_kv
 from laconic.formats.kv_scheme import uniform
-from laconic.kernels.kv_attention import MOST_QUERIES, Angles, Packed, Pair, fits, kv_attention, kv_attention_torch, supports
+from laconic.kernels.kv_attention import (
+    MOST_QUERIES,
+    Angles,
+    Packed,
+    Pair,
+    fits,
+    kv_attention,
+    kv_attention_torch,
+    supports,
+)
 
 BATCH, HEADS = 2, 2
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

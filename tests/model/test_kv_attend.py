@@ -22,7 +22,8 @@ from transformers import DynamicCache, PreTrainedModel
 from artifacts import original
 from laconic.formats.kv import KvFormat
 from laconic.formats.kv_scheme import HeadGroup, KvScheme, uniform
-from laconic.kernels.kv_attention import runs_on
+from laconic.kernels.kv_attention import kv_attention_torch, runs_on
+from laconic.model import kv_attend
 from laconic.model.kv_attend import NAME
 from laconic.model.kv_cache import KvCache
 from laconic.model.kv_open import kv_shape, make_cache
@@ -47,9 +48,23 @@ def scheme_of(layers: int, way: Way) -> KvScheme:
     return uniform("test", keys, values, layers, **way)
 
 
-def by_both(folder: Path, way: Way, run: Callable[[PreTrainedModel, KvCache], Tensor]) -> tuple[Tensor, Tensor, int]:
-    """What `run` gives when the kernel reads the cache, what it gives when the cache is decoded, and how often the
-    kernel was called."""
+def both_ways(folder: Path, way: Way, run: Callable[[PreTrainedModel, KvCache], Tensor]) -> tuple[Tensor, Tensor]:
+    """What `run` gives when attention reads the packed cache, and what it gives when the cache is decoded."""
+    made = []
+    for name in (NAME, "sdpa"):
+        model: Any = original(folder, torch.float32).to(DEVICE)
+        cache = make_cache(model, scheme_of(kv_shape(model.config).layers, way))
+        assert model.config._attn_implementation == NAME
+        model.config._attn_implementation = name
+        for layer in cache.packed:
+            layer.unread = name == NAME
+        with torch.no_grad():
+            made.append(run(model, cache).cpu())
+    return made[0], made[1]
+
+
+def by_kernel(folder: Path, way: Way, run: Callable[[PreTrainedModel, KvCache], Tensor]) -> tuple[Tensor, Tensor, int]:
+    """The same, and how often the kernel was called."""
     from laconic.kernels import kv_attention_triton
 
     kernel, calls = kv_attention_triton.kv_attention_triton, 0
@@ -59,24 +74,11 @@ def by_both(folder: Path, way: Way, run: Callable[[PreTrainedModel, KvCache], Te
         calls += 1
         return kernel(*args, **kwargs)
 
-    made = []
-    for name in (NAME, "sdpa"):
-        model: Any = original(folder, torch.float32).to(DEVICE)
-        cache = make_cache(model, scheme_of(kv_shape(model.config).layers, way))
-        assert model.config._attn_implementation == NAME
-        model.config._attn_implementation = name
-        for layer in cache.packed:
-            layer.unread = name == NAME
-        kv_attention_triton.kv_attention_triton = counted
-        try:
-            with torch.no_grad():
-                made.append(run(model, cache).cpu())
-        finally:
-            kv_attention_triton.kv_attention_triton = kernel
-        if name == NAME:
-            by_kernel = calls
-    assert calls == by_kernel
-    return made[0], made[1], by_kernel
+    kv_attention_triton.kv_attention_triton = counted
+    try:
+        return *both_ways(folder, way, run), calls
+    finally:
+        kv_attention_triton.kv_attention_triton = kernel
 
 
 def a_text(model: PreTrainedModel, cache: KvCache) -> Tensor:
@@ -139,12 +141,12 @@ def own_mask(model: PreTrainedModel, cache: KvCache) -> Tensor:
 def both() -> Iterator[Callable[..., tuple[Tensor, Tensor, int]]]:
     pytest.importorskip("triton", reason="Triton is not installed here")
     if DEVICE.type == "cuda":
-        yield by_both
+        yield by_kernel
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as interpreter:
-            yield lambda *given: interpreter.submit(by_both, *given).result()
+            yield lambda *given: interpreter.submit(by_kernel, *given).result()
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +167,30 @@ WAYS: list[Way] = [
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_reference_gives_what_the_decoded_cache_gives(
+    way: Way, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_attend, "runs_on", lambda _: True)
+    calls = []
+
+    def reference(*given: Any) -> Tensor:
+        calls.append(1)
+        return kv_attention_torch(*given)
+
+    monkeypatch.setattr(kv_attend, "kv_attention", reference)
+    found, expected = both_ways(folder, way, a_text)
+    assert calls
+    # Angles are read in float16.
+    assert close(found, expected, 3e-3 if "pre_rope" in way else 1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
 def test_the_kernel_gives_what_the_decoded_cache_gives(way: Way, both: Any, folder: Path) -> None:
     found, expected, calls = both(folder, way, a_text)
     # Two layers, seven passes of few tokens, and a call for each group of heads.
     assert calls == 2 * 7 * (2 if "by_head" in way else 1)
-    assert close(found, expected, 3e-3)
+    # The kernel's float16 lets some of the second layer's codes round the other way.
+    assert close(found, expected, 1e-2)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_neox", "gpt2"])
@@ -178,7 +199,7 @@ def test_so_it_does_in_every_family(family: str, both: Any, tmp_path: Path) -> N
     folder = make_model(tmp_path / family, family, dtype=torch.float32, **heads)
     found, expected, calls = both(folder, {"residual_length": 3}, a_text)
     assert calls
-    assert close(found, expected, 3e-3)
+    assert close(found, expected, 1e-2)
 
 
 @pytest.mark.parametrize("run", [beams, looked_up])

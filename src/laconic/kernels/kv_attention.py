@@ -90,7 +90,7 @@ def kv_attention_torch(
     first = q.new_zeros(batch, dtype=torch.long) if starts is None else starts.long()
     k = _all_of(keys, window[0], sinks and sinks[0], first, angles)
     v = _all_of(values, window[1], sinks and sinks[1], first)
-    grouped = q.float().view(batch, k.shape[1], -1, channels)
+    grouped = q.float().reshape(batch, k.shape[1], -1, channels)
     logits = grouped @ k.mT * (channels**-0.5 if scaling is None else scaling)
     slots = torch.arange(k.shape[2], device=q.device)
     latest = len(slots) - new + torch.arange(new, device=q.device)
