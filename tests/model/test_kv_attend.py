@@ -193,6 +193,7 @@ def test_the_kernel_gives_what_the_decoded_cache_gives(way: Way, both: Any, fold
     assert close(found, expected, 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_neox", "gpt2"])
 def test_so_it_does_in_every_family(family: str, both: Any, tmp_path: Path) -> None:
     heads = {"mistral": {"head_dim": 32}, "gemma3": {"head_dim": 32}}.get(family, {"num_attention_heads": 2})
@@ -202,6 +203,7 @@ def test_so_it_does_in_every_family(family: str, both: Any, tmp_path: Path) -> N
     assert close(found, expected, 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [beams, looked_up])
 def test_generation_makes_the_same_tokens(run: Any, both: Any, folder: Path) -> None:
     eight = (KvFormat(8, "channel", 16), KvFormat(8, "token", 16))

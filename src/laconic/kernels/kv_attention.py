@@ -131,7 +131,9 @@ def supports_layer(scheme: KvScheme, layer: Sequence[HeadGroup], channels: int) 
     """Whether a layer is: all but numbers in 16 bit, many numbers stored apart, ranges of very few numbers, and keys
     that were rotated before their rotary embedding. (Else rotated heads are, by rotated queries.)"""
     formats = {f for group in layer for f in (group.keys, group.values)}
-    return not (scheme.pre_rope and scheme.rotation) and all(fits(f, channels) for f in formats)
+    if scheme.pre_rope and (scheme.rotation or channels < 2 * _SIDE):
+        return False
+    return all(fits(f, channels) for f in formats)
 
 
 def fits(fmt: KvFormat, channels: int) -> bool:

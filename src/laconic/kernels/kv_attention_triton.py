@@ -31,6 +31,7 @@ except ImportError as e:
     raise ImportError("attention over a packed cache on a GPU needs Triton: pip install triton") from e
 
 from laconic.kernels.planes_triton import number_at, numbers, one, ranges, tiles
+from laconic.kernels.runs_triton import dense, join, or_one
 
 # Tokens in 16 bit a program: few, so that none takes longer than those over packed tokens.
 _DENSE_TOKENS = 64
@@ -41,12 +42,15 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True)
 class Tile:
-    """tokens: of a block, at most. warps, stages: of a program. programs: how many each multiprocessor should get."""
+    """tokens: of a block, at most. warps, stages: of a program. programs: how many each multiprocessor should get.
 
-    tokens: int = 32
+    As it stands it was the fastest on an H100 at 2, 3 and 8 bits, and at 4 in one of two tunings
+    (benchmarks/kv_attention.py)."""
+
+    tokens: int = 64
     warps: int = 1
-    stages: int = 2
-    programs: int = 12
+    stages: int = 1
+    programs: int = 16
 
 
 def kv_attention_triton(
@@ -63,14 +67,13 @@ def kv_attention_triton(
 ) -> Tensor:
     """`kv_attention` for CUDA tensors, or any when Triton's interpreter runs it (TRITON_INTERPRET=1).
 
-    tile: how work is cut; chosen by bits if None. splits: programs over packed tokens of a head; as many as the GPU
-    has room for if None.
+    tile: how work is cut. splits: programs over packed tokens of a head; as many as the GPU has room for if None.
     """
     batch, heads, new, D = q.shape
     q = q.contiguous()
     kv_heads, tokens = window[0].shape[1], keys.tokens
     rows = heads // kv_heads * new
-    tile = tile or TILES.get((keys.fmt.num_bits, values.fmt.num_bits), Tile())
+    tile = tile or Tile()
     block = _block(tile.tokens, keys.fmt, values.fmt)
     wk, wv = (_rows(w) for w in window)
     sk, sv = (_rows(s) for s in sinks) if sinks is not None else (wk[:, :, :0], wv[:, :, :0])
@@ -106,12 +109,8 @@ def kv_attention_triton(
             FAST=q.is_cuda,
             num_warps=tile.warps * max(1, triton.next_power_of_2(rows) // 16), num_stages=tile.stages,
         )  # fmt: skip
-        _join[(batch * heads * new, D // min(D, 32))](sums, weights, out, runs, D=D, C=min(D, 32), RUNS=32, num_warps=2)
+        join[(batch * heads * new, D // min(D, 32))](sums, weights, out, runs, D=D, C=min(D, 32), RUNS=32, num_warps=2)
     return out
-
-
-# By bits of keys and values, where another than the usual is faster: benchmarks/kv_attention.py finds them.
-TILES = {(bits, bits): Tile(64, 1, 1, 16) for bits in (2, 3, 4)} | {(8, 8): Tile(32, 1, 2, 16)}
 
 
 class _Side:
@@ -191,13 +190,13 @@ def _attend(  # type: ignore[no-untyped-def]
     unsunk = begin + sunk
     if split < sink_splits:
         first = split * DENSE
-        _dense(
+        dense(
             q_at, sk + b * sk_b + h * sk_h, sv + b * sv_b + h * sv_h, sk_t, sv_t, first, 0, sunk + 0 * r, sunk, scaling,
             out_at, weights + row * runs + split, r < QUERIES, D, DENSE_N, DENSE, ROWS,
         )  # fmt: skip
     elif split < sink_splits + window_splits:
         first = (split - sink_splits) * DENSE
-        _dense(
+        dense(
             q_at, wk + b * wk_b + h * wk_h, wv + b * wv_b + h * wv_h, wk_t, wv_t, first, begin - tokens,
             recent - NEW + 1 + r % NEW, recent, scaling,
             out_at, weights + row * runs + split, r < QUERIES, D, DENSE_N, DENSE, ROWS,
@@ -391,7 +390,7 @@ def _attend(  # type: ignore[no-untyped-def]
             x = acc[i]
             if V_BY_TOKEN:
                 x = x * one(V_TYPE) + lifts[i // V_UNIT][None, :]
-            tl.store(out_at[None, :] + c[:, None], x / _or_one(total)[None, :], (r < QUERIES)[None, :])
+            tl.store(out_at[None, :] + c[:, None], x / or_one(total)[None, :], (r < QUERIES)[None, :])
         tl.store(weights + row * runs + split, m + tl.log2(total), r < QUERIES)
 
 
@@ -411,68 +410,3 @@ def _keys(  # type: ignore[no-untyped-def]
     at += (start // GROUP if GROUP else 0) * by_time
     scale, offset = ranges(scales, offsets, at + (S * SEG + x * UNIT + J) * by_channel, x < SEG // UNIT, ZERO)
     return codes.to(tl.float32) * (scale * one(TYPE))[None, :] + offset[None, :]
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _dense(  # type: ignore[no-untyped-def]
-    q_at, k, v, k_t, v_t, first, begin, stops, stop, scaling, out_at, weight_at, rows,
-    D: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """One run of tokens in 16 bit, of which every row sees those from `begin` to its own of `stops`."""
-    d = tl.arange(0, D)
-    query = tl.load(q_at[None, :] + d[:, None], rows[None, :], 0.0).to(k.dtype.element_ty)
-    m = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((D, ROWS), tl.float32)
-    for start in range(first, tl.minimum(first + DENSE, stop), N):
-        n = start + tl.arange(0, N)
-        here = (n < stop)[:, None]
-        keys = tl.load(k + n[:, None] * k_t + d[None, :], here, 0.0)
-        values = tl.load(v + n[:, None] * v_t + d[None, :], here, 0.0)
-        seen = (n >= begin)[:, None] & (n[:, None] < stops[None, :])
-        logits = tl.where(seen, tl.dot(keys, query, input_precision="ieee") * scaling, float("-inf"))
-        peak = tl.maximum(m, tl.max(logits, 0))
-        from_peak = _or_zero(peak)
-        fade = tl.exp2(m - from_peak)
-        m = peak
-        p = tl.exp2(logits - from_peak[None, :])
-        total = total * fade + tl.sum(p, 0)
-        acc = tl.dot(tl.trans(values), p.to(values.dtype), acc * fade[None, :], input_precision="ieee")
-    tl.store(out_at[None, :] + d[:, None], acc / _or_one(total)[None, :], rows[None, :])
-    tl.store(weight_at, m + tl.log2(total), rows)
-
-
-@triton.jit(do_not_specialize=["runs"])  # type: ignore[untyped-decorator]
-def _join(  # type: ignore[no-untyped-def]
-    sums, weights, out, runs, D: tl.constexpr, C: tl.constexpr, RUNS: tl.constexpr
-):
-    """C channels of one query's attention, from all its runs; those that saw nothing weigh 2^-inf."""
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * C + tl.arange(0, C)
-    m = float("-inf")
-    total = 0.0
-    acc = tl.zeros((C,), tl.float32)
-    for start in range(0, runs, RUNS):
-        run = start + tl.arange(0, RUNS)
-        weight = tl.load(weights + row * runs + run, run < runs, float("-inf"))
-        x = tl.load(sums + (row * runs + run)[:, None] * D + c[None, :], (run < runs)[:, None], 0.0)
-        peak = tl.maximum(m, tl.max(weight, 0))
-        from_peak = _or_zero(peak)
-        fade = tl.exp2(m - from_peak)
-        m = peak
-        p = tl.exp2(weight - from_peak)
-        total = total * fade + tl.sum(p, 0)
-        acc = acc * fade + tl.sum(p[:, None] * x, 0)
-    tl.store(out + row * D + c, (acc / _or_one(total)).to(out.dtype.element_ty))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _or_zero(peak):  # type: ignore[no-untyped-def]
-    """A maximum, 0 where nothing was seen."""
-    return tl.where(peak == float("-inf"), 0.0, peak)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _or_one(total):  # type: ignore[no-untyped-def]
-    """What a sum is divided by, 1 where nothing was seen."""
-    return tl.where(total > 0, total, 1.0)
