@@ -111,7 +111,7 @@ def correct(bits: int, keys: KvFormat, values: KvFormat, cut: Cut | None = None)
     g = torch.Generator("cuda").manual_seed(0)
     k, v = torch.randn(2, 2, KV_HEADS, tokens, CHANNELS, generator=g, device="cuda")
     window = tuple(torch.randn(2, 2, KV_HEADS, 77, CHANNELS, generator=g, device="cuda").bfloat16())
-    q = (2 * torch.randn(2, HEADS, CHANNELS, generator=g, device="cuda")).bfloat16()
+    q = (2 * torch.randn(2, HEADS, 1, CHANNELS, generator=g, device="cuda")).bfloat16()
     case: Case = q, Packed(keys, encode_kv(keys, k)), Packed(values, encode_kv(values, v)), (window[0], window[1])
     expected = kv_attention_torch(q.float(), *case[1:])
     error = (attend(case, cut).float() - expected).abs()
@@ -176,7 +176,7 @@ def random_case(batch: int, tokens: int, keys: KvFormat, values: KvFormat) -> Ca
         offset = -2 - torch.rand(batch, KV_HEADS, *groups, device="cuda", dtype=torch.float16)
         return Packed(fmt, {"codes": codes, "scale": -2 * offset / (2**fmt.num_bits - 1), "offset": offset})
 
-    q = torch.randn(batch, HEADS, CHANNELS, device="cuda").bfloat16()
+    q = torch.randn(batch, HEADS, 1, CHANNELS, device="cuda").bfloat16()
     window = torch.randn(2, batch, KV_HEADS, WINDOW, CHANNELS, device="cuda").bfloat16()
     return q, stored(keys), stored(values), (window[0], window[1])
 

@@ -16,7 +16,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from laconic.formats.kv import KvFormat, decode_kv, encode_kv
 from laconic.formats.kv_scheme import uniform
-from laconic.kernels.kv_attention import Packed, Pair, fits, kv_attention, kv_attention_torch, supports
+from laconic.kernels.kv_attention import (
+    MOST_QUERIES,
+    Angles,
+    Packed,
+    Pair,
+    fits,
+    kv_attention,
+    kv_attention_torch,
+    supports,
+)
 
 BATCH, HEADS = 2, 2
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,6 +47,13 @@ def packed(fmt: KvFormat, tokens: int, channels: int, generator: torch.Generator
     return Packed(fmt, encode_kv(fmt, x.to(DEVICE), static), static)
 
 
+def angles(rows: int, tokens: int, channels: int) -> Angles:
+    """Of so many rows, each a little further on in its text."""
+    positions = torch.arange(tokens) + 3 * torch.arange(rows)[:, None]
+    turns = positions[..., None] * 100.0 ** -torch.linspace(0, 1, channels // 2)
+    return turns.cos().half().to(DEVICE), turns.sin().half().to(DEVICE)
+
+
 def problem(
     keys: KvFormat,
     values: KvFormat,
@@ -47,6 +63,9 @@ def problem(
     rep: int = 4,
     window: int = 5,
     sinks: int = 0,
+    new: int = 1,
+    starts: list[int] | None = None,
+    turned: int = 0,
     seed: int = 0,
 ) -> Problem:
     """What `kv_attention` takes."""
@@ -57,11 +76,13 @@ def problem(
         return k, v
 
     return {
-        "q": torch.randn(BATCH, HEADS * rep, channels, generator=generator).to(DEVICE),
+        "q": torch.randn(BATCH, HEADS * rep, new, channels, generator=generator).to(DEVICE),
         "keys": packed(keys, tokens, channels, generator),
         "values": packed(values, tokens, channels, generator),
         "window": pair(window),
         "sinks": pair(sinks) if sinks else None,
+        "angles": angles(turned, tokens, channels) if turned else None,
+        "starts": None if starts is None else torch.tensor(starts, device=DEVICE),
     }
 
 
@@ -71,30 +92,40 @@ def problem(
 @pytest.mark.parametrize("keys", [KvFormat(3, "channel", 32), KvFormat(4, outlier_ratio=0.02)], ids=["plain", "apart"])
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("scaling", [None, 0.5])
-def test_reference_is_attention_over_what_was_stored(keys: KvFormat, sinks: int, scaling: float | None) -> None:
-    given = problem(keys, KvFormat(4, "token", 32), sinks=sinks)
+@pytest.mark.parametrize(("new", "starts"), [(1, None), (4, [0, 62])])
+def test_reference_is_attention_over_what_was_stored(
+    keys: KvFormat, sinks: int, scaling: float | None, new: int, starts: list[int] | None
+) -> None:
+    given = problem(keys, KvFormat(4, "token", 32), sinks=sinks, new=new, starts=starts)
     whole = []
     for which, name in enumerate(("keys", "values")):
         x = decode_kv(given[name].fmt, given[name].stored, 64).double()
-        if sinks:
-            x[:, :, :sinks] = given["sinks"][which].double()
+        for row, start in enumerate(starts or [0, 0]) if sinks else ():
+            sunk = min(sinks, 64 - start)
+            x[row, :, start : start + sunk] = given["sinks"][which][row, :, :sunk].double()
         whole.append(torch.cat([x, given["window"][which].double()], 2).repeat_interleave(4, 1))
-    expected = scaled_dot_product_attention(given["q"].double()[:, :, None], *whole, scale=scaling)[:, :, 0]
+    mask = torch.ones(new, 69, dtype=torch.bool, device=DEVICE).tril(69 - new).repeat(BATCH, 1, 1, 1)
+    for row, start in enumerate(starts or ()):
+        mask[row, ..., :start] = False
+    expected = scaled_dot_product_attention(given["q"].double(), *whole, attn_mask=mask, scale=scaling)
     torch.testing.assert_close(kv_attention_torch(**given, scaling=scaling).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_kernel_cannot_read_goes_to_the_reference() -> None:
-    given = problem(KvFormat(4, outlier_ratio=0.02), KvFormat(4))
+    given = problem(KvFormat(4, outlier_ratio=0.2), KvFormat(4))
     torch.testing.assert_close(kv_attention(**given), kv_attention_torch(**given), rtol=0, atol=0)
 
 
 def test_supports_says_which_schemes_the_kernel_reads() -> None:
     keys, values = KvFormat(2, "channel", 32), KvFormat(2, "token", 32)
     assert supports(uniform("kivi", keys, values, 2, residual_length=32, sinks=4), 128)
-    assert not supports(uniform("kivi", keys, values, 2, rotation="hadamard"), 128)
-    assert not supports(uniform("kivi", keys, values, 2, pre_rope=True), 128)
+    assert supports(uniform("kivi", keys, values, 2, rotation="hadamard"), 128)
+    assert supports(uniform("kvquant", keys, values, 2, pre_rope=True), 128)
+    assert not supports(uniform("kvquant", keys, values, 2, pre_rope=True, rotation="hadamard"), 128)
     assert not supports(uniform("kivi", KvFormat(16), values, 2), 128)
     assert not supports(uniform("kivi", keys, values, 2), 96)
+    assert fits(KvFormat(2, outlier_ratio=0.01), 128)
+    assert not fits(KvFormat(2, outlier_ratio=0.1), 128)
     assert not fits(KvFormat(2, "channel", 8), 128), "a block of tokens shares no range"
     assert not fits(KvFormat(2, "token", 8), 128), "a product would be half empty"
     assert not fits(KvFormat(1), 64), "a plane has too few bytes"
@@ -157,14 +188,54 @@ def test_kernel_reads_every_datatype(kernel: Attention, axis: Any, rest: dict[st
     agree(kernel, problem(fmt, fmt), splits=2)
 
 
+@pytest.mark.parametrize("axis", ["token", "channel"])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        {"num_bits": 3, "group_size": 32, "datatype": "table"},
+        {"num_bits": 4, "group_size": None},
+        {"num_bits": 4, "group_size": 32, "symmetric": True},
+        {"num_bits": 8, "group_size": 32, "datatype": "float"},
+    ],
+    ids=lambda rest: "-".join(map(str, rest.values())),
+)
+def test_kernel_reads_numbers_stored_apart(kernel: Attention, axis: Any, rest: dict[str, Any]) -> None:
+    fmt = KvFormat(axis=axis, outlier_ratio=0.03, **rest)
+    given = problem(fmt, fmt, channels=64 if fmt.num_bits == 4 else 128, rep=2)
+    assert given["keys"].stored["outlier_index"].shape[-1] > 1
+    agree(kernel, given, splits=2)
+
+
+@pytest.mark.parametrize("rows", [1, BATCH])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        KvFormat(3, "channel", 32, "table", outlier_ratio=0.01),
+        KvFormat(2, "channel", 32),
+        KvFormat(3, "token", 16, outlier_ratio=0.02),
+        KvFormat(4, "channel", None),
+        KvFormat(8, "token", 64),
+        KvFormat(8, "channel", 32, "float", symmetric=True),
+    ],
+    ids=str,
+)
+def test_kernel_turns_keys_from_before_their_rotary_embedding(kernel: Attention, fmt: KvFormat, rows: int) -> None:
+    given = problem(fmt, KvFormat(4), channels=128, rep=2, turned=rows, starts=[0, 5], sinks=2)
+    unturned = kv_attention_torch(**given | {"angles": None})
+    assert (unturned - kv_attention_torch(**given)).abs().max() > 0.1, "turning does nothing: the test shows nothing"
+    agree(kernel, given, splits=2)
+
+
 def test_kernel_reads_keys_and_values_of_different_formats(kernel: Attention) -> None:
     agree(kernel, problem(KvFormat(4, "channel", 64), KvFormat(2, "token", 16), rep=1))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     tokens=st.integers(1, 70),
     window=st.integers(0, 70),
+    new=st.integers(1, 5),
+    starts=st.none() | st.lists(st.integers(0, 140), min_size=BATCH, max_size=BATCH),
     sinks=st.integers(0, 40),
     rep=st.sampled_from([1, 3, 4, 12]),
     group_size=st.sampled_from([16, 32, 64]),
@@ -172,10 +243,23 @@ def test_kernel_reads_keys_and_values_of_different_formats(kernel: Attention) ->
     seed=st.integers(0, 2**31),
 )
 def test_kernel_takes_any_number_of_tokens(
-    kernel: Attention, tokens: int, window: int, sinks: int, rep: int, group_size: int, splits: int, seed: int
+    kernel: Attention,
+    tokens: int,
+    window: int,
+    new: int,
+    starts: list[int] | None,
+    sinks: int,
+    rep: int,
+    group_size: int,
+    splits: int,
+    seed: int,
 ) -> None:
     fmt = KvFormat(4, "token", group_size)
-    given = problem(fmt, fmt, tokens=tokens, window=window, sinks=sinks, rep=rep, seed=seed)
+    new = min(new, MOST_QUERIES // rep)
+    window = max(window, new if new > 1 or starts else 0)
+    # A query sees itself at least.
+    starts = None if starts is None else [min(start, tokens + window - new) for start in starts]
+    given = problem(fmt, fmt, tokens=tokens, window=window, sinks=sinks, new=new, starts=starts, rep=rep, seed=seed)
     agree(kernel, given, splits=splits)
 
 

@@ -15,13 +15,14 @@ belong when they are stored.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from laconic.formats.kv import KvFormat
 from laconic.formats.planes import planes
-from laconic.kernels.kv_attention import Packed, Pair, segment
+from laconic.kernels.kv_attention import Angles, Packed, Pair, segment
 
 try:
     import triton
@@ -29,7 +30,8 @@ try:
 except ImportError as e:
     raise ImportError("attention over a packed cache on a GPU needs Triton: pip install triton") from e
 
-from laconic.kernels.planes_triton import numbers, one, ranges, tiles
+from laconic.kernels.planes_triton import number_at, numbers, one, ranges, tiles
+from laconic.kernels.runs_triton import dense, join, or_one
 
 # Tokens in 16 bit a program: few, so that none takes longer than those over packed tokens.
 _DENSE_TOKENS = 64
@@ -40,12 +42,15 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True)
 class Tile:
-    """tokens: of a block, at most. warps, stages: of a program. programs: how many each multiprocessor should get."""
+    """tokens: of a block, at most. warps, stages: of a program. programs: how many each multiprocessor should get.
 
-    tokens: int = 32
+    As it stands it was the fastest on an H100 at 2, 3 and 8 bits, and at 4 in one of two tunings
+    (benchmarks/kv_attention.py)."""
+
+    tokens: int = 64
     warps: int = 1
-    stages: int = 2
-    programs: int = 12
+    stages: int = 1
+    programs: int = 16
 
 
 def kv_attention_triton(
@@ -55,61 +60,65 @@ def kv_attention_triton(
     window: Pair,
     sinks: Pair | None = None,
     scaling: float | None = None,
+    starts: Tensor | None = None,
+    angles: Angles | None = None,
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """`kv_attention` for CUDA tensors, or any when Triton's interpreter runs it (TRITON_INTERPRET=1).
 
-    tile: how work is cut; chosen by bits if None. splits: programs over packed tokens of a head; as many as the GPU
-    has room for if None.
+    tile: how work is cut. splits: programs over packed tokens of a head; as many as the GPU has room for if None.
     """
-    batch, heads, D = q.shape
+    batch, heads, new, D = q.shape
     q = q.contiguous()
     kv_heads, tokens = window[0].shape[1], keys.tokens
-    rep = heads // kv_heads
-    tile = tile or TILES.get((keys.fmt.num_bits, values.fmt.num_bits), Tile())
+    rows = heads // kv_heads * new
+    tile = tile or Tile()
     block = _block(tile.tokens, keys.fmt, values.fmt)
     wk, wv = (_rows(w) for w in window)
     sk, sv = (_rows(s) for s in sinks) if sinks is not None else (wk[:, :, :0], wv[:, :, :0])
+    # Where all rows begin together, blocks of sinks alone are left out.
     sunk = min(sk.shape[2], tokens)
+    skipped = sunk // block if starts is None else 0
 
-    blocks = triton.cdiv(tokens, block) - sunk // block if tokens > sunk else 0
-    splits = splits or triton.cdiv(tile.programs * _multiprocessors(q), batch * kv_heads)
+    blocks = triton.cdiv(tokens, block) - skipped if tokens > sunk else 0
+    splits = splits or triton.cdiv(tile.programs * _multiprocessors(q.device), batch * kv_heads)
     per_split = triton.cdiv(blocks, max(1, min(splits, blocks)))
     packed_splits = triton.cdiv(blocks, per_split) if blocks else 0
     sink_splits, window_splits = triton.cdiv(sunk, _DENSE_TOKENS), triton.cdiv(wk.shape[2], _DENSE_TOKENS)
     runs = sink_splits + window_splits + packed_splits
 
-    sums = torch.empty(batch, heads, runs, D, device=q.device)
-    weights = torch.empty(batch, heads, runs, device=q.device)
+    sums = torch.empty(batch, heads, new, runs, D, device=q.device)
+    weights = torch.empty(batch, heads, new, runs, device=q.device)
     out = torch.empty_like(q)
-    k, v = _Side(keys, batch, kv_heads, D), _Side(values, batch, kv_heads, D)
+    # Channels that are turned against each other lie in different segments.
+    k = _Side(keys, batch, kv_heads, D, D // 2 if angles else D)
+    v = _Side(values, batch, kv_heads, D, D)
+    cos, sin = (None, None) if angles is None else (a.contiguous() for a in angles)
     with torch.cuda.device_of(q):
         _attend[(runs, batch * kv_heads)](
-            q, *k.tensors, *v.tensors, wk, wv, sk, sv, sums, weights,
-            kv_heads, tokens, wk.shape[2], sunk, sink_splits, window_splits, per_split * block,
+            q, *k.tensors, *v.tensors, wk, wv, sk, sv, sums, weights, starts, cos, sin,
+            0 if cos is None or len(cos) == 1 else cos.stride(0),
+            kv_heads, tokens, wk.shape[2], sunk, sink_splits, window_splits, skipped * block, per_split * block,
             (D**-0.5 if scaling is None else scaling) * 1.4426950408889634,
             *k.strides, *v.strides, *wk.stride()[:3], *wv.stride()[:3], *sk.stride()[:3], *sv.stride()[:3],
             *k.layout, *v.layout,
-            REP=rep, ROWS=max(8, triton.next_power_of_2(rep)), D=D, N=block, DENSE=_DENSE_TOKENS, DENSE_N=_DENSE_BLOCK,
+            NEW=new, QUERIES=rows, ROWS=max(8, triton.next_power_of_2(rows)), D=D, N=block,
+            DENSE=_DENSE_TOKENS, DENSE_N=_DENSE_BLOCK,
             # The interpreter has no assembler.
             FAST=q.is_cuda,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps * max(1, triton.next_power_of_2(rows) // 16), num_stages=tile.stages,
         )  # fmt: skip
-        _join[(batch * heads, D // min(D, 32))](sums, weights, out, runs, D=D, C=min(D, 32), RUNS=32, num_warps=2)
+        join[(batch * heads * new, D // min(D, 32))](sums, weights, out, runs, D=D, C=min(D, 32), RUNS=32, num_warps=2)
     return out
-
-
-# By bits of keys and values, where another than the usual is faster: benchmarks/kv_attention.py finds them.
-TILES: dict[tuple[int, int], Tile] = {}
 
 
 class _Side:
     """Keys or values as the kernel takes them."""
 
-    def __init__(self, packed: Packed, batch: int, heads: int, D: int) -> None:
+    def __init__(self, packed: Packed, batch: int, heads: int, D: int, most: int) -> None:
         fmt, stored = packed.fmt, packed.stored
-        seg = segment(fmt, D)
+        seg = min(segment(fmt, D), most)
         # A product has at least 16 words on a side.
         unit = min(4, seg // 16)
         widths = [8] if fmt.num_bits == 8 else [width for width, _ in planes(fmt.num_bits)]
@@ -124,10 +133,13 @@ class _Side:
         levels = None if packed.static is None else packed.static.get("levels")
         zero = 2 ** (fmt.num_bits - 1) if fmt.symmetric and fmt.datatype == "int" else 0
         by_token = fmt.axis == "token" and fmt.group_size is not None
-        self.tensors = codes, scale, offset, levels
-        self.strides = (*codes.stride()[:2], *scale.stride())
+        at, far = (_rows(stored[n]) if n in stored else None for n in ("outlier_index", "outlier_value"))
+        self.tensors = codes, scale, offset, levels, at, far
+        apart = [(0, 0) if t is None else t.stride()[:2] for t in (at, far)]
+        self.strides = (*codes.stride()[:2], *scale.stride(), *apart[0], *apart[1])
         # In the order of the kernel's parameters.
-        self.layout = widths[0], sum(widths[1:]), seg, unit, fmt.datatype, by_token, fmt.group_size or 0, zero
+        shape = widths[0], sum(widths[1:]), seg, unit, fmt.datatype
+        self.layout = *shape, by_token, fmt.group_size or 0, zero, fmt.outliers(D)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -143,40 +155,51 @@ def _block(most: int, *formats: KvFormat) -> int:
     return most
 
 
-def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# These change from one token to the next, and nothing is to be compiled anew for it.
+@triton.jit(do_not_specialize=["recent", "sunk", "sink_splits", "window_splits"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    q, kc, ks, ko, kl, vc, vs, vo, vl, wk, wv, sk, sv, sums, weights,
-    heads, tokens, recent, sunk, sink_splits, window_splits, run, scaling,
-    kc_b, kc_h, ks_b, ks_h, ks_t, ks_c, vc_b, vc_h, vs_b, vs_h, vs_t, vs_c,
+    q, kc, ks, ko, kl, k_at, k_far, vc, vs, vo, vl, v_at, v_far, wk, wv, sk, sv, sums, weights,
+    starts, cos, sin, angles_b, heads, tokens, recent, sunk, sink_splits, window_splits, skipped, run, scaling,
+    kc_b, kc_h, ks_b, ks_h, ks_t, ks_c, ka_b, ka_h, kf_b, kf_h,
+    vc_b, vc_h, vs_b, vs_h, vs_t, vs_c, va_b, va_h, vf_b, vf_h,
     wk_b, wk_h, wk_t, wv_b, wv_h, wv_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t,
     K0: tl.constexpr, K1: tl.constexpr, K_SEG: tl.constexpr, K_UNIT: tl.constexpr,
-    K_TYPE: tl.constexpr, K_BY_TOKEN: tl.constexpr, K_GROUP: tl.constexpr, K_ZERO: tl.constexpr,
+    K_TYPE: tl.constexpr, K_BY_TOKEN: tl.constexpr, K_GROUP: tl.constexpr, K_ZERO: tl.constexpr, K_FAR: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V_SEG: tl.constexpr, V_UNIT: tl.constexpr,
-    V_TYPE: tl.constexpr, V_BY_TOKEN: tl.constexpr, V_GROUP: tl.constexpr, V_ZERO: tl.constexpr,
-    REP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr,
+    V_TYPE: tl.constexpr, V_BY_TOKEN: tl.constexpr, V_GROUP: tl.constexpr, V_ZERO: tl.constexpr, V_FAR: tl.constexpr,
+    NEW: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    DENSE: tl.constexpr,
     DENSE_N: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One run of tokens: its attention, and the log2 of the sum of its exponentials."""
     split, runs = tl.program_id(0), tl.num_programs(0)
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     r = tl.arange(0, ROWS)
-    row = tl.program_id(1).to(tl.int64) * REP + r
+    row = tl.program_id(1).to(tl.int64) * QUERIES + r
     q_at, out_at = q + row * D, sums + (row * runs + split) * D
+    # The first token that is seen, and the first that is seen as it is packed.
+    begin = tl.zeros((), tl.int32)
+    if starts is not None:
+        begin += tl.load(starts + b)
+    sunk = tl.maximum(tl.minimum(sunk, tokens - begin), 0)
+    unsunk = begin + sunk
     if split < sink_splits:
         first = split * DENSE
-        _dense(
-            q_at, sk + b * sk_b + h * sk_h, sv + b * sv_b + h * sv_h, sk_t, sv_t, first, sunk, scaling,
-            out_at, weights + row * runs + split, r < REP, D, DENSE_N, DENSE, ROWS,
+        dense(
+            q_at, sk + b * sk_b + h * sk_h, sv + b * sv_b + h * sv_h, sk_t, sv_t, first, 0, sunk + 0 * r, sunk, scaling,
+            out_at, weights + row * runs + split, r < QUERIES, D, DENSE_N, DENSE, ROWS,
         )  # fmt: skip
     elif split < sink_splits + window_splits:
         first = (split - sink_splits) * DENSE
-        _dense(
-            q_at, wk + b * wk_b + h * wk_h, wv + b * wv_b + h * wv_h, wk_t, wv_t, first, recent, scaling,
-            out_at, weights + row * runs + split, r < REP, D, DENSE_N, DENSE, ROWS,
+        dense(
+            q_at, wk + b * wk_b + h * wk_h, wv + b * wv_b + h * wv_h, wk_t, wv_t, first, begin - tokens,
+            recent - NEW + 1 + r % NEW, recent, scaling,
+            out_at, weights + row * runs + split, r < QUERIES, D, DENSE_N, DENSE, ROWS,
         )  # fmt: skip
     else:
         K_X: tl.constexpr = K_SEG // K_UNIT
@@ -187,13 +210,19 @@ def _attend(  # type: ignore[no-untyped-def]
         kc += b * kc_b + h * kc_h
         vc += b * vc_b + h * vc_h
         k_range, v_range = b * ks_b + h * ks_h, b * vs_b + h * vs_h
+        if K_FAR:
+            k_at += b * ka_b + h * ka_h
+            k_far += b * kf_b + h * kf_h
+        if V_FAR:
+            v_at += b * va_b + h * va_h
+            v_far += b * vf_b + h * vf_h
 
         # Of length at most 1 in every channel, so that no scale lifts it over float16's range.
         top = tl.zeros((ROWS,), tl.float32)
         queries = ()
         for i in tl.static_range(D // K_X):
             c = (i // K_UNIT) * K_SEG + kx * K_UNIT + i % K_UNIT
-            loaded = tl.load(q_at[None, :] + c[:, None], (r < REP)[None, :], 0.0).to(tl.float32) * scaling
+            loaded = tl.load(q_at[None, :] + c[:, None], (r < QUERIES)[None, :], 0.0).to(tl.float32) * scaling
             top = tl.maximum(top, tl.max(tl.abs(loaded), 0))
             queries += (loaded,)
         top = tl.where(top > 0, top, 1.0)
@@ -216,15 +245,39 @@ def _attend(  # type: ignore[no-untyped-def]
         for _ in tl.static_range(D // V_SEG):
             lifts += (tl.zeros((ROWS,), tl.float32),)
 
-        first = sunk // N * N + (split - sink_splits - window_splits) * run
-        for start in range(first, tl.minimum(first + run, tokens), N):
+        first = skipped + (split - sink_splits - window_splits) * run
+        # No block is without a token that is seen, so that a maximum is a number.
+        last = tl.where(unsunk < tokens, tl.minimum(first + run, tokens), 0)
+        for block in range(tl.maximum(first, unsunk // N * N), last, N):
+            start = tl.multiple_of(block, N)
             n = start + tl.arange(0, N)
             here = n < tokens
             k_tiles = tiles(kc, n, here, kx, (K0 + K1) * D // 8, K_X, K_UNIT)
             v_tiles = tiles(vc, n, here, vx, (V0 + V1) * D // 8, V_X, V_UNIT)
 
             logits = tl.zeros((N, ROWS), tl.float32)
-            if K_BY_TOKEN:
+            if cos is not None:
+                # Here a key meets its own angle before its query, so it has to be a number of its own.
+                turns = b * angles_b + n[:, None] * (D // 2)
+                for s in tl.static_range(D // K_SEG // 2):
+                    for j in tl.static_range(K_UNIT):
+                        c = s * K_SEG + kx * K_UNIT + j
+                        low = _keys(
+                            k_tiles, s, j, kl, ks, ko, k_range, n, here, start, kx, ks_t, ks_c,
+                            K0, K1, D, K_SEG, K_UNIT, K_TYPE, K_BY_TOKEN, K_GROUP, K_ZERO, FAST,
+                        )  # fmt: skip
+                        high = _keys(
+                            k_tiles, s + D // K_SEG // 2, j, kl, ks, ko, k_range, n, here, start, kx, ks_t, ks_c,
+                            K0, K1, D, K_SEG, K_UNIT, K_TYPE, K_BY_TOKEN, K_GROUP, K_ZERO, FAST,
+                        )  # fmt: skip
+                        across = tl.load(cos + turns + c[None, :], here[:, None], 0.0).to(tl.float32)
+                        along = tl.load(sin + turns + c[None, :], here[:, None], 0.0).to(tl.float32)
+                        first_half = (low * across - high * along).to(tl.float16)
+                        second_half = (high * across + low * along).to(tl.float16)
+                        logits = tl.dot(first_half, units[s * K_UNIT + j].to(tl.float16), logits)
+                        logits = tl.dot(second_half, units[s * K_UNIT + j + D // K_X // 2].to(tl.float16), logits)
+                logits *= top[None, :]
+            elif K_BY_TOKEN:
                 for s in tl.static_range(D // K_SEG):
                     at = k_range + n * ks_t + s * K_SEG // K_GROUP
                     scale, offset = ranges(ks, ko, at, here, K_ZERO)
@@ -250,7 +303,26 @@ def _attend(  # type: ignore[no-untyped-def]
                         )
                         logits = tl.dot(codes, query, logits)
                 logits = logits * (top * one(K_TYPE))[None, :] + (tl.sum(lift, 0) * top)[None, :]
-            logits = tl.where((here & (n >= sunk))[:, None], logits, float("-inf"))
+            for j in tl.static_range(K_FAR):
+                # What a token's number apart is more than the one that its code says.
+                place = tl.load(k_at + n * K_FAR + j, here, 0).to(tl.int32)
+                if K_BY_TOKEN:
+                    at = k_range + n * ks_t + place // K_GROUP
+                else:
+                    at = k_range + (start // K_GROUP if K_GROUP else 0) * ks_t + place * ks_c
+                scale, offset = ranges(ks, ko, at, here, K_ZERO)
+                far = tl.load(k_far + n * K_FAR + j, here, 0.0).to(tl.float32)
+                far -= number_at(kc, n, here, place, kl, K0, K1, D, K_TYPE) * scale + offset
+                asked = tl.load(q_at[None, :] + place[:, None], (r < QUERIES)[None, :], 0.0).to(tl.float32) * scaling
+                if cos is not None:
+                    partner = (place + D // 2) % D
+                    other = tl.load(q_at[None, :] + partner[:, None], (r < QUERIES)[None, :], 0.0).to(tl.float32)
+                    angle = b * angles_b + n * (D // 2) + place % (D // 2)
+                    asked *= tl.load(cos + angle, here, 0.0).to(tl.float32)[:, None]
+                    across = tl.load(sin + angle, here, 0.0).to(tl.float32)
+                    asked += other * scaling * tl.where(place < D // 2, across, -across)[:, None]
+                logits += far[:, None] * asked
+            logits = tl.where((here & (n >= unsunk))[:, None], logits, float("-inf"))
 
             if V_BY_TOKEN:
                 # Probabilities times scales are at most 1, however large a scale or small another, since the running
@@ -291,6 +363,24 @@ def _attend(  # type: ignore[no-untyped-def]
                         at += (s * V_SEG + vx * V_UNIT + j) * vs_c
                         scale, offset = ranges(vs, vo, at, vx < V_X, V_ZERO)
                         news += (kept + part * (scale * one(V_TYPE))[:, None] + offset[:, None] * added[None, :],)
+            for j in tl.static_range(V_FAR):
+                place = tl.load(v_at + n * V_FAR + j, here, 0).to(tl.int32)
+                if V_BY_TOKEN:
+                    at = v_range + n * vs_t + place // V_GROUP
+                else:
+                    at = v_range + (start // V_GROUP if V_GROUP else 0) * vs_t + place * vs_c
+                scale, offset = ranges(vs, vo, at, here, V_ZERO)
+                far = tl.load(v_far + n * V_FAR + j, here, 0.0).to(tl.float32)
+                far -= number_at(vc, n, here, place, vl, V0, V1, D, V_TYPE) * scale + offset
+                if V_BY_TOKEN:
+                    far *= 1 / one(V_TYPE)
+                weighed = p * far[:, None]
+                more = ()
+                for i in tl.static_range(D // V_X):
+                    own = (i // V_UNIT) * V_SEG + vx * V_UNIT + i % V_UNIT
+                    hit = (own[:, None] == place[None, :]).to(tl.float32)
+                    more += (tl.dot(hit, weighed, news[i], input_precision="tf32"),)
+                news = more
             acc = news
             if V_BY_TOKEN:
                 lifts = new_lifts
@@ -300,55 +390,23 @@ def _attend(  # type: ignore[no-untyped-def]
             x = acc[i]
             if V_BY_TOKEN:
                 x = x * one(V_TYPE) + lifts[i // V_UNIT][None, :]
-            tl.store(out_at[None, :] + c[:, None], x / total[None, :], (r < REP)[None, :])
-        tl.store(weights + row * runs + split, m + tl.log2(total), r < REP)
+            tl.store(out_at[None, :] + c[:, None], x / or_one(total)[None, :], (r < QUERIES)[None, :])
+        tl.store(weights + row * runs + split, m + tl.log2(total), r < QUERIES)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _dense(  # type: ignore[no-untyped-def]
-    q_at, k, v, k_t, v_t, first, stop, scaling, out_at, weight_at, rows,
-    D: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr,
+def _keys(  # type: ignore[no-untyped-def]
+    words, S: tl.constexpr, J: tl.constexpr, levels, scales, offsets, at, n, here, start, x, by_time, by_channel,
+    WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, D: tl.constexpr, SEG: tl.constexpr, UNIT: tl.constexpr,
+    TYPE: tl.constexpr, BY_TOKEN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """One run of tokens in 16 bit."""
-    d = tl.arange(0, D)
-    query = tl.load(q_at[None, :] + d[:, None], rows[None, :], 0.0).to(k.dtype.element_ty)
-    m = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((D, ROWS), tl.float32)
-    for start in range(first, tl.minimum(first + DENSE, stop), N):
-        n = start + tl.arange(0, N)
-        here = (n < stop)[:, None]
-        keys = tl.load(k + n[:, None] * k_t + d[None, :], here, 0.0)
-        values = tl.load(v + n[:, None] * v_t + d[None, :], here, 0.0)
-        logits = tl.where(here, tl.dot(keys, query, input_precision="ieee") * scaling, float("-inf"))
-        peak = tl.maximum(m, tl.max(logits, 0))
-        fade = tl.exp2(m - peak)
-        m = peak
-        p = tl.exp2(logits - m[None, :])
-        total = total * fade + tl.sum(p, 0)
-        acc = tl.dot(tl.trans(values), p.to(values.dtype), acc * fade[None, :], input_precision="ieee")
-    tl.store(out_at[None, :] + d[:, None], acc / total[None, :], rows[None, :])
-    tl.store(weight_at, m + tl.log2(total), rows)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _join(  # type: ignore[no-untyped-def]
-    sums, weights, out, runs, D: tl.constexpr, C: tl.constexpr, RUNS: tl.constexpr
-):
-    """C channels of one head's attention, from all its runs."""
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * C + tl.arange(0, C)
-    m = float("-inf")
-    total = 0.0
-    acc = tl.zeros((C,), tl.float32)
-    for start in range(0, runs, RUNS):
-        run = start + tl.arange(0, RUNS)
-        weight = tl.load(weights + row * runs + run, run < runs, float("-inf"))
-        x = tl.load(sums + (row * runs + run)[:, None] * D + c[None, :], (run < runs)[:, None], 0.0)
-        peak = tl.maximum(m, tl.max(weight, 0))
-        fade = tl.exp2(m - peak)
-        m = peak
-        p = tl.exp2(weight - m)
-        total = total * fade + tl.sum(p, 0)
-        acc = acc * fade + tl.sum(p[:, None] * x, 0)
-    tl.store(out + row * D + c, (acc / total).to(out.dtype.element_ty))
+    """Byte J of the words of segment S, as the keys that they stand for: (tokens, words) float32."""
+    codes = numbers(words, S, J, levels, WIDTH_0, WIDTH_1, D, SEG, UNIT, TYPE, FAST, 0)
+    if WIDTH_1 and TYPE == "int":
+        codes += numbers(words, S, J, levels, WIDTH_0, WIDTH_1, D, SEG, UNIT, TYPE, FAST, 1)
+    if BY_TOKEN:
+        scale, offset = ranges(scales, offsets, at + n * by_time + S * SEG // GROUP, here, ZERO)
+        return codes.to(tl.float32) * (scale * one(TYPE))[:, None] + offset[:, None]
+    at += (start // GROUP if GROUP else 0) * by_time
+    scale, offset = ranges(scales, offsets, at + (S * SEG + x * UNIT + J) * by_channel, x < SEG // UNIT, ZERO)
+    return codes.to(tl.float32) * (scale * one(TYPE))[None, :] + offset[None, :]

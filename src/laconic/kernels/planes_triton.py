@@ -46,6 +46,26 @@ def numbers(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def number_at(  # type: ignore[no-untyped-def]
+    codes, n, here, c, levels, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr
+):  # fmt: skip
+    """Of each of the tokens n the number of a channel c of its own, (tokens,) float32, in units of 1."""
+    BYTES_0: tl.constexpr = D * WIDTH_0 // 8
+    BYTES_1: tl.constexpr = D * WIDTH_1 // 8
+    at = codes.to(tl.pointer_type(tl.uint8)) + n * (BYTES_0 + BYTES_1)
+    code = tl.load(at + c % BYTES_0, here, 0).to(tl.int32) >> WIDTH_0 * (c // BYTES_0) & (1 << WIDTH_0) - 1
+    if WIDTH_1:
+        high = tl.load(at + BYTES_0 + c % BYTES_1, here, 0).to(tl.int32) >> WIDTH_1 * (c // BYTES_1)
+        code |= (high & (1 << WIDTH_1) - 1) << WIDTH_0
+    if TYPE == "table":
+        return tl.load(levels + code).to(tl.float32)
+    if TYPE == "float":
+        half = ((code & 127) << 7 | (code & 128) << 8).to(tl.int16).to(tl.float16, bitcast=True)
+        return half.to(tl.float32) * 256.0
+    return code.to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _bits(  # type: ignore[no-untyped-def]
     x, J: tl.constexpr, AT: tl.constexpr, WIDTH: tl.constexpr, TO: tl.constexpr, UNIT: tl.constexpr, FAST: tl.constexpr
 ):

@@ -7,7 +7,9 @@ exactly, since they are encoded after it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from laconic.formats.kv import Static, Stored, decode_kv, encode_kv
 from laconic.formats.kv_scheme import HeadGroup, KvScheme, tokens_at_once
+from laconic.kernels.kv_attention import MOST_QUERIES, supports_layer
+from laconic.model.kv_unread import History, Unread
 from laconic.model.places import Places
 from laconic.solvers.rotate import hadamard
 
@@ -26,7 +30,7 @@ Calibrated = Sequence[Mapping[str, Static]]
 
 class KvCache(Cache):
     """The cache of one sequence or batch. places: where the tokens of its rows are; windows: of each layer, how many
-    tokens it attends to (None: all)."""
+    tokens it attends to (None: all). unread: whether the model's attention reads packed tokens as they are."""
 
     def __init__(
         self,
@@ -35,11 +39,12 @@ class KvCache(Cache):
         places: Places,
         calibrated: Calibrated | None = None,
         windows: Sequence[int | None] | None = None,
+        unread: bool = False,
     ) -> None:
         fixed = calibrated or [{} for _ in scheme.layers]
         windows = windows or [None] * len(scheme.layers)
         self.packed = [
-            PackedLayer(scheme, i, places, static, window)
+            PackedLayer(scheme, i, places, static, window, unread=unread)
             for i, (static, window) in enumerate(zip(fixed, windows, strict=True))
         ]
         super().__init__(layers=list(self.packed))
@@ -88,8 +93,18 @@ class PackedLayer(CacheLayerMixin):
     keys: Any
     values: Any
 
-    def __init__(self, scheme: KvScheme, number: int, places: Places, static: Mapping[str, Static], window: int | None):
+    def __init__(
+        self,
+        scheme: KvScheme,
+        number: int,
+        places: Places,
+        static: Mapping[str, Static],
+        window: int | None,
+        *,
+        unread: bool = False,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.unread = unread
         self.scheme, self.number, self.places, self.static, self.window = scheme, number, places, static, window
         self.groups: Sequence[HeadGroup] = scheme.layers[number]
         self.unit = tokens_at_once(self.groups)
@@ -113,6 +128,8 @@ class PackedLayer(CacheLayerMixin):
         for group in self.groups:
             group.keys.check(self.channels)
             group.values.check(value_states.shape[-1])
+        same = value_states.shape[-1] == self.channels
+        self.unread = self.unread and same and supports_layer(self.scheme, self.groups, self.channels)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -124,12 +141,40 @@ class PackedLayer(CacheLayerMixin):
         self.values = torch.cat([self.values, value_states], 2)
         self._keep_sinks(key_states, value_states)
         self.length += new
-        keys, values = self._whole()
-        if self.window is not None:
-            seen = self.window - 1 + new
-            keys, values = keys[:, :, -seen:], values[:, :, -seen:]
+        if self.unread and self.encoded and new <= MOST_QUERIES and not key_states.requires_grad:
+            # A copy of this moment: what is encoded or forgotten from here on is put in new tensors.
+            history = History(now := copy.copy(self), new, partial(now._seen_by, new))
+            tokens = self.length_kept if self.window is None else min(self.length_kept, self.window - 1 + new)
+            seen: tuple[Tensor, Tensor] = (
+                Unread(history, 0, tokens, key_states),
+                Unread(history, 1, tokens, value_states),
+            )
+        else:
+            seen = self._seen_by(new)
         self._settle()
-        return keys, values
+        return seen
+
+    def _seen_by(self, new: int) -> tuple[Tensor, Tensor]:
+        """All that the new tokens, so many, may look at."""
+        keys, values = self._whole()
+        if self.window is None:
+            return keys, values
+        seen = self.window - 1 + new
+        return keys[:, :, -seen:], values[:, :, -seen:]
+
+    @property
+    def angles(self) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of what is encoded, (rows or 1, tokens, half of the channels that turn), float16; None
+        where keys have their rotary embedding on."""
+        return self.places.angles(self.begin, self.encoded, self.device, self.number) if self.scheme.pre_rope else None
+
+    def first_seen(self, rows: int) -> Tensor | None:
+        """(rows,): the first slot that the newest token of each row sees, counted from the first encoded one; None
+        where all see all."""
+        left = 0 if self.window is None else self.length - self.window
+        if self.places.padding is None and left <= self.begin:
+            return None
+        return (self.places.starts(rows, self.device).clamp(min=left) - self.begin).clamp(min=0)
 
     def _settle(self) -> None:
         """Encode what has left the window, in whole units; forget what no later token can see."""

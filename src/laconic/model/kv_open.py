@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laconic.formats.kv_scheme import KvScheme
+from laconic.model.kv_attend import reads_packed
 from laconic.model.kv_cache import Calibrated, KvCache
 from laconic.model.places import places_of
 
@@ -67,7 +68,8 @@ def make_cache(model: PreTrainedModel, scheme: KvScheme, calibrated: Calibrated 
         raise ValueError("this cache was calibrated on another model; calibrate it on this one, by 'laconic compress'")
     _listen(model)
     places = places_of(model, rotary=scheme.pre_rope)
-    return KvCache(scheme, places=places, calibrated=calibrated, windows=shape.windows)
+    unread = reads_packed(model)
+    return KvCache(scheme, places=places, calibrated=calibrated, windows=shape.windows, unread=unread)
 
 
 def use_by_default(model: PreTrainedModel, scheme: KvScheme, calibrated: Calibrated | None) -> None:

@@ -18,12 +18,16 @@ from transformers import PreTrainedModel
 
 class Places:
     """rotary: the model's rotary embedding, `rotary(x, position_ids) -> cos, sin`. layer_types: of each layer, where
-    the model has a rotary embedding for each."""
+    the model has a rotary embedding for each.
+
+    padding: how many slots lead each row that are none of its tokens, (rows,); None where none do. only_padding:
+    whether the pass that has begun hides these and nothing else."""
 
     def __init__(self, rotary: nn.Module | None = None, layer_types: Sequence[str] | None = None) -> None:
         self.rotary, self.layer_types = rotary, layer_types
         self.positions: Tensor | None = None
         self.padding: Tensor | None = None
+        self.only_padding = False
         self._known: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -36,8 +40,13 @@ class Places:
         + tokens), zero for padding."""
         self._known.clear()
         # While only padding was seen, more of it may follow.
-        if mask is not None and mask.dim() == 2 and not mask.all():
-            self.padding = (mask == 0).long().cumprod(-1).sum(-1)
+        plain = mask is None or mask.dim() == 2
+        if mask is not None and plain and not mask.all():
+            hidden = (mask == 0).long()
+            self.padding = hidden.cumprod(-1).sum(-1)
+            self.only_padding = bool((hidden.sum(-1) == self.padding).all())
+        else:
+            self.only_padding = plain and self.padding is None
         if self.rotary is None:
             return
         if positions is None:
@@ -84,6 +93,16 @@ class Places:
     def unrotate(self, keys: Tensor, start: int, layer: int) -> Tensor:
         """The inverse of `rotate`, whatever factor the embedding scales by."""
         return turn_back(keys, *self._angles(keys, start, layer))
+
+    def angles(self, start: int, tokens: int, device: torch.device, layer: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of so many slots from `start` on, of the first half of the channels that turn, whose
+        second half has the same: (rows or 1, tokens, channels / 2), float16."""
+        name = ("half", self.layer_types[layer] if self.layer_types else None, start, tokens)
+        if name not in self._known:
+            cos, sin = self._angles(torch.empty(1, 1, tokens, 0, device=device), start, layer)
+            n = cos.shape[-1] // 2
+            self._known[name] = (cos[:, 0, :, :n].half().contiguous(), sin[:, 0, :, :n].half().contiguous())
+        return self._known[name]
 
     def _angles(self, keys: Tensor, start: int, layer: int) -> tuple[Tensor, Tensor]:
         assert self.rotary is not None

@@ -1,0 +1,124 @@
+"""Tokens a second that a Llama decodes on a GPU with its cache in few bits: read as it is packed, and decoded first.
+
+    python benchmarks/kv_generate.py [--lengths 8192,32768] [--batch 1,8] [--layers 8] [--kv YAML ...]
+
+A random Llama of the width of Llama-3-8B (hidden 4096, 32 query heads, 8 key-value heads, 128 channels) with few of its
+layers, in bfloat16. Caches are filled with noise; what a token costs does not depend on what it says. Prints Markdown:
+*kernel* reads packed tokens as they are, *decoded* is the same cache through `sdpa`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from transformers import Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from laconic.evaluate.cache_cost import filled, stored_bytes
+from laconic.evaluate.caches import caches_for, read_stage, title
+from laconic.evaluate.through_cache import PLAIN, step
+from laconic.model.kv_cache import KvCache
+from laconic.model.kv_open import kv_shape
+
+KIVI = ("{method: kivi, k_bits: 4, v_bits: 4}", "{method: kivi, k_bits: 2, v_bits: 2}")
+
+
+def main() -> int:
+    """Measure every cache at every length. Returns: 2 without a GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kv", action="append", metavar="YAML", help="a cache; KIVI at 4 and 2 bits by default")
+    parser.add_argument("--lengths", default="8192,32768")
+    parser.add_argument("--batch", default="1,8")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=64)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("there is no GPU here: nothing to time")
+        return 2
+    model = a_llama(args.layers)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.layers} layers\n")
+    print("| tokens | batch | cache | MB | ms a token | tokens/s | of 16 bit |")
+    print("|---:|---:|---|---:|---:|---:|---:|", flush=True)
+    for length in map(int, args.lengths.split(",")):
+        for batch in map(int, args.batch.split(",")):
+            plain = None
+            for name, new_cache in ways(model, args.kv or KIVI):
+                try:
+                    ms, nbytes = timed(model, new_cache, batch, length, args.steps)
+                except torch.cuda.OutOfMemoryError:
+                    print(f"| {length} | {batch} | {name} | | | out of memory | |", flush=True)
+                    continue
+                finally:
+                    torch.cuda.empty_cache()
+                plain = ms if name == PLAIN else plain
+                share = "" if plain is None else f"{plain / ms:.2f}"
+                print(
+                    f"| {length} | {batch} | {name} | {nbytes / 1e6:.0f} | {ms:.2f} | {1000 * batch / ms:.0f} "
+                    f"| {share} |",
+                    flush=True,
+                )
+    return 0
+
+
+def a_llama(layers: int) -> PreTrainedModel:
+    """Of random weights, on the GPU."""
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        max_position_embeddings=1 << 18,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model: PreTrainedModel = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    return model
+
+
+def ways(model: PreTrainedModel, asked: tuple[str, ...] | list[str]) -> Iterator[tuple[str, Callable[[], Cache]]]:
+    """By name, what makes a new cache: 16 bit, and each one asked for, read by the kernel and decoded."""
+    named = {text: title(read_stage(text)) for text in asked}
+    made = caches_for(model, asked)
+    yield PLAIN, made[PLAIN]
+    for name in named.values():
+        yield f"{name}, kernel", made[name]
+        yield f"{name}, decoded", partial(decoded, made[name])
+
+
+def decoded(new_cache: Callable[[], Cache]) -> Cache:
+    """A cache that is decoded for every token."""
+    cache = new_cache()
+    assert isinstance(cache, KvCache)
+    for layer in cache.packed:
+        layer.unread = False
+    return cache
+
+
+@torch.no_grad()
+def timed(
+    model: PreTrainedModel, new_cache: Callable[[], Cache], batch: int, length: int, steps: int
+) -> tuple[float, int]:
+    """Milliseconds of a step, the mean; bytes of the cache. All is done twice and the first time not counted, since
+    cuDNN makes a plan, in ten milliseconds, for every length that it meets for the first time."""
+    ids = torch.zeros(batch, 1, dtype=torch.long)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(2):
+        cache = filled(new_cache(), kv_shape(model.config), batch, length, model.dtype, model.device)
+        nbytes = stored_bytes(cache)
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(steps):
+            step(model, ids, cache, last=True)
+        end.record()
+        torch.cuda.synchronize()
+        del cache
+    return start.elapsed_time(end) / steps, nbytes
+
+
+if __name__ == "__main__":
+    sys.exit(main())
