@@ -56,6 +56,9 @@ def main() -> None:
     parser.add_argument("--iters", type=int, default=200, help="steps of autoround")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    # Absolute, since peers run in the folder of the race: GPTQModel leaves its logs where it runs.
+    args.environments, args.work = args.environments.absolute(), args.work.absolute()
+    args.text, args.model = str(Path(args.text).absolute()), args.model and args.model.absolute()
     args.work.mkdir(parents=True, exist_ok=True)
     model = args.model or wide_model(args.work / "wide")
     name = model.name
@@ -134,7 +137,9 @@ def race(args: argparse.Namespace, model: Path, tokens: Path, case: str, contest
     # GPTQModel asks for two workers of a pool that it makes with one on a machine of two cores.
     environment |= {"GPTQMODEL_CPU_WORKERS": str(max(2, args.threads))}
     begun = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=args.work
+    ) as run:
         assert run.stdout
         said = run.stdout.read()
         _, status, usage = os.wait4(run.pid, 0)
