@@ -220,9 +220,24 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")] = Path(
         "laconic-report.html"
     ),
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Sparsity and size against quality and speed, of one model's artifacts.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """One self-contained HTML page, and a table, from artifacts and their results."""
+    if pareto:
+        from laconic.report.pareto import gather_points
+        from laconic.report.pareto_page import pareto_table, write_pareto
+
+        points, how = gather_points(artifacts)
+        files = write_pareto(points, how, output)
+        if json_:
+            print_json({"files": [str(f.resolve()) for f in files], "points": [asdict(p) for p in points], **how})
+            return
+        out.print(pareto_table(points, how))
+        out.print(f"page: {output.resolve()}", soft_wrap=True)
+        return
     from laconic.report.long_table import long_tables
     from laconic.report.page import gather, write_page
     from laconic.report.table import results_table

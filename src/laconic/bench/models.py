@@ -55,17 +55,21 @@ def with_zeros(model: PreTrainedModel, put: Callable[[Tensor], Tensor]) -> PreTr
 
 
 @torch.no_grad()
-def with_sparse_kernels(model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, int]]:
+def with_sparse_kernels(
+    model: PreTrainedModel, put: Callable[[Tensor], Tensor] | None = None
+) -> tuple[PreTrainedModel, dict[str, int]]:
     """A copy whose linears are multiplied by a sparse kernel wherever their zeros and the device have one, and how many
-    are, by pattern: 2:4 on an NVIDIA GPU by cuSPARSELt, blocks by ours."""
+    are, by pattern: 2:4 on an NVIDIA GPU by cuSPARSELt, blocks by ours. put: sets zeros first, in the blocks' linears.
+    """
     found: dict[str, int] = {}
     used: dict[str, Held] = {}
-    embeddings = model.get_input_embeddings().weight
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     for name, linear in linears_of(model).items():
-        if linear.weight is embeddings:
+        if linear.weight is embeddings.weight:
             continue
-        zeros = zeros_of(linear.weight)
-        if (held := _sparse(linear.weight, zeros)) is not None:
+        W = linear.weight.data if put is None or linear is head else put(linear.weight.data)
+        zeros = zeros_of(W)
+        if (held := _sparse(W, zeros)) is not None:
             used[name] = held
             found[zeros.pattern] = found.get(zeros.pattern, 0) + 1
     if not used:
@@ -97,9 +101,9 @@ class SparseLinear(nn.Module):
 def _sparse(W: Tensor, zeros: Zeros) -> Held | None:
     try:
         if zeros.pattern == "2:4" and W.is_cuda and W.element_size() == 2:
-            return cusparselt_held(W.data)
+            return cusparselt_held(W)
         if zeros.block is not None:
-            return blocked(W.data, zeros.block)
+            return blocked(W, zeros.block)
     except (RuntimeError, ValueError):
         pass
     return None

@@ -164,15 +164,18 @@ def _variants(
         built[f"structured {s:.0%}"] = thin, count(thin)
         zeros = with_zeros(original, partial(to_unstructured, sparsity=s))
         built[f"unstructured {s:.0%}"] = zeros, count(zeros)
-        blocks = with_zeros(original, partial(to_zero_blocks, size=block, sparsity=s))
-        _with_kernels(built, f"block {block} {s:.0%}", blocks)
-    _with_kernels(built, "2:4", with_zeros(original, to_2_of_4))
+        _with_kernels(built, f"block {block} {s:.0%}", original, partial(to_zero_blocks, size=block, sparsity=s))
+    _with_kernels(built, "2:4", original, to_2_of_4)
     return built
 
 
-def _with_kernels(built: Built, name: str, model: PreTrainedModel) -> None:
-    """By sparse kernels, or else by dense ones."""
-    fast, used = with_sparse_kernels(model)
+def _with_kernels(
+    built: Built, name: str, original: PreTrainedModel, put: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """A copy with zeros, by sparse kernels, or else by dense ones."""
+    fast, used = with_sparse_kernels(original, put)
+    if not used:
+        fast = with_zeros(original, put)
     built[f"{name}, {SPARSE}" if used else name] = fast, count(fast, used)
 
 

@@ -19,7 +19,7 @@ def linear_verdicts(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield f"{form}: not here ({ours[0].get('unavailable', 'no dense product to compare with')})"
             continue
         by_batch = {b: mean([r["speedup"] for r in measured if r["batch"] == b]) for b in _batches(measured)}
-        said = ", ".join(f"{x:.2f}x at {b}" for b, x in by_batch.items())
+        said = _listed(by_batch)
         if measured[0]["kind"] == "unstructured" and "dense" in measured[0]["kernel"]:
             yield f"{form}: {said} tokens; no engine here uses such zeros, a dense product multiplies them too"
         elif max(by_batch.values()) < NOTICED:
@@ -27,6 +27,11 @@ def linear_verdicts(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         else:
             slower = [str(b) for b, x in by_batch.items() if x < 1 / NOTICED]
             yield f"{form}: {said} tokens" + (f"; slower than dense at {', '.join(slower)}" if slower else "")
+    # The first dense form is that of the dtype asked for.
+    first, *narrow = dict.fromkeys(r["dtype"] for r in rows if r["kind"] == "dense") or [""]
+    for dtype in narrow:
+        for form in dict.fromkeys(r["form"] for r in rows if r["dtype"] == dtype and "speedup_over_16_bit" in r):
+            yield f"{form}, over dense {first}: {_listed(_over_16_bit(rows, form))} tokens"
 
 
 def model_verdicts(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -40,6 +45,15 @@ def model_verdicts(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         elif max(prefill, decode) < NOTICED:
             said += ": no speed-up"
         yield said
+
+
+def _over_16_bit(rows: Sequence[Mapping[str, Any]], form: str) -> dict[int, float]:
+    ours = [r for r in rows if r["form"] == form and "speedup_over_16_bit" in r]
+    return {b: mean([r["speedup_over_16_bit"] for r in ours if r["batch"] == b]) for b in _batches(ours)}
+
+
+def _listed(by_batch: Mapping[int, float]) -> str:
+    return ", ".join(f"{x:.2f}x at {b}" for b, x in by_batch.items())
 
 
 def mean(values: Sequence[float]) -> float:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 # From the largest: larger blocks are multiplied faster.
 BLOCKS = (128, 64, 32, 16)
-# As zero blocks a kernel passes over; fewer are chance.
-_WORTH = 0.05
+# Fewer zeros than this share are chance.
+_CHANCE = 0.05
+# Of the zero blocks of the best size, so many are as good if blocks are larger.
+_AS_GOOD = 0.9
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,13 @@ class Zeros:
 def zeros_of(W: Tensor) -> Zeros:
     """The most regular pattern that the zeros of W (out, in) have."""
     share = float((W == 0).float().mean())
-    for size in BLOCKS:
-        if W.shape[0] % size == 0 and W.shape[1] % size == 0:
-            empty = float((_blocks(W, size) == 0).flatten(2).all(-1).float().mean())
-            if empty > _WORTH:
-                return Zeros(share, f"block {size}", size, empty)
-    if is_2_of_4(W) and share > _WORTH:
+    empty = {n: _empty(W, n) for n in BLOCKS if W.shape[0] % n == 0 and W.shape[1] % n == 0}
+    if empty and (most := max(empty.values())) > _CHANCE:
+        size = next(n for n, share_of_n in empty.items() if share_of_n >= _AS_GOOD * most)
+        return Zeros(share, f"block {size}", size, empty[size])
+    if is_2_of_4(W) and share > _CHANCE:
         return Zeros(share, "2:4")
-    return Zeros(share, "unstructured" if share > _WORTH else "none")
+    return Zeros(share, "unstructured" if share > _CHANCE else "none")
 
 
 def is_2_of_4(W: Tensor) -> bool:
@@ -68,6 +69,11 @@ def to_zero_blocks(W: Tensor, size: int, sparsity: float) -> Tensor:
     smallest = norms.flatten().topk(round(sparsity * norms.numel()), largest=False).indices
     kept = torch.ones_like(norms).flatten().index_fill(0, smallest, 0).view_as(norms)
     return (grid * kept[..., None, None].to(W.dtype)).transpose(1, 2).reshape(W.shape)
+
+
+def _empty(W: Tensor, size: int) -> float:
+    """The share of blocks that are all zero."""
+    return float((_blocks(W, size) == 0).flatten(2).all(-1).float().mean())
 
 
 def _blocks(W: Tensor, size: int) -> Tensor:

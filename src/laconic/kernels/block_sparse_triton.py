@@ -15,6 +15,8 @@ except ImportError as e:
 
 # The least that a side of a tensor core's product has.
 _SIDE = 16
+# Of a multiprocessor's shared memory, what tiles may take that are on their way.
+_SHARED = 200_000
 
 
 def block_sparse_linear_triton(x: Tensor, W: Blocks, *, tokens: int | None = None, parts: int | None = None) -> Tensor:
@@ -27,7 +29,8 @@ def block_sparse_linear_triton(x: Tensor, W: Blocks, *, tokens: int | None = Non
     _, columns, rows = W.values.shape
     x = x.contiguous()
     tokens = tokens or min(128, max(_SIDE, triton.next_power_of_2(n)))
-    grid = W.shape[0] // rows, triton.cdiv(n, tokens)
+    # Programs that run at once share a block row; all tokens together stay in the L2 cache more easily than the weight.
+    grid = triton.cdiv(n, tokens), W.shape[0] // rows
     parts = parts or _parts(grid[0] * grid[1], W.shape[1] // columns)
     y = torch.empty(parts, n, W.shape[0], dtype=x.dtype if parts == 1 else torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -35,7 +38,8 @@ def block_sparse_linear_triton(x: Tensor, W: Blocks, *, tokens: int | None = Non
             x, W.values, W.column, W.start, y,
             n, W.shape[1], W.shape[0],
             ROWS=rows, COLUMNS=columns, TOKENS=tokens, PARTS=parts,
-            num_warps=8 if tokens * rows > 64 * 64 else 4, num_stages=4,
+            num_warps=8 if tokens * rows > 64 * 64 else 4,
+            num_stages=max(1, min(4, _SHARED // ((tokens + rows) * columns * x.element_size()))),
         )  # fmt: skip
     return y[0] if parts == 1 else y.sum(0).to(x.dtype)
 
@@ -54,12 +58,12 @@ def _block_row(  # type: ignore[no-untyped-def]
     n, width, out,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    row, part = tl.program_id(0), tl.program_id(2)
+    row, part = tl.program_id(1), tl.program_id(2)
     first, last = tl.load(start + row), tl.load(start + row + 1)
     share = tl.cdiv(last - first, PARTS)
     begin = first + part * share
     end = tl.minimum(begin + share, last)
-    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     x_at = X + t[:, None].to(tl.int64) * width + c[None, :]
     w_at = values + begin.to(tl.int64) * ROWS * COLUMNS + c[:, None] * ROWS + r[None, :]
