@@ -274,6 +274,9 @@ def bench_sparsity(
     ] = None,
     sparsity: Annotated[str, typer.Option(metavar="S,...", help="Shares that are pruned away here.")] = "0.5",
     block: Annotated[int, typer.Option(help="Side of zero blocks.")] = 64,
+    kinds: Annotated[
+        str, typer.Option(metavar="KIND,...", help="Of sparsity; all by default.")
+    ] = "structured,unstructured,block,2:4",
     batch: Annotated[str, typer.Option(metavar="N,...", help="Tokens a linear multiplies at once.")] = (
         "1,16,64,256,1024,4096"
     ),
@@ -304,6 +307,7 @@ def bench_sparsity(
         "scaled_to": scaled,
         "sparsities": _numbers("--sparsity", sparsity, float),
         "block": block,
+        "kinds": kinds.split(","),
         "batches": _numbers("--batch", batch),
         "prompt": prompt,
         "sequences": sequences,

@@ -142,7 +142,7 @@ def test_a_scaled_model_keeps_its_proportions_and_a_narrower_one_loses_its_share
 def test_sparse_kernels_compute_what_dense_ones_do() -> None:
     model = with_zeros(random_model(tiny_config(), CPU, torch.float32), lambda W: to_zero_blocks(W, 16, 0.5))
     fast, used = with_sparse_kernels(model)
-    assert used == {"block 16": 14}
+    assert sum(used.values()) == 14, "all linears of the blocks"
     ids = torch.arange(12).view(2, 6)
     torch.testing.assert_close(logits(fast, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
     dense, sparse = count(model), count(fast, used)
@@ -194,7 +194,15 @@ def test_fewer_heads_and_channels_decode_faster() -> None:
     """A fifth of a model whose linears dominate: the aim is 1.15x, here with room for a busy machine."""
     demo = Path(__file__).parents[2] / "models" / "demo"
     result = bench_sparsity(
-        [str(demo)], scaled_to=1280, sparsities=(0.2,), block=64, prompt=128, parts=["models"], rounds=10, device="cpu"
+        [str(demo)],
+        scaled_to=1280,
+        sparsities=(0.2,),
+        block=64,
+        prompt=128,
+        kinds=["structured"],
+        parts=["models"],
+        rounds=10,
+        device="cpu",
     )
     (thin,) = [r for r in result["models"] if r["name"] == "structured 20%"]
     assert thin["prefill"]["speedup"] > 1.05
@@ -228,20 +236,30 @@ def test_the_command_in_json(laconic: Laconic, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--shapes", "12by3"], "--shapes 12by3 is no shape; write outputs x inputs, as in --shapes 4096x14336,4096x4096"),
+        (
+            ["--shapes", "12by3"],
+            "--shapes 12by3 is no shape; write outputs x inputs, as in --shapes 4096x14336,4096x4096",
+        ),
         (["--sparsity", "1"], "--sparsity 1.0 is not between 0 and 1; give the share that is gone, as in 0.5"),
         (["--sparsity", "half"], "--sparsity half is no list of numbers; write it as in --sparsity 0.5,0.8"),
         (["--batch", "0"], "--batch 0 is less than 1"),
         (["--block", "48"], "--block 48 is no power of two from 16 on; take 32, 64 or 128"),
+        (["--kinds", "1:2"], "--kinds 1:2 is not one of structured, unstructured, block, 2:4"),
         (["--measure", "energy"], "--measure energy is not one of linears, models"),
         (["--measure", "models"], "name models to measure: folders, or one of llama-3-8b, llama-3.2-1b"),
         (["--dtype", "int8"], "--dtype int8 is not one of float32, bfloat16, float16"),
-        (["gone", "--shapes", "4x4"], "no model folder 'gone'; give a folder with config.json, or a Hub name like owner/model"),
+        (
+            ["gone", "--shapes", "4x4"],
+            "no model folder 'gone'; give a folder with config.json, or a Hub name like owner/model",
+        ),
         (
             ["llama-3-8b", "--baseline", "x"],
             "a preset, or a model with --scaled, has random weights and stands alone; name nothing beside it",
         ),
-        (["-o", "bench.txt"], "--output bench.txt is neither Markdown nor JSON; give it a name that ends in .md or .json"),
+        (
+            ["-o", "bench.txt"],
+            "--output bench.txt is neither Markdown nor JSON; give it a name that ends in .md or .json",
+        ),
     ],
     ids=lambda v: str(v)[:30],
 )
@@ -254,5 +272,3 @@ def test_mistakes_about_a_model(laconic: Laconic, llama: Path) -> None:
     assert wide.complaint == "--scaled 100 is no multiple of 32, a group of heads of this model"
     long = laconic("bench", "sparsity", llama, "--prompt", 256, "--measure", "models")
     assert long.complaint == "--prompt 256 leaves no room in the context of 256 of llama; lower it"
-
-

@@ -33,9 +33,7 @@ def tokens(n: int, width: int, seed: int = 1) -> Tensor:
 @given(
     st.integers(1, 5), st.integers(1, 5), st.sampled_from([(1, 1), (2, 4), (16, 8)]), st.floats(0, 1), st.integers(1, 9)
 )
-def test_the_product_is_the_dense_one(
-    rows: int, columns: int, block: tuple[int, int], density: float, n: int
-) -> None:
+def test_the_product_is_the_dense_one(rows: int, columns: int, block: tuple[int, int], density: float, n: int) -> None:
     W = weight(rows, columns, block, density)
     held, x = to_blocks(W, block), tokens(n, W.shape[1])
     assert torch.equal(held.dense(), W)

@@ -64,10 +64,16 @@ def artifact(
 _few = st.sampled_from([0.0, 1.0, 2.0, 3.0])
 
 
-@given(st.lists(st.tuples(_few, _few, _few), max_size=12) | st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9)), max_size=9))
+@given(
+    st.lists(st.tuples(_few, _few, _few), max_size=12)
+    | st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9)), max_size=9)
+)
 def test_domination_is_its_definition(costs: list[tuple[float, ...]]) -> None:
     expected = [
-        any(all(a <= b for a, b in zip(o, c, strict=True)) and any(a < b for a, b in zip(o, c, strict=True)) for o in costs)
+        any(
+            all(a <= b for a, b in zip(o, c, strict=True)) and any(a < b for a, b in zip(o, c, strict=True))
+            for o in costs
+        )
         for c in costs
     ]
     assert dominated(costs) == expected

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from laconic.bench.zeros import to_2_of_4, to_unstructured, to_zero_blocks
 from laconic.kernels.block_sparse import block_sparse_linear, to_blocks
 
 DENSE = "dense"
+DENSE_KERNEL = "torch, dense"
+KINDS = ("structured", "unstructured", "block", "2:4")
 # Int8 and fp8 products of torch's ask for more than 16 rows.
 _ROWS = 32
 
@@ -55,13 +57,17 @@ class Form:
 
 
 def forms_for(
-    device: torch.device, dtype: torch.dtype, sparsities: tuple[float, ...], block: int
-) -> Iterator[Form]:
-    """All forms that a device may have, the dense one of each dtype first. dtype: a float type."""
+    device: torch.device, dtype: torch.dtype, sparsities: Sequence[float], block: int, kinds: Sequence[str] = KINDS
+) -> list[Form]:
+    """All forms of some kinds that a device may have, the dense one of each dtype first. dtype: a float type."""
+    return [f for f in _forms(device, dtype, sparsities, block) if f.baseline or f.kind.partition(" ")[0] in kinds]
+
+
+def _forms(device: torch.device, dtype: torch.dtype, sparsities: Sequence[float], block: int) -> Iterator[Form]:
     yield Form(DENSE, "torch", dtype, 0.0, _dense)
     for s in sparsities:
         yield Form("structured", "torch, fewer outputs", dtype, s, lambda W, s=s: _dense(fewer_outputs(W, s)))
-        yield Form("unstructured", "torch, dense", dtype, s, lambda W, s=s: _dense(to_unstructured(W, s)))
+        yield Form("unstructured", DENSE_KERNEL, dtype, s, lambda W, s=s: _dense(to_unstructured(W, s)))
         if device.type == "cpu":
             yield Form("unstructured", "torch CSR", dtype, s, lambda W, s=s: _csr(to_unstructured(W, s)))
         yield Form(f"block {block}", "torch BSR", dtype, s, lambda W, s=s: _bsr(to_zero_blocks(W, block, s), block))
@@ -77,9 +83,7 @@ def forms_for(
     if cuda_capability(device) >= (8, 9):
         fp8 = torch.float8_e4m3fn
         yield Form(DENSE, "torch", fp8, 0.0, lambda W: _fp8(W.to(fp8)), lambda x: x.to(fp8))
-        yield Form(
-            "2:4", "cuSPARSELt", fp8, 0.5, lambda W: cusparselt_held(to_2_of_4(W).to(fp8)), lambda x: x.to(fp8)
-        )
+        yield Form("2:4", "cuSPARSELt", fp8, 0.5, lambda W: cusparselt_held(to_2_of_4(W).to(fp8)), lambda x: x.to(fp8))
 
 
 def fewer_outputs(W: Tensor, sparsity: float) -> Tensor:
@@ -136,4 +140,3 @@ def _fp8(W: Tensor) -> Held:
         return torch._scaled_mm(pad_rows(x, _ROWS), W.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)[: len(x)]
 
     return Held(call, W.nbytes, W)
-

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laconic.bench.forms import Form, Held, forms_for
+from laconic.bench.forms import DENSE_KERNEL, Form, Held, forms_for
 from laconic.bench.shapes import Shape
 from laconic.bench.timing import Call, take_turns
 
@@ -24,8 +24,9 @@ def bench_linears(
     device: torch.device,
     *,
     dtype: torch.dtype,
-    sparsities: tuple[float, ...],
+    sparsities: Sequence[float],
     block: int,
+    kinds: Sequence[str],
     rounds: int,
     seconds: float,
     report: Callable[[str], None] = lambda _: None,
@@ -41,7 +42,7 @@ def bench_linears(
     rows = []
     for shape, name in shapes.items():
         report(f"{name} {shape[0]} x {shape[1]}")
-        held, missing = _hold(shape, device, dtype, sparsities, block)
+        held, missing = _hold(shape, device, dtype, forms_for(device, dtype, sparsities, block, kinds))
         for batch in batches:
             report(f"{name} {shape[0]} x {shape[1]}, {batch} tokens")
             rows += _at(batch, shape, name, held, missing, device, dtype, rounds, seconds)
@@ -52,14 +53,14 @@ def bench_linears(
 
 
 def _hold(
-    shape: Shape, device: torch.device, dtype: torch.dtype, sparsities: tuple[float, ...], block: int
+    shape: Shape, device: torch.device, dtype: torch.dtype, forms: Sequence[Form]
 ) -> tuple[dict[Form, list[Held]], dict[Form, str]]:
     """Every form with its copies, and those that there are none of here, with the reason."""
     held: dict[Form, list[Held]] = {}
     missing: dict[Form, str] = {}
     noise = torch.Generator(device).manual_seed(0)
     W = torch.randn(shape, generator=noise, device=device).to(dtype)
-    for form in forms_for(device, dtype, sparsities, block):
+    for form in forms:
         try:
             first = form.hold(W)
             copies = _over_cache(first.nbytes, device)
@@ -109,13 +110,14 @@ def _at(
             rows.append(row | {"unavailable": missing[form]})
             continue
         spent, first = times[form.name], held[form][0]
-        needed = 2 * batch * int((first.weight != 0).sum()) if form.kind != "unstructured" else 2 * batch * math.prod(shape)
+        # A dense kernel multiplies zeros too.
+        multiplied = first.weight.numel() if form.kernel == DENSE_KERNEL else int((first.weight != 0).sum())
         rows.append(
             row
             | spent.told()
             | {
                 "weight_bytes": first.nbytes,
-                "flops": needed,
+                "flops": 2 * batch * multiplied,
                 "speedup": baselines[form.dtype] / spent.median if form.dtype in baselines else None,
                 "speedup_over_16_bit": baselines[dtype] / spent.median,
             }

@@ -74,7 +74,9 @@ def read_shapes(text: str) -> dict[Shape, str]:
     for part in text.split(","):
         numbers = part.strip().split("x")
         if len(numbers) != 2 or not all(n.isdigit() and int(n) for n in numbers):
-            raise ValueError(f"--shapes {part} is no shape; write outputs x inputs, as in --shapes 4096x14336,4096x4096")
+            raise ValueError(
+                f"--shapes {part} is no shape; write outputs x inputs, as in --shapes 4096x14336,4096x4096"
+            )
         found[int(numbers[0]), int(numbers[1])] = part.strip()
     return found
 
@@ -121,7 +123,9 @@ def narrower(config: PretrainedConfig, sparsity: float) -> PretrainedConfig:
 def _heads(config: PretrainedConfig) -> tuple[int, int]:
     heads = getattr(config, "num_attention_heads", None)
     if heads is None or not hasattr(config, "intermediate_size"):
-        raise ValueError(f"models of type '{config.model_type}' cannot be scaled or cut by their config; take a Llama's")
+        raise ValueError(
+            f"models of type '{config.model_type}' cannot be scaled or cut by their config; take a Llama's"
+        )
     return heads, getattr(config, "num_key_value_heads", None) or heads
 
 

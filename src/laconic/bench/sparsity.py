@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from laconic.bench.forms import KINDS
 from laconic.bench.linears import bench_linears
 from laconic.bench.models import (
     Counted,
@@ -48,6 +49,7 @@ def bench_sparsity(
     scaled_to: int | None = None,
     sparsities: Sequence[float] = (0.5,),
     block: int = 64,
+    kinds: Sequence[str] = KINDS,
     batches: Sequence[int] = BATCHES,
     prompt: int = 512,
     sequences: int = 1,
@@ -64,14 +66,14 @@ def bench_sparsity(
     architecture is scaled to that hidden size: those have random weights, and are set beside copies of themselves with
     zeros, and with fewer channels and heads. baseline: what folders are compared with, the first of them if not given.
     shapes: of linears, a preset or `4096x14336,...`; those of the first model if not given. sparsities, block: of what is
-    pruned here. batches: tokens that a linear multiplies at once. prompt, sequences: of whole models. parts: of PARTS;
+    pruned here. kinds: of sparsity (`forms.KINDS`), for linears and for what is pruned here. batches: tokens that a linear multiplies at once. prompt, sequences: of whole models. parts: of PARTS;
     whole models are left out where none was named. rounds, seconds: of each measurement, whichever is reached first.
 
     Returns what is written to `results/` of each artifact, with its own rows alone. Raises: ValueError for what the
     caller can mend.
     """
     chosen = tuple(parts) if parts is not None else (PARTS if models else ("linears",))
-    _check(chosen, models, sparsities, batches, block, prompt, sequences, scaled_to, baseline)
+    _check(chosen, models, sparsities, kinds, batches, block, prompt, sequences, scaled_to, baseline)
     begun = time.monotonic()
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     precision = getattr(torch, dtype) if dtype else (torch.bfloat16 if place.type == "cuda" else torch.float32)
@@ -87,8 +89,9 @@ def bench_sparsity(
             sorted(set(batches)),
             place,
             dtype=precision,
-            sparsities=tuple(sparsities),
+            sparsities=sparsities,
             block=block,
+            kinds=kinds,
             rounds=rounds,
             seconds=seconds,
             report=report,
@@ -96,7 +99,7 @@ def bench_sparsity(
     if "models" in chosen:
         if made_up:
             assert config is not None
-            built = _variants(config, place, precision, sparsities, block, scaled_to)
+            built = _variants(config, place, precision, sparsities, block, kinds, scaled_to)
         else:
             built = _opened(asked, place, getattr(torch, dtype) if dtype else None)
         rows = bench_models(
@@ -116,6 +119,7 @@ def bench_sparsity(
         "random_weights": made_up,
         "sparsities": list(sparsities),
         "block": block,
+        "kinds": list(kinds),
         "batches": sorted(set(batches)),
         "prompt": prompt,
         "sequences": sequences,
@@ -154,18 +158,23 @@ def _variants(
     dtype: torch.dtype,
     sparsities: Sequence[float],
     block: int,
+    kinds: Sequence[str],
     hidden: int | None,
 ) -> Built:
     """A random model, and what pruning would make of it."""
     original = random_model(config, place, dtype)
     built: Built = {"original" if hidden is None else f"original, hidden {hidden}": (original, count(original))}
     for s in sparsities:
-        thin = random_model(narrower(config, s), place, dtype)
-        built[f"structured {s:.0%}"] = thin, count(thin)
-        zeros = with_zeros(original, partial(to_unstructured, sparsity=s))
-        built[f"unstructured {s:.0%}"] = zeros, count(zeros)
-        _with_kernels(built, f"block {block} {s:.0%}", original, partial(to_zero_blocks, size=block, sparsity=s))
-    _with_kernels(built, "2:4", original, to_2_of_4)
+        if "structured" in kinds:
+            thin = random_model(narrower(config, s), place, dtype)
+            built[f"structured {s:.0%}"] = thin, count(thin)
+        if "unstructured" in kinds:
+            zeros = with_zeros(original, partial(to_unstructured, sparsity=s))
+            built[f"unstructured {s:.0%}"] = zeros, count(zeros)
+        if "block" in kinds:
+            _with_kernels(built, f"block {block} {s:.0%}", original, partial(to_zero_blocks, size=block, sparsity=s))
+    if "2:4" in kinds:
+        _with_kernels(built, "2:4", original, to_2_of_4)
     return built
 
 
@@ -187,9 +196,7 @@ def _keep(result: dict[str, Any], asked: Sequence[str]) -> None:
         artifact = Artifact(model_folder(folder))
         if artifact.recipe is None:
             continue
-        mine = [
-            r for r in result["models"] if r["name"] in (original, short[folder], f"{short[folder]}, {SPARSE}")
-        ]
+        mine = [r for r in result["models"] if r["name"] in (original, short[folder], f"{short[folder]}, {SPARSE}")]
         own = {k: v for k, v in result.items() if k not in ("linears", "said")}
         own |= {"model": folder, "baseline": asked[0], "models": mine, "said": list(model_verdicts(mine))}
         artifact.save_result(f"bench-sparsity-{result['device']}", own)
@@ -220,6 +227,7 @@ def _check(
     parts: Sequence[str],
     models: Sequence[str],
     sparsities: Sequence[float],
+    kinds: Sequence[str],
     batches: Sequence[int],
     block: int,
     prompt: int,
@@ -230,6 +238,9 @@ def _check(
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"--measure {part} is not one of {', '.join(PARTS)}")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"--kinds {kind} is not one of {', '.join(KINDS)}")
     for s in sparsities:
         if not 0 < s < 1:
             raise ValueError(f"--sparsity {s} is not between 0 and 1; give the share that is gone, as in 0.5")
@@ -242,4 +253,6 @@ def _check(
         raise ValueError(f"name models to measure: folders, or one of {', '.join(PRESETS)}")
     presets = [m for m in models if m in PRESETS]
     if (presets or scaled_to is not None) and (len(models) > 1 or baseline):
-        raise ValueError("a preset, or a model with --scaled, has random weights and stands alone; name nothing beside it")
+        raise ValueError(
+            "a preset, or a model with --scaled, has random weights and stands alone; name nothing beside it"
+        )

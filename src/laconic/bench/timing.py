@@ -19,9 +19,11 @@ _SHORTEST = 2e-3
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a call, over rounds. graph: whether a CUDA graph replayed it, so that launching takes no time."""
+    """Seconds of a call, over rounds. cpu: processor time of this process in them, which others at work on the machine
+    hardly change. graph: whether a CUDA graph replayed it, so that launching takes no time."""
 
     rounds: tuple[float, ...]
+    cpu: tuple[float, ...] = ()
     graph: bool = False
 
     @property
@@ -33,12 +35,13 @@ class Times:
         """What this share of the rounds took at most (nearest rank)."""
         return sorted(self.rounds)[max(1, math.ceil(share * len(self.rounds))) - 1]
 
-    def told(self) -> dict[str, float | int | bool]:
+    def told(self) -> dict[str, float | int | bool | None]:
         """Milliseconds, for a result."""
         return {
             "ms_p50": 1e3 * self.median,
             "ms_p99": 1e3 * self.percentile(0.99),
             "ms_best": 1e3 * min(self.rounds),
+            "cpu_ms_p50": 1e3 * sorted(self.cpu)[(len(self.cpu) - 1) // 2] if self.cpu else None,
             "rounds": len(self.rounds),
             "graph": self.graph,
         }
@@ -56,6 +59,7 @@ def take_turns(
     """
     ready = {name: _ready(calls, device) for name, calls in contestants.items()}
     spans: dict[str, list[float]] = {name: [] for name in contestants}
+    worked: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(WARM_UP):
         for run, _ in ready.values():
             run()
@@ -68,9 +72,12 @@ def take_turns(
         if done >= 3 and time.monotonic() - begun > seconds:
             break
         for name, (run, _) in ready.items():
+            before = time.process_time()
             taken = clock(run, device, repeats[name])
             spans[name].append(taken / len(contestants[name]))
-    return {name: Times(tuple(spans[name]), ready[name][1]) for name in contestants}
+            worked[name].append((time.process_time() - before) / repeats[name] / len(contestants[name]))
+    counts = device.type == "cpu"
+    return {n: Times(tuple(spans[n]), tuple(worked[n]) if counts else (), ready[n][1]) for n in contestants}
 
 
 def clock(run: Call, device: torch.device, repeats: int = 1) -> float:

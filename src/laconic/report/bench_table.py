@@ -50,7 +50,8 @@ def titled_rows(result: Mapping[str, Any]) -> list[tuple[str, Rows]]:
         title = f"{ours[0]['linear']} {shape[0]} x {shape[1]}: speed-up over dense of the same dtype (milliseconds)"
         tables.append((title, [_form(form, ours) for form in dict.fromkeys(r["form"] for r in ours)]))
     if models := result.get("models"):
-        title = f"Whole models, {result['sequences']} x {result['prompt']} tokens; [p99]"
+        title = f"Whole models, {result['sequences']} x {result['prompt']} tokens: medians, in brackets the slowest "
+        title += "hundredth; FLOPs and bytes of the linears a token; energy of prefill and decode"
         tables.append((title, [_model(row) for row in models]))
     return tables
 
@@ -81,19 +82,25 @@ def _form(form: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _model(row: Mapping[str, Any]) -> dict[str, str]:
+    phases = {phase: row[phase] for phase in ("prefill", "decode")}
+    joules = [p["joules_per_token"] for p in phases.values()]
     cells = {
         "model": row["name"],
-        "weights gone": f"{row['gone']:.0%}",
-        "MFLOP/token": f"{row['flops_per_token'] / 1e6:.4g}",
-        "linears": f"{row['linear_bytes'] / 1e6:.4g} MB",
+        "gone": f"{row['gone']:.0%}",
+        "MFLOP": f"{row['flops_per_token'] / 1e6:.4g}",
+        "MB": f"{row['linear_bytes'] / 1e6:.4g}",
     }
-    for phase in ("prefill", "decode"):
-        part = row[phase]
-        cells[f"{phase} tokens/s"] = f"{part['tokens_per_second']:.4g} [{part['tokens_per_second_p99']:.4g}]"
-        cells[f"{phase}"] = _times(part["speedup"])
-        joules = part["joules_per_token"]
-        cells[f"{phase} J/token"] = "not reported" if joules is None else f"{joules:.3g} ({part['energy_from']})"
+    for phase, p in phases.items():
+        rate = f"{_short(p['tokens_per_second'])} [{_short(p['tokens_per_second_p99'])}]"
+        cells[f"{phase} tokens/s"] = f"{rate} {_times(p['speedup'])}"
+    source = row["decode"]["energy_from"]
+    cells["J/token"] = "not reported" if None in joules else f"{joules[0]:.3g}, {joules[1]:.3g} ({source})"
     return cells
+
+
+def _short(number: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _times(speedup: float | None) -> str:

@@ -109,4 +109,7 @@ def _headline(points: Sequence[Point]) -> str:
     said = f"{len(kept)} of {len(artifacts)} artifacts are beaten by no other in KL, size and speed at once. "
     if fastest.best_speed < 1.03:
         return said + "None decodes faster than the original here."
-    return said + f"{fastest.name} decodes {fastest.best_speed:.2f} times as fast as the original, at a KL of {fastest.kl:.4f}."
+    return (
+        said
+        + f"{fastest.name} decodes {fastest.best_speed:.2f} times as fast as the original, at a KL of {fastest.kl:.4f}."
+    )
