@@ -84,7 +84,7 @@ def test_linears_are_told_beside_dense_and_what_is_not_here_says_why() -> None:
             continue
         assert row["speedup"] == pytest.approx(baseline["ms_p50"] / row["ms_p50"])
         assert row["ms_best"] <= row["ms_p50"] <= row["ms_p99"]
-        kept = 1 if row["kind"] in ("dense", "unstructured") else 0.5
+        kept = 1 if row["kernel"] in ("torch", "torch, dense") else 0.5
         assert row["flops"] == kept * 2 * row["batch"] * 64 * 32
     assert dense[(64, 32), 1]["weight_bytes"] == 64 * 32 * 4
     (zeros,) = [s for s in result["said"] if s.startswith("unstructured 50%, float32, torch, dense")]

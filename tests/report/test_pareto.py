@@ -183,7 +183,8 @@ def test_artifacts_of_different_models_are_refused(tmp_path: Path, laconic: Laco
     a, b = artifact(tmp_path / "a"), artifact(tmp_path / "b", base="models/other", sha="b")
     complaint = laconic("report", "--pareto", a, b, "-o", tmp_path / "p.html").complaint
     assert complaint == (
-        f"these artifacts are of different models ({a} of {BASE}, {b} of models/other); draw those of one model at a time"
+        f"these artifacts are of different models ({a} of {BASE}, {b} of models/other); "
+        "draw those of one model at a time"
     )
 
 

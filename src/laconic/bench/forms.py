@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +16,6 @@ from laconic.bench.zeros import to_2_of_4, to_unstructured, to_zero_blocks
 from laconic.kernels.block_sparse import block_sparse_linear, to_blocks
 
 DENSE = "dense"
-DENSE_KERNEL = "torch, dense"
 KINDS = ("structured", "unstructured", "block", "2:4")
 # Int8 and fp8 products of torch's ask for more than 16 rows.
 _ROWS = 32
@@ -22,11 +23,12 @@ _ROWS = 32
 
 @dataclass(frozen=True)
 class Held:
-    """A weight as a kernel reads it. nbytes: of it. call: x (tokens, in) to (tokens, out). weight: what it stands for,
-    (out, in)."""
+    """A weight as a kernel reads it. call: x (tokens, in) to (tokens, out). nbytes: of the weight. kept: how many of
+    its numbers are multiplied. weight: what it stands for, (out, in)."""
 
     call: Callable[[Tensor], Tensor]
     nbytes: int
+    kept: int
     weight: Tensor
 
 
@@ -66,12 +68,13 @@ def forms_for(
 def _forms(device: torch.device, dtype: torch.dtype, sparsities: Sequence[float], block: int) -> Iterator[Form]:
     yield Form(DENSE, "torch", dtype, 0.0, _dense)
     for s in sparsities:
-        yield Form("structured", "torch, fewer outputs", dtype, s, lambda W, s=s: _dense(fewer_outputs(W, s)))
-        yield Form("unstructured", DENSE_KERNEL, dtype, s, lambda W, s=s: _dense(to_unstructured(W, s)))
+        zeros, blocks = partial(to_unstructured, sparsity=s), partial(to_zero_blocks, size=block, sparsity=s)
+        yield Form("structured", "torch, fewer outputs", dtype, s, _after(partial(fewer_outputs, sparsity=s), _dense))
+        yield Form("unstructured", "torch, dense", dtype, s, _after(zeros, _dense))
         if device.type == "cpu":
-            yield Form("unstructured", "torch CSR", dtype, s, lambda W, s=s: _csr(to_unstructured(W, s)))
-        yield Form(f"block {block}", "torch BSR", dtype, s, lambda W, s=s: _bsr(to_zero_blocks(W, block, s), block))
-        yield Form(f"block {block}", "laconic", dtype, s, lambda W, s=s: blocked(to_zero_blocks(W, block, s), block))
+            yield Form("unstructured", "torch CSR", dtype, s, _after(zeros, _csr))
+        yield Form(f"block {block}", "torch BSR", dtype, s, _after(blocks, partial(_bsr, block=block)))
+        yield Form(f"block {block}", "laconic", dtype, s, _after(blocks, partial(blocked, block=block)))
     yield Form("2:4", "cuSPARSELt", dtype, 0.5, lambda W: cusparselt_held(to_2_of_4(W)))
     yield Form("2:4", "CUTLASS", dtype, 0.5, lambda W: _cutlass_held(to_2_of_4(W)))
     if device.type != "cuda":
@@ -86,6 +89,10 @@ def _forms(device: torch.device, dtype: torch.dtype, sparsities: Sequence[float]
         yield Form("2:4", "cuSPARSELt", fp8, 0.5, lambda W: cusparselt_held(to_2_of_4(W).to(fp8)), lambda x: x.to(fp8))
 
 
+def _after(prune: Callable[[Tensor], Tensor], hold: Callable[[Tensor], Held]) -> Callable[[Tensor], Held]:
+    return lambda W: hold(prune(W))
+
+
 def fewer_outputs(W: Tensor, sparsity: float) -> Tensor:
     """The first rows of W (out, in), so many that this share is gone, to the nearest 16."""
     return W[: max(16, round((1 - sparsity) * W.shape[0] / 16) * 16)].contiguous()
@@ -94,34 +101,41 @@ def fewer_outputs(W: Tensor, sparsity: float) -> Tensor:
 def blocked(W: Tensor, block: int) -> Held:
     """By our own kernel, W (out, in) in blocks (block, block)."""
     kept = to_blocks(W, (block, block))
-    return Held(lambda x: block_sparse_linear(x, kept), kept.nbytes, W)
+    return Held(lambda x: block_sparse_linear(x, kept), kept.nbytes, kept.values.numel(), W)
 
 
 def cusparselt_held(W: Tensor) -> Held:
     """By cuSPARSELt, W (out, in) with 2:4 zeros."""
-    return Held(*cusparselt(W), W)
+    return Held(*cusparselt(W), W.numel() // 2, W)
 
 
 def _cutlass_held(W: Tensor) -> Held:
-    return Held(*cutlass(W), W)
+    return Held(*cutlass(W), W.numel() // 2, W)
 
 
 def _dense(W: Tensor) -> Held:
-    return Held(lambda x: F.linear(x, W), W.nbytes, W)
+    return Held(lambda x: F.linear(x, W), W.nbytes, W.numel(), W)
 
 
 def _csr(W: Tensor) -> Held:
-    kept = W.to_sparse_csr()
-    nbytes = kept.values().nbytes + kept.col_indices().nbytes + kept.crow_indices().nbytes
-    return Held(lambda x: (kept @ x.T.contiguous()).T, nbytes, W)
+    kept = _compressed(W.to_sparse_csr)
+    return Held(lambda x: (kept @ x.T.contiguous()).T, _compressed_bytes(kept), kept.values().numel(), W)
 
 
 def _bsr(W: Tensor, block: int) -> Held:
-    kept = W.to_sparse_bsr((block, block))
-    nbytes = kept.values().nbytes + kept.col_indices().nbytes + kept.crow_indices().nbytes
-    if W.is_cuda:
-        return Held(lambda x: F.linear(x, kept), nbytes, W)
-    return Held(lambda x: (kept @ x.T.contiguous()).T, nbytes, W)
+    kept = _compressed(partial(W.to_sparse_bsr, (block, block)))
+    call = (lambda x: F.linear(x, kept)) if W.is_cuda else (lambda x: (kept @ x.T.contiguous()).T)
+    return Held(call, _compressed_bytes(kept), kept.values().numel(), W)
+
+
+def _compressed(make: Callable[[], Tensor]) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse .* is in beta")
+        return make()
+
+
+def _compressed_bytes(W: Tensor) -> int:
+    return W.values().nbytes + W.col_indices().nbytes + W.crow_indices().nbytes
 
 
 def _to_int8(x: Tensor) -> Tensor:
@@ -130,7 +144,7 @@ def _to_int8(x: Tensor) -> Tensor:
 
 
 def _int8(W: Tensor) -> Held:
-    return Held(lambda x: torch._int_mm(pad_rows(x, _ROWS), W.T)[: len(x)], W.nbytes, W)
+    return Held(lambda x: torch._int_mm(pad_rows(x, _ROWS), W.T)[: len(x)], W.nbytes, W.numel(), W)
 
 
 def _fp8(W: Tensor) -> Held:
@@ -139,4 +153,4 @@ def _fp8(W: Tensor) -> Held:
     def call(x: Tensor) -> Tensor:
         return torch._scaled_mm(pad_rows(x, _ROWS), W.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)[: len(x)]
 
-    return Held(call, W.nbytes, W)
+    return Held(call, W.nbytes, W.numel(), W)

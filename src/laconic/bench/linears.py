@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laconic.bench.forms import DENSE_KERNEL, Form, Held, forms_for
+from laconic.bench.forms import Form, Held, forms_for
 from laconic.bench.shapes import Shape
 from laconic.bench.timing import Call, take_turns
 
@@ -110,14 +110,12 @@ def _at(
             rows.append(row | {"unavailable": missing[form]})
             continue
         spent, first = times[form.name], held[form][0]
-        # A dense kernel multiplies zeros too.
-        multiplied = first.weight.numel() if form.kernel == DENSE_KERNEL else int((first.weight != 0).sum())
         rows.append(
             row
             | spent.told()
             | {
                 "weight_bytes": first.nbytes,
-                "flops": 2 * batch * multiplied,
+                "flops": 2 * batch * first.kept,
                 "speedup": baselines[form.dtype] / spent.median if form.dtype in baselines else None,
                 "speedup_over_16_bit": baselines[dtype] / spent.median,
             }
@@ -131,7 +129,8 @@ def _check(form: Form, held: Held, read: Tensor) -> None:
     # In float32 on a GPU too: its default there is that.
     expected = read.float() @ held.weight.float().T
     off = float((y - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-    assert y.shape == expected.shape and off < _TOLERANCE, f"{form.name} is off by {off:.1e} at {tuple(read.shape)}"
+    assert y.shape == expected.shape, f"{form.name} puts out {tuple(y.shape)}"
+    assert off < _TOLERANCE, f"{form.name} is off by {off:.1e} at {tuple(read.shape)}"
 
 
 def _over_cache(nbytes: int, device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Whole models beside their original: tokens a second of prefill and of decoding, what they multiply and read, energy."""
+"""Whole models beside their original: tokens a second of prefill and of decoding, FLOPs, bytes, energy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from laconic.bench.energy import energy_of
 from laconic.bench.forms import Held, blocked, cusparselt_held
 from laconic.bench.timing import Call, Times, captured, take_turns
 from laconic.bench.zeros import Zeros, zeros_of
-from laconic.model.anatomy import linears_of
+from laconic.model.anatomy import linear_at, linears_of
 from laconic.model.linear import QLinear
 
 PHASES = ("prefill", "decode")
@@ -40,7 +40,8 @@ def random_model(config: PretrainedConfig, device: torch.device, dtype: torch.dt
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 @torch.no_grad()
@@ -75,19 +76,18 @@ def with_sparse_kernels(
     if not used:
         return model, {}
     # Weights that go through a sparse kernel are not copied.
-    shared = {id(model.get_submodule(n).weight): nn.Parameter(torch.empty(0), False) for n in used}
+    shared = {id(linear_at(model, n).weight): nn.Parameter(torch.empty(0), False) for n in used}
     model = copy.deepcopy(model, shared)
     for name, held in used.items():
         parent, _, leaf = name.rpartition(".")
-        bias = model.get_submodule(name).bias
-        setattr(model.get_submodule(parent), leaf, SparseLinear(held, bias))
+        setattr(model.get_submodule(parent), leaf, SparseLinear(held, linear_at(model, name).bias))
     return model, found
 
 
 class SparseLinear(nn.Module):
     """A linear that a sparse kernel multiplies."""
 
-    def __init__(self, held: Held, bias: nn.Parameter | None) -> None:
+    def __init__(self, held: Held, bias: Tensor | None) -> None:
         super().__init__()
         self.call, self.nbytes, self.bias = held.call, held.nbytes, bias
         self.weights, self.nonzero = held.weight.numel(), int(held.weight.count_nonzero())
@@ -218,7 +218,7 @@ def _forward(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor
 
 def gone(row: Mapping[str, Any], original: Mapping[str, Any]) -> float:
     """The share of the original's linear weights that a model has no more, or as zeros."""
-    return 1 - row["linear_nonzero"] / original["linear_nonzero"]
+    return 1.0 - float(row["linear_nonzero"]) / float(original["linear_nonzero"])
 
 
 def names(models: Iterable[str]) -> dict[str, str]:

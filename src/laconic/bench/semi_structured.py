@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def cusparselt(W: Tensor) -> Product:
         raise RuntimeError("this torch comes without cuSPARSELt")
     packed = torch._cslt_compress(W)
     narrow = W.element_size() == 1
-    out = {"out_dtype": torch.bfloat16} if narrow else {}
+    out: dict[str, Any] = {"out_dtype": torch.bfloat16} if narrow else {}
     algorithms: dict[int, int] = {}
 
     def call(x: Tensor) -> Tensor:

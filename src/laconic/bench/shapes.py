@@ -100,15 +100,15 @@ def scaled(config: PretrainedConfig, hidden: int) -> PretrainedConfig:
 
 
 def narrower(config: PretrainedConfig, sparsity: float) -> PretrainedConfig:
-    """The same model after structured pruning: this share of the MLP's channels (to the nearest 16) and of the heads, in
-    whole groups (to the nearest), is gone from every block.
+    """The same model after structured pruning: this share of the MLP's channels (to the nearest 16) and of the heads
+    (to the nearest group) is gone from every block.
 
     Raises: ValueError when nothing would be gone, or all of the heads.
     """
     heads, kv = _heads(config)
     left = round(kv * (1 - sparsity))
     channels = round(config.intermediate_size * (1 - sparsity) / 16) * 16
-    if not 0 < left or not 0 < channels < config.intermediate_size:
+    if left < 1 or not 0 < channels < config.intermediate_size:
         raise ValueError(
             f"a share of {sparsity} cannot be cut from {kv} groups of heads and {config.intermediate_size} channels; "
             "choose another sparsity, or --scaled to a larger size"
@@ -130,4 +130,4 @@ def _heads(config: PretrainedConfig) -> tuple[int, int]:
 
 
 def _head_dim(config: PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

@@ -65,9 +65,10 @@ def bench_sparsity(
     models: folders, artifacts among them; or one preset (`shapes.PRESETS`), or with `scaled_to` one model whose
     architecture is scaled to that hidden size: those have random weights, and are set beside copies of themselves with
     zeros, and with fewer channels and heads. baseline: what folders are compared with, the first of them if not given.
-    shapes: of linears, a preset or `4096x14336,...`; those of the first model if not given. sparsities, block: of what is
-    pruned here. kinds: of sparsity (`forms.KINDS`), for linears and for what is pruned here. batches: tokens that a linear multiplies at once. prompt, sequences: of whole models. parts: of PARTS;
-    whole models are left out where none was named. rounds, seconds: of each measurement, whichever is reached first.
+    shapes: of linears, a preset or `4096x14336,...`; those of the first model if not given. sparsities, block, kinds
+    (of `forms.KINDS`): of what is pruned here. batches: tokens that a linear multiplies at once. prompt, sequences: of
+    whole models. parts: of PARTS; whole models are left out where none was named. rounds, seconds: of each measurement,
+    whichever is reached first.
 
     Returns what is written to `results/` of each artifact, with its own rows alone. Raises: ValueError for what the
     caller can mend.

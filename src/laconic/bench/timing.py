@@ -89,7 +89,7 @@ def clock(run: Call, device: torch.device, repeats: int = 1) -> float:
             run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
+        return float(start.elapsed_time(end)) / 1e3 / repeats
     begun = time.perf_counter()
     for _ in range(repeats):
         run()

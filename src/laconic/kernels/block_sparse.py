@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def block_sparse_linear_torch(x: Tensor, W: Blocks) -> Tensor:
     # Channels lie in rows, so that those of a block are copied as one piece.
     channels = x.T.contiguous().view(width // columns, columns * tokens)
     starts = W.start.tolist()
-    for i, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for i, (begin, end) in enumerate(pairwise(starts)):
         if begin < end:
             read = channels.index_select(0, W.column[begin:end]).view(-1, tokens)
             torch.mm(W.values[begin:end].view(-1, rows).T, read, out=y[i * rows : (i + 1) * rows])

@@ -47,7 +47,9 @@ def titled_rows(result: Mapping[str, Any]) -> list[tuple[str, Rows]]:
     linears = result.get("linears", [])
     for shape in dict.fromkeys(tuple(r["shape"]) for r in linears):
         ours = [r for r in linears if tuple(r["shape"]) == shape]
-        title = f"{ours[0]['linear']} {shape[0]} x {shape[1]}: speed-up over dense of the same dtype (milliseconds)"
+        given = ours[0]["linear"] == f"{shape[0]}x{shape[1]}"
+        title = "" if given else f"{ours[0]['linear']} "
+        title += f"{shape[0]} x {shape[1]}: speed-up over dense of the same dtype (milliseconds)"
         tables.append((title, [_form(form, ours) for form in dict.fromkeys(r["form"] for r in ours)]))
     if models := result.get("models"):
         title = f"Whole models, {result['sequences']} x {result['prompt']} tokens: medians, in brackets the slowest "

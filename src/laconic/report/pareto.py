@@ -149,7 +149,7 @@ def as_csv(points: Sequence[Point]) -> str:
 
 
 def _point(name: str, quality: Mapping[str, Any], timed: Mapping[str, Any]) -> Point:
-    original, ours, *fast = timed["models"]
+    _, ours, *fast = timed["models"]
     decode = ours["decode"]
     sparse = fast[0]["decode"] if fast else None
     return Point(

@@ -22,7 +22,10 @@ _INK, _GREY = "#2f6f5e", "#c4c4bf"
 
 
 def write_pareto(points: Sequence[Point], how: Mapping[str, Any], file: Path) -> list[Path]:
-    """The page, and beside it the table as .md and .csv. Returns: all three. Raises: ValueError for a file that is no page."""
+    """The page, and beside it the table as .md and .csv.
+
+    Returns: all three. Raises: ValueError for a file that is no page.
+    """
     if file.suffix not in (".html", ".htm"):
         raise ValueError(f"the report is a page of HTML; give {file} a name that ends in .html")
     environment = Environment(
