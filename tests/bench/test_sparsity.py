@@ -164,7 +164,8 @@ def test_folders_are_measured_beside_the_original_and_kept(llama: Path, blocks_m
         [str(plain.path), str(blocks_model), str(blocky.path)], baseline=str(llama), prompt=8, parts=["models"], **QUICK
     )
     names = [r["name"] for r in result["models"]]
-    assert names == ["llama", "w8", "model", f"model, {SPARSE}", "blocky"]
+    assert names == ["llama", "w8", "model", f"model, {SPARSE}", "blocky", f"blocky, {SPARSE}"]
+    assert sum(result["models"][-1]["sparse_kernels"].values()) == 14, "zeros outlive rounding, and kernels find them"
     rows = dict(zip(names, result["models"], strict=True))
     weights = sum(m.weight.numel() for m in original(llama).modules() if isinstance(m, torch.nn.Linear))
     assert rows["llama"]["linear_weights"] == weights

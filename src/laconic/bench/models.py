@@ -18,7 +18,7 @@ from laconic.bench.energy import energy_of
 from laconic.bench.forms import Held, blocked, cusparselt_held
 from laconic.bench.timing import Call, Times, captured, take_turns
 from laconic.bench.zeros import Zeros, zeros_of
-from laconic.model.anatomy import linear_at, linears_of
+from laconic.model.anatomy import linears_of
 from laconic.model.linear import QLinear
 
 PHASES = ("prefill", "decode")
@@ -65,10 +65,11 @@ def with_sparse_kernels(
     found: dict[str, int] = {}
     used: dict[str, Held] = {}
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    for name, linear in linears_of(model).items():
-        if linear.weight is embeddings.weight:
+    multiplied = _multiplied(model)
+    for name, (linear, weight) in multiplied.items():
+        if weight is embeddings.weight:
             continue
-        W = linear.weight.data if put is None or linear is head else put(linear.weight.data)
+        W = weight.detach() if put is None or linear is head else put(weight.detach())
         zeros = zeros_of(W)
         if (held := _sparse(W, zeros)) is not None:
             used[name] = held
@@ -76,18 +77,18 @@ def with_sparse_kernels(
     if not used:
         return model, {}
     # Weights that go through a sparse kernel are not copied.
-    shared = {id(linear_at(model, n).weight): nn.Parameter(torch.empty(0), False) for n in used}
+    shared = {id(multiplied[n][1]): nn.Parameter(torch.empty(0), False) for n in used}
     model = copy.deepcopy(model, shared)
     for name, held in used.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, SparseLinear(held, linear_at(model, name).bias))
+        setattr(model.get_submodule(parent), leaf, SparseLinear(held, model.get_submodule(name).bias))
     return model, found
 
 
 class SparseLinear(nn.Module):
     """A linear that a sparse kernel multiplies."""
 
-    def __init__(self, held: Held, bias: Tensor | None) -> None:
+    def __init__(self, held: Held, bias: Any) -> None:
         super().__init__()
         self.call, self.nbytes, self.bias = held.call, held.nbytes, bias
         self.weights, self.nonzero = held.weight.numel(), int(held.weight.count_nonzero())
@@ -96,6 +97,16 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.call(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+
+def _multiplied(model: PreTrainedModel) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Linears that multiply by a matrix in floating point, with it: those of a quantized one too, once it is decoded,
+    unless it rounds what it reads."""
+    found: dict[str, tuple[nn.Module, Tensor]] = {n: (m, m.weight) for n, m in linears_of(model).items()}
+    for name, module in model.named_modules():
+        if isinstance(module, QLinear) and module.dense is not None and module.scheme.input_activations is None:
+            found[name] = module, module.dense
+    return found
 
 
 def _sparse(W: Tensor, zeros: Zeros) -> Held | None:
