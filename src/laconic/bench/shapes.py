@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, PretrainedConfig
 
 from laconic.model.anatomy import dissect, linears_of
-from laconic.model.load import read_config, skeleton
+from laconic.model.load import model_folder, read_config, skeleton
 
 Shape = tuple[int, int]
 """(out, in)."""
@@ -43,12 +42,10 @@ PRESETS: Mapping[str, LlamaConfig] = {
 
 
 def config_of(name: str) -> PretrainedConfig:
-    """Of a preset, or of a model folder. Raises: ValueError when it is neither."""
+    """Of a preset, or of a model. Raises: ValueError when it is neither."""
     if name in PRESETS:
         return deepcopy(PRESETS[name])
-    if not Path(name).is_dir():
-        raise ValueError(f"'{name}' is no model folder and none of the presets {', '.join(PRESETS)}")
-    raw, config = read_config(Path(name))
+    raw, config = read_config(model_folder(name))
     if "quantization_config" in raw:
         del config.quantization_config
     return config

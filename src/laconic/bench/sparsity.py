@@ -80,7 +80,8 @@ def bench_sparsity(
     precision = getattr(torch, dtype) if dtype else (torch.bfloat16 if place.type == "cuda" else torch.float32)
     made_up = scaled_to is not None or (bool(models) and models[0] in PRESETS)
     asked = [*([baseline] if baseline else []), *models]
-    config = config_of(asked[0]) if asked and (made_up or shapes is None) and _has_config(asked[0]) else None
+    needs_shapes = "linears" in chosen and shapes is None
+    config = config_of(asked[0]) if asked and (made_up or needs_shapes) else None
     if config is not None and scaled_to is not None:
         config = scaled(config, scaled_to)
     result: dict[str, Any] = {"model": models[0] if models else shapes or DEFAULT, "baseline": baseline}
@@ -209,10 +210,6 @@ def _shapes(asked: str | None, config: PretrainedConfig | None) -> dict[Shape, s
     if asked is not None:
         return read_shapes(asked)
     return linear_shapes(config if config is not None else PRESETS[DEFAULT])
-
-
-def _has_config(name: str) -> bool:
-    return name in PRESETS or (model_folder(name) / "config.json").exists()
 
 
 def _processor() -> str:
