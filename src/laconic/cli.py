@@ -22,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress Hugging Face language models, and say honestly what it cost.",
 )
+bench = typer.Typer(no_args_is_help=True, help="What an artifact, or a shape, takes: time, bytes, energy.")
+app.add_typer(bench, name="bench")
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Vary a recipe's key.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
@@ -218,9 +220,24 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")] = Path(
         "laconic-report.html"
     ),
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Sparsity and size against quality and speed, of one model's artifacts.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """One self-contained HTML page, and a table, from artifacts and their results."""
+    if pareto:
+        from laconic.report.pareto import gather_points
+        from laconic.report.pareto_page import pareto_table, write_pareto
+
+        points, how = gather_points(artifacts)
+        files = write_pareto(points, how, output)
+        if json_:
+            print_json({"files": [str(f.resolve()) for f in files], "points": [asdict(p) for p in points], **how})
+            return
+        out.print(pareto_table(points, how))
+        out.print(f"page: {output.resolve()}", soft_wrap=True)
+        return
     from laconic.report.long_table import long_tables
     from laconic.report.page import gather, write_page
     from laconic.report.table import results_table
@@ -241,6 +258,78 @@ def report(
     for result in long:
         out.print(long_tables(result)[0])
     out.print(f"page: {output.resolve()}", soft_wrap=True)
+
+
+@bench.command("sparsity")
+def bench_sparsity(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[DIR...]", help="Artifacts, the original first; or one preset.")
+    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="The original; the first DIR by default.")] = None,
+    shapes: Annotated[
+        str | None, typer.Option(metavar="PRESET | OUTxIN,...", help="Linears; the model's, or llama-3-8b's.")
+    ] = None,
+    scaled: Annotated[
+        int | None, typer.Option(metavar="HIDDEN", help="A random model of DIR's architecture, this wide, instead.")
+    ] = None,
+    sparsity: Annotated[str, typer.Option(metavar="S,...", help="Shares that are pruned away here.")] = "0.5",
+    block: Annotated[int, typer.Option(help="Side of zero blocks.")] = 64,
+    kinds: Annotated[
+        str, typer.Option(metavar="KIND,...", help="Of sparsity; all by default.")
+    ] = "structured,unstructured,block,2:4",
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Tokens a linear multiplies at once.")] = (
+        "1,16,64,256,1024,4096"
+    ),
+    prompt: Annotated[int, typer.Option(help="Tokens that whole models read, and decode after.")] = 512,
+    sequences: Annotated[int, typer.Option(help="Sequences side by side, of whole models.")] = 1,
+    parts: Annotated[
+        str | None, typer.Option("--measure", metavar="NAME,...", help="Of linears, models; both by default.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Times each is timed, at most.")] = 30,
+    seconds: Annotated[float, typer.Option(help="After these no round is begun.")] = 2.0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.md|.json", help="Write tables, or the result.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """What sparsity buys: dense, 2:4, block-sparse and smaller linears, and whole models beside their original."""
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {dtype} is not one of float32, bfloat16, float16")
+    if output is not None and output.suffix not in (".md", ".json"):
+        raise ValueError(f"--output {output} is neither Markdown nor JSON; give it a name that ends in .md or .json")
+    from laconic.bench.sparsity import bench_sparsity as measure
+    from laconic.report.bench_table import bench_tables, write_bench
+
+    asked: dict[str, Any] = {
+        "baseline": baseline,
+        "shapes": shapes,
+        "scaled_to": scaled,
+        "sparsities": _numbers("--sparsity", sparsity, float),
+        "block": block,
+        "kinds": kinds.split(","),
+        "batches": _numbers("--batch", batch),
+        "prompt": prompt,
+        "sequences": sequences,
+        "parts": None if parts is None else parts.split(","),
+        "dtype": dtype,
+        "rounds": rounds,
+        "seconds": seconds,
+    }
+    if json_ or not err.is_terminal:
+        result = measure(models or [], **asked)
+    else:
+        with err.status("") as status:
+            result = measure(models or [], **asked, report=status.update)
+    if output is not None:
+        write_bench(result, output)
+    if json_:
+        print_json(result)
+        return
+    for table in bench_tables(result):
+        out.print(table)
+    for line in result["said"]:
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -339,11 +428,12 @@ def _complain(message: str) -> None:
     sys.exit(2)
 
 
-def _numbers(option: str, text: str) -> list[int]:
+def _numbers(option: str, text: str, kind: type = int) -> list[Any]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError as e:
-        raise ValueError(f"{option} {text} is no list of numbers; write it as in {option} 512,2048") from e
+        example = "512,2048" if kind is int else "0.5,0.8"
+        raise ValueError(f"{option} {text} is no list of numbers; write it as in {option} {example}") from e
 
 
 def _weights(folder: Path) -> int:

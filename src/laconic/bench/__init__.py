@@ -1,0 +1,1 @@
+"""What a finished artifact, or a shape, takes: time, bytes, energy."""
