@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -73,6 +73,10 @@ class ModelStage(BaseModel):
 
         Raises: ValueError that names the fix.
         """
+
+    def warnings(self, source: Source) -> Iterator[str]:
+        """What a user would want to know that is no error."""
+        return iter(())
 
     def remake(self, work: Work) -> Remade:
         """Do it. Killed and called again with the same `work`, it comes to the same result, bit for bit."""
