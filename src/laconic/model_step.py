@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,10 @@ def _layout(folder: Path, trust_remote_code: bool) -> Checkpoint:
 def _write_model(workspace: Workspace, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """A shard a block, and one for the rest, in the dtypes of the source."""
     dtype = main_dtype(checkpoint)
+    there = model.state_dict().keys()
+    # Of experts only those that are left make a stack.
+    left = {n: s for n, s in checkpoint.tensors.items() if n in there or s.index is None}
+    checkpoint = replace(checkpoint, tensors=left)
     blocks = f"{dissect(model).blocks}."
     count = 1 + max(int(n.removeprefix(blocks).partition(".")[0]) for n in _stored(model) if n.startswith(blocks))
     workspace.shards = count + 1
