@@ -19,7 +19,7 @@ from torch import Tensor
 from laconic.engine.artifact import Artifact
 from laconic.engine.model_stage import ModelStage
 from laconic.engine.plan import Forecast
-from laconic.engine.writer import begun_with, check_begun, check_output
+from laconic.engine.writer import begun_with, check_begun, check_output, differences
 from laconic.model.load import Source, open_source, skeleton
 from laconic.model_step import run_model_step
 from laconic.provenance import identify
@@ -164,7 +164,8 @@ def _compose(recipe: Recipe, source: Source, output: Path, *, overwrite: bool, t
         check_begun(target, identity, overwrite=overwrite)
         if not last and begun_with(target) not in (None, identity) and not overwrite:
             raise ValueError(
-                f"{target} was made by another recipe; finish that, choose another output, or pass --overwrite"
+                f"{target} was made by another recipe (different: {differences(begun_with(target) or {}, identity)}); "
+                "finish that, choose another output, or pass --overwrite"
             )
         walk = None
         if isinstance(stages[0], ModelStage):

@@ -204,7 +204,7 @@ def check_begun(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -
     begun = begun_with(partial_of(output))
     if begun is not None and begun != dict(identity) and not overwrite:
         raise ValueError(
-            f"{partial_of(output)} was begun with another recipe (different: {_differences(begun, identity)}); "
+            f"{partial_of(output)} was begun with another recipe (different: {differences(begun, identity)}); "
             "finish it with that one, choose another output, or pass --overwrite"
         )
 
@@ -288,7 +288,7 @@ def _foreign(folder: Path) -> Iterator[Path]:
     return (f for f in folder.iterdir() if f.suffix != ".writing")
 
 
-def _differences(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+def differences(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
     """Keys by which two identities differ; a recipe's as the user wrote them."""
     old, new = _leaves(begun), _leaves(identity)
     return ", ".join(sorted(k.removeprefix("recipe.") for k in {*old, *new} if old.get(k) != new.get(k)))

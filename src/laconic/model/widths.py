@@ -84,11 +84,9 @@ def block_config(config: Any, i: int) -> Any:
 
 def _model_class(stock: type[Any], kind: type[PretrainedConfig]) -> type[Any]:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        from laconic.model.anatomy import find_blocks
-
         stock.__init__(self, config, *args, **kwargs)
-        blocks: Any = self.get_submodule(find_blocks(self))
-        assert isinstance(blocks, nn.ModuleList)
+        count = len(getattr(config, WIDTHS))
+        blocks: Any = next(m for m in self.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
         for i, block in enumerate(blocks):
             blocks[i] = type(block)(block_config(config, i), i)
 
