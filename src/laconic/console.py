@@ -175,10 +175,22 @@ def remarks(log: list[dict[str, Any]]) -> Iterator[str]:
             f"{len(few)} inputs of linears saw fewer tokens than they are wide, the least {least['message']}; use more "
             "samples, or calibration.moe_calibrate_all_experts"
         )
+    odd = {e["block"] for e in log if e.get("event") == "pruned" and _is_odd(e)}
+    if odd:
+        yield (
+            f"{len(odd)} blocks have an odd number of heads or key-value heads, which vLLM cannot split over GPUs "
+            "(--tensor-parallel-size)"
+        )
     damping = [e["dampening_frac"] for e in log if "dampening_frac" in e]
     if damping and max(damping) > min(damping):
         harder = sum(d > min(damping) for d in damping)
         yield f"the Hessians of {harder} linears were nearly singular: damped by up to {max(damping)} (log.jsonl)"
+
+
+def _is_odd(event: Mapping[str, Any]) -> bool:
+    heads, shared = event.get("heads", 0), event.get("kv_heads", 0)
+    # A single key-value head is given to every GPU.
+    return bool(heads % 2 or (shared > 1 and shared % 2))
 
 
 def in_bytes(n: float) -> str:

@@ -95,7 +95,9 @@ class LlmPruner(ModelStage):
 
     def remake(self, work: Work) -> Remade:
         raw = read_json(work.folder / "config.json")
-        model = load(work.folder, device=work.device, dtype=_DTYPES[self.dtype])
+        model = load(
+            work.folder, device=work.device, dtype=_DTYPES[self.dtype], trust_remote_code=work.trust_remote_code
+        )
         anatomy = dissect(model)
         targeted = self._target(model, anatomy)
         importance = self._weigh(work, model, anatomy, targeted)

@@ -41,7 +41,7 @@ class Reap(ModelStage):
     def remake(self, work: Work) -> Remade:
         assert work.windows is not None
         raw = read_json(work.folder / "config.json")
-        model = load(work.folder, device=work.device, dtype=torch.float32)
+        model = load(work.folder, device=work.device, dtype=torch.float32, trust_remote_code=work.trust_remote_code)
         config = self._keys(raw, model)
         scores = saliency(model, work.windows, self.batch_size, work.report)
         left = self._left(model)

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 from vllm.model_executor.models.utils import make_layers
 
-from laconic.model.widths import WIDTHS
+from laconic.model.widths import BASE, WIDTHS
 
 # Those that were tried; more may work.
 _SERVED = (
@@ -62,10 +63,12 @@ def _own_widths(config: Any) -> Iterator[None]:
             for key, value in own.items():
                 setattr(config, key, value)
             try:
-                return build(prefix=prefix)
+                layer = build(prefix=prefix)
             finally:
                 for key, value in before.items():
                     setattr(config, key, value)
+            _check_heads(layer, config)
+            return layer
 
         return make_layers(count, build_own, prefix)
 
@@ -78,6 +81,16 @@ def _own_widths(config: Any) -> Iterator[None]:
     finally:
         for module in using:
             vars(module)["make_layers"] = make_layers
+
+
+def _check_heads(layer: Any, config: Any) -> None:
+    """Raises: ValueError when vLLM takes a head for wider than it is, since a block has fewer of them."""
+    wide = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if any(m.head_size != wide for m in layer.modules() if isinstance(m, Attention)):
+        raise ValueError(
+            f"vLLM tells how wide a head of '{getattr(config, BASE)}' is by how many there are, which differs here; prune "
+            "with groups: [mlp], or open it with transformers"
+        )
 
 
 def __getattr__(name: str) -> Any:
