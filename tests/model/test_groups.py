@@ -28,9 +28,9 @@ PLAIN = tuple(a for a in ARCHITECTURES if a not in MIXTURES)
 @pytest.fixture(scope="module", params=PLAIN)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("groups") / request.param
-    make_model(folder, request.param, dtype=torch.float32, num_attention_heads=8, num_key_value_heads=4, head_dim=8) if (
-        request.param in HEADS
-    ) else make_model(folder, request.param, dtype=torch.float32)
+    make_model(
+        folder, request.param, dtype=torch.float32, num_attention_heads=8, num_key_value_heads=4, head_dim=8
+    ) if (request.param in HEADS) else make_model(folder, request.param, dtype=torch.float32)
     return request.param, folder
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_vllm import PYTHON, our_logprobs, serve, some_tokens
 
 import laconic
-from test_vllm import PYTHON, our_logprobs, serve, some_tokens
 from tiny import make_model
 
 pytestmark = [

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -36,7 +35,7 @@ def gradients(
     names: of the parameters. windows: token ids (samples, tokens). checkpointing: keep only the inputs of `blocks`, and
     run each a second time when its gradients are due. Every gradient is added up and freed as soon as it is there.
     """
-    device = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+    device = model.device
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     mean: dict[str, Tensor] = {}

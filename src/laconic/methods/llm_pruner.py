@@ -176,9 +176,7 @@ class LlmPruner(ModelStage):
         random = torch.Generator().manual_seed(work.seed)
         if self.importance == "random":
             # A unit is the more likely to stay the larger it is, so that neither kind goes first.
-            return [
-                torch.rand(g.units, generator=random) * _unit_size(model, anatomy, i, g) for i, g in targeted.flat
-            ]
+            return [torch.rand(g.units, generator=random) * _unit_size(model, anatomy, i, g) for i, g in targeted.flat]
         found = Gradients({}, {})
         if self.observes:
             assert work.windows is not None
@@ -301,9 +299,7 @@ def _unit_size(model: PreTrainedModel, anatomy: Anatomy, i: int, group: Group) -
     return size
 
 
-def _narrowed(
-    model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[tuple[int, Group], Tensor]
-) -> dict[str, Tensor]:
+def _narrowed(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[tuple[int, Group], Tensor]) -> dict[str, Tensor]:
     tensors = parts_of(model)
     for (i, group), mask in masks.items():
         prefix = f"{anatomy.block_name(i)}."

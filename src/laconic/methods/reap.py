@@ -117,7 +117,7 @@ def _layers(model: nn.Module) -> dict[str, Experts]:
 
 def _routers(model: nn.Module) -> dict[str, str]:
     """What weighs the experts of a layer, with their name."""
-    found = {}
+    found: dict[str, str] = {}
     for name in _layers(model):
         parent = name.rpartition(".")[0]
         inside = routers_of(model.get_submodule(parent))

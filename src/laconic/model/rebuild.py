@@ -32,9 +32,11 @@ def rebuilt(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.
     for name, buffer in model.named_buffers():
         if name in tensors and tensors[name].shape == buffer.shape:
             buffer.copy_(tensors[name])
-    model.to(next(iter(made.values())).device)
+    module: nn.Module = model
+    module.to(next(iter(made.values())).device)
     model.tie_weights()
-    return model.eval()
+    module.eval()
+    return model
 
 
 def empty(raw: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:

@@ -1,9 +1,9 @@
 """Models whose blocks differ in width, which no stock config can say.
 
-`model_type: laconic` in config.json; `laconic_base` is the stock model's type, and `laconic_widths` has for each block the
-keys of the config that it has a value of its own for. Nothing here knows an architecture: the stock model is built, and
-then each of its blocks anew from the config that it would have alone. transformers opens such a model after `import
-laconic`.
+`model_type: laconic` in config.json; `laconic_base` is the stock model's type, and `laconic_widths` has for each block
+the keys of the config that it has a value of its own for. Nothing here knows an architecture: the stock model is built,
+and then each of its blocks anew from the config that it would have alone. transformers opens such a model after
+`import laconic`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto import configuration_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+CONFIG_MAPPING_NAMES: Mapping[str, str] = vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
 MODEL_TYPE, BASE, WIDTHS, _PREFIX = "laconic", "laconic_base", "laconic_widths", "Laconic"
 
 
@@ -53,14 +55,15 @@ def config_class(base: str) -> type[PretrainedConfig]:
     stock = CONFIG_MAPPING[base]
     kind = type(f"{_PREFIX}{stock.__name__}", (stock,), {"model_type": MODEL_TYPE, "__module__": __name__})
     if stock in AutoModelForCausalLM._model_mapping:
-        AutoModelForCausalLM.register(kind, _model_class(AutoModelForCausalLM._model_mapping[stock], kind))
+        model: Any = AutoModelForCausalLM._model_mapping[stock]
+        AutoModelForCausalLM.register(kind, _model_class(model, kind))
     return kind
 
 
 def make_config(raw: Mapping[str, Any]) -> PretrainedConfig:
     """What transformers makes of the keys of a config.json. Raises: ValueError where it makes nothing of them."""
     kind = CONFIG_MAPPING[raw["model_type"]]
-    return kind.from_dict(copy.deepcopy(dict(raw)))  # type: ignore[no-any-return]
+    return kind.from_dict(copy.deepcopy(dict(raw)))
 
 
 def with_widths(raw: Mapping[str, Any], widths: list[dict[str, int]]) -> dict[str, Any]:

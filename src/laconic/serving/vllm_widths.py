@@ -1,7 +1,7 @@
 """Teaches vLLM models whose blocks differ in width (`model.widths`).
 
-While vLLM's own model builds a block, its config says that block's widths; vLLM gives every attention layer a cache of its
-own shape. Nothing else is changed.
+While vLLM's own model builds a block, its config says that block's widths; vLLM gives every attention layer a cache of
+its own shape. Nothing else is changed.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def _own_widths(config: Any) -> Iterator[None]:
         return make_layers(count, build_own, prefix)
 
     models = [m for n, m in sys.modules.items() if n.startswith("vllm.model_executor.models.")]
-    using = [m for m in models if getattr(m, "make_layers", None) is make_layers and m.__name__ != make_layers.__module__]
+    using = [
+        m for m in models if getattr(m, "make_layers", None) is make_layers and m.__name__ != make_layers.__module__
+    ]
     for module in using:
         vars(module)["make_layers"] = make
     try:
@@ -88,8 +90,8 @@ def _check_heads(layer: Any, config: Any) -> None:
     wide = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if any(m.head_size != wide for m in layer.modules() if isinstance(m, Attention)):
         raise ValueError(
-            f"vLLM tells how wide a head of '{getattr(config, BASE)}' is by how many there are, which differs here; prune "
-            "with groups: [mlp], or open it with transformers"
+            f"vLLM tells how wide a head of '{getattr(config, BASE)}' is by how many there are, which differs here; "
+            "prune with groups: [mlp], or open it with transformers"
         )
 
 
