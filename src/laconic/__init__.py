@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import laconic.model.quantizer  # noqa: F401  - registers `quant_method: laconic` with transformers
+import laconic.model.quantizer
+import laconic.model.widths  # noqa: F401  - they register `quant_method` and `model_type: laconic` with transformers
 
 if TYPE_CHECKING:
     from laconic.compression import compress

@@ -67,7 +67,7 @@ def compress(
     for remark in remarks(artifact.log):
         err.print(f"note: {remark}", highlight=False, soft_wrap=True)
     if json_:
-        print_json({"output": str(artifact.path), "forecast": asdict(prepared.forecast), **done})
+        print_json({"output": str(artifact.path), "forecast": prepared.forecast and asdict(prepared.forecast), **done})
         return
     before, after = prepared.source.checkpoint.nbytes, _weights(artifact.path)
     out.print(

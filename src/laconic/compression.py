@@ -1,63 +1,61 @@
-"""Recipe in, artifact out: check everything that can be checked, then walk."""
+"""Recipe in, artifact out.
+
+Neighbouring stages that treat linears, blocks or the cache share one walk; a stage that needs the model whole stands by
+itself. Each such *step* reads a checkpoint folder and writes one, the last of them the artifact, the others under
+`OUTPUT.steps`, where an interrupted run finds them again.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
-import resource
-import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from laconic.engine.artifact import Artifact
-from laconic.engine.engines import quantization_config
-from laconic.engine.plan import Forecast, Plan, check_experts, forecast, make_plan
-from laconic.engine.walk import Settings, walk
-from laconic.engine.writer import Workspace, check_begun, check_output
-from laconic.formats.schemes import Scheme
-from laconic.formats.storage import as_stored
-from laconic.model.anatomy import dissect
-from laconic.model.checkpoint import read_json
-from laconic.model.data import calibration_windows, read_documents
-from laconic.model.kv_open import fingerprint
-from laconic.model.kv_reading import KV_CONFIG
-from laconic.model.layout import names_for_engines
-from laconic.model.load import Source, arranged, check_complete, load_tokenizer, open_source, skeleton
-from laconic.model.quant_config import NATIVE
-from laconic.recipe import Calibration, Recipe, load_recipe
+from laconic.engine.model_stage import ModelStage
+from laconic.engine.plan import Forecast
+from laconic.engine.writer import begun_with, check_begun, check_output, differences
+from laconic.model.load import Source, open_source, skeleton
+from laconic.model_step import run_model_step
+from laconic.provenance import identify
+from laconic.recipe import Recipe, load_recipe
+from laconic.walking import Prepared, calibration_ids, device_of, prepare_walk, run_walk
 
 Report = Callable[[Mapping[str, Any]], None]
 
-# Tokens run through a block at once when the recipe does not say: enough to keep the arithmetic busy, and on a CPU
-# few enough that what a block computes from them stays small: more would be slower there as well as larger.
-_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 
-# Keys of a recipe that may change between an interruption and going on: the codes do not depend on them.
-_FREE: Any = {"output": True, "device": True, "calibration": {"max_memory_gb"}}
+@dataclass(frozen=True)
+class Step:
+    """Stages that go together: those of one walk, or one that needs the model whole. first: the number of the first in
+    the recipe. walk: what a walk will do, as far as the shape of the original tells."""
+
+    first: int
+    stages: tuple[Any, ...]
+    walk: Prepared | None
+    output: Path
+    identity: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A recipe that passed every check, and what it will take."""
+class Composed:
+    """A recipe of several steps that passed every check. windows: the calibration set, (samples, tokens)."""
 
     recipe: Recipe
     source: Source
-    model: PreTrainedModel
-    plan: Plan
+    steps: tuple[Step, ...]
     windows: Tensor | None
-    forecast: Forecast
     output: Path
-    identity: dict[str, Any]
+    trust_remote_code: bool
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """Of the last walk, as if nothing before it reshaped the model; None where there is no walk."""
+        return next((s.walk.forecast for s in reversed(self.steps) if s.walk), None)
 
 
 def compress(
@@ -99,7 +97,7 @@ def prepare(
     overwrite: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-) -> Prepared:
+) -> Prepared | Composed:
     """Everything up to the first byte of work. Raises: ValueError, one line that names the fix."""
     loaded = load_recipe(recipe, overrides)
     name, where = model or loaded.model, str(output) if output else loaded.output
@@ -113,175 +111,122 @@ def prepare(
     if target in (folder := source.folder.resolve(), *folder.parents):
         raise ValueError(f"output {target} is the model's own folder, or holds it; choose another")
     check_output(target, overwrite=overwrite)
-    whole = skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
-    source = arranged(source, whole)
-    check_complete(whole, source.checkpoint)
-    plan = make_plan(whole, dissect(whole), loaded.stages)
-    check_experts(plan, bool(loaded.calibration and loaded.calibration.moe_calibrate_all_experts))
-    windows = _windows(loaded, source, plan, trust_remote_code)
-    if windows is not None and plan.cache and plan.calibrates_cache:
-        plan.cache[0].check_length(plan.cache[1], windows.shape[1])
-    identity = {
-        "recipe": loaded.model_dump(mode="json", exclude=_FREE),
-        "source": {"model": name, "sha256": _fingerprint(source)},
-        "calibration": windows is not None
-        and {"samples": len(windows), "tokens": windows.numel(), "sha256": _sha256(windows)},
-        "laconic": version("laconic"),
-    }
-    check_begun(target, identity, overwrite=overwrite)
-    samples, length = windows.shape if windows is not None else (0, 0)
-    return Prepared(loaded, source, whole, plan, windows, forecast(plan, source, samples, length), target, identity)
+    if any(isinstance(s, ModelStage) for s in loaded.stages):
+        return _compose(loaded, source, target, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    return prepare_walk(loaded, source, target, overwrite=overwrite, trust_remote_code=trust_remote_code)
 
 
-def run(prepared: Prepared, *, overwrite: bool = False, report: Report = lambda _: None) -> Artifact:
-    """Walk a prepared recipe, or go on with one that was interrupted."""
-    begun = time.monotonic()
-    torch.manual_seed(prepared.recipe.seed)
-    plan, source = prepared.plan, prepared.source
-    shards = len(plan.anatomy.taps) + 1
-    settings = _settings(prepared.recipe, prepared.windows)
-    tell = quantization_config(plan, prepared.model, source.checkpoint)
-    with Workspace(prepared.output, prepared.identity, shards, overwrite=overwrite) as workspace:
-        resumed = sum(workspace.done(i) for i in range(shards))
-        walk(source, prepared.model, plan, prepared.windows, workspace, settings, report)
-        config = read_json(source.folder / "config.json")
-        if plan.cache:
-            config[KV_CONFIG] = _write_cache(prepared, workspace)
-        schemes: dict[str, Scheme] = {}
-        if plan.schemes:
-            schemes = _as_written(plan.schemes, workspace, prepared)
-            config["quantization_config"] = tell(schemes)
-        if plan.cache and (engine_scheme := plan.cache[0].engine_scheme):
-            told = config.get("quantization_config") or tell({})
-            # Native artifacts are read by our plugin, which knows the cache by its own key.
-            if told["quant_method"] != NATIVE:
-                config["quantization_config"] = told | {"kv_cache_scheme": engine_scheme}
-        # Saved before the folder gets its name: an artifact is whole from the moment it is there.
-        Artifact(workspace.folder).save_result(
-            "compress",
-            {
-                "seconds": round(time.monotonic() - begun, 2),
-                "resumed_shards": resumed,
-                "peak_memory_bytes": _peak_memory(settings.device),
-                "device": _device_name(settings.device),
-                "threads": torch.get_num_threads(),
-                "simulated": any(s.simulated for s in schemes.values()),
-                "command": " ".join(sys.argv),
-                "seed": prepared.recipe.seed,
-                "versions": versions(),
-            },
+def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Report = lambda _: None) -> Artifact:
+    """Work a prepared recipe, or go on with one that was interrupted."""
+    if isinstance(prepared, Prepared):
+        return run_walk(prepared, overwrite=overwrite, report=report)
+    recipe, original, before = prepared.recipe, prepared.source.folder, None
+    steps = len(prepared.steps)
+    for number, step in enumerate(prepared.steps):
+        report({"event": "step", "step": number, "steps": steps, "methods": [s.method for s in step.stages]})
+        if number < steps - 1 and begun_with(step.output) == step.identity:
+            before = step.output
+            continue
+        if step.walk:
+            before = _walk(prepared, step, before, overwrite, report).path
+        else:
+            before = run_model_step(
+                step.stages[0],
+                recipe,
+                before or original,
+                original,
+                prepared.windows,
+                step.output,
+                step.identity,
+                before=before,
+                overwrite=overwrite,
+                report=report,
+                trust_remote_code=prepared.trust_remote_code,
+            ).path
+    shutil.rmtree(_kept(prepared.output), ignore_errors=True)
+    return Artifact(prepared.output)
+
+
+def _compose(recipe: Recipe, source: Source, output: Path, *, overwrite: bool, trust_remote_code: bool) -> Composed:
+    device_of(recipe)
+    needing = [getattr(s, "needing", s.method) for s in recipe.stages if s.observes]
+    windows = None
+    if needing:
+        windows = calibration_ids(recipe, source, needing[0], trust_remote_code=trust_remote_code)
+    groups = _groups(recipe.stages)
+    steps: list[Step] = []
+    quantized = False
+    for number, (first, stages) in enumerate(groups):
+        upto = recipe.model_copy(update={"stages": recipe.stages[: first + len(stages)]})
+        identity = identify(upto, source, windows)
+        last = number == len(groups) - 1
+        target = output if last else _kept(output) / f"{number + 1}"
+        check_begun(target, identity, overwrite=overwrite)
+        if not last and begun_with(target) not in (None, identity) and not overwrite:
+            raise ValueError(
+                f"{target} was made by another recipe (different: {differences(begun_with(target) or {}, identity)}); "
+                "finish that, choose another output, or pass --overwrite"
+            )
+        walk = None
+        if isinstance(stages[0], ModelStage):
+            model = skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
+            if quantized and not stages[0].takes_codes:
+                raise ValueError(
+                    f"stages.{first} ({stages[0].method}) changes weights, and earlier stages have quantized them; "
+                    "list it before them"
+                )
+            try:
+                stages[0].check(source, model, quantized=quantized)
+            except ValueError as e:
+                raise ValueError(f"stages.{first} ({stages[0].method}): {e}") from e
+        else:
+            if quantized:
+                raise ValueError(
+                    f"stages.{first} ({stages[0].method}) comes after a stage that was quantized and then trained; "
+                    "list it before the training"
+                )
+            walk = prepare_walk(
+                recipe.model_copy(update={"stages": stages}),
+                source,
+                target,
+                identity=identity,
+                windows=windows,
+                first=first,
+                overwrite=overwrite,
+                trust_remote_code=trust_remote_code,
+            )
+            quantized |= bool(walk.plan.schemes)
+        steps.append(Step(first, stages, walk, target, identity))
+    return Composed(recipe, source, tuple(steps), windows, output, trust_remote_code)
+
+
+def _walk(composed: Composed, step: Step, before: Path | None, overwrite: bool, report: Report) -> Artifact:
+    """A walk over what the step before left, which may have another shape than the original."""
+    assert step.walk is not None
+    prepared = step.walk
+    if before:
+        trusted = composed.trust_remote_code
+        prepared = prepare_walk(
+            prepared.recipe,
+            open_source(str(before), trust_remote_code=trusted),
+            step.output,
+            identity=step.identity,
+            windows=composed.windows,
+            first=step.first,
+            overwrite=overwrite,
+            trust_remote_code=trusted,
         )
-        return Artifact(workspace.finish(config, source.folder))
+    return run_walk(prepared, before=before, overwrite=overwrite, report=report)
 
 
-def _write_cache(prepared: Prepared, workspace: Workspace) -> dict[str, Any]:
-    """Settle how the cache is stored, write what is fixed of it, and return its scheme for config.json."""
-    assert prepared.plan.cache is not None
-    stage, shape = prepared.plan.cache
-    if not prepared.plan.calibrates_cache:
-        return stage.scheme(shape).to_dict()
-    scheme, fixed = stage.settle(shape, workspace.calibration(shape.layers))
-    if fixed:
-        workspace.write_cache(fixed)
-    embeddings = prepared.model.get_input_embeddings()
-    name = next(n for n, m in prepared.model.named_modules() if m is embeddings)
-    weight = prepared.source.checkpoint.load([f"{name}.weight"])[f"{name}.weight"]
-    return replace(scheme, fingerprint=fingerprint(weight)).to_dict()
+def _groups(stages: Sequence[Any]) -> list[tuple[int, tuple[Any, ...]]]:
+    """Stages that go together, each group with the number of its first."""
+    numbered = enumerate(stages)
+    together = groupby(numbered, key=lambda item: item[0] if isinstance(item[1], ModelStage) else None)
+    groups = [list(group) for _, group in together]
+    return [(group[0][0], tuple(stage for _, stage in group)) for group in groups]
 
 
-def _as_written(schemes: Mapping[str, Scheme], workspace: Workspace, prepared: Prepared) -> dict[str, Scheme]:
-    """The schemes with what their linears have beside the codes, as the finished shards tell."""
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in workspace.shapes().items():
-        linear, _, leaf = name.rpartition(".")
-        found.setdefault(linear, {})[leaf] = shape
-    stored = names_for_engines(prepared.source.checkpoint, prepared.model, [*schemes])
-    return {n: as_stored(s, found.get(n) or found.get(stored[n], {})) for n, s in schemes.items()}
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on."""
-    packages = ("laconic", "torch", "transformers", "compressed-tensors", "safetensors")
-    return {"python": platform.python_version()} | {p: version(p) for p in packages}
-
-
-def _windows(recipe: Recipe, source: Source, plan: Plan, trust_remote_code: bool) -> Tensor | None:
-    if not plan.observing:
-        return None
-    calibration = recipe.calibration
-    if calibration is None:
-        cache = [plan.cache[0].method] if plan.cache and plan.calibrates_cache else []
-        needing = next(iter([*(s.needing for s in plan.stages if s.observes), *cache]))
-        raise ValueError(
-            f"{needing} needs calibration text: add 'calibration: {{dataset: FILE_OR_HUB_NAME}}' to the recipe"
-        )
-    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    if limit and calibration.max_seq_length > limit:
-        raise ValueError(
-            f"calibration.max_seq_length {calibration.max_seq_length} is longer than the model's context of {limit}; "
-            "lower it"
-        )
-    tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
-    documents = read_documents(calibration.dataset, split=calibration.split, config=calibration.config)
-    windows = calibration_windows(
-        documents,
-        tokenizer,
-        samples=calibration.num_calibration_samples,
-        length=calibration.max_seq_length,
-        seed=recipe.seed,
-    )
-    if (highest := int(windows.max())) >= (known := source.config.get_text_config().vocab_size):
-        raise ValueError(
-            f"the tokenizer in {source.folder} gives token {highest}, the model knows {known}; "
-            "copy the original model's tokenizer files there"
-        )
-    return windows
-
-
-def _settings(recipe: Recipe, windows: Tensor | None) -> Settings:
-    wanted = recipe.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but torch finds no GPU; use device: auto or cpu")
-    device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-    calibration = recipe.calibration or Calibration(dataset="")
-    length = windows.shape[1] if windows is not None else calibration.max_seq_length
-    batch = calibration.batch_size or max(1, _TOKENS_AT_ONCE[device.type] // length)
-    gigabytes = calibration.max_memory_gb
-    budget = gigabytes * 1e9 if gigabytes else psutil.virtual_memory().available / 4
-    return Settings(device, batch, budget, calibration.moe_calibrate_all_experts)
-
-
-def _fingerprint(source: Source) -> str:
-    """Names, shapes, dtypes, and a sample of the bytes of every weight file."""
-    digest = hashlib.sha256((source.folder / "config.json").read_bytes())
-    tensors = {n: (s.shape, s.dtype) for n, s in sorted(source.checkpoint.tensors.items())}
-    digest.update(json.dumps(tensors).encode())
-    for file in sorted({s.file for s in source.checkpoint.tensors.values()}):
-        size = file.stat().st_size
-        with file.open("rb") as f:
-            for at in (0, size // 2, max(0, size - 65536)):
-                f.seek(at)
-                digest.update(f.read(65536))
-    return digest.hexdigest()
-
-
-def _sha256(ids: Tensor) -> str:
-    return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # What getrusage says begins, on Linux, with what the parent process had taken; and on macOS is in bytes.
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    kilobytes = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if kilobytes is None else kilobytes * 1024
-
-
-def _device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu ({platform.processor() or platform.machine()})"
-    )
+def _kept(output: Path) -> Path:
+    """Where what earlier steps made is kept until the last one is done."""
+    return output.with_name(output.name + ".steps")

@@ -26,12 +26,12 @@ out, err = Console(markup=False, width=_WIDTH), Console(stderr=True, markup=Fals
 
 
 class Walking:
-    """Block, linear, error, memory and time left, on stderr."""
+    """Step, block (or what else a stage works through), linear, error, memory and time left, on stderr."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("block"),
+            TextColumn("{task.fields[step]}block"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[linear]}  error {task.fields[error]}  memory {task.fields[memory]}"),
@@ -39,7 +39,7 @@ class Walking:
             console=err,
             disable=quiet,
         )
-        self._task = self._bar.add_task("", total=None, linear="", error="-", memory="-")
+        self._task = self._bar.add_task("", total=None, step="", linear="", error="-", memory="-")
 
     def __enter__(self) -> Walking:
         self._bar.start()
@@ -52,7 +52,12 @@ class Walking:
         import psutil
 
         memory = in_bytes(psutil.Process().memory_info().rss)
-        if event["event"] == "block":
+        if event["event"] == "step":
+            step = f"step {event['step'] + 1} of {event['steps']} ({', '.join(event['methods'])}), "
+            self._bar.reset(self._task, total=None, step=step, linear="", error="-", memory=memory)
+        elif event["event"] == "work":
+            self._bar.update(self._task, total=event["total"], completed=event["done"], memory=memory)
+        elif event["event"] == "block":
             self._bar.update(self._task, total=event["blocks"], completed=event["block"], memory=memory)
         elif event["event"] == "linear":
             error = event.get("output_error", event["weight_error"])
@@ -60,39 +65,54 @@ class Walking:
 
 
 def print_plan(prepared: Any, as_json: bool) -> None:
-    plan, forecast = prepared.plan, prepared.forecast
-    schemes: dict[str, int] = {}
-    for scheme in plan.schemes.values():
-        schemes[scheme.name] = schemes.get(scheme.name, 0) + 1
+    """What a recipe will do: one walk, or several steps."""
+    steps = [step.walk or step.stages[0] for step in getattr(prepared, "steps", ())]
+    walks = [s for s in steps if hasattr(s, "plan")] or ([] if steps else [prepared])
     if as_json:
-        print_json(
-            {
-                **asdict(forecast),
-                "schemes": schemes,
-                "blocks": len(plan.anatomy.taps),
-                "output": str(prepared.output),
-            }
-        )
+        told = _foretold(walks[-1]) if walks else {}
+        more = {"steps": [[s.method for s in step.stages] for step in prepared.steps]} if steps else {}
+        print_json({**told, **more, "output": str(prepared.output)})
         return
     warn(prepared)
     table = Table(show_header=False, box=None)
-    table.add_row("model", f"{prepared.source.name} ({len(plan.anatomy.taps)} blocks)")
-    for i, (stage, names) in enumerate(zip(plan.stages, plan.touched, strict=True)):
+    blocks = f" ({len(walks[0].plan.anatomy.taps)} blocks)" if walks else ""
+    table.add_row("model", f"{prepared.source.name}{blocks}")
+    for number, step in enumerate(steps or [prepared], 1):
+        if steps:
+            table.add_row(f"step {number}", "a walk" if hasattr(step, "plan") else f"{step.method} on the whole model")
+        if hasattr(step, "plan"):
+            _add_stages(table, step.plan)
+    if walks:
+        schemes = _foretold(walks[-1])["schemes"]
+        table.add_row("schemes", ", ".join(f"{n} x {s}" for s, n in schemes.items()) or "none")
+    windows = prepared.windows
+    table.add_row("calibration", "none needed" if windows is None else f"{len(windows)} x {windows.shape[1]} tokens")
+    if walks:
+        _add_forecast(table, walks[-1].forecast)
+    table.add_row("output", str(prepared.output))
+    out.print(table)
+
+
+def _foretold(walk: Any) -> dict[str, Any]:
+    counts: dict[str, int] = {}
+    for scheme in walk.plan.schemes.values():
+        counts[scheme.name] = counts.get(scheme.name, 0) + 1
+    return {**asdict(walk.forecast), "schemes": counts, "blocks": len(walk.plan.anatomy.taps)}
+
+
+def _add_stages(table: Table, plan: Any) -> None:
+    for i, (stage, names) in enumerate(zip(plan.stages, plan.touched, strict=True), plan.first):
         table.add_row(f"stage {i}", f"{stage.method} on {len(names)} linears")
     if plan.cache:
         table.add_row("cache", f"{plan.cache[0].method}, {plan.cache[1].layers} layers x {plan.cache[1].heads} heads")
-    table.add_row("schemes", ", ".join(f"{n} x {s}" for s, n in schemes.items()) or "none")
-    samples = (
-        "none needed" if prepared.windows is None else f"{len(prepared.windows)} x {prepared.windows.shape[1]} tokens"
-    )
-    table.add_row("calibration", samples)
+
+
+def _add_forecast(table: Table, forecast: Any) -> None:
     smaller = forecast.bytes_before / forecast.bytes_after
     table.add_row(
         "size", f"{in_bytes(forecast.bytes_before)} -> {in_bytes(forecast.bytes_after)} ({smaller:.2f}x smaller)"
     )
     table.add_row("memory", f"about {in_bytes(forecast.peak_bytes)} beyond Python and torch")
-    table.add_row("output", str(prepared.output))
-    out.print(table)
 
 
 def warn(prepared: Any) -> None:
@@ -102,23 +122,37 @@ def warn(prepared: Any) -> None:
 
 
 def _warnings(prepared: Any) -> Iterator[str]:
-    from laconic.engine.engines import closed_to_transformers
-
     asked, windows = prepared.recipe.calibration, prepared.windows
     if windows is not None and len(windows) < asked.num_calibration_samples:
         yield f"the calibration text fills {len(windows)} of {asked.num_calibration_samples} samples; using those"
-    unserved = sorted({s.name for s in prepared.plan.schemes.values() if s.engine == "transformers"})
+    reshaped = False
+    for step in getattr(prepared, "steps", ()):
+        if step.walk:
+            yield from _walk_warnings(step.walk)
+            if reshaped:
+                yield f"sizes foretold for {step.stages[0].method} are those of the model before it is made smaller"
+        else:
+            yield from step.stages[0].warnings(prepared.source)
+            reshaped |= step.stages[0].reshapes
+    if not hasattr(prepared, "steps"):
+        yield from _walk_warnings(prepared)
+
+
+def _walk_warnings(walk: Any) -> Iterator[str]:
+    from laconic.engine.engines import closed_to_transformers
+
+    unserved = sorted({s.name for s in walk.plan.schemes.values() if s.engine == "transformers"})
     if unserved:
         yield f"vLLM has no kernel for {', '.join(unserved)}; transformers opens it"
-    simulated = sorted({s.title for s in prepared.plan.schemes.values() if s.simulated})
+    simulated = sorted({s.title for s in walk.plan.schemes.values() if s.simulated})
     if simulated:
         yield f"neither vLLM nor transformers runs {', '.join(simulated)}; its arithmetic is simulated by laconic"
-    if any(s.outlier_columns is None for s in prepared.plan.schemes.values()):
+    if any(s.outlier_columns is None for s in walk.plan.schemes.values()):
         yield "how many columns stay in 16 bit is known once calibrated; the size foretold counts none"
-    if reason := closed_to_transformers(prepared.plan, prepared.model):
+    if reason := closed_to_transformers(walk.plan, walk.model):
         yield f"transformers cannot open {reason}; vLLM and laconic.load can"
-    if prepared.plan.schemes and prepared.forecast.covered < 0.5:
-        yield f"only {prepared.forecast.covered:.0%} of the parameters will be quantized"
+    if walk.plan.schemes and walk.forecast.covered < 0.5:
+        yield f"only {walk.forecast.covered:.0%} of the parameters will be quantized"
 
 
 def remarks(log: list[dict[str, Any]]) -> Iterator[str]:
@@ -141,10 +175,22 @@ def remarks(log: list[dict[str, Any]]) -> Iterator[str]:
             f"{len(few)} inputs of linears saw fewer tokens than they are wide, the least {least['message']}; use more "
             "samples, or calibration.moe_calibrate_all_experts"
         )
+    odd = {e["block"] for e in log if e.get("event") == "pruned" and _is_odd(e)}
+    if odd:
+        yield (
+            f"{len(odd)} blocks have an odd number of heads or key-value heads, which vLLM cannot split over GPUs "
+            "(--tensor-parallel-size)"
+        )
     damping = [e["dampening_frac"] for e in log if "dampening_frac" in e]
     if damping and max(damping) > min(damping):
         harder = sum(d > min(damping) for d in damping)
         yield f"the Hessians of {harder} linears were nearly singular: damped by up to {max(damping)} (log.jsonl)"
+
+
+def _is_odd(event: Mapping[str, Any]) -> bool:
+    heads, shared = event.get("heads", 0), event.get("kv_heads", 0)
+    # A single key-value head is given to every GPU.
+    return bool(heads % 2 or (shared > 1 and shared % 2))
 
 
 def in_bytes(n: float) -> str:

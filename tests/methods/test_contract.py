@@ -1,4 +1,5 @@
-"""What every method promises, asked of each in METHODS; of caches, `test_caches` asks the rest."""
+"""What every method promises, asked of each in METHODS; of caches, `test_caches` asks the rest, and of stages that need
+the model whole `test_model_stages`."""
 
 from __future__ import annotations
 
@@ -17,12 +18,15 @@ from artifacts import Stage, inputs, press, quantized_linears, same_bytes, tenso
 from laconic import Artifact
 from laconic.engine import walk
 from laconic.engine.beside import attach, compress_tap
+from laconic.engine.model_stage import ModelStage
 from laconic.engine.stage import BlockStage, Outcome, QuantizingStage
 from laconic.engine.stage import Stage as AnyStage
 from laconic.formats import Quantized
 from laconic.methods import METHODS
 from laconic.methods.gptq import Gptq
+from laconic.methods.reap import Reap
 from laconic.methods.rtn import Rtn
+from tiny import make_model
 
 SCHEMES: list[dict[str, Any]] = [
     {"scheme": "W4A16", "group_size": 32},
@@ -50,9 +54,15 @@ BESIDE: list[dict[str, Any]] = [
 ]
 
 
+# What stages that need the model whole do to a model of two blocks.
+OF_MODELS: dict[str, Stage] = {"llm_pruner": {"keep_first": 1, "keep_last": 0}, "depth": {"blocks": 1}}
+
+
 def stages_of(method: type[AnyStage]) -> list[Stage]:
     """A method with every scheme, where it has schemes."""
     name = {"method": method.model_fields["method"].default}
+    if issubclass(method, ModelStage):
+        return [name | OF_MODELS.get(name["method"], {})]
     if not issubclass(method, QuantizingStage):
         # Ranges of groups of tokens want samples of a group at least.
         return [name | ({"group_size": 16} if name["method"] == "kvquant" else {})]
@@ -99,11 +109,12 @@ def test_the_same_seed_gives_the_same_bytes(
 def test_the_number_of_threads_changes_nothing(
     method: type[AnyStage], llama: Path, text: Path, tmp_path: Path, set_threads: Callable[[int], None]
 ) -> None:
+    model = make_model(tmp_path / "mixture", "mixtral") if method is Reap else llama
     x = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
     folders, products = [], []
     for threads in (1, 2):
         set_threads(threads)
-        folders.append(press(llama, tmp_path / str(threads), stages_of(method)[0], text=text).path)
+        folders.append(press(model, tmp_path / str(threads), stages_of(method)[0], text=text).path)
         products.append(x.T @ x)
     if not torch.equal(*products):
         pytest.skip("a matrix product depends on the number of threads here")

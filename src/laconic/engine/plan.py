@@ -34,7 +34,8 @@ _ITEMSIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 class Plan:
     """stages: in order. touched: for each stage the full names of its linears. schemes: of every linear that will be
     quantized, by full name. linears: shape of every linear of the model, by full name. links: of each block, where a
-    stage needs them. cache: how the key-value cache is stored, and its shape, if a stage says so."""
+    stage needs them. cache: how the key-value cache is stored, and its shape, if a stage says so. first: the number of
+    the first stage in the recipe."""
 
     anatomy: Anatomy
     stages: tuple[Stage, ...]
@@ -43,11 +44,18 @@ class Plan:
     linears: Mapping[str, tuple[int, int]]
     links: tuple[Mapping[Tap, Link], ...] = ()
     cache: tuple[CacheStage, KvShape] | None = None
+    first: int = 0
 
     @property
     def observing(self) -> bool:
         """Whether calibration data must flow through the model."""
         return self.calibrates_cache or any(stage.observes for stage in self.stages)
+
+    @property
+    def needing(self) -> str:
+        """What needs calibration data, where anything does."""
+        cache = [self.cache[0].method] if self.cache and self.calibrates_cache else []
+        return next(iter([*(s.needing for s in self.stages if s.observes), *cache]))
 
     @property
     def calibrates_cache(self) -> bool:
@@ -79,17 +87,17 @@ class Plan:
         return any(stage.cross for stage in self.stages)
 
 
-def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage | CacheStage]) -> Plan:
-    """Match the stages' targets with the model's linears.
+def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage | CacheStage], first: int = 0) -> Plan:
+    """Match the stages' targets with the model's linears. first: the number of the first of them in the recipe.
 
     Raises: ValueError when a target matches nothing, a group size does not divide, a linear would be quantized
     twice, linears that engines fuse would differ, a tied head is targeted, or the model cannot have such a cache.
     """
-    stages, cache = _cache_apart(model, stages)
+    stages, cache = _cache_apart(model, stages, first)
     shapes = {n: (m.out_features, m.in_features) for n, m in linears_of(model).items()}
     inside = [n for n in shapes if n.startswith(f"{anatomy.blocks}.") and n not in anatomy.routers]
     touched, schemes = [], dict[str, Scheme]()
-    for number, stage in enumerate(stages):
+    for number, stage in enumerate(stages, first):
         names = _matches(stage, shapes, inside, anatomy.head, number)
         if anatomy.head in names and anatomy.tied:
             raise ValueError(
@@ -125,19 +133,19 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage |
     if anatomy.head in schemes:
         schemes = {n: s for n, s in schemes.items() if n != anatomy.head} | {anatomy.head: schemes[anatomy.head]}
     links = find_links(model, anatomy) if any(isinstance(s, BlockStage) and s.links for s in stages) else ()
-    _check_blocks(anatomy, stages, touched, links, shapes)
-    return Plan(anatomy, tuple(stages), tuple(touched), schemes, shapes, links, cache)
+    _check_blocks(anatomy, stages, touched, links, shapes, first)
+    return Plan(anatomy, tuple(stages), tuple(touched), schemes, shapes, links, cache, first)
 
 
 def _cache_apart(
-    model: PreTrainedModel, stages: Sequence[Stage | CacheStage]
+    model: PreTrainedModel, stages: Sequence[Stage | CacheStage], first: int
 ) -> tuple[list[Stage], tuple[CacheStage, KvShape] | None]:
     """The stages that change weights, and the one that says how the cache is stored, which comes after them."""
     weights = [s for s in stages if isinstance(s, Stage)]
     caches = [s for s in stages if isinstance(s, CacheStage)]
     if not caches:
         return weights, None
-    number = len(stages) - 1
+    number = first + len(stages) - 1
     if len(caches) > 1 or not isinstance(stages[-1], CacheStage):
         raise ValueError(
             f"a recipe has one stage for the cache, and it comes last, since it looks at the compressed model; "
@@ -159,10 +167,11 @@ def _check_blocks(
     touched: Sequence[frozenset[str]],
     links: Sequence[Mapping[Tap, Link]],
     shapes: Mapping[str, tuple[int, int]],
+    first: int,
 ) -> None:
     """Let block stages say what they cannot do, naming the block."""
     quantized: set[str] = set()
-    for number, (stage, names) in enumerate(zip(stages, touched, strict=True)):
+    for number, (stage, names) in enumerate(zip(stages, touched, strict=True), first):
         for i, taps in enumerate(anatomy.taps):
             block = anatomy.block_name(i)
             meant = [t for t in taps if any(f"{block}.{n}" in names for n in t.linears)]
@@ -277,7 +286,7 @@ def _check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
 def check_experts(plan: Plan, all_experts: bool) -> None:
     """Raises: ValueError for a stage that compares an expert's inputs with the original model's, which routes other
     tokens to it."""
-    for number, (stage, names) in enumerate(zip(plan.stages, plan.touched, strict=True)):
+    for number, (stage, names) in enumerate(zip(plan.stages, plan.touched, strict=True), plan.first):
         for i, taps in enumerate(plan.anatomy.taps):
             block = plan.anatomy.block_name(i)
             hit = any(f"{block}.{n}" in names for tap in taps if tap.experts for n in tap.linears)

@@ -25,13 +25,14 @@ from torch import Tensor
 from laconic.model.checkpoint import INDEX
 from laconic.model.kv_reading import KV_CACHE
 
-RECIPE, LOG, _REPLACED, _CALIBRATION = "recipe.yaml", "log.jsonl", ".replaced", "calibration"
+RECIPE, LOG, _REPLACED, _CALIBRATION, _SCRATCH = "recipe.yaml", "log.jsonl", ".replaced", "calibration", "scratch"
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 _NOT_COPIED = {"config.json", INDEX, "training_log.json"}
 
 
 class Workspace:
-    """The folder where an artifact grows, ours alone until closed. shards: how many there will be.
+    """The folder where an artifact grows, ours alone until closed. shards: how many there will be, if any is to be
+    written.
 
     Raises: ValueError when the output exists, was begun with another recipe, or is being written by another process.
     """
@@ -47,7 +48,7 @@ class Workspace:
             # Another process may have finished, or begun, since the first look.
             check_output(output, overwrite=overwrite)
             check_begun(output, identity, overwrite=overwrite)
-            self._clear(keep=_begun_with(self.folder) == dict(identity))
+            self._clear(keep=begun_with(self.folder) == dict(identity))
             if not (self.folder / RECIPE).exists():
                 write_text(self.folder / RECIPE, yaml.safe_dump(dict(identity), sort_keys=False, allow_unicode=True))
         except BaseException:
@@ -88,6 +89,23 @@ class Workspace:
         contiguous = {n: t.detach().cpu().contiguous() for n, t in sorted(tensors.items())}
         _replace(self.shard(i), lambda file: save_file(contiguous, file, metadata={"format": "pt"}))
 
+    @property
+    def scratch(self) -> Path:
+        """A folder for what is needed to go on after a kill, gone with `finish`."""
+        folder = self.folder / _SCRATCH
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def copy_weights(self, source: Path) -> None:
+        """Take the weights of `source` over as they are."""
+        for file in [*source.glob("*.safetensors"), *source.glob(INDEX)]:
+            _copy(file, self.folder / file.name)
+
+    def write_log(self, events: list[dict[str, Any]]) -> None:
+        """Write what happened outside of any shard, in place of what was said of that before."""
+        log = [*events, *(e for e in read_log(self.folder) if "shard" in e)]
+        write_text(self.folder / LOG, "".join(json.dumps(e) + "\n" for e in log))
+
     def write_calibration(self, i: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep what calibrating the cache told of block i, until `finish`. To be called before its shard is written."""
         contiguous = {n: t.detach().cpu().contiguous() for n, t in sorted(tensors.items())}
@@ -109,8 +127,28 @@ class Workspace:
                 found |= {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}  # noqa: SIM118 - not a dict
         return found
 
-    def finish(self, config: Mapping[str, Any], source: Path) -> Path:
-        """Write the index and the config, copy the tokenizer, give the folder its name."""
+    def finish(self, config: Mapping[str, Any], source: Path, carried: Path | None = None) -> Path:
+        """Write the index and the config, copy the tokenizer, give the folder its name. carried: the artifact of the
+        step before, whose log comes first, and whose folders go with this one."""
+        if carried:
+            own = [e for e in read_log(self.folder) if "shard" not in e and "step" not in e]
+            log = [{k: v for k, v in e.items() if k != "shard"} for e in read_log(carried)]
+            self.write_log([*({"step": carried.name, **e} for e in log), *own])
+            _copy_folders(carried, self.folder)
+        if self.shards:
+            self._write_index()
+        for pattern in _COPIED:
+            for file in source.glob(pattern):
+                if file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
+                    _copy(file, self.folder / file.name)
+        write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+        for junk in [*self.folder.rglob("*.writing"), *self.folder.glob(f"{_CALIBRATION}-*")]:
+            junk.unlink()
+        shutil.rmtree(self.folder / _SCRATCH, ignore_errors=True)
+        self._publish()
+        return self.output
+
+    def _write_index(self) -> None:
         weight_map, total = {}, 0
         for i in range(self.shards):
             with safe_open(self.shard(i), framework="pt") as f:
@@ -119,15 +157,6 @@ class Workspace:
             total += self.shard(i).stat().st_size
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
-        for pattern in _COPIED:
-            for file in source.glob(pattern):
-                if file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
-                    _replace(self.folder / file.name, lambda to, file=file: shutil.copyfile(file, to))  # type: ignore[misc]
-        write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
-        for junk in [*self.folder.rglob("*.writing"), *self.folder.glob(f"{_CALIBRATION}-*")]:
-            junk.unlink()
-        self._publish()
-        return self.output
 
     def _publish(self) -> None:
         """Give the folder its name. An old output is moved into it, and out again to be deleted, so that whenever a
@@ -166,16 +195,16 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             raise ValueError(f"output {output} exists; choose another name, or pass --overwrite")
         if not (output / RECIPE).exists():
             raise ValueError(f"output {output} is no artifact, so --overwrite leaves it alone; choose another name")
-    if partial.exists() and (not partial.is_dir() or (_begun_with(partial) is None and any(_foreign(partial)))):
+    if partial.exists() and (not partial.is_dir() or (begun_with(partial) is None and any(_foreign(partial)))):
         raise ValueError(f"{partial}, where the work would go on, is something else; move it away")
 
 
 def check_begun(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
     """Raises: ValueError when `output` was begun with another recipe, and that was not said to be overwritten."""
-    begun = _begun_with(partial_of(output))
+    begun = begun_with(partial_of(output))
     if begun is not None and begun != dict(identity) and not overwrite:
         raise ValueError(
-            f"{partial_of(output)} was begun with another recipe (different: {_differences(begun, identity)}); "
+            f"{partial_of(output)} was begun with another recipe (different: {differences(begun, identity)}); "
             "finish it with that one, choose another output, or pass --overwrite"
         )
 
@@ -189,6 +218,19 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 def write_text(file: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     _replace(file, lambda to: to.write_text(text, encoding="utf-8"))
+
+
+def _copy(file: Path, to: Path) -> None:
+    _replace(to, lambda writing: shutil.copyfile(file, writing))
+
+
+def _copy_folders(source: Path, target: Path) -> None:
+    """Copy what a folder's folders hold and the other has not."""
+    for file in source.glob("*/**/*"):
+        to = target / file.relative_to(source)
+        if file.is_file() and not to.exists():
+            to.parent.mkdir(parents=True, exist_ok=True)
+            _copy(file, to)
 
 
 def _replace(file: Path, write: Callable[[Path], Any]) -> None:
@@ -230,7 +272,7 @@ def _fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _begun_with(folder: Path) -> dict[str, Any] | None:
+def begun_with(folder: Path) -> dict[str, Any] | None:
     """What a folder was begun with: nothing if it was not, an empty mapping if that cannot be read any more."""
     try:
         begun = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
@@ -246,7 +288,7 @@ def _foreign(folder: Path) -> Iterator[Path]:
     return (f for f in folder.iterdir() if f.suffix != ".writing")
 
 
-def _differences(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+def differences(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
     """Keys by which two identities differ; a recipe's as the user wrote them."""
     old, new = _leaves(begun), _leaves(identity)
     return ", ".join(sorted(k.removeprefix("recipe.") for k in {*old, *new} if old.get(k) != new.get(k)))

@@ -18,7 +18,6 @@ from unittest import mock
 import torch
 from transformers import PreTrainedModel
 
-from laconic.compression import versions
 from laconic.engine.artifact import Artifact
 from laconic.evaluate.caches import read_stage, resolve, slug, title
 from laconic.evaluate.recovery import Score, compare, mean_recovery, read_groups, read_scores
@@ -27,6 +26,7 @@ from laconic.model.checkpoint import reason
 from laconic.model.kv_open import use_by_default
 from laconic.model.load import load_tokenizer, model_folder, read_config
 from laconic.model.reading import load
+from laconic.provenance import versions
 
 # lm-eval's own defaults, said here because they belong to a result.
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from laconic.compression import versions
 from laconic.engine.artifact import Artifact
 from laconic.evaluate.cache_cost import memory_by_length, speed_by_length
 from laconic.evaluate.caches import caches_for, slug
@@ -21,6 +20,7 @@ from laconic.evaluate.run import HUB_TEXTS
 from laconic.model.data import evaluation_windows, prefix_of, read_documents
 from laconic.model.load import load_tokenizer, model_folder
 from laconic.model.reading import load
+from laconic.provenance import versions
 
 PARTS = ("perplexity", "needle", "memory", "speed")
 LENGTHS = (512, 2048, 8192)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from laconic.methods.autoround import AutoRound
 from laconic.methods.awq import Awq
+from laconic.methods.depth import Depth
 from laconic.methods.gptq import Gptq
 from laconic.methods.kivi import Kivi
 from laconic.methods.kv_fp8 import KvFp8
@@ -11,8 +12,26 @@ from laconic.methods.kv_int8 import KvInt8
 from laconic.methods.kv_per_token import KvPerToken
 from laconic.methods.kvquant import KvQuant
 from laconic.methods.llm_int8 import LlmInt8
+from laconic.methods.llm_pruner import LlmPruner
+from laconic.methods.reap import Reap
 from laconic.methods.rtn import Rtn
 from laconic.methods.smoothquant import SmoothQuant
 from laconic.methods.zeroquant import ZeroQuant
 
-METHODS = (Rtn, Gptq, Awq, AutoRound, ZeroQuant, LlmInt8, SmoothQuant, Kivi, KvQuant, KvPerToken, KvInt8, KvFp8)
+METHODS = (
+    Rtn,
+    Gptq,
+    Awq,
+    AutoRound,
+    ZeroQuant,
+    LlmInt8,
+    SmoothQuant,
+    Kivi,
+    KvQuant,
+    KvPerToken,
+    KvInt8,
+    KvFp8,
+    LlmPruner,
+    Depth,
+    Reap,
+)

@@ -77,7 +77,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
 
     Raises: ValueError for a model that has no decoder blocks with linears, or whose blocks cannot be traced.
     """
-    name = _find_blocks(model)
+    name = find_blocks(model)
     blocks = model.get_submodule(name)
     assert isinstance(blocks, nn.ModuleList)
     head = _find_head(model)
@@ -229,7 +229,11 @@ def _trace(block: nn.Module, call: Call, hidden: Tensor) -> tuple[tuple[Tap, ...
     return taps, isinstance(outputs[0], tuple)
 
 
-def _find_blocks(model: nn.Module) -> str:
+def find_blocks(model: nn.Module) -> str:
+    """The name of the list of decoder blocks: the longest ModuleList of modules that hold linears.
+
+    Raises: ValueError when there is none.
+    """
     candidates: dict[str, nn.ModuleList] = {
         name: module
         for name, module in model.named_modules()

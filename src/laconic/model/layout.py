@@ -112,17 +112,14 @@ def _pieces(experts: Experts, leaf: str, stored: Stored) -> Iterator[tuple[str, 
 
 
 def _restacked(checkpoint: Checkpoint, pieces: Mapping[str, Tensor]) -> Tensor:
-    places = {n: checkpoint.tensors[n] for n in pieces}
-    count = 1 + max(s.index or 0 for s in places.values())
-    rows = max(s.rows[1] for s in places.values() if s.rows)
-    some = next(iter(pieces.values()))
-    out = torch.empty(count, rows, some.shape[1], dtype=some.dtype, device=some.device)
+    experts: dict[int, list[tuple[int, Tensor]]] = {}
     for name, tensor in pieces.items():
-        stored = places[name]
-        assert stored.index is not None
-        assert stored.rows is not None
-        out[stored.index, slice(*stored.rows)] = tensor
-    return out
+        place = checkpoint.tensors[name]
+        assert place.index is not None
+        assert place.rows is not None
+        experts.setdefault(place.index, []).append((place.rows[0], tensor))
+    ordered = [torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]) for _, parts in sorted(experts.items())]
+    return torch.stack(ordered)
 
 
 def _as_it_was(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:

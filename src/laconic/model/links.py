@@ -99,13 +99,13 @@ def find_links(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Mapping[Tap, L
     for block, call, taps in zip(blocks, calls, anatomy.taps, strict=True):
         kind = (taps, tuple((n, type(m), m.extra_repr()) for n, m in block.named_modules()))
         if kind not in known:
-            known[kind] = _links_of(block, call, taps, _head_widths(model), hidden.shape[-1])
+            known[kind] = _links_of(block, call, taps, head_widths(model), hidden.shape[-1])
         found.append(known[kind])
     return tuple(found)
 
 
 def _links_of(block: nn.Module, call: Call, taps: Sequence[Tap], heads: Sequence[int], width: int) -> dict[Tap, Link]:
-    block = _randomised(block)
+    block = randomised(block)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 4, width, generator=generator).to(next(block.parameters()).dtype)
     found: dict[Tap, Link] = {}
@@ -143,7 +143,7 @@ def _experts_links(
                 yield Link((down,), up, torch.arange(experts.intermediate)), [tap]
 
 
-def _randomised(block: nn.Module) -> nn.Module:
+def randomised(block: nn.Module) -> nn.Module:
     """The same block with weights of its own: random matrices, norms that do nothing."""
     block = copy.deepcopy(block)
     noise = torch.randn(65537, generator=torch.Generator().manual_seed(0))
@@ -280,7 +280,8 @@ def _divide_norm(norm: nn.Module, s: Tensor, link: Link) -> None:
         bias.data = (bias.float() / s).to(bias.dtype)
 
 
-def _head_widths(model: PreTrainedModel) -> list[int]:
+def head_widths(model: PreTrainedModel) -> list[int]:
+    """How many channels a head may have."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     given = getattr(config, "head_dim", None)

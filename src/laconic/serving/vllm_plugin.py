@@ -1,4 +1,5 @@
-"""Teaches vLLM to serve native artifacts (`quant_method: laconic`), and packed key-value caches (`serving.vllm_kv`).
+"""Teaches vLLM to serve native artifacts (`quant_method: laconic`), packed key-value caches (`serving.vllm_kv`) and
+models whose blocks differ in width (`serving.vllm_widths`).
 
 vLLM finds `register` through the entry point `vllm.general_plugins`, wherever laconic is installed beside it. Int8 by
 int8 runs as integer products, with outlier columns in a product of their own; every other native scheme is decoded
@@ -24,6 +25,7 @@ from laconic.formats.storage import from_stored, stored_shapes
 from laconic.model.products import integer_linear, simulated_linear
 from laconic.model.quant_config import NATIVE, schemes_from_config
 from laconic.serving.vllm_kv import register_kv
+from laconic.serving.vllm_widths import register_widths
 
 log = init_logger(__name__)
 
@@ -32,9 +34,10 @@ _SHARDS = {"q": 0, "k": 1, "v": 2}
 
 
 def register() -> None:
-    """Make `quant_method: laconic` and packed caches known to vLLM. May be called again."""
+    """Make `quant_method: laconic`, packed caches and widths by block known to vLLM. May be called again."""
     register_quantization_config(NATIVE)(LaconicConfig)
     register_kv()
+    register_widths()
 
 
 class LaconicConfig(QuantizationConfig):

@@ -1,0 +1,135 @@
+"""Depth (ShortGPT: Men et al., arXiv 2403.03853): whole blocks that change their input least are dropped.
+
+The heuristic to measure other structured pruning by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from laconic.engine.model_stage import ModelStage, Remade, Work
+from laconic.model.anatomy import dissect, find_blocks
+from laconic.model.checkpoint import read_json
+from laconic.model.load import Source
+from laconic.model.reading import load
+from laconic.model.rebuild import parts_of, rebuilt
+from laconic.model.widths import make_config
+
+
+class Depth(ModelStage):
+    """blocks: how many are dropped; or sparsity: the share of them that is. batch_size: samples run at once."""
+
+    method: Literal["depth"] = "depth"
+    blocks: int | None = Field(None, ge=0)
+    sparsity: float | None = Field(None, ge=0, lt=1)
+    batch_size: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Depth:
+        if (self.blocks is None) == (self.sparsity is None):
+            raise ValueError("say how many blocks are dropped: blocks: 2, or sparsity: 0.2, and not both")
+        return self
+
+    @property
+    def observes(self) -> bool:
+        return True
+
+    @property
+    def reshapes(self) -> bool:
+        return True
+
+    def check(self, source: Source, model: PreTrainedModel, *, quantized: bool) -> None:
+        self._count(len(list(model.get_submodule(find_blocks(model)).children())))
+        if model.config.get_text_config() is not model.config:
+            raise ValueError(f"'{model.config.model_type}' is more than a language model; depth prunes plain ones")
+
+    def remake(self, work: Work) -> Remade:
+        assert work.windows is not None
+        raw = read_json(work.folder / "config.json")
+        model = load(work.folder, device=work.device, dtype=torch.float32, trust_remote_code=work.trust_remote_code)
+        name = dissect(model).blocks
+        blocks = list(model.get_submodule(name).children())
+        influence = block_influence(model, blocks, work.windows, self.batch_size, work.report)
+        dropped = sorted(influence.argsort(stable=True)[: self._count(len(blocks))].tolist())
+        kept = [i for i in range(len(blocks)) if i not in dropped]
+        config = _shortened(raw, kept)
+        before = sum(p.numel() for p in model.parameters())
+        made = rebuilt({**raw, **config}, _renumbered(parts_of(model), name, kept), torch.float32)
+        after = sum(p.numel() for p in made.parameters())
+        events = [
+            {"event": "block_influence", "block": i, "influence": float(v), "dropped": i in dropped}
+            for i, v in enumerate(influence)
+        ]
+        result = {"method": self.method, "parameters_before": before, "parameters_after": after, "dropped": dropped}
+        return Remade(made, config, events, {"pruning": result})
+
+    def _count(self, blocks: int) -> int:
+        """How many blocks go. Raises: ValueError when none would be left."""
+        count = self.blocks if self.blocks is not None else round((self.sparsity or 0) * blocks)
+        if count >= blocks:
+            raise ValueError(f"the model has {blocks} blocks, and {count} would be dropped; one at least must stay")
+        return count
+
+
+@torch.no_grad()
+def block_influence(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    windows: Tensor,
+    batch_size: int = 1,
+    report: Callable[[Mapping[str, Any]], None] = lambda _: None,
+) -> Tensor:
+    """1 - cos of what goes into a block and what comes out, the mean over tokens (arXiv 2403.03853, eq. 1), (blocks,)
+    float64. windows: token ids (samples, tokens)."""
+    alike = torch.zeros(len(blocks), dtype=torch.float64)
+
+    def hook(i: int) -> Any:
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            alike[i] += torch.cosine_similarity(before.double(), after.double(), dim=-1).sum().cpu()
+
+        return look
+
+    handles = [block.register_forward_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    batches = windows.split(batch_size)
+    try:
+        for n, ids in enumerate(batches):
+            model(input_ids=ids.to(model.device), use_cache=False)
+            report({"event": "work", "done": n + 1, "total": len(batches)})
+    finally:
+        for handle in handles:
+            handle.remove()
+    return 1 - alike / windows.numel()
+
+
+def _shortened(raw: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """The keys of config.json that change: how many blocks there are, and whatever has an item for each."""
+    config = make_config(raw)
+    key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    count = getattr(config, key)
+    changed: dict[str, Any] = {key: len(kept)}
+    changed |= {k: [v[i] for i in kept] for k, v in raw.items() if isinstance(v, list) and len(v) == count}
+    types = getattr(config, "layer_types", None)
+    if types and getattr(make_config({**raw, **changed}), "layer_types", None) != (left := [types[i] for i in kept]):
+        changed["layer_types"] = left
+    return changed
+
+
+def _renumbered(tensors: Mapping[str, Tensor], blocks: str, kept: Sequence[int]) -> dict[str, Tensor]:
+    """Tensors by the names that they have when only some blocks are there."""
+    new = {old: i for i, old in enumerate(kept)}
+    out = {}
+    for name, tensor in tensors.items():
+        number, _, rest = name.removeprefix(f"{blocks}.").partition(".")
+        if not name.startswith(f"{blocks}."):
+            out[name] = tensor
+        elif int(number) in new:
+            out[f"{blocks}.{new[int(number)]}.{rest}"] = tensor
+    return out

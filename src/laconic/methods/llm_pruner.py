@@ -1,0 +1,316 @@
+"""LLM-Pruner (Ma et al., arXiv 2305.11627): attention heads and MLP channels that the loss misses least are taken out.
+
+What must go together is found by structure (`model.groups`). What is left is a smaller dense model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from laconic.engine.gradients import Gradients, gradients
+from laconic.engine.model_stage import ModelStage, Remade, Work
+from laconic.model.anatomy import Anatomy, dissect
+from laconic.model.checkpoint import read_json
+from laconic.model.groups import Group, Kind, find_groups, narrow
+from laconic.model.load import Source
+from laconic.model.reading import load
+from laconic.model.rebuild import empty, parts_of, rebuilt
+from laconic.model.widths import WIDTHS, with_widths
+from laconic.solvers.saliency import Aggregation, Pooling, cut, of_units, pooled, taylor
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Targeted:
+    """Groups that may become narrower, by block, of the blocks that are not protected."""
+
+    blocks: Mapping[int, Sequence[Group]]
+
+    @property
+    def flat(self) -> list[tuple[int, Group]]:
+        """Block and group, one after another."""
+        return [(i, group) for i, groups in self.blocks.items() for group in groups]
+
+
+class LlmPruner(ModelStage):
+    """sparsity: share of the parameters of the targeted groups that goes. groups: of `attention` (key-value heads with
+    their query heads) and `mlp` (channels). importance: `first` or `second` order of the loss's Taylor series; `weight`
+    (squares of weights) and `random` are baselines, and need no calibration text. aggregation, pooling: how the
+    importance of an `element` or a `vector` becomes a matrix's, and those of matrices a unit's. keep_first, keep_last:
+    blocks that stay whole; an eighth and a sixteenth of them when not given. uniform: the same widths in all blocks,
+    which a stock config can say. heads: how many query heads stay in a block, instead of as many as importance says.
+    multiple_of: of what an MLP's width is a multiple; by its width when not given. batch_size: samples a gradient is
+    taken of. dtype: in which gradients are computed. gradient_checkpointing: less memory for a second forward pass."""
+
+    method: Literal["llm_pruner"] = "llm_pruner"
+    sparsity: float = Field(0.2, ge=0, lt=1)
+    groups: tuple[Kind, ...] = Field(("attention", "mlp"), min_length=1)
+    importance: Literal["first", "second", "weight", "random"] = "first"
+    aggregation: Aggregation = "element"
+    pooling: Pooling = "sum"
+    keep_first: int | None = Field(None, ge=0)
+    keep_last: int | None = Field(None, ge=0)
+    uniform: bool = False
+    heads: int | None = Field(None, ge=1)
+    multiple_of: int | None = Field(None, ge=1)
+    batch_size: int = Field(1, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+
+    @field_validator("groups", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LlmPruner:
+        if self.uniform and (self.keep_first or self.keep_last):
+            raise ValueError("uniform gives all blocks the same widths; leave out keep_first and keep_last")
+        if self.heads and "attention" not in self.groups:
+            raise ValueError("heads counts those of attention; add attention to groups, or leave heads out")
+        return self
+
+    @property
+    def observes(self) -> bool:
+        return self.importance in ("first", "second")
+
+    @property
+    def reshapes(self) -> bool:
+        return True
+
+    def check(self, source: Source, model: PreTrainedModel, *, quantized: bool) -> None:
+        targeted = self._target(model, dissect(model))
+        if self.uniform:
+            self._uniform_counts(read_json(source.folder / "config.json"), model, targeted)
+        self._fixed(targeted)
+
+    def remake(self, work: Work) -> Remade:
+        raw = read_json(work.folder / "config.json")
+        model = load(
+            work.folder, device=work.device, dtype=_DTYPES[self.dtype], trust_remote_code=work.trust_remote_code
+        )
+        anatomy = dissect(model)
+        targeted = self._target(model, anatomy)
+        importance = self._weigh(work, model, anatomy, targeted)
+        sizes = [_unit_size(model, anatomy, i, group) for i, group in targeted.flat]
+        if self.uniform:
+            counts = self._uniform_counts(raw, model, targeted)
+            kept = [_best(v, counts[g.kind]) for v, (_, g) in zip(importance, targeted.flat, strict=True)]
+        else:
+            kept = self._cut(targeted, importance, sizes)
+        before = sum(p.numel() for p in model.parameters())
+        masks = {
+            (i, group): mask
+            for (i, group), mask in zip(targeted.flat, kept, strict=True)
+            if not bool(mask.all()) or self.uniform
+        }
+        config = self._config(raw, len(anatomy.taps), masks)
+        made = rebuilt({**raw, **config}, _narrowed(model, anatomy, masks), _DTYPES[self.dtype])
+        after = sum(p.numel() for p in made.parameters())
+        events = [{"event": "pruned", "block": i, **_told(group, mask)} for (i, group), mask in masks.items()]
+        result = {"method": self.method, "parameters_before": before, "parameters_after": after}
+        return Remade(made, config, events, {"pruning": {**result, "blocks": events}})
+
+    def _target(self, model: PreTrainedModel, anatomy: Anatomy) -> Targeted:
+        """Raises: ValueError when nothing could be pruned, or not what was asked for."""
+        kind, count = model.config.model_type, len(anatomy.taps)
+        if any(tap.experts for taps in anatomy.taps for tap in taps):
+            raise ValueError("this is a mixture of experts; use reap, which drops whole experts")
+        if model.config.get_text_config() is not model.config:
+            raise ValueError(f"'{kind}' is more than a language model; llm_pruner prunes plain ones")
+        first = math.ceil(count / 8) if self.keep_first is None else self.keep_first
+        last = math.ceil(count / 16) if self.keep_last is None else self.keep_last
+        if self.uniform:
+            first = last = 0
+        if first + last >= count:
+            raise ValueError(
+                f"keep_first {first} and keep_last {last} protect all {count} blocks; lower them, or set uniform: true"
+            )
+        groups = find_groups(model, anatomy, self.groups)
+        inside = {i: groups[i] for i in range(first, count - last)}
+        for asked in self.groups:
+            if not any(g.kind == asked for own in inside.values() for g in own):
+                other = [k for k in self.groups if k != asked and any(g.kind == k for g in inside[first])]
+                fix = f"set groups: [{other[0]}]" if other else "use depth, which drops whole blocks"
+                raise ValueError(
+                    f"the {asked} of '{kind}' cannot be made narrower: its config has no key for that, or it has one "
+                    f"key-value head; {fix}"
+                )
+        return Targeted(inside)
+
+    def _step(self, group: Group) -> int:
+        """How many units go at once."""
+        if group.kind == "attention":
+            return 1
+        # A sixteenth of the width, but a power of two up to 128, so that groups of later codes still fit.
+        return self.multiple_of or min(128, 2 ** max(0, int(math.log2(max(1, group.units / 16)))))
+
+    def _fixed(self, targeted: Targeted) -> int | None:
+        """How many key-value heads stay, where it is said how many query heads do.
+
+        Raises: ValueError when these cannot be divided among key-value heads.
+        """
+        if self.heads is None:
+            return None
+        group = next(g for _, g in targeted.flat if g.kind == "attention")
+        each = max(group.keys.values())
+        if self.heads % each or self.heads > each * group.units:
+            near = max(each, min(each * group.units, self.heads // each * each))
+            raise ValueError(
+                f"heads {self.heads} cannot be divided among key-value heads, {each} to each of {group.units}; "
+                f"use {near}"
+            )
+        return self.heads // each
+
+    def _weigh(self, work: Work, model: PreTrainedModel, anatomy: Anatomy, targeted: Targeted) -> list[Tensor]:
+        """The importance of the units of every targeted group."""
+        random = torch.Generator().manual_seed(work.seed)
+        if self.importance == "random":
+            # A unit is the more likely to stay the larger it is, so that neither kind goes first.
+            return [torch.rand(g.units, generator=random) * _unit_size(model, anatomy, i, g) for i, g in targeted.flat]
+        found = Gradients({}, {})
+        if self.observes:
+            assert work.windows is not None
+            names = {
+                f"{anatomy.block_name(i)}.{part.linear}.weight" for i, group in targeted.flat for part in group.slices
+            }
+            found = gradients(
+                model,
+                sorted(names),
+                work.windows,
+                batch_size=self.batch_size,
+                squares=self.importance == "second",
+                checkpointing=self.gradient_checkpointing,
+                blocks=list(model.get_submodule(anatomy.blocks).children()),
+                report=work.report,
+            )
+        return [self._of_group(model, anatomy.block_name(i), group, found) for i, group in targeted.flat]
+
+    @torch.no_grad()
+    def _of_group(self, model: PreTrainedModel, block: str, group: Group, found: Gradients) -> Tensor:
+        parts = []
+        for part in group.slices:
+            name = f"{block}.{part.linear}.weight"
+            w = model.get_parameter(name).float()
+            changes = taylor(w, found.mean[name], found.square.get(name)) if found.mean else w.square()
+            parts.append(of_units(changes, part.axis, part.channels, self.aggregation))
+        return pooled(parts, self.pooling).cpu()
+
+    def _cut(self, targeted: Targeted, importance: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        flat, fixed = targeted.flat, self._fixed(targeted)
+        total = sum(size * g.units for size, (_, g) in zip(sizes, flat, strict=True))
+        target, masks = round(self.sparsity * total), dict[int, Tensor]()
+        for n, (size, (_, group)) in enumerate(zip(sizes, flat, strict=True)):
+            if group.kind == "attention" and fixed is not None:
+                masks[n] = _best(importance[n], fixed)
+                target -= size * (group.units - fixed)
+        free = [n for n in range(len(flat)) if n not in masks]
+        steps = [self._step(flat[n][1]) for n in free]
+        found = cut([importance[n] for n in free], [sizes[n] for n in free], steps, max(0, target))
+        masks |= dict(zip(free, found, strict=True))
+        return [masks[n] for n in range(len(flat))]
+
+    def _uniform_counts(self, raw: Mapping[str, Any], model: PreTrainedModel, targeted: Targeted) -> dict[Kind, int]:
+        """How many units of each kind stay in every block. Heads that a stock config cannot do without stay, and the
+        MLP makes up for them."""
+        if WIDTHS in raw:
+            raise ValueError("the blocks of this model differ in width already, which uniform cannot undo")
+        anatomy = dissect(model)
+        kinds = {g.kind: (g, _unit_size(model, anatomy, i, g)) for i, g in targeted.flat}
+        if any(g.units != kinds[g.kind][0].units for _, g in targeted.flat):
+            raise ValueError("the blocks of this model differ in width; leave out uniform")
+        target = self.sparsity * sum(g.units * size for g, size in kinds.values())
+        counts: dict[Kind, int] = {}
+        if "attention" in kinds:
+            group, size = kinds["attention"]
+            fixed = self._fixed(targeted)
+            least = fixed if fixed is not None else max(1, math.ceil(group.units * (1 - self.sparsity)))
+            choices = [least] if fixed is not None else range(least, group.units + 1)
+            accepted = [n for n in choices if _is_accepted({**raw, **group.widths(n)}, model.dtype)]
+            if not accepted:
+                raise ValueError(
+                    f"a stock config of '{raw['model_type']}' cannot have {self.heads} heads; leave out uniform"
+                )
+            counts["attention"] = accepted[0]
+            target -= (group.units - accepted[0]) * size
+        if "mlp" in kinds:
+            group, size = kinds["mlp"]
+            step = self._step(group)
+            left = round((group.units - target / size) / step) * step
+            counts["mlp"] = min(group.units, max(step, left))
+        return counts
+
+    def _config(self, raw: Mapping[str, Any], count: int, masks: Mapping[tuple[int, Group], Tensor]) -> dict[str, Any]:
+        """The keys of config.json that change."""
+        widths: list[dict[str, int]] = [{} for _ in range(count)]
+        for (i, group), mask in masks.items():
+            widths[i] |= group.widths(int(mask.sum()))
+        if not self.uniform:
+            changed = with_widths(raw, widths) if masks else dict(raw)
+            return {k: v for k, v in changed.items() if raw.get(k) != v}
+        heads = any(group.kind == "attention" for _, group in masks)
+        # A head's width is told by the number of heads where it is not given.
+        d = {"head_dim": raw.get("head_dim") or _head_dim(raw)} if heads and _head_dim(raw) else {}
+        return {**widths[0], **d}
+
+    def warnings(self, source: Source) -> Iterator[str]:
+        if not self.uniform and self.sparsity:
+            yield (
+                "llm_pruner without uniform gives each block its own widths: transformers opens that after 'import "
+                "laconic', vLLM with laconic installed beside it"
+            )
+
+
+def _head_dim(raw: Mapping[str, Any]) -> int | None:
+    from laconic.model.widths import make_config
+
+    return getattr(make_config(raw), "head_dim", None)
+
+
+def _is_accepted(raw: Mapping[str, Any], dtype: torch.dtype) -> bool:
+    try:
+        empty(raw, dtype)
+    except ValueError:
+        return False
+    return True
+
+
+def _best(importance: Tensor, count: int) -> Tensor:
+    mask = torch.zeros(len(importance), dtype=torch.bool)
+    mask[importance.argsort(descending=True, stable=True)[:count]] = True
+    return mask
+
+
+def _unit_size(model: PreTrainedModel, anatomy: Anatomy, i: int, group: Group) -> int:
+    """Parameters of a unit."""
+    block, size = model.get_submodule(anatomy.block_name(i)), 0
+    for part in group.slices:
+        weight = block.get_parameter(f"{part.linear}.weight")
+        size += part.channels.shape[1] * weight.shape[1 - part.axis]
+    return size
+
+
+def _narrowed(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[tuple[int, Group], Tensor]) -> dict[str, Tensor]:
+    tensors = parts_of(model)
+    for (i, group), mask in masks.items():
+        prefix = f"{anatomy.block_name(i)}."
+        inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        tensors |= {f"{prefix}{n}": t for n, t in narrow(inside, group, mask).items()}
+    return tensors
+
+
+def _told(group: Group, mask: Tensor) -> dict[str, Any]:
+    kept = int(mask.sum())
+    if group.kind == "mlp":
+        return {"group": "mlp", "channels": kept, "of": len(mask)}
+    each = max(group.keys.values())
+    return {"group": "attention", "heads": kept * each, "kv_heads": kept, "of": len(mask)}

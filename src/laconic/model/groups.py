@@ -1,0 +1,233 @@
+"""Dependency groups: what of a block must go together, so that it can be narrower.
+
+A unit of an MLP is a channel: a row of gate and of up, a column of down. A unit of attention is a key-value head with
+the query heads that share it: rows of q, k and v, columns of o. Nothing is assumed: candidates are proposed by shape,
+and each is tried on the block with random weights. Without half of the units, and with the config's keys changed to
+match, transformers must build a block of just these shapes, and it must compute what the whole block does when the
+columns that read those units are zero.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from laconic.model.anatomy import Anatomy, Call, Tap, blank_embeddings, capture_calls, linear_at
+from laconic.model.layout import unwrap_conv1d
+from laconic.model.links import head_widths, randomised
+from laconic.model.widths import WIDTHS, OfBlock
+
+Kind = Literal["attention", "mlp"]
+KINDS: tuple[Kind, ...] = ("attention", "mlp")
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """What of a linear belongs to each unit. axis: 0 for rows (and the bias), 1 for columns. channels: (units, n)."""
+
+    linear: str
+    axis: int
+    channels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """keys: of the config, and how much of each a unit has (`num_attention_heads: 4` of a head shared by four).
+    given: keys that must be said beside them, since they could no longer be told from the others."""
+
+    kind: Kind
+    slices: tuple[Slice, ...]
+    keys: Mapping[str, int]
+    given: Mapping[str, int]
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+        return len(self.slices[0].channels)
+
+    def widths(self, kept: int) -> dict[str, int]:
+        """The config's keys when so many units are kept."""
+        return {**{key: share * kept for key, share in self.keys.items()}, **self.given}
+
+
+def find_groups(
+    model: PreTrainedModel, anatomy: Anatomy, kinds: Sequence[Kind] = KINDS
+) -> tuple[tuple[Group, ...], ...]:
+    """The groups of every block that can be made narrower, of one kind each."""
+    hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=blank_embeddings(model, 1, 4))
+    blocks = model.get_submodule(anatomy.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    known: dict[Any, tuple[Group, ...]] = {}
+    found = []
+    for i, (block, call, taps) in enumerate(zip(blocks, calls, anatomy.taps, strict=True)):
+        like = (taps, tuple((n, type(m), m.extra_repr()) for n, m in block.named_modules()))
+        if like not in known:
+            trial = _Trial(model, i, block, call, hidden.shape[-1])
+            known[like] = tuple(g for kind in kinds if (g := _group_of(kind, trial, taps)))
+        found.append(known[like])
+    return tuple(found)
+
+
+def narrow(tensors: Mapping[str, Tensor], group: Group, kept: Tensor) -> dict[str, Tensor]:
+    """A block's parameters by name, without the units that are not kept. kept: (units,) of bool."""
+    out = dict(tensors)
+    for part in group.slices:
+        for leaf in ("weight", "bias") if part.axis == 0 else ("weight",):
+            name = f"{part.linear}.{leaf}"
+            if name in out:
+                stays = torch.ones(out[name].shape[part.axis], dtype=torch.bool)
+                stays[part.channels[~kept.cpu()].flatten()] = False
+                out[name] = out[name].index_select(part.axis, stays.nonzero()[:, 0].to(out[name].device))
+    return out
+
+
+class _Trial:
+    """A block with random weights, and what it computes."""
+
+    def __init__(self, model: PreTrainedModel, number: int, block: nn.Module, call: Call, width: int) -> None:
+        self.number, self.config, self.heads = number, model.config, head_widths(model)
+        self.block = randomised(block).float()
+        floats = lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
+        self.call = Call(tree_map(floats, call.args), tree_map(floats, call.kwargs))
+        self.hidden = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0))
+        self.own = dict((getattr(model.config, WIDTHS, None) or {number: {}})[number])
+        with torch.no_grad():
+            self.whole = self.call(self.block, self.hidden)
+
+    def without(self, reader: Slice, kept: Tensor) -> Tensor:
+        """What the block puts out when the columns that read units are zero."""
+        linear = linear_at(self.block, reader.linear)
+        before = linear.weight.data
+        linear.weight.data = before.clone()
+        linear.weight.data[:, reader.channels[~kept].flatten()] = 0
+        try:
+            return self.call(self.block, self.hidden)
+        finally:
+            linear.weight.data = before
+
+    def built(self, widths: Mapping[str, int], tensors: Mapping[str, Tensor]) -> nn.Module | None:
+        """The block as transformers builds it with such widths, holding these tensors; None where they do not fit."""
+        from accelerate import init_empty_weights
+
+        kind: Any = type(self.block)
+        try:
+            with init_empty_weights(include_buffers=False):
+                block = kind(OfBlock(self.config, {**self.own, **widths}), self.number)
+        except Exception:  # whatever a model says of a width that it cannot have
+            return None
+        unwrap_conv1d(block)
+        if {n: p.shape for n, p in block.named_parameters()} != {n: t.shape for n, t in tensors.items()}:
+            return None
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
+        return block.eval()  # type: ignore[no-any-return]
+
+    def keys(self, values: set[int]) -> list[tuple[str, ...]]:
+        """Which keys of the config may say these: one, or two together. One that says nothing may stand for a
+        default."""
+        said = {**self.config.to_dict(), **self.own}
+        plain = [k for k, v in said.items() if isinstance(v, int) and not isinstance(v, bool) and v in values]
+        return [*((k,) for k in plain), *combinations(plain, 2), *((k,) for k, v in said.items() if v is None)]
+
+
+@torch.no_grad()
+def _group_of(kind: Kind, trial: _Trial, taps: Sequence[Tap]) -> Group | None:
+    for number, tap in enumerate(taps):
+        if len(tap.linears) == 1 and not tap.experts:
+            for slices, shares in _candidates(kind, trial, taps[:number], tap.linears[0]):
+                found = _tried(kind, trial, slices, shares)
+                if found:
+                    return found
+    return None
+
+
+def _candidates(
+    kind: Kind, trial: _Trial, earlier: Sequence[Tap], reader: str
+) -> Iterator[tuple[tuple[Slice, ...], set[int]]]:
+    """Slices that may be a group, and how much of a config's key a unit of it may have."""
+    width = linear_at(trial.block, reader).in_features
+    for tap in reversed(earlier):
+        outs = {n: linear_at(trial.block, n).out_features for n in tap.linears}
+        if kind == "attention":
+            yield from _heads(outs, reader, width, trial.heads)
+        elif not tap.experts:
+            each = torch.arange(width)[:, None]
+            columns = Slice(reader, 1, each)
+            alike = [n for n, out in outs.items() if out == width]
+            if 1 <= len(alike) <= 2:
+                yield (*(Slice(n, 0, each) for n in alike), columns), {1}
+            for both in (n for n, out in outs.items() if out == 2 * width):  # gate and up in one
+                yield (Slice(both, 0, torch.cat([each, width + each], 1)), columns), {1}
+
+
+def _heads(
+    outs: Mapping[str, int], reader: str, width: int, head_dims: Sequence[int]
+) -> Iterator[tuple[tuple[Slice, ...], set[int]]]:
+    for d in head_dims:
+        if width % d or any(out % d for out in outs.values()):
+            continue
+        heads, counts = width // d, {n: out // d for n, out in outs.items()}
+        groups = min(counts.values())
+        if len(counts) == 3 and sorted(counts.values()) == sorted((heads, groups, groups)):
+            fits = heads % groups == 0
+            rows = {n: _runs(count, groups, d) for n, count in counts.items()} if fits else {}
+        elif len(counts) == 1 and groups > heads and (groups - heads) % 2 == 0:
+            # q, k and v in one: all of each after another.
+            (fused,), groups = counts, (groups - heads) // 2
+            fits = heads % groups == 0
+            starts = ((0, heads), (heads, groups), (heads + groups, groups))
+            parts = [start * d + _runs(count, groups, d) for start, count in starts] if fits else []
+            rows = {fused: torch.cat(parts, 1)} if fits else {}
+        else:
+            continue
+        if fits and groups > 1:
+            columns = Slice(reader, 1, _runs(heads, groups, d))
+            yield (*(Slice(n, 0, channels) for n, channels in rows.items()), columns), {heads // groups, 1}
+
+
+def _runs(heads: int, groups: int, d: int) -> Tensor:
+    """The channels of so many heads of d, (groups, channels of a group)."""
+    return torch.arange(heads * d).view(groups, -1)
+
+
+def _tried(kind: Kind, trial: _Trial, slices: tuple[Slice, ...], shares: set[int]) -> Group | None:
+    units = len(slices[0].channels)
+    # The first unit goes: what is left moves to other places.
+    kept = torch.rand(units, generator=torch.Generator().manual_seed(0)) < 0.5
+    kept[0], kept[-1] = False, True
+    left = int(kept.sum())
+    expected = trial.without(slices[-1], kept)
+    if torch.equal(expected, trial.whole):
+        return None
+    bare = Group(kind, slices, {}, {})
+    tensors = narrow({n: p.data for n, p in trial.block.named_parameters()}, bare, kept)
+    said = {**trial.config.to_dict(), **trial.own}
+    d = len(slices[-1].channels[0]) // max(shares)
+    for some in trial.keys({share * units for share in shares}):
+        for given in ({}, {"head_dim": d}) if kind == "attention" else ({},):
+            # A key that says nothing stands for the default, which is what all units have.
+            group = Group(kind, slices, {k: (said[k] or units) // units for k in some}, given)
+            block = trial.built(group.widths(left), tensors)
+            if block is not None and _same(_output(trial, block), expected):
+                return group
+    return None
+
+
+def _output(trial: _Trial, block: nn.Module) -> Tensor | None:
+    try:
+        return trial.call(copy.deepcopy(block), trial.hidden)
+    except Exception:  # a block that looks at heads in yet another place
+        return None
+
+
+def _same(a: Tensor | None, b: Tensor) -> bool:
+    return a is not None and a.shape == b.shape and bool((a - b).abs().max() <= 1e-4 * b.abs().max())

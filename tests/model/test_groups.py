@@ -1,0 +1,103 @@
+"""Dependency groups: a model without some units computes what the whole one does with these units at zero."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from artifacts import logits, original
+from laconic.model.anatomy import dissect
+from laconic.model.groups import Group, find_groups, narrow
+from laconic.model.load import open_source, skeleton
+from laconic.model.reading import load
+from laconic.model.rebuild import parts_of, rebuilt
+from laconic.model.widths import with_widths
+from tiny import ARCHITECTURES, MIXTURES, make_model
+
+# Models whose config can say how many heads there are, whatever their width; and the linears of attention there.
+HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+PLAIN = tuple(a for a in ARCHITECTURES if a not in MIXTURES)
+
+
+@pytest.fixture(scope="module", params=PLAIN)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("groups") / request.param
+    make_model(
+        folder, request.param, dtype=torch.float32, num_attention_heads=8, num_key_value_heads=4, head_dim=8
+    ) if (request.param in HEADS) else make_model(folder, request.param, dtype=torch.float32)
+    return request.param, folder
+
+
+def groups_of(folder: Path) -> tuple[tuple[Group, ...], ...]:
+    source = open_source(str(folder))
+    whole = skeleton(source.config, source.dtype)
+    return find_groups(whole, dissect(whole))
+
+
+def test_groups_are_what_the_architecture_has(model: tuple[str, Path]) -> None:
+    arch, folder = model
+    for groups in groups_of(folder):
+        assert [(g.kind, g.units) for g in groups] == [("attention", 4)] * (arch in HEADS) + [("mlp", 128)]
+
+
+def test_an_unmixed_llama_has_the_linears_that_everybody_knows(llama: Path) -> None:
+    for attention, mlp in groups_of(llama):
+        told = [(s.linear, s.axis, tuple(s.channels.shape)) for s in attention.slices]
+        assert told == [
+            ("self_attn.q_proj", 0, (2, 32)),
+            ("self_attn.k_proj", 0, (2, 16)),
+            ("self_attn.v_proj", 0, (2, 16)),
+            ("self_attn.o_proj", 1, (2, 32)),
+        ]
+        assert dict(attention.keys) == {"num_attention_heads": 2, "num_key_value_heads": 1}
+        assert [s.linear for s in mlp.slices] == ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+        assert dict(mlp.keys) == {"intermediate_size": 1}
+
+
+# Without shrinking, which takes minutes here.
+@settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
+@given(st.data())
+def test_without_units_it_computes_what_it_does_with_them_at_zero(model: tuple[str, Path], data: st.DataObject) -> None:
+    _, folder = model
+    raw = json.loads((folder / "config.json").read_text())
+    dense = load(folder)
+    anatomy = dissect(dense)
+    tensors, widths = parts_of(dense), list[dict[str, int]]()
+    zeroed: Any = load(folder)
+    for i, groups in enumerate(groups_of(folder)):
+        widths.append({})
+        for group in groups:
+            kept = torch.zeros(group.units, dtype=torch.bool)
+            kept[data.draw(st.lists(st.integers(0, group.units - 1), min_size=1, unique=True))] = True
+            prefix = f"{anatomy.block_name(i)}."
+            inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            tensors |= {prefix + n: t for n, t in narrow(inside, group, kept).items()}
+            widths[-1] |= group.widths(int(kept.sum()))
+            for part in group.slices:
+                linear = zeroed.get_submodule(prefix + part.linear)
+                gone = part.channels[~kept].flatten()
+                (linear.weight.data if part.axis == 0 else linear.weight.data.T)[gone] = 0
+                if part.axis == 0 and linear.bias is not None:
+                    linear.bias.data[gone] = 0
+    narrower = rebuilt(with_widths(raw, widths), tensors, torch.float32)
+    expected = logits(zeroed)
+    assert (logits(narrower) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    # The zeroed model itself is the plain one of transformers but for the zeros.
+    assert torch.allclose(logits(load(folder)), logits(original(folder)), atol=1e-4)
+
+
+def test_one_key_value_head_is_no_group(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", num_key_value_heads=1)
+    assert [[g.kind for g in groups] for groups in groups_of(tmp_path / "model")] == [["mlp"], ["mlp"]]
+
+
+@pytest.mark.parametrize("arch", MIXTURES)
+def test_experts_are_no_groups(arch: str, tmp_path: Path) -> None:
+    make_model(tmp_path / arch, arch)
+    assert groups_of(tmp_path / arch) == ((), ())
