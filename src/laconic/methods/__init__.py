@@ -11,8 +11,27 @@ from laconic.methods.kv_int8 import KvInt8
 from laconic.methods.kv_per_token import KvPerToken
 from laconic.methods.kvquant import KvQuant
 from laconic.methods.llm_int8 import LlmInt8
+from laconic.methods.magnitude import Magnitude
 from laconic.methods.rtn import Rtn
 from laconic.methods.smoothquant import SmoothQuant
+from laconic.methods.sparsegpt import SparseGpt
+from laconic.methods.wanda import Wanda
 from laconic.methods.zeroquant import ZeroQuant
 
-METHODS = (Rtn, Gptq, Awq, AutoRound, ZeroQuant, LlmInt8, SmoothQuant, Kivi, KvQuant, KvPerToken, KvInt8, KvFp8)
+METHODS = (
+    Rtn,
+    Gptq,
+    Awq,
+    AutoRound,
+    ZeroQuant,
+    LlmInt8,
+    SmoothQuant,
+    Magnitude,
+    Wanda,
+    SparseGpt,
+    Kivi,
+    KvQuant,
+    KvPerToken,
+    KvInt8,
+    KvFp8,
+)
