@@ -52,7 +52,7 @@ class Walking:
         import psutil
 
         memory = in_bytes(psutil.Process().memory_info().rss)
-        if event["event"] == "block":
+        if event["event"] in ("survey", "block"):
             self._bar.update(self._task, total=event["blocks"], completed=event["block"], memory=memory)
         elif event["event"] == "linear":
             error = event.get("output_error", event["weight_error"])

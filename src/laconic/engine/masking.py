@@ -75,7 +75,8 @@ class Masking(Stage):
 
     def prune(self, weight: Tensor, parts: Sequence[Part], moments: Moments | None, dtype: torch.dtype) -> Outcome:
         """weight: (out, in) float32, the rows of every linear on one tap. parts: of which linear they are, and what of
-        it goes. dtype: in which parameters are stored. What is zero in `weight` stays so."""
+        it goes. dtype: of what is stored, a dense weight (float32) having no other values. What is zero in `weight`
+        stays so."""
         raise NotImplementedError
 
 

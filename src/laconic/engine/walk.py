@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from laconic.engine.passes import Passes
 from laconic.engine.plan import Plan
 from laconic.engine.stage import BlockStage, LinearStage, Outcome, Stage
 from laconic.engine.stream import Room, Stream
+from laconic.engine.survey import Figures, allot, by_survey, survey_block
 from laconic.engine.writer import Workspace
 from laconic.engine.zeros import Zeros, check_zeros, sparsity, zeros_of
 from laconic.formats import Quantized
@@ -79,6 +80,9 @@ def walk(
     """
     walker = _Walker(source, model, plan, workspace, settings, report)
     names = [plan.anatomy.block_name(i) for i in range(len(plan.anatomy.taps))]
+    if plan.surveys:
+        assert windows is not None
+        walker = replace(walker, plan=by_survey(plan, walker.survey(names, windows)))
     flow = walker.embed(windows) if windows is not None and not workspace.done(len(names)) else None
     for i, name in enumerate(names):
         report({"event": "block", "block": i, "blocks": len(names)})
@@ -126,6 +130,26 @@ class _Walker:
         self._forget_outside()
         held = made[0].hidden.nbytes * count * _HELD <= min(self.settings.budget, _free_memory(device) / 2)
         return _Flow([c.to(device) for c in calls], made[0], made[1] if count > 1 else None, held, rooms[-1])
+
+    def survey(self, names: Sequence[str], windows: Tensor) -> list[Figures]:
+        """What stages want to know of the original model before any of it is changed."""
+        known = self.workspace.survey()
+        if known is not None:
+            return known
+        flow = self.embed(windows)
+        found: list[Figures] = [{} for _ in self.plan.stages]
+        for i, name in enumerate(names):
+            self.report({"event": "survey", "block": i, "blocks": len(names)})
+            block = self.model.get_submodule(name)
+            self._materialise(block, f"{name}.")
+            with self._showing(block):
+                told = survey_block(block, i, self.plan, flow.calls[i], flow.stream, self.settings.device)
+            for all_blocks, figures in zip(found, told, strict=True):
+                all_blocks |= figures
+            _forget(block)
+        found = allot(self.plan, found)
+        self.workspace.write_survey(found)
+        return found
 
     def block(self, i: int, name: str, flow: _Flow | None) -> None:
         """Compress block i, or read it back, and push the activations through it."""

@@ -8,6 +8,7 @@ same sweep (SparseGPT, arXiv 2301.00774, section 3.5).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from laconic.engine.masking import Masking
 from laconic.engine.stage import LinearStage, Outcome, QuantizingStage
 from laconic.formats import Format, Params, Quantized, fit
 from laconic.solvers.grid import GridRounder, OnlineGridRounder, by_energy, swept
-from laconic.solvers.masks import Part, keep_parts
+from laconic.solvers.masks import Part
 from laconic.solvers.moments import Moments
 from laconic.solvers.obs import Feedback, feedback, sweep
 from laconic.solvers.prune import swept_mask
@@ -127,14 +128,12 @@ class Gptq(QuantizingStage, Masking, LinearStage):
         parts: Sequence[Part],
         dtype: torch.dtype,
     ) -> Quantized:
-        # Grids are fixed before the mask is known: they are fitted to what would go by the weights as they are.
         order = torch.arange(W.shape[1], device=W.device) if order is None else order
-        worth = W.square() * factor.D[order.argsort()]
-        likely = keep_parts(worth, parts, self.structure, "row") & ~zeros
-        params = self._grid(fmt, W * likely, H, dtype)
+        prune = partial(swept_mask, W, factor, order, zeros, parts, self.structure, columns=self.block_size)
+        # Grids are fixed beforehand. What is kept grows as it answers for what goes: they are fitted to that.
+        params = self._grid(fmt, prune(), H, dtype)
         grid = GridRounder(fmt, params, W.shape, order)
-        codes = swept_mask(W, factor, order, zeros, parts, self.structure, columns=self.block_size, grid=grid)
-        return Quantized(fmt, codes, params)
+        return Quantized(fmt, prune(grid=grid), params)
 
     def _grid(self, fmt: Format, W: Tensor, H: Tensor, dtype: torch.dtype) -> Params:
         if self.observer == "minmax":

@@ -51,4 +51,4 @@ class SparseGpt(PruningStage):
         order = by_energy(H, self.structure.width) if self.actorder else torch.arange(len(H), device=H.device)
         factor = feedback(H, self.dampening_frac, order if self.actorder else None)
         made = swept_mask(weight, factor, order, weight == 0, parts, self.structure, columns=self.block_size)
-        return Outcome(made, {"dampening_frac": factor.dampening_frac, "dead_columns": dead})
+        return Outcome(made.to(dtype).float(), {"dampening_frac": factor.dampening_frac, "dead_columns": dead})

@@ -48,4 +48,4 @@ class Wanda(PruningStage):
         if not self.update:
             return Outcome(weight * keep)
         assert moments.H is not None
-        return Outcome(least_squares(weight, keep, moments.H, self.dampening_frac))
+        return Outcome(least_squares(weight, keep, moments.H, self.dampening_frac).to(dtype).float())
