@@ -122,9 +122,7 @@ def test_a_mask_that_a_later_stage_loses_ends_the_run(
 
     monkeypatch.setattr(SparseGpt, "prune", loses)
     stages = [{"method": "magnitude"}, {"method": "sparsegpt", "targets": "re:.*down_proj"}]
-    with pytest.raises(
-        ValueError, match="down_proj: sparsegpt has filled in 4096 of the zeros of magnitude; list"
-    ):
+    with pytest.raises(ValueError, match="down_proj: sparsegpt has filled in 4096 of the zeros of magnitude; list"):
         laconic.compress(str(llama), recipe(*stages, text=text), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -19,20 +19,22 @@ from laconic.solvers.grid import by_energy
 from laconic.solvers.masks import Part
 from laconic.solvers.moments import Moments
 from laconic.solvers.obs import feedback
-from laconic.solvers.prune import swept_mask
+from laconic.solvers.prune import least_squares, swept_mask
 
 
 class SparseGpt(PruningStage):
     """actorder: null goes left to right, as the paper does; `weight` in the order of falling activation energy, groups
     of N:M and columns of a tile side by side. dampening_frac: share of the Hessian's mean diagonal added to it.
     block_size: columns from which an unstructured mask is chosen at once. true_sequential: observe each linear after
-    the earlier ones of its block are pruned."""
+    the earlier ones of its block are pruned. update: give the weights that are kept in the end the values of least
+    squared output error, row by row."""
 
     method: Literal["sparsegpt"] = "sparsegpt"
     actorder: Literal["weight"] | None = None
     dampening_frac: float = Field(0.01, gt=0, le=1)
     block_size: int = Field(128, ge=1)
     true_sequential: bool = True
+    update: bool = False
 
     @property
     def gram(self) -> bool:
@@ -51,4 +53,6 @@ class SparseGpt(PruningStage):
         order = by_energy(H, self.structure.width) if self.actorder else torch.arange(len(H), device=H.device)
         factor = feedback(H, self.dampening_frac, order if self.actorder else None)
         made = swept_mask(weight, factor, order, weight == 0, parts, self.structure, columns=self.block_size)
+        if self.update:
+            made = least_squares(weight, made != 0, H, factor.dampening_frac)
         return Outcome(made.to(dtype).float(), {"dampening_frac": factor.dampening_frac, "dead_columns": dead})
