@@ -482,6 +482,8 @@ def test_a_method_that_needs_text_and_gets_none(refused: Refused) -> None:
     assert refused(GPTQ) == f"gptq {fix}"
     assert refused({"method": "rtn", "scheme": "FP8"}) == f"static activations {fix}"
     assert refused(LLM_INT8) == f"llm_int8 {fix}"
+    assert refused({"method": "wanda"}) == f"wanda {fix}"
+    assert refused({"method": "magnitude", "allocation": "owl"}) == f"allocation: owl {fix}"
     assert refused(RTN | {"outlier_ratio": 0.01}) == f"outlier_ratio {fix}"
 
 

@@ -211,7 +211,7 @@ def _windows(recipe: Recipe, source: Source, plan: Plan, trust_remote_code: bool
     calibration = recipe.calibration
     if calibration is None:
         cache = [plan.cache[0].method] if plan.cache and plan.calibrates_cache else []
-        needing = next(iter([*(s.needing for s in plan.stages if s.observes), *cache]))
+        needing = next(iter([*(s.needing for s in plan.stages if s.observes or s.surveys), *cache]))
         raise ValueError(
             f"{needing} needs calibration text: add 'calibration: {{dataset: FILE_OR_HUB_NAME}}' to the recipe"
         )

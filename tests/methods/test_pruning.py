@@ -108,6 +108,16 @@ def test_an_allocation_keeps_the_mean(method: str, allocation: str, llama: Path,
     assert len({round(s, 2) for s in ratios(folder).values()}) > 1
 
 
+@pytest.mark.parametrize("allocation", ["owl", "search"])
+def test_a_block_that_is_not_targeted_has_no_part_in_it(
+    allocation: str, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    stage = {"method": "wanda", "allocation": allocation, "targets": "re:.*layers.1.*"}
+    found = ratios(press(llama, tmp_path / "out", stage, text=text).path)
+    assert all(share < 0.01 for n, share in found.items() if "layers.0." in n)
+    assert all(share > 0.1 for n, share in found.items() if "layers.1." in n)
+
+
 def test_owl_gives_blocks_what_its_formula_says(llama: Path, text: Path, tmp_path: Path) -> None:
     stage = {"method": "wanda", "sparsity": 0.5, "allocation": "owl", "owl_m": 3.0, "owl_lambda": 0.1}
     found = ratios(press(llama, tmp_path / "out", stage, text=text).path)
@@ -190,6 +200,26 @@ def test_a_restarted_run_goes_by_the_same_survey(
     kept = json.loads((tmp_path / "out" / "survey.json").read_text())
     assert kept == json.loads((whole / "survey.json").read_text())
     assert set(kept[0]) == {e["linear"] for e in laconic.Artifact(whole).log}
+
+
+@pytest.mark.parametrize("then", [{"method": "smoothquant"}, {"method": "llm_int8"}], ids=lambda s: s["method"])
+def test_a_restarted_run_passes_on_what_the_pruned_block_puts_out(
+    then: dict[str, Any], llama: Path, text: Path, tmp_path: Path
+) -> None:
+    """These methods are content with the original model's activations, which a pruned block does not give."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(event: Mapping[str, Any]) -> None:
+        if event["event"] == "block" and event["block"] == 1:
+            raise Killed
+
+    stages = [{"method": "magnitude"}, then]
+    whole = press(llama, tmp_path / "whole", *stages, text=text).path
+    with pytest.raises(Killed):
+        laconic.compress(str(llama), recipe(*stages, text=text), tmp_path / "out", report=die)
+    assert same_bytes(whole, press(llama, tmp_path / "out", *stages, text=text).path)
 
 
 def test_no_survey_where_no_stage_asks_for_one(llama: Path, text: Path, tmp_path: Path) -> None:

@@ -45,7 +45,6 @@ class Masking(Stage):
 
     @property
     def prunes(self) -> bool:
-        """Whether any weight goes."""
         return self.sparsity is not None or self.mask_structure != "unstructured"
 
     @property
@@ -124,8 +123,11 @@ class PruningStage(Masking, LinearStage):
 
     @property
     def surveys(self) -> bool:
-        """Whether the original model has to be looked at before its first block is pruned."""
         return self.allocation is not None
+
+    @property
+    def needing(self) -> str:
+        return self.method if self.observes else f"allocation: {self.allocation}"
 
     def share_of(self, name: str) -> float:
         return next((share for pattern, share in self.ratios.items() if matches(name, [pattern])), self.share)

@@ -55,7 +55,7 @@ class Plan:
     @property
     def surveys(self) -> bool:
         """Whether the original model is looked at from end to end before anything is compressed."""
-        return any(isinstance(stage, PruningStage) and stage.surveys for stage in self.stages)
+        return any(stage.surveys for stage in self.stages)
 
     @property
     def calibrates_cache(self) -> bool:
@@ -65,7 +65,7 @@ class Plan:
     @cached_property
     def original_inputs(self) -> bool:
         """Whether only the original model's activations are looked at, so that they alone flow: the last stage to look
-        at a block passes them on, before any linear of it is quantized."""
+        at a block passes them on, before any linear of it is quantized or pruned."""
         if self.calibrates_cache or not self.observing:
             return False
         if not all(stage.original_inputs for stage in self.stages if stage.observes):
@@ -75,7 +75,7 @@ class Plan:
             blocks = {self._block_of(n) for n in names if n != self.anatomy.head}
             if stage.observes and blocks & quantized:
                 return False
-            quantized |= blocks if stage.result else set()
+            quantized |= blocks if stage.result or stage.prunes else set()
         return True
 
     def _block_of(self, name: str) -> str:

@@ -93,6 +93,16 @@ class Stage(BaseModel):
         return self.ranges or self.method
 
     @property
+    def prunes(self) -> bool:
+        """Whether the stage makes weights zero."""
+        return False
+
+    @property
+    def surveys(self) -> bool:
+        """Whether the original model has to be looked at from end to end before any of it is changed."""
+        return False
+
+    @property
     def cross(self) -> bool:
         """Whether the stage also needs the original model's activations, beside those of the compressed one."""
         return False

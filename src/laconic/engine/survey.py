@@ -44,18 +44,16 @@ def survey_block(
 ) -> list[Figures]:
     """What each stage that asks for it wants to know of block i; leaves in the stream what the block puts out."""
     name, taps = plan.anatomy.block_name(i), plan.anatomy.taps[i]
-    asking = [isinstance(s, PruningStage) and s.surveys for s in plan.stages]
     gram = any(isinstance(s, PruningStage) and s.allocation == "search" for s in plan.stages)
     sample = stream.hidden[: max(1, _SAMPLE // stream.hidden.shape[1])].to(device, copy=True)
     with Passes(block, taps, call, stream, device, held=False) as passes:
         moments = observe(passes, taps, gram=gram, through=True)
     found: list[Figures] = []
-    for stage, names, asks in zip(plan.stages, plan.touched, asking, strict=True):
+    for stage, names in zip(plan.stages, plan.touched, strict=True):
         linears = {n: m for tap, m in moments.items() for n in tap.linears if f"{name}.{n}" in names}
-        if not asks or not linears:
+        if not isinstance(stage, PruningStage) or not stage.surveys or not linears:
             found.append({})
             continue
-        assert isinstance(stage, PruningStage)
         figures = (
             _outliers(block, linears, stage.owl_m)
             if stage.allocation == "owl"
