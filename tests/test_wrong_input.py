@@ -103,6 +103,72 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
         ([LLM_INT8 | {"threshold": float("inf")}], "stages.0.threshold should be a finite number, not .inf"),
         ([LLM_INT8 | {"scheme": "W4A16"}], "stages.0.scheme should be 'W8A8', not W4A16"),
         ([LLM_INT8 | {"group_size": 32}], "stages.0: W8A8 has no groups: leave group_size out"),
+        ([{"method": "wanda", "sparsity": 1}], "stages.0.sparsity should be less than 1, not 1"),
+        ([{"method": "wanda", "sparsity": -0.1}], "stages.0.sparsity should be greater than or equal to 0, not -0.1"),
+        (
+            [{"method": "sparsegpt", "sparsity": 0.6, "mask_structure": "2:4"}],
+            "stages.0: mask_structure '2:4' is a sparsity of 0.5, not 0.6; leave sparsity out, or choose another ",
+        ),
+        (
+            [GPTQ | {"sparsity": 0.25, "mask_structure": "2:4"}],
+            "stages.0: mask_structure '2:4' is a sparsity of 0.5, not 0.25; leave sparsity out, or choose another ",
+        ),
+        (
+            [{"method": "magnitude", "mask_structure": "two of four"}],
+            "stages.0: unknown mask_structure 'two of four': write unstructured, N:M as in 2:4, or RxC as in 16x16",
+        ),
+        (
+            [{"method": "magnitude", "mask_structure": "4:4"}],
+            "stages.0: mask_structure '4:4' should keep at least one and less than all, as 2:4 does",
+        ),
+        (
+            [{"method": "magnitude", "mask_structure": "3:5"}],
+            f"stages.0 (magnitude): mask_structure '3:5' does not divide the 64 inputs of {Q}; use another structure ",
+        ),
+        (
+            [{"method": "magnitude", "mask_structure": "5x4"}],
+            f"stages.0 (magnitude): mask_structure '5x4' does not divide the 64 outputs of {Q}; use another structure ",
+        ),
+        (
+            [{"method": "magnitude", "ratios": {"re:.*attn": 0.3, "re:.*down_prj": 0.2}}],
+            "stages.0.ratios 're:.*down_prj' matches none of the linears of this stage; did you mean 're:.*down_proj'?",
+        ),
+        (
+            [{"method": "magnitude", "ratios": {"re:.*attn": 1.0}}],
+            "stages.0.ratios: the sparsity of 're:.*attn' should be at least 0 and less than 1, not 1",
+        ),
+        (
+            [{"method": "magnitude", "ratios": {"re:(": 0.5}}],
+            "stages.0.ratios: 're:(' is not a regular expression: ",
+        ),
+        (
+            [{"method": "wanda", "mask_structure": "2:4", "allocation": "owl"}],
+            "stages.0: allocation gives linears sparsities of their own, and mask_structure '2:4' fixes that of all; ",
+        ),
+        (
+            [{"method": "wanda", "ratios": {"re:.*attn": 0.3}, "allocation": "owl"}],
+            "stages.0: ratios and allocation both say what each linear loses; leave one of them out",
+        ),
+        (
+            [{"method": "wanda", "sparsity": 0.1, "allocation": "owl"}],
+            "stages.0: owl_lambda 0.08 may take a block's sparsity 0.16 from the mean, 0.1, and so out of 0 to 1; ",
+        ),
+        (
+            [{"method": "magnitude"}, RTN | {"low_rank": 4}],
+            f"stages.1 (rtn) adds a low_rank product to {Q}, which magnitude has pruned: nothing of it would stay ",
+        ),
+        (
+            [GPTQ | {"sparsity": 0.5, "low_rank": 4}],
+            "stages.0: low_rank leaves weights where a mask says zero; leave it out, or sparsity",
+        ),
+        (
+            [GPTQ | {"mask_structure": "2:4", "outlier_ratio": 0.1}],
+            "stages.0: outlier_ratio leaves weights where a mask says zero; leave it out, or sparsity",
+        ),
+        (
+            [RTN, {"method": "magnitude"}],
+            "stages.1 (magnitude) changes weights, and earlier stages have quantized all that it targets; list it ",
+        ),
     ],
 )
 def test_what_the_model_has_not_or_cannot_take(refused: Refused, stages: list[dict[str, Any]], expected: str) -> None:
@@ -416,6 +482,8 @@ def test_a_method_that_needs_text_and_gets_none(refused: Refused) -> None:
     assert refused(GPTQ) == f"gptq {fix}"
     assert refused({"method": "rtn", "scheme": "FP8"}) == f"static activations {fix}"
     assert refused(LLM_INT8) == f"llm_int8 {fix}"
+    assert refused({"method": "wanda"}) == f"wanda {fix}"
+    assert refused({"method": "magnitude", "allocation": "owl"}) == f"allocation: owl {fix}"
     assert refused(RTN | {"outlier_ratio": 0.01}) == f"outlier_ratio {fix}"
 
 

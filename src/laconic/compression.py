@@ -149,7 +149,7 @@ def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Repor
 
 def _compose(recipe: Recipe, source: Source, output: Path, *, overwrite: bool, trust_remote_code: bool) -> Composed:
     device_of(recipe)
-    needing = [getattr(s, "needing", s.method) for s in recipe.stages if s.observes]
+    needing = [getattr(s, "needing", s.method) for s in recipe.stages if s.observes or getattr(s, "surveys", False)]
     windows = None
     if needing:
         windows = calibration_ids(recipe, source, needing[0], trust_remote_code=trust_remote_code)

@@ -57,7 +57,7 @@ class Walking:
             self._bar.reset(self._task, total=None, step=step, linear="", error="-", memory=memory)
         elif event["event"] == "work":
             self._bar.update(self._task, total=event["total"], completed=event["done"], memory=memory)
-        elif event["event"] == "block":
+        elif event["event"] in ("survey", "block"):
             self._bar.update(self._task, total=event["blocks"], completed=event["block"], memory=memory)
         elif event["event"] == "linear":
             error = event.get("output_error", event["weight_error"])

@@ -21,6 +21,8 @@ METHODS: dict[str, list[Stage]] = {
     "zeroquant": [{"method": "zeroquant", "scheme": "W4A8", "group_size": 32, "iters": 2, "batch_size": 2}],
     "llm_int8": [{"method": "llm_int8", "outlier_ratio": 0.05}],
     "smoothquant": [{"method": "smoothquant"}, {"method": "rtn", "scheme": "W8A8"}],
+    "sparsegpt": [{"method": "sparsegpt", "sparsity": 0.25}, {"method": "rtn", "scheme": "W8A16"}],
+    "wanda": [{"method": "wanda", "sparsity": 0.25, "update": True, "allocation": "search"}],
 }
 # Beyond it a compressed model is another model: the largest mean KL seen of these was a tenth of it.
 FAR = 1.0

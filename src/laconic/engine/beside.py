@@ -19,8 +19,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from laconic.engine.masking import Masking
 from laconic.engine.stage import LinearStage, Outcome, QuantizingStage, Stage
 from laconic.formats import LowRank, Outliers, Quantized
+from laconic.solvers.masks import Part
 from laconic.solvers.moments import Moments
 
 # Share of the mean of diag(H_OO) added to it, as GPTQ does with all of H.
@@ -28,18 +30,30 @@ _DAMPENING = 0.01
 
 
 def compress_tap(
-    stage: LinearStage, weight: Tensor, rows: Sequence[int], moments: Moments | None, dtype: torch.dtype
+    stage: LinearStage,
+    weight: Tensor,
+    rows: Sequence[int],
+    moments: Moments | None,
+    dtype: torch.dtype,
+    shares: Sequence[Part] = (),
 ) -> list[Outcome]:
     """What a stage makes of the linears of one tap, each with what is kept beside its codes.
 
     weight: (out, in) float32, the linears' rows together. rows: how many each linear has. dtype: of what is stored.
+    shares: what a stage that prunes takes of each linear, if that is not the same of all.
     """
     parts = _parts(rows)
+    if isinstance(stage, Masking) and stage.prunes:
+        shares = shares or [Part(part, stage.share) for part in parts]
+        own = [replace(share, rows=part) for share, part in zip(shares, parts, strict=True)]
+        made = stage.prune(weight, own, moments, dtype)
+        return [Outcome(_rows(made.weight, part), made.notes) for part in parts]
     columns = stage.outliers(moments).to(weight.device) if isinstance(stage, QuantizingStage) else weight.new_empty(0)
     if not isinstance(stage, QuantizingStage) or not (len(columns) or stage.low_rank):
         made = stage.compress(weight, moments, dtype)
         return [Outcome(_rows(made.weight, part), made.notes) for part in parts]
-    target = stage.target(weight, moments)
+    # Zeros stay zeros, wherever a target would have moved them.
+    target = stage.target(weight, moments) * (weight != 0)
     made = _round(stage, target, columns, moments, dtype)
     assert isinstance(made.weight, Quantized)
     outcomes = []
@@ -113,7 +127,7 @@ def _round(stage: LinearStage, W: Tensor, columns: Tensor, moments: Moments | No
     assert isinstance(made.weight, Quantized)
     kept = W[:, columns]
     if answer is not None:
-        kept = kept + ((W - made.weight.decode()) * rounded) @ answer
+        kept = torch.where(kept == 0, kept, kept + ((W - made.weight.decode()) * rounded) @ answer)
     outliers = Outliers(columns.to(torch.int32), kept.to(dtype))
     share = {"outlier_columns": len(columns), "outlier_share": round(len(columns) / W.shape[1], 4)}
     return Outcome(replace(made.weight, outliers=outliers), {**made.notes, **share})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -13,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from laconic.engine.cache_stage import CacheStage
-from laconic.engine.stage import BlockStage, Stage
+from laconic.engine.masking import Masking, PruningStage
+from laconic.engine.stage import BlockStage, Stage, matches
 from laconic.formats.fp4 import Fp4
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import stored_bytes
@@ -24,6 +24,7 @@ from laconic.model.kv_open import KvShape, kv_shape
 from laconic.model.links import Link, find_links, without
 from laconic.model.load import Source
 from laconic.model.places import places_of
+from laconic.solvers.masks import Part
 
 # Bytes that a weight of the tap in hand takes while it is searched, swept and packed: float32 and int64 temporaries.
 _WORKING = 40
@@ -34,8 +35,9 @@ _ITEMSIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 class Plan:
     """stages: in order. touched: for each stage the full names of its linears. schemes: of every linear that will be
     quantized, by full name. linears: shape of every linear of the model, by full name. links: of each block, where a
-    stage needs them. cache: how the key-value cache is stored, and its shape, if a stage says so. first: the number of
-    the first stage in the recipe."""
+    stage needs them. cache: how the key-value cache is stored, and its shape, if a stage says so. shares: for each
+    stage that prunes, what goes of its linears, by full name; provisional where it is found on the original
+    model. first: the number of the first stage in the recipe."""
 
     anatomy: Anatomy
     stages: tuple[Stage, ...]
@@ -44,18 +46,24 @@ class Plan:
     linears: Mapping[str, tuple[int, int]]
     links: tuple[Mapping[Tap, Link], ...] = ()
     cache: tuple[CacheStage, KvShape] | None = None
+    shares: tuple[Mapping[str, Part], ...] = ()
     first: int = 0
 
     @property
     def observing(self) -> bool:
         """Whether calibration data must flow through the model."""
-        return self.calibrates_cache or any(stage.observes for stage in self.stages)
+        return self.calibrates_cache or self.surveys or any(stage.observes for stage in self.stages)
+
+    @property
+    def surveys(self) -> bool:
+        """Whether the original model is looked at from end to end before anything is compressed."""
+        return any(stage.surveys for stage in self.stages)
 
     @property
     def needing(self) -> str:
         """What needs calibration data, where anything does."""
         cache = [self.cache[0].method] if self.cache and self.calibrates_cache else []
-        return next(iter([*(s.needing for s in self.stages if s.observes), *cache]))
+        return next(iter([*(s.needing for s in self.stages if s.observes or s.surveys), *cache]))
 
     @property
     def calibrates_cache(self) -> bool:
@@ -65,7 +73,7 @@ class Plan:
     @cached_property
     def original_inputs(self) -> bool:
         """Whether only the original model's activations are looked at, so that they alone flow: the last stage to look
-        at a block passes them on, before any linear of it is quantized."""
+        at a block passes them on, before any linear of it is quantized or pruned."""
         if self.calibrates_cache or not self.observing:
             return False
         if not all(stage.original_inputs for stage in self.stages if stage.observes):
@@ -75,7 +83,7 @@ class Plan:
             blocks = {self._block_of(n) for n in names if n != self.anatomy.head}
             if stage.observes and blocks & quantized:
                 return False
-            quantized |= blocks if stage.result else set()
+            quantized |= blocks if stage.result or stage.prunes else set()
         return True
 
     def _block_of(self, name: str) -> str:
@@ -96,7 +104,7 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage |
     stages, cache = _cache_apart(model, stages, first)
     shapes = {n: (m.out_features, m.in_features) for n, m in linears_of(model).items()}
     inside = [n for n in shapes if n.startswith(f"{anatomy.blocks}.") and n not in anatomy.routers]
-    touched, schemes = [], dict[str, Scheme]()
+    touched, schemes, pruned = [], dict[str, Scheme](), dict[str, str]()
     for number, stage in enumerate(stages, first):
         names = _matches(stage, shapes, inside, anatomy.head, number)
         if anatomy.head in names and anatomy.tied:
@@ -118,6 +126,11 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage |
                 kept = stage.result_for(shapes[name])
                 assert kept is not None
                 _check_fits(name, shapes[name], kept)
+                if kept.rank and name in pruned:
+                    raise ValueError(
+                        f"stages.{number} ({stage.method}) adds a low_rank product to {name}, which {pruned[name]} has "
+                        "pruned: nothing of it would stay zero; leave low_rank out, or ignore the linear in one of them"
+                    )
                 schemes[name] = kept
         else:
             # Codes stay as they are: a stage that only moves or changes weights means the others.
@@ -127,6 +140,9 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage |
                     f"stages.{number} ({stage.method}) changes weights, and earlier stages have quantized all that it "
                     "targets; list it before them, or leave it out"
                 )
+        if isinstance(stage, Masking) and stage.prunes:
+            _check_masks(stage, number, names, shapes)
+            pruned |= dict.fromkeys(names, stage.method)
         touched.append(frozenset(names))
     for i, taps in enumerate(anatomy.taps):
         _check_alike(anatomy.block_name(i), taps, schemes)
@@ -134,7 +150,29 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage |
         schemes = {n: s for n, s in schemes.items() if n != anatomy.head} | {anatomy.head: schemes[anatomy.head]}
     links = find_links(model, anatomy) if any(isinstance(s, BlockStage) and s.links for s in stages) else ()
     _check_blocks(anatomy, stages, touched, links, shapes, first)
-    return Plan(anatomy, tuple(stages), tuple(touched), schemes, shapes, links, cache, first)
+    shares = tuple(_shares(s, names, shapes) for s, names in zip(stages, touched, strict=True))
+    return Plan(anatomy, tuple(stages), tuple(touched), schemes, shapes, links, cache, shares, first)
+
+
+def _check_masks(stage: Masking, number: int, names: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raises: ValueError when a stage cannot prune these linears as it says."""
+    for name in names:
+        try:
+            stage.check_shape(name, shapes[name])
+        except ValueError as e:
+            raise ValueError(f"stages.{number} ({stage.method}): {e}") from e
+    for pattern in stage.ratios if isinstance(stage, PruningStage) else ():
+        if not any(matches(name, [pattern]) for name in names):
+            leaves = sorted({n.rpartition(".")[2] for n in names})
+            near = get_close_matches(pattern.removeprefix("re:").strip(".*$^\\"), leaves, 1, 0.4)
+            hint = f"did you mean 're:.*{near[0]}'?" if near else f"they end in {', '.join(leaves)}"
+            raise ValueError(f"stages.{number}.ratios '{pattern}' matches none of the linears of this stage; {hint}")
+
+
+def _shares(stage: Stage, names: Set[str], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
+    if not isinstance(stage, Masking) or not stage.prunes:
+        return {}
+    return {n: Part(slice(0, shapes[n][0]), stage.share_of(n)) for n in sorted(names)}
 
 
 def _cache_apart(
@@ -234,11 +272,6 @@ def _tap_elements(plan: Plan, taps: Sequence[Tap]) -> int:
     return max(
         sum(count_elements(shapes[f"{prefix}.{n}"]) for n in t.linears if f"{prefix}.{n}" in shapes) for t in taps
     )
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a full name is meant by one of these patterns (exact, or `re:`)."""
-    return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns)
 
 
 def _matches(

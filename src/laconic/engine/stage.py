@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -31,6 +31,21 @@ class Outcome:
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
+def check_patterns(patterns: Sequence[str]) -> None:
+    """Raises: ValueError for one that begins with `re:` and is no regular expression."""
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as e:
+                raise ValueError(f"'{pattern}' is not a regular expression: {e}") from e
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a full name is meant by one of these patterns (exact, or `re:`)."""
+    return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns)
+
+
 class Stage(BaseModel):
     """What every stage's config has. targets: `Linear` (every linear in the decoder blocks), a full name, or `re:`
     and a pattern for full names; the head is meant only by its name. ignore: the same, taken away."""
@@ -50,12 +65,7 @@ class Stage(BaseModel):
     @field_validator("targets", "ignore")
     @classmethod
     def _valid_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in value:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern[3:])
-                except re.error as e:
-                    raise ValueError(f"'{pattern}' is not a regular expression: {e}") from e
+        check_patterns(value)
         return value
 
     @property
@@ -81,6 +91,16 @@ class Stage(BaseModel):
     def needing(self) -> str:
         """What of this stage needs calibration activations, if anything does."""
         return self.ranges or self.method
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the stage makes weights zero."""
+        return False
+
+    @property
+    def surveys(self) -> bool:
+        """Whether the original model has to be looked at from end to end before any of it is changed."""
+        return False
 
     @property
     def cross(self) -> bool:

@@ -194,6 +194,13 @@ def _straight_through(x: Tensor, acts: Activations | None) -> Tensor:
     return x + change
 
 
+def hold(tuned: Tensor, where: Tensor) -> Tensor:
+    """Let no gradient reach some elements of a tensor that is tuned, so that they stay what they are."""
+    if where.any():
+        tuned.register_hook(lambda grad: grad.masked_fill(where, 0))
+    return tuned
+
+
 def rounded_through(W: Tensor, rounded: Tensor) -> Tensor:
     """`rounded` in value, W in gradient (the straight-through estimator)."""
     return W + (rounded - W).detach()

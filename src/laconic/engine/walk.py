@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,13 +23,16 @@ from transformers import PreTrainedModel
 from laconic.engine.attention import look
 from laconic.engine.beside import attach, compress_tap
 from laconic.engine.block import Block, stacked, stacks
+from laconic.engine.masking import Masking
 from laconic.engine.observe import advance, no_tokens, observe
 from laconic.engine.original import Original
 from laconic.engine.passes import Passes
 from laconic.engine.plan import Plan
 from laconic.engine.stage import BlockStage, LinearStage, Outcome, Stage
 from laconic.engine.stream import Room, Stream
+from laconic.engine.survey import Figures, allot, by_survey, survey_block
 from laconic.engine.writer import Workspace
+from laconic.engine.zeros import Zeros, check_zeros, sparsity, zeros_of
 from laconic.formats import Quantized
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import as_stored, to_stored
@@ -41,6 +44,7 @@ from laconic.model.linear import QLinear, replace_linear
 from laconic.model.links import without
 from laconic.model.load import Source, materialise
 from laconic.model.places import places_of
+from laconic.solvers.masks import Part
 from laconic.solvers.moments import Moments, output_error
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -76,6 +80,9 @@ def walk(
     """
     walker = _Walker(source, model, plan, workspace, settings, report)
     names = [plan.anatomy.block_name(i) for i in range(len(plan.anatomy.taps))]
+    if plan.surveys:
+        assert windows is not None
+        walker = replace(walker, plan=by_survey(plan, walker.survey(names, windows)))
     flow = walker.embed(windows) if windows is not None and not workspace.done(len(names)) else None
     for i, name in enumerate(names):
         report({"event": "block", "block": i, "blocks": len(names)})
@@ -123,6 +130,26 @@ class _Walker:
         self._forget_outside()
         held = made[0].hidden.nbytes * count * _HELD <= min(self.settings.budget, _free_memory(device) / 2)
         return _Flow([c.to(device) for c in calls], made[0], made[1] if count > 1 else None, held, rooms[-1])
+
+    def survey(self, names: Sequence[str], windows: Tensor) -> list[Figures]:
+        """What stages want to know of the original model before any of it is changed."""
+        known = self.workspace.survey()
+        if known is not None:
+            return known
+        flow = self.embed(windows)
+        found: list[Figures] = [{} for _ in self.plan.stages]
+        for i, name in enumerate(names):
+            self.report({"event": "survey", "block": i, "blocks": len(names)})
+            block = self.model.get_submodule(name)
+            self._materialise(block, f"{name}.")
+            with self._showing(block):
+                told = survey_block(block, i, self.plan, flow.calls[i], flow.stream, self.settings.device)
+            for all_blocks, figures in zip(found, told, strict=True):
+                all_blocks |= figures
+            _forget(block)
+        found = allot(self.plan, found)
+        self.workspace.write_survey(found)
+        return found
 
     def block(self, i: int, name: str, flow: _Flow | None) -> None:
         """Compress block i, or read it back, and push the activations through it."""
@@ -173,17 +200,22 @@ class _Walker:
         """Take block i through all stages. Returns: what happened, and whether the stream holds its output already."""
         touched = [frozenset(n.removeprefix(f"{name}.") for n in t) for t in self.plan.touched]
         present = {n for tap in self.plan.anatomy.taps[i] for n in tap.linears}
-        work = [(s, t & present) for s, t in zip(self.plan.stages, touched, strict=True) if t & present]
-        observing = [k for k, (stage, _) in enumerate(work) if flow and stage.observes]
+        work = [
+            (stage, linears & present, shares)
+            for stage, linears, shares in zip(self.plan.stages, touched, self.plan.shares, strict=True)
+            if linears & present
+        ]
+        observing = [k for k, (stage, _, _) in enumerate(work) if flow and stage.observes]
         events: list[dict[str, Any]] = []
         passed_on = False
-        for k, (stage, linears) in enumerate(work):
+        zeros: dict[str, Zeros] = {}
+        for k, (stage, linears, shares) in enumerate(work):
             # The original model's stream is passed on by the last to look at it, before anything is quantized.
             at_once = self.plan.original_inputs and observing[-1:] == [k]
             through = at_once and self._passes_on(i)
             if isinstance(stage, BlockStage):
                 assert flow is not None
-                read_again = any(s.cross and isinstance(s, LinearStage) for s, _ in work[k + 1 :])
+                read_again = any(s.cross and isinstance(s, LinearStage) for s, _, _ in work[k + 1 :])
                 taught = original.output(read_again=read_again) if original and stage.cross else None
                 moved = original.moved if original else {}
                 events += self._compress_block(block, i, name, stage, linears, flow, taught, moved, through)
@@ -191,11 +223,14 @@ class _Walker:
                 assert isinstance(stage, LinearStage)
                 last = k == len(work) - 1
                 found, finished = self._compress_linears(
-                    block, i, name, stage, linears, flow, original, at_once, through, last
+                    block, i, name, stage, linears, shares, flow, original, at_once, through, last
                 )
                 events += found
                 passed_on |= finished
             passed_on |= through
+            check_zeros(block, name, zeros, stage)
+            if isinstance(stage, Masking) and stage.prunes and not stage.result:
+                zeros |= {n: zeros_of(block, n, stage) for n in linears}
         return events, passed_on
 
     def _compress_linears(
@@ -205,6 +240,7 @@ class _Walker:
         name: str,
         stage: LinearStage,
         linears: Set[str],
+        shares: Mapping[str, Part],
         flow: _Flow | None,
         original: Original | None,
         at_once: bool,
@@ -236,7 +272,7 @@ class _Walker:
                 for tap in together:
                     events += self._tokens_seen(name, tap, moments.get(tap))
                     targeted = [n for n in tap.linears if n in linears]
-                    events += self._compress_tap(block, name, targeted, stage, moments.get(tap))
+                    events += self._compress_tap(block, name, targeted, stage, shares, moments.get(tap))
             finished = passes is not None and passes.held and last and self._passes_on(i)
             if passes and finished:
                 passes.finish()
@@ -326,7 +362,8 @@ class _Walker:
 
     def _compress_head(self, flow: _Flow | None) -> Iterator[dict[str, Any]]:
         head = self.plan.anatomy.head
-        for stage, touched in zip(self.plan.stages, self.plan.touched, strict=True):
+        zeros: dict[str, Zeros] = {}
+        for stage, touched, shares in zip(self.plan.stages, self.plan.touched, self.plan.shares, strict=True):
             if head not in touched:
                 continue
             assert isinstance(stage, LinearStage)
@@ -338,7 +375,10 @@ class _Walker:
                 for hidden in flow.stream.batches():
                     moments.add(head_input(self.model, self.plan.anatomy, hidden.to(self.settings.device)))
                 moments.finish()
-            yield from self._compress_tap(self.model, "", [head], stage, moments)
+            yield from self._compress_tap(self.model, "", [head], stage, shares, moments)
+            check_zeros(self.model, "", zeros, stage)
+            if isinstance(stage, Masking) and stage.prunes and not stage.result:
+                zeros = {head: zeros_of(self.model, head, stage)}
 
     def _compress_tap(
         self,
@@ -346,6 +386,7 @@ class _Walker:
         prefix: str,
         linears: Sequence[str],
         stage: LinearStage,
+        shares: Mapping[str, Part],
         moments: Moments | None,
     ) -> Iterator[dict[str, Any]]:
         """Compress linears that read one tensor, their rows together: each comes out as it would alone, but for a scale
@@ -353,7 +394,8 @@ class _Walker:
         for together in stacks(module, linears, stage.result):
             begun = time.monotonic()
             rows = [linear_at(module, n).out_features for n in together]
-            outcomes = compress_tap(stage, stacked(module, together), rows, moments, self.source.dtype)
+            own = [shares[full] for n in together if (full := f"{prefix}.{n}" if prefix else n) in shares]
+            outcomes = compress_tap(stage, stacked(module, together), rows, moments, self.source.dtype, own)
             seconds = (time.monotonic() - begun) / len(together)
             notes = {"tokens": moments.tokens if moments else 0, "seconds": round(seconds, 4)}
             yield from self._put(module, prefix, together, stage, outcomes, moments, notes)
@@ -379,6 +421,7 @@ class _Walker:
                 "method": stage.method,
                 "scheme": stage.result.name if stage.result else None,
                 **_figures(old, made, moments),
+                **({"sparsity": sparsity(made)} if isinstance(stage, Masking) and stage.prunes else {}),
                 **outcome.notes,
                 **notes,
             }

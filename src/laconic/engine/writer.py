@@ -25,9 +25,10 @@ from torch import Tensor
 from laconic.model.checkpoint import INDEX
 from laconic.model.kv_reading import KV_CACHE
 
-RECIPE, LOG, _REPLACED, _CALIBRATION, _SCRATCH = "recipe.yaml", "log.jsonl", ".replaced", "calibration", "scratch"
+RECIPE, LOG, SURVEY = "recipe.yaml", "log.jsonl", "survey.json"
+_REPLACED, _CALIBRATION, _SCRATCH = ".replaced", "calibration", "scratch"
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
-_NOT_COPIED = {"config.json", INDEX, "training_log.json"}
+_NOT_COPIED = {"config.json", INDEX, SURVEY, "training_log.json"}
 
 
 class Workspace:
@@ -118,6 +119,15 @@ class Workspace:
     def write_cache(self, fixed: Mapping[str, Tensor]) -> None:
         """Write what is fixed of the cache."""
         _replace(self.folder / KV_CACHE, lambda file: save_file(dict(fixed), file, metadata={"format": "pt"}))
+
+    def survey(self) -> list[dict[str, Any]] | None:
+        """What a survey of the original model found, if it was written down."""
+        file = self.folder / SURVEY
+        return list(json.loads(file.read_text())) if file.exists() else None
+
+    def write_survey(self, found: list[dict[str, Any]]) -> None:
+        """Write down what a survey found, before anything goes by it."""
+        write_text(self.folder / SURVEY, json.dumps(found, indent=1) + "\n")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor in the finished shards, by name."""

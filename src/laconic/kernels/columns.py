@@ -44,3 +44,17 @@ def affine_columns_torch(
             c.add_(zero_point[j]).clamp_(qmin, qmax)
             torch.addcmul(W[j], c - zero_point[j], scale[j], value=-1, out=E[j])
     return codes.to(torch.int8), E
+
+
+def pruned_columns(W: Tensor, X: Tensor, A: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where a column is not rounded, but loses some of its weights: those kept take up the errors so far.
+
+    W, X, keep: (n, rows), keep of zeros and ones. A: (n, n). Returns: the new weights and E = W - weights, (n, rows).
+    """
+    n = W.shape[0]
+    values, E = torch.empty_like(W), torch.empty_like(W)
+    for j in range(n):
+        x = torch.addmv(X[j], E[:j].T, A[j, :j]) if j else X[j]
+        torch.mul(x, keep[j], out=values[j])
+        torch.sub(W[j], values[j], out=E[j])
+    return values, E

@@ -13,9 +13,12 @@ from laconic.methods.kv_per_token import KvPerToken
 from laconic.methods.kvquant import KvQuant
 from laconic.methods.llm_int8 import LlmInt8
 from laconic.methods.llm_pruner import LlmPruner
+from laconic.methods.magnitude import Magnitude
 from laconic.methods.reap import Reap
 from laconic.methods.rtn import Rtn
 from laconic.methods.smoothquant import SmoothQuant
+from laconic.methods.sparsegpt import SparseGpt
+from laconic.methods.wanda import Wanda
 from laconic.methods.zeroquant import ZeroQuant
 
 METHODS = (
@@ -26,6 +29,9 @@ METHODS = (
     ZeroQuant,
     LlmInt8,
     SmoothQuant,
+    Magnitude,
+    Wanda,
+    SparseGpt,
     Kivi,
     KvQuant,
     KvPerToken,

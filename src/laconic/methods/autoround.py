@@ -17,7 +17,7 @@ from torch import Tensor
 
 from laconic.engine.block import Block, stacked, stacks
 from laconic.engine.stage import BlockStage, Outcome, QuantizingStage
-from laconic.engine.train import SignSGD, outputs, tune, unstack
+from laconic.engine.train import SignSGD, hold, outputs, tune, unstack
 from laconic.formats import Format, Params, Quantized
 from laconic.formats.pieces import rows_at_once
 
@@ -91,7 +91,9 @@ class _Tuned:
         tiles = fmt.tiling.split(W)
         lo, hi = tiles.amin(-1).float(), tiles.amax(-1).float()
         V, low, high = torch.empty_like(tiles, dtype=torch.float32), torch.empty_like(lo), torch.empty_like(hi)
-        started = cls(W, V.requires_grad_(), lo, hi, low.requires_grad_(), high.requires_grad_())
+        # Zeros stay zeros: to nearest they are, and nothing moves them from it.
+        V = hold(V.requires_grad_(), tiles == 0)
+        started = cls(W, V, lo, hi, low.requires_grad_(), high.requires_grad_())
         started.reset()
         return started
 

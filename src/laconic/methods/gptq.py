@@ -1,32 +1,39 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): rounding with error feedback under the calibration Hessian.
 
 In the sweep's LDL form (`solvers.obs`), with static groups in activation order, damping with retry, grids of least
-(Hessian-weighted) squared error, and optionally GPTAQ's objective (Li et al., arXiv 2504.02692).
+(Hessian-weighted) squared error, and optionally GPTAQ's objective (Li et al., arXiv 2504.02692), and pruning in the
+same sweep (SparseGPT, arXiv 2301.00774, section 3.5).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from laconic.engine.masking import Masking
 from laconic.engine.stage import LinearStage, Outcome, QuantizingStage
 from laconic.formats import Format, Params, Quantized, fit
-from laconic.solvers.grid import OnlineGridRounder, by_energy, swept
+from laconic.solvers.grid import GridRounder, OnlineGridRounder, by_energy, swept
+from laconic.solvers.masks import Part
 from laconic.solvers.moments import Moments
 from laconic.solvers.obs import Feedback, feedback, sweep
+from laconic.solvers.prune import swept_mask
 from laconic.solvers.search import search_range
 
 
-class Gptq(QuantizingStage, LinearStage):
+class Gptq(QuantizingStage, Masking, LinearStage):
     """actorder: `weight` rounds columns in the order of falling activation energy, on grids fixed beforehand
     (static groups: nothing is stored, nothing is slower at run time); null goes left to right and fits each
     group's grid when it comes to it. dampening_frac: share of the Hessian's mean diagonal added to it.
     observer: `mse` or `minmax` ranges. true_sequential: observe each linear after the earlier ones of its block
     are quantized. asymmetric: match the original model's output from the quantized model's input (GPTAQ), in
-    part (0 to 1) or in full."""
+    part (0 to 1) or in full. sparsity, mask_structure: prune in the same sweep, what is kept being rounded: either
+    makes up for the errors of both."""
 
     method: Literal["gptq"] = "gptq"
     actorder: Literal["weight"] | None = "weight"
@@ -35,6 +42,13 @@ class Gptq(QuantizingStage, LinearStage):
     true_sequential: bool = True
     asymmetric: float = Field(0.0, ge=0, le=1)
     block_size: int = Field(128, ge=1)
+
+    @model_validator(mode="after")
+    def _nothing_beside_a_mask(self) -> Gptq:
+        for key, given in (("outlier_ratio", self.outlier_ratio), ("low_rank", self.low_rank)):
+            if self.prunes and given:
+                raise ValueError(f"{key} leaves weights where a mask says zero; leave it out, or sparsity")
+        return self
 
     @property
     def gram(self) -> bool:
@@ -49,16 +63,23 @@ class Gptq(QuantizingStage, LinearStage):
         return self.true_sequential
 
     def compress(self, weight: Tensor, moments: Moments | None, dtype: torch.dtype) -> Outcome:
+        return self.prune(weight, (), moments, dtype)
+
+    def prune(self, weight: Tensor, parts: Sequence[Part], moments: Moments | None, dtype: torch.dtype) -> Outcome:
         assert moments is not None
         assert moments.H is not None
         fmt = self.result.weights
         H = moments.H
         # Where the weight is zero as well nothing is lost: so are columns kept beside the codes.
         dead = (H.diagonal() == 0) & (weight != 0).any(0)
-        order = by_energy(H) if self.actorder else None
+        order = by_energy(H, self.structure.width) if self.actorder else None
         factor = feedback(H, self.dampening_frac, order)
         target = self._retarget(weight, moments, H, factor.dampening_frac)
-        q = self._sweep(fmt, target, H, factor, order, dtype)
+        zeros = weight == 0
+        if parts:
+            q = self._prune(fmt, target, H, factor, order, zeros, parts, dtype)
+        else:
+            q = self._sweep(fmt, target, H, factor, order, zeros if bool(zeros.any()) else None, dtype)
         return Outcome(q, {"dampening_frac": factor.dampening_frac, "dead_columns": int(dead.sum())})
 
     def target(self, weight: Tensor, moments: Moments | None) -> Tensor:
@@ -74,17 +95,45 @@ class Gptq(QuantizingStage, LinearStage):
         return retarget(W, moments.D * self.asymmetric, H, dampening_frac)
 
     def _sweep(
-        self, fmt: Format, W: Tensor, H: Tensor, factor: Feedback, order: Tensor | None, dtype: torch.dtype
+        self,
+        fmt: Format,
+        W: Tensor,
+        H: Tensor,
+        factor: Feedback,
+        order: Tensor | None,
+        zeros: Tensor | None,
+        dtype: torch.dtype,
     ) -> Quantized:
+        # What a mask's zeros would have been does not count for a grid, but is an error that the rest answers for.
+        rounded = W if zeros is None else W.masked_fill(zeros, 0)
         grouped = fmt.tiling.strategy == "group"
         if order is None and grouped:
-            online = OnlineGridRounder(fmt, W, dtype, H.diagonal() if self.observer == "mse" else None)
+            importance = H.diagonal() if self.observer == "mse" else None
+            online = OnlineGridRounder(fmt, rounded, dtype, importance, zeros)
             codes = sweep(W, factor.A, online, self.block_size)
             return Quantized(fmt, codes, online.params)
-        params = self._grid(fmt, W, H, dtype)
+        params = self._grid(fmt, rounded, H, dtype)
         order = torch.arange(W.shape[1], device=W.device) if order is None else order
-        codes = swept(fmt, W, H, params, factor=factor, order=order, block_size=self.block_size)
+        codes = swept(fmt, W, H, params, factor=factor, order=order, block_size=self.block_size, zeros=zeros)
         return Quantized(fmt, codes, params)
+
+    def _prune(
+        self,
+        fmt: Format,
+        W: Tensor,
+        H: Tensor,
+        factor: Feedback,
+        order: Tensor | None,
+        zeros: Tensor,
+        parts: Sequence[Part],
+        dtype: torch.dtype,
+    ) -> Quantized:
+        order = torch.arange(W.shape[1], device=W.device) if order is None else order
+        prune = partial(swept_mask, W, factor, order, zeros, parts, self.structure, columns=self.block_size)
+        # Grids are fixed beforehand. What is kept grows as it answers for what goes: they are fitted to that.
+        params = self._grid(fmt, prune(), H, dtype)
+        grid = GridRounder(fmt, params, W.shape, order)
+        return Quantized(fmt, prune(grid=grid), params)
 
     def _grid(self, fmt: Format, W: Tensor, H: Tensor, dtype: torch.dtype) -> Params:
         if self.observer == "minmax":

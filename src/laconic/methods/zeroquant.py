@@ -16,7 +16,7 @@ from torch import Tensor
 
 from laconic.engine.block import Block, stacked, stacks
 from laconic.engine.stage import BlockStage, Outcome, QuantizingStage
-from laconic.engine.train import outputs, rounded_through, tune, unstack
+from laconic.engine.train import hold, outputs, rounded_through, tune, unstack
 from laconic.formats import fit, quantize
 
 
@@ -32,7 +32,8 @@ class ZeroQuant(QuantizingStage, BlockStage):
     def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
         fmt = self.result.weights
         names = [n for tap in block.targeted_taps() for n in stacks(block.module, block.targets(tap), self.result)]
-        tuned = {n: stacked(block.module, n).requires_grad_() for n in names}
+        # Zeros stay zeros: what a mask put there is no error to be taught.
+        tuned = {n: hold(W.requires_grad_(), W == 0) for n in names for W in [stacked(block.module, n)]}
 
         def weights() -> Mapping[str, Tensor]:
             made: dict[str, Tensor] = {}

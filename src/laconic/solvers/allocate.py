@@ -1,4 +1,4 @@
-"""Which of many things gets how many bits: the least total error within a budget."""
+"""Which of many things gets how many bits, or keeps how many weights: the least total error within a budget."""
 
 from __future__ import annotations
 
@@ -32,3 +32,53 @@ def allocate(errors: Sequence[Sequence[float]], costs: Sequence[float], budget: 
         _, i, j = best
         spent += costs[j] - costs[chosen[i]]
         chosen[i] = j
+
+
+def share_out(
+    errors: Sequence[Sequence[float]], sizes: Sequence[int], sparsities: Sequence[float], mean: float
+) -> list[float]:
+    """What share of each thing goes, so that errors add up to the least and the mean over all weights is `mean`.
+
+    errors: of every thing at each of the sparsities, which fall. sizes: weights of each. Errors are taken to be linear
+    in between, and the hull below them convex; then the budget goes down the steepest stretches first, and the last of
+    them is taken in part.
+
+    Returns: the sparsities, each between the first and the last. Raises: ValueError when the mean is not.
+    """
+    if not sparsities[-1] - 1e-9 <= mean <= sparsities[0] + 1e-9:
+        raise ValueError(f"a mean sparsity of {mean:g} is not between {sparsities[-1]:g} and {sparsities[0]:g}")
+    stretches = [
+        (gain / size, i, length)
+        for i, (own, size) in enumerate(zip(errors, sizes, strict=True))
+        for gain, length in _hull(own, sparsities)
+    ]
+    found, left = [sparsities[0]] * len(errors), (sparsities[0] - mean) * sum(sizes)
+    # Sorted by gain alone, and stable: a thing's own stretches keep their order among equals.
+    for _, i, length in sorted(stretches, key=lambda stretch: -stretch[0]):
+        taken = min(length, left / sizes[i])
+        found[i] -= taken
+        left -= taken * sizes[i]
+    return found
+
+
+def _hull(errors: Sequence[float], sparsities: Sequence[float]) -> list[tuple[float, float]]:
+    """The lower convex hull: (fall of the error by share kept, length) of its stretches, ever flatter."""
+    found, at = [], 0
+    while at < len(errors) - 1:
+        ahead = range(at + 1, len(errors))
+        gain, to = max(((errors[at] - errors[k]) / (sparsities[at] - sparsities[k]), k) for k in ahead)
+        found.append((gain, sparsities[at] - sparsities[to]))
+        at = to
+    return found
+
+
+def owl(outliers: Sequence[float], sizes: Sequence[int], mean: float, spread: float) -> list[float]:
+    """Sparsities of blocks by their share of outliers (OWL, arXiv 2310.05175): what is kept rises with it, over a
+    range of twice `spread` (lambda), around the mean over all weights.
+
+    outliers: D of each block. sizes: weights of each. Returns: the sparsity of each.
+    """
+    low, high = min(outliers), max(outliers)
+    lifted = [2 * spread * (D - low) / (high - low) if high > low else 0.0 for D in outliers]
+    middle = sum(x * size for x, size in zip(lifted, sizes, strict=True)) / sum(sizes)
+    return [mean - (x - middle) for x in lifted]

@@ -22,7 +22,8 @@ class Moments:
     asked for, of x_full (the input the original model sees): sums, until `finish`.
 
     H: (in, in) float32, the mean of x x^T. D: (in, in) or None, that of (x_full - x) x^T.
-    lo, hi: (in,) float32, the smallest and largest value seen of each input, zero included. tokens: how many.
+    lo, hi: (in,) float32, the smallest and largest value seen of each input, zero included. squares: (in,) float32, the
+    mean square of each where H is not kept. tokens: how many.
     """
 
     in_features: int
@@ -34,6 +35,7 @@ class Moments:
     D: Tensor | None = field(init=False, default=None)
     lo: Tensor = field(init=False)
     hi: Tensor = field(init=False)
+    squares: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         if self.gram:
@@ -42,11 +44,17 @@ class Moments:
             self.D = torch.zeros(self.in_features, self.in_features, device=self.device)
         self.lo = torch.zeros(self.in_features, device=self.device)
         self.hi = torch.zeros(self.in_features, device=self.device)
+        self.squares = torch.zeros(self.in_features, device=self.device)
 
     @property
     def peak(self) -> Tensor:
         """(in,) the largest magnitude seen of each input."""
         return torch.maximum(-self.lo, self.hi)
+
+    @property
+    def energy(self) -> Tensor:
+        """(in,) the mean square of each input."""
+        return self.squares if self.H is None else self.H.diagonal()
 
     def finish(self) -> Moments:
         """Complete what only half was summed, and make means of the sums, once all activations are in.
@@ -58,6 +66,7 @@ class Moments:
         tokens = max(1, self.tokens)
         if self.H is not None:
             _mirror(self.H.div_(tokens))
+        self.squares.div_(tokens)
         if self.D is not None:
             self.D.div_(tokens)
         return self
@@ -70,6 +79,8 @@ class Moments:
         self.hi = torch.maximum(self.hi, x.amax(0).float())
         if self.H is not None:
             _add_gram(self.H, x)
+        else:
+            self.squares += x.float().square().sum(0)
         if self.D is not None:
             assert x_full is not None
             x, full = x.float(), x_full.reshape(-1, self.in_features).to(self.device, torch.float32)

@@ -10,6 +10,7 @@ a pruning mask, a codebook.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,17 +103,35 @@ def sweep(W: Tensor, A: Tensor, rounder: Rounder, block_size: int = 128) -> Tens
     for start in range(0, n, step):
         stop = min(start + step, n)
         X = torch.addmm(W[start:stop], A[start:stop, :start], E[:start]) if start else W[:stop]
-        for i in range(start, stop, rounder.unit):
-            j = min(i + rounder.unit, stop)
-            x = X[i - start : j - start]
-            if i > start:
-                x = torch.addmm(x, A[i:j, start:i], E[start:i])
-            rounded, E[i:j] = rounder(i, W[i:j], x, A[i:j, i:j])
-            if codes is None:
-                codes = torch.empty(W.shape, dtype=rounded.dtype, device=W.device)
-            codes[i:j] = rounded
+        rounded, E[start:stop] = in_units(rounder, rounder.unit, start, W[start:stop], X, A[start:stop, start:stop])
+        if codes is None:
+            codes = torch.empty(W.shape, dtype=rounded.dtype, device=W.device)
+        codes[start:stop] = rounded
     assert codes is not None
     return codes.T.contiguous()
+
+
+def in_units(
+    rounder: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    unit: int,
+    first: int,
+    W: Tensor,
+    X: Tensor,
+    A: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Round neighbouring columns unit by unit, with the feedback between units. Shapes as in Rounder."""
+    n = W.shape[0]
+    E = torch.empty_like(W)
+    codes: Tensor | None = None
+    for i in range(0, n, unit):
+        j = min(i + unit, n)
+        x = torch.addmm(X[i:j], A[i:j, :i], E[:i]) if i else X[:j]
+        rounded, E[i:j] = rounder(first + i, W[i:j], x, A[i:j, i:j])
+        if codes is None:
+            codes = torch.empty(W.shape, dtype=rounded.dtype, device=W.device)
+        codes[i:j] = rounded
+    assert codes is not None
+    return codes, E
 
 
 def lookahead(W: Tensor, X: Tensor, A: Tensor) -> Tensor:

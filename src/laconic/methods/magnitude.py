@@ -1,0 +1,27 @@
+"""Magnitude pruning: the smallest weights go. The baseline of all others.
+
+They are the smallest of a linear's whole matrix (Han et al., arXiv 1506.02626), or of every group of N:M; of tiles
+those with the least sum of squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from laconic.engine.masking import PruningStage
+from laconic.engine.stage import Outcome
+from laconic.solvers.masks import Part, keep_parts
+from laconic.solvers.moments import Moments
+
+
+class Magnitude(PruningStage):
+    """Looks at no data, unless an allocation does."""
+
+    method: Literal["magnitude"] = "magnitude"
+
+    def prune(self, weight: Tensor, parts: Sequence[Part], moments: Moments | None, dtype: torch.dtype) -> Outcome:
+        return Outcome(weight * keep_parts(weight.square(), parts, self.structure, "matrix"))
