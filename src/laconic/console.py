@@ -26,20 +26,20 @@ out, err = Console(markup=False, width=_WIDTH), Console(stderr=True, markup=Fals
 
 
 class Walking:
-    """Block, linear, error, memory and time left, on stderr."""
+    """Block, linear and error, or step and loss; memory and time left, on stderr."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("block"),
+            TextColumn("{task.fields[unit]}"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[linear]}  error {task.fields[error]}  memory {task.fields[memory]}"),
+            TextColumn("{task.fields[told]}  memory {task.fields[memory]}"),
             TimeRemainingColumn(),
             console=err,
             disable=quiet,
         )
-        self._task = self._bar.add_task("", total=None, linear="", error="-", memory="-")
+        self._task = self._bar.add_task("", total=None, unit="block", told="", memory="-")
 
     def __enter__(self) -> Walking:
         self._bar.start()
@@ -53,10 +53,22 @@ class Walking:
 
         memory = in_bytes(psutil.Process().memory_info().rss)
         if event["event"] == "block":
-            self._bar.update(self._task, total=event["blocks"], completed=event["block"], memory=memory)
+            self._bar.update(
+                self._task, unit="block", total=event["blocks"], completed=event["block"], memory=memory
+            )
         elif event["event"] == "linear":
             error = event.get("output_error", event["weight_error"])
-            self._bar.update(self._task, linear=event["linear"], error=f"{error:.1e}", memory=memory)
+            self._bar.update(self._task, told=f"{event['linear']}  error {error:.1e}", memory=memory)
+        elif event["event"] == "train":
+            held = "" if event["held_out"] is None else f", held out {event['held_out']:.4f}"
+            self._bar.update(
+                self._task,
+                unit="step",
+                total=event["steps"],
+                completed=event["step"],
+                told=f"loss {event['loss']:.4f}{held}",
+                memory=memory,
+            )
 
 
 def print_plan(prepared: Any, as_json: bool) -> None:

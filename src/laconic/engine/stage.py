@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from laconic.formats import Quantized
@@ -31,6 +31,24 @@ class Outcome:
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
+def _one_or_many(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _valid_patterns(value: tuple[str, ...]) -> tuple[str, ...]:
+    for pattern in value:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as e:
+                raise ValueError(f"'{pattern}' is not a regular expression: {e}") from e
+    return value
+
+
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), AfterValidator(_valid_patterns)]
+"""Names of linears: `Linear`, a full name, or `re:` and a pattern for full names."""
+
+
 class Stage(BaseModel):
     """What every stage's config has. targets: `Linear` (every linear in the decoder blocks), a full name, or `re:`
     and a pattern for full names; the head is meant only by its name. ignore: the same, taken away."""
@@ -39,24 +57,8 @@ class Stage(BaseModel):
 
     scope: ClassVar[Literal["linear", "block"]]
     method: str
-    targets: tuple[str, ...] = Field(("Linear",), min_length=1)
-    ignore: tuple[str, ...] = ("lm_head",)
-
-    @field_validator("targets", "ignore", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("targets", "ignore")
-    @classmethod
-    def _valid_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in value:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern[3:])
-                except re.error as e:
-                    raise ValueError(f"'{pattern}' is not a regular expression: {e}") from e
-        return value
+    targets: Patterns = Field(("Linear",), min_length=1)
+    ignore: Patterns = ("lm_head",)
 
     @property
     def result(self) -> Scheme | None:

@@ -11,8 +11,25 @@ from laconic.methods.kv_int8 import KvInt8
 from laconic.methods.kv_per_token import KvPerToken
 from laconic.methods.kvquant import KvQuant
 from laconic.methods.llm_int8 import LlmInt8
+from laconic.methods.lora import Lora
+from laconic.methods.qlora import QLora
 from laconic.methods.rtn import Rtn
 from laconic.methods.smoothquant import SmoothQuant
 from laconic.methods.zeroquant import ZeroQuant
 
-METHODS = (Rtn, Gptq, Awq, AutoRound, ZeroQuant, LlmInt8, SmoothQuant, Kivi, KvQuant, KvPerToken, KvInt8, KvFp8)
+METHODS = (
+    Rtn,
+    Gptq,
+    Awq,
+    AutoRound,
+    ZeroQuant,
+    LlmInt8,
+    SmoothQuant,
+    Lora,
+    QLora,
+    Kivi,
+    KvQuant,
+    KvPerToken,
+    KvInt8,
+    KvFp8,
+)
