@@ -17,8 +17,8 @@ from laconic.recipe import Recipe, gallery, load_recipe
 STAGE = {"method": "gptq", "scheme": "W4A16"}
 
 KNOWN = (
-    "autoround, awq, depth, gptq, kivi, kv_fp8, kv_int8, kv_per_token, kvquant, llm_int8, llm_pruner, magnitude, reap, "
-    "rtn, smoothquant, sparsegpt, wanda, zeroquant"
+    "autoround, awq, depth, gptq, kivi, kv_fp8, kv_int8, kv_per_token, kvquant, llm_int8, llm_pruner, lora, magnitude, "
+    "qlora, reap, rtn, smoothquant, sparsegpt, wanda, zeroquant"
 )
 
 

@@ -44,6 +44,7 @@ def compress(
 ) -> None:
     """Compress a model by a recipe; run again after an interruption to go on where it stopped."""
     from laconic.compression import prepare, run
+    from laconic.engine.ranks import is_main
 
     if recipe is None and not source.endswith((".yaml", ".yml")):
         raise ValueError(f"'{source}' is no recipe file; to compress a model by a ready recipe add --recipe NAME")
@@ -61,8 +62,10 @@ def compress(
         print_plan(prepared, json_)
         return
     warn(prepared)
-    with Walking(quiet=json_ or not err.is_terminal) as progress:
+    with Walking(quiet=json_ or not err.is_terminal or not is_main()) as progress:
         artifact = run(prepared, overwrite=overwrite, report=progress)
+    if not is_main():
+        return
     done = artifact.results["compress"]
     for remark in remarks(artifact.log):
         err.print(f"note: {remark}", highlight=False, soft_wrap=True)

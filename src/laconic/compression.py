@@ -8,6 +8,7 @@ itself. Each such *step* reads a checkpoint folder and writes one, the last of t
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,6 +20,7 @@ from torch import Tensor
 from laconic.engine.artifact import Artifact
 from laconic.engine.model_stage import ModelStage
 from laconic.engine.plan import Forecast
+from laconic.engine.ranks import is_main
 from laconic.engine.writer import begun_with, check_begun, check_output, differences
 from laconic.model.load import Source, open_source, skeleton
 from laconic.model_step import run_model_step
@@ -107,6 +109,8 @@ def prepare(
         raise ValueError("no output: give --output DIR, or 'output' in the recipe")
     loaded = loaded.model_copy(update={"model": name, "output": where})
     target = Path(where).expanduser().resolve()
+    # The first process of a launch may have begun by now, or be done: what is there is its own.
+    overwrite = overwrite or not is_main()
     source = open_source(name, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     if target in (folder := source.folder.resolve(), *folder.parents):
         raise ValueError(f"output {target} is the model's own folder, or holds it; choose another")
@@ -117,9 +121,10 @@ def prepare(
 
 
 def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Report = lambda _: None) -> Artifact:
-    """Work a prepared recipe, or go on with one that was interrupted."""
+    """Work a prepared recipe, or go on with one that was interrupted. Of the processes of a launch the first does all
+    of it, and the others help where a model is trained."""
     if isinstance(prepared, Prepared):
-        return run_walk(prepared, overwrite=overwrite, report=report)
+        return run_walk(prepared, overwrite=overwrite, report=report) if is_main() else Artifact(prepared.output)
     recipe, original, before = prepared.recipe, prepared.source.folder, None
     steps = len(prepared.steps)
     for number, step in enumerate(prepared.steps):
@@ -127,9 +132,13 @@ def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Repor
         if number < steps - 1 and begun_with(step.output) == step.identity:
             before = step.output
             continue
-        if step.walk:
+        if step.walk and not is_main():
+            before = step.output
+        elif step.walk:
             before = _walk(prepared, step, before, overwrite, report).path
         else:
+            if before and not is_main():
+                _await(before, prepared.steps[number - 1].identity)
             before = run_model_step(
                 step.stages[0],
                 recipe,
@@ -143,7 +152,8 @@ def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Repor
                 report=report,
                 trust_remote_code=prepared.trust_remote_code,
             ).path
-    shutil.rmtree(_kept(prepared.output), ignore_errors=True)
+    if is_main():
+        shutil.rmtree(_kept(prepared.output), ignore_errors=True)
     return Artifact(prepared.output)
 
 
@@ -225,6 +235,12 @@ def _groups(stages: Sequence[Any]) -> list[tuple[int, tuple[Any, ...]]]:
     together = groupby(numbered, key=lambda item: item[0] if isinstance(item[1], ModelStage) else None)
     groups = [list(group) for _, group in together]
     return [(group[0][0], tuple(stage for _, stage in group)) for group in groups]
+
+
+def _await(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Wait until the first process has made what the next step begins with, however long that takes."""
+    while begun_with(folder) != identity:
+        time.sleep(0.5)
 
 
 def _kept(output: Path) -> Path:

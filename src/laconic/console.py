@@ -26,20 +26,21 @@ out, err = Console(markup=False, width=_WIDTH), Console(stderr=True, markup=Fals
 
 
 class Walking:
-    """Step, block (or what else a stage works through), linear, error, memory and time left, on stderr."""
+    """Step of a recipe, block (or what else a stage works through), linear and error, or step of training and loss;
+    memory and time left, on stderr."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.fields[step]}block"),
+            TextColumn("{task.fields[step]}{task.fields[unit]}"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[linear]}  error {task.fields[error]}  memory {task.fields[memory]}"),
+            TextColumn("{task.fields[told]}  memory {task.fields[memory]}"),
             TimeRemainingColumn(),
             console=err,
             disable=quiet,
         )
-        self._task = self._bar.add_task("", total=None, step="", linear="", error="-", memory="-")
+        self._task = self._bar.add_task("", total=None, step="", unit="block", told="", memory="-")
 
     def __enter__(self) -> Walking:
         self._bar.start()
@@ -54,14 +55,24 @@ class Walking:
         memory = in_bytes(psutil.Process().memory_info().rss)
         if event["event"] == "step":
             step = f"step {event['step'] + 1} of {event['steps']} ({', '.join(event['methods'])}), "
-            self._bar.reset(self._task, total=None, step=step, linear="", error="-", memory=memory)
+            self._bar.reset(self._task, total=None, step=step, unit="block", told="", memory=memory)
         elif event["event"] == "work":
             self._bar.update(self._task, total=event["total"], completed=event["done"], memory=memory)
         elif event["event"] in ("survey", "block"):
-            self._bar.update(self._task, total=event["blocks"], completed=event["block"], memory=memory)
+            self._bar.update(self._task, unit="block", total=event["blocks"], completed=event["block"], memory=memory)
         elif event["event"] == "linear":
             error = event.get("output_error", event["weight_error"])
-            self._bar.update(self._task, linear=event["linear"], error=f"{error:.1e}", memory=memory)
+            self._bar.update(self._task, told=f"{event['linear']}  error {error:.1e}", memory=memory)
+        elif event["event"] == "train":
+            held = "" if event["held_out"] is None else f", held out {event['held_out']:.4f}"
+            self._bar.update(
+                self._task,
+                unit="step",
+                total=event["steps"],
+                completed=event["step"],
+                told=f"loss {event['loss']:.4f}{held}",
+                memory=memory,
+            )
 
 
 def print_plan(prepared: Any, as_json: bool) -> None:

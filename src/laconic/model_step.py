@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from laconic.engine.artifact import Artifact
 from laconic.engine.model_stage import ModelStage, Work
-from laconic.engine.writer import Workspace
+from laconic.engine.ranks import is_main
+from laconic.engine.writer import Workspace, partial_of, scratch_of
 from laconic.model.anatomy import dissect
 from laconic.model.checkpoint import DTYPES, Checkpoint, open_checkpoint, read_json
 from laconic.model.layout import arrange, to_file
@@ -38,24 +39,22 @@ def run_model_step(
     report: Callable[[Mapping[str, Any]], None],
     trust_remote_code: bool = False,
 ) -> Artifact:
-    """Let `stage` remake the model in `folder`, and write it to `output`. before: the artifact of the step before, if
+    """Let `stage` remake the model in `folder`, and write it to `output`; only help with the former where this is not the
+    first process of a launch. before: the artifact of the step before, if
     there is one. The rest is as in `Work`."""
     begun = time.monotonic()
     torch.manual_seed(recipe.seed)
     device = device_of(recipe)
+
+    def work_in(artifact: Path, scratch: Path) -> Work:
+        seen = windows if stage.observes else None
+        return Work(folder, original, seen, device, recipe.seed, scratch, artifact, report, trust_remote_code)
+
+    if not is_main():
+        stage.remake(work_in(partial_of(output), scratch_of(partial_of(output))))
+        return Artifact(output)
     with Workspace(output, identity, 0, overwrite=overwrite) as workspace:
-        work = Work(
-            folder,
-            original,
-            windows if stage.observes else None,
-            device,
-            recipe.seed,
-            workspace.scratch,
-            workspace.folder,
-            report,
-            trust_remote_code,
-        )
-        made = stage.remake(work)
+        made = stage.remake(work_in(workspace.folder, workspace.scratch))
         if made.model is None:
             workspace.copy_weights(folder)
         else:

@@ -106,7 +106,7 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage |
     inside = [n for n in shapes if n.startswith(f"{anatomy.blocks}.") and n not in anatomy.routers]
     touched, schemes, pruned = [], dict[str, Scheme](), dict[str, str]()
     for number, stage in enumerate(stages, first):
-        names = _matches(stage, shapes, inside, anatomy.head, number)
+        names = find_targets(stage.targets, stage.ignore, shapes, inside, anatomy.head, f"stages.{number}")
         if anatomy.head in names and anatomy.tied:
             raise ValueError(
                 f"stages.{number} targets {anatomy.head}, which shares its weight with the embeddings; put it in ignore"
@@ -274,21 +274,32 @@ def _tap_elements(plan: Plan, taps: Sequence[Tap]) -> int:
     )
 
 
-def _matches(
-    stage: Stage, shapes: Mapping[str, tuple[int, int]], inside: Sequence[str], head: str, number: int
+def find_targets(
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    shapes: Mapping[str, tuple[int, int]],
+    inside: Sequence[str],
+    head: str,
+    stage: str = "",
 ) -> list[str]:
+    """Full names of the linears that are meant. shapes: of every linear. inside: those in decoder blocks. stage: the
+    path in the recipe, for complaints.
+
+    Raises: ValueError when a target matches nothing, or all that it matches is ignored.
+    """
     found: dict[str, None] = {}
-    for target in stage.targets:
+    for target in targets:
         hit = inside if target == "Linear" else [n for n in (*inside, head) if n in shapes and matches(n, [target])]
         if not hit:
             leaves = sorted({n.rpartition(".")[2] for n in shapes})
             near = get_close_matches(target.removeprefix("re:").strip(".*$^\\"), leaves, 1, 0.4)
             hint = f"did you mean 're:.*{near[0]}'?" if near else f"its linears end in {', '.join(leaves)}"
-            raise ValueError(f"stages.{number}.targets '{target}' matches no linear of this model; {hint}")
+            where = f"{stage}.targets" if stage else "targets"
+            raise ValueError(f"{where} '{target}' matches no linear of this model; {hint}")
         found.update(dict.fromkeys(hit))
-    kept = [n for n in found if not matches(n, stage.ignore)]
+    kept = [n for n in found if not matches(n, ignore)]
     if not kept:
-        raise ValueError(f"stages.{number} ignores every linear that it targets; nothing would be compressed")
+        raise ValueError(f"{stage or 'it'} ignores every linear that it targets; nothing would be compressed")
     return kept
 
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from laconic.formats import Quantized
@@ -31,6 +31,10 @@ class Outcome:
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
+def _one_or_many(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
 def check_patterns(patterns: Sequence[str]) -> None:
     """Raises: ValueError for one that begins with `re:` and is no regular expression."""
     for pattern in patterns:
@@ -46,6 +50,15 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns)
 
 
+def _valid_patterns(value: tuple[str, ...]) -> tuple[str, ...]:
+    check_patterns(value)
+    return value
+
+
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), AfterValidator(_valid_patterns)]
+"""Names of linears: `Linear`, a full name, or `re:` and a pattern for full names."""
+
+
 class Stage(BaseModel):
     """What every stage's config has. targets: `Linear` (every linear in the decoder blocks), a full name, or `re:`
     and a pattern for full names; the head is meant only by its name. ignore: the same, taken away."""
@@ -54,19 +67,8 @@ class Stage(BaseModel):
 
     scope: ClassVar[Literal["linear", "block"]]
     method: str
-    targets: tuple[str, ...] = Field(("Linear",), min_length=1)
-    ignore: tuple[str, ...] = ("lm_head",)
-
-    @field_validator("targets", "ignore", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("targets", "ignore")
-    @classmethod
-    def _valid_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        check_patterns(value)
-        return value
+    targets: Patterns = Field(("Linear",), min_length=1)
+    ignore: Patterns = ("lm_head",)
 
     @property
     def result(self) -> Scheme | None:

@@ -68,7 +68,7 @@ def tune(
     if not math.isfinite(before):
         raise not_finite()
     groups = [(group, group["lr"]) for o in optimizers for group in o.param_groups]
-    with torch.enable_grad(), _moved_at_once(optimizers), _passing_gradients(block.module, block.dtype):
+    with torch.enable_grad(), _moved_at_once(optimizers), passing_gradients(block.module, block.dtype):
         for step in range(iters):
             for group, lr in groups:
                 group["lr"] = lr * (1 - step / iters)
@@ -82,7 +82,7 @@ def tune(
 
 
 @contextmanager
-def _passing_gradients(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def passing_gradients(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """While this lasts linears that hold codes let gradients through. dtype: of the weights by which these go."""
 
     def through(linear: QLinear, weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -93,7 +93,7 @@ class Workspace:
     @property
     def scratch(self) -> Path:
         """A folder for what is needed to go on after a kill, gone with `finish`."""
-        folder = self.folder / _SCRATCH
+        folder = scratch_of(self.folder)
         folder.mkdir(exist_ok=True)
         return folder
 
@@ -154,7 +154,7 @@ class Workspace:
         write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         for junk in [*self.folder.rglob("*.writing"), *self.folder.glob(f"{_CALIBRATION}-*")]:
             junk.unlink()
-        shutil.rmtree(self.folder / _SCRATCH, ignore_errors=True)
+        shutil.rmtree(scratch_of(self.folder), ignore_errors=True)
         self._publish()
         return self.output
 
@@ -187,6 +187,11 @@ class Workspace:
 def partial_of(output: Path) -> Path:
     """Where the work for `output` goes on."""
     return output.with_name(output.name + ".partial")
+
+
+def scratch_of(folder: Path) -> Path:
+    """Where a stage that works in `folder` keeps what it needs to go on."""
+    return folder / _SCRATCH
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -228,6 +233,11 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 def write_text(file: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     _replace(file, lambda to: to.write_text(text, encoding="utf-8"))
+
+
+def write_file(file: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file, whole or not at all."""
+    _replace(file, write)
 
 
 def _copy(file: Path, to: Path) -> None:

@@ -1,7 +1,7 @@
 """Integer affine grids of 2 to 8 bits: w = scale * (code - zero_point).
 
-Codes are signed, in [-2^(b-1), 2^(b-1) - 1], as compressed-tensors stores them. A symmetric grid has no zero point, and one
-more code below zero than above; at 4 bits and fewer that code is worth having, so the scale of a range that reaches
+Codes are signed, in [-2^(b-1), 2^(b-1) - 1], as compressed-tensors stores them. A symmetric grid has no zero point, and
+one more code below zero than above; at 4 bits and fewer that code is worth having, so the scale of a range that reaches
 further up than down is negative.
 """
 

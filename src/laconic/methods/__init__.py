@@ -13,7 +13,9 @@ from laconic.methods.kv_per_token import KvPerToken
 from laconic.methods.kvquant import KvQuant
 from laconic.methods.llm_int8 import LlmInt8
 from laconic.methods.llm_pruner import LlmPruner
+from laconic.methods.lora import Lora
 from laconic.methods.magnitude import Magnitude
+from laconic.methods.qlora import QLora
 from laconic.methods.reap import Reap
 from laconic.methods.rtn import Rtn
 from laconic.methods.smoothquant import SmoothQuant
@@ -32,12 +34,14 @@ METHODS = (
     Magnitude,
     Wanda,
     SparseGpt,
+    LlmPruner,
+    Depth,
+    Reap,
+    Lora,
+    QLora,
     Kivi,
     KvQuant,
     KvPerToken,
     KvInt8,
     KvFp8,
-    LlmPruner,
-    Depth,
-    Reap,
 )

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from laconic.model.checkpoint import reason
 
-_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
 
 def read_documents(dataset: str, *, split: str = "train", config: str | None = None) -> Iterator[Any]:
@@ -22,6 +22,15 @@ def read_documents(dataset: str, *, split: str = "train", config: str | None = N
 
     dataset: a local .txt (one document), .jsonl or .parquet file (column `text`, or chat `messages`), or a Hub name.
     Raises: ValueError when it cannot be read or has neither column.
+    """
+    return (_document(row, where) for row, where in read_rows(dataset, split=split, config=config))
+
+
+def read_rows(dataset: str, *, split: str = "train", config: str | None = None) -> Iterator[tuple[Any, str]]:
+    """Rows of such a dataset as they are, or of a .json file that holds a list of them, each with words for where it
+    is; of a .txt file, one row with the whole `text`.
+
+    Raises: ValueError when it cannot be read.
     """
     path = Path(dataset).expanduser()
     if path.suffix in _SUFFIXES or path.exists():
@@ -33,9 +42,19 @@ def read_documents(dataset: str, *, split: str = "train", config: str | None = N
     return _read_hub(dataset, split, config)
 
 
-def _read_file(path: Path) -> Iterator[Any]:
+def _read_file(path: Path) -> Iterator[tuple[Any, str]]:
     if path.suffix == ".txt":
-        yield _text(path.read_bytes(), str(path))
+        yield {"text": _text(path.read_bytes(), str(path))}, str(path)
+    elif path.suffix == ".json":
+        said = _text(path.read_bytes(), str(path))
+        try:
+            rows = json.loads(said)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path} is not JSON: {e}") from e
+        if not isinstance(rows, list):
+            raise ValueError(f"{path} is no list of rows; write one row a line into a .jsonl file")
+        for number, row in enumerate(rows, 1):
+            yield row, f"{path}, row {number},"
     elif path.suffix == ".jsonl":
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -45,10 +64,10 @@ def _read_file(path: Path) -> Iterator[Any]:
                         row = json.loads(said)
                     except (ValueError, RecursionError) as e:
                         raise ValueError(f"{where} is not JSON: {e}") from e
-                    yield _document(row, where)
+                    yield row, where
     else:
         for row in _parquet_rows(path):
-            yield _document(row, str(path))
+            yield row, str(path)
 
 
 def _text(raw: bytes, where: str) -> str:
@@ -68,13 +87,13 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is not a readable Parquet file: {reason(e)}") from e
 
 
-def _read_hub(name: str, split: str, config: str | None) -> Iterator[Any]:
+def _read_hub(name: str, split: str, config: str | None) -> Iterator[tuple[Any, str]]:
     from datasets import load_dataset
 
     try:
         rows = load_dataset(name, config, split=split, streaming=True)
         for row in rows:
-            yield _document(row, name)
+            yield row, name
     except ValueError:
         raise
     except Exception as e:
@@ -114,7 +133,7 @@ def prefix_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(ids[:1]) if ids and ids[0] == tokenizer.bos_token_id else []
 
 
-def _join(documents: Iterable[Any], tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> Iterator[int]:
+def joined(documents: Iterable[Any], tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> Iterator[int]:
     """The tokens of all documents in one row; a BOS leads windows, not documents."""
     for document in documents:
         ids = encode(tokenizer, document)
@@ -132,7 +151,7 @@ def calibration_windows(
     prefix = prefix_of(tokenizer)
     body = length - len(prefix)
     # Reading stops at a few times what is needed: enough to choose from, and a large dataset is not read whole.
-    stream = list(islice(_join(documents, tokenizer, prefix), 4 * samples * body))
+    stream = list(islice(joined(documents, tokenizer, prefix), 4 * samples * body))
     count = len(stream) // body
     if count < 1:
         raise ValueError(
@@ -154,7 +173,7 @@ def evaluation_windows(
     """
     prefix = prefix_of(tokenizer)
     body = length - len(prefix)
-    stream = list(_join(documents, tokenizer, prefix))
+    stream = list(joined(documents, tokenizer, prefix))
     count = len(stream) // body
     if count < 1:
         raise ValueError(

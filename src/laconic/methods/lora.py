@@ -1,0 +1,13 @@
+"""LoRA (Hu et al., arXiv 2106.09685): recovery of a pruned or quantized model by low-rank adapters, merged or kept."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from laconic.engine.recovery import Recovery
+
+
+class Lora(Recovery):
+    """Options are those of every recovery."""
+
+    method: Literal["lora"] = "lora"

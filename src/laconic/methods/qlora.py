@@ -1,0 +1,28 @@
+"""QLoRA (Dettmers et al., arXiv 2305.14314): LoRA with the frozen weights held in 4 bits (NF4) while it is trained.
+
+Only memory is saved: adapters are merged into the 16-bit weights of the file, which were rounded for the training alone.
+Paged optimizers (section 3) move memory and change no number; they belong to bitsandbytes, and are left to it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from laconic.engine.recovery import Recovery
+from laconic.model.adapters import Nf4Linear
+
+
+class QLora(Recovery):
+    """Options are those of every recovery."""
+
+    method: Literal["qlora"] = "qlora"
+    gradient_checkpointing: bool = True
+
+    @property
+    def packed(self) -> bool:
+        return True
+
+    def hold(self, linear: nn.Linear) -> nn.Module:
+        return Nf4Linear(linear)
