@@ -164,6 +164,14 @@ def test_it_is_quantized_afterwards(models: dict[str, Path], text: Path, tmp_pat
     assert torch.allclose(logits(original(artifact.path)), logits(laconic.load(artifact.path)), atol=0.1)
 
 
+def test_a_cache_has_as_many_heads_in_every_block(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    dense = press(models["llama"], tmp_path / "dense", PRUNER | {"heads": 6}, text=text).path
+    with pytest.raises(ValueError, match="blocks of this model have 3 to 4 key-value heads, .* prune with uniform"):
+        press(dense, tmp_path / "out", {"method": "kv_int8"}, text=text)
+    narrow = press(models["llama"], tmp_path / "mlp", PRUNER | {"groups": "mlp"}, {"method": "kv_int8"}, text=text)
+    assert laconic.load(narrow.path).generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4).shape[1] > 3
+
+
 def test_influence_is_one_less_the_mean_cosine(models: dict[str, Path], text: Path) -> None:
     ids = windows(models["llama"], text)
     model = load(models["llama"], dtype=torch.float64)

@@ -94,6 +94,7 @@ def _at(
         calls[form.name] = [partial(h.call, read) for h in copies]
     times = take_turns(calls, device, rounds=rounds, seconds=seconds)
     baselines = {f.dtype: times[f.name].median for f in held if f.baseline and f.name in times}
+    worked = {f.dtype: times[f.name].worked for f in held if f.baseline and f.name in times}
     rows = []
     for form in [*held, *(f for f in missing if f not in held)]:
         row = {
@@ -117,6 +118,7 @@ def _at(
                 "weight_bytes": first.nbytes,
                 "flops": 2 * batch * first.kept,
                 "speedup": baselines[form.dtype] / spent.median if form.dtype in baselines else None,
+                "cpu_speedup": worked[form.dtype] / spent.worked if form.dtype in worked else None,
                 "speedup_over_16_bit": baselines[dtype] / spent.median,
             }
         )

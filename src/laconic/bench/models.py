@@ -181,6 +181,7 @@ def bench_models(
                 "tokens_per_second": tokens[phase] / t.median,
                 "tokens_per_second_p99": tokens[phase] / t.percentile(0.99),
                 "speedup": times[phase][first].median / t.median,
+                "cpu_speedup": times[phase][first].worked / t.worked,
                 "joules_per_token": None,
                 "energy_from": None,
             }

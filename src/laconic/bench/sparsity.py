@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from laconic.bench.forms import KINDS
 from laconic.bench.linears import bench_linears
 from laconic.bench.models import (
+    PHASES,
     Counted,
     bench_models,
     count,
@@ -26,7 +27,7 @@ from laconic.bench.models import (
     with_zeros,
 )
 from laconic.bench.shapes import PRESETS, Shape, config_of, linear_shapes, narrower, read_shapes, scaled
-from laconic.bench.verdict import linear_verdicts, model_verdicts
+from laconic.bench.verdict import busy_verdict, linear_verdicts, model_verdicts
 from laconic.bench.zeros import to_2_of_4, to_unstructured, to_zero_blocks
 from laconic.compression import versions
 from laconic.engine.artifact import Artifact
@@ -115,7 +116,9 @@ def bench_sparsity(
         )
         result["models"] = [row | {"gone": gone(row, rows[0])} for row in rows]
         precision = next(iter(built.values()))[0].dtype
-    result["said"] = [*linear_verdicts(result.get("linears", [])), *model_verdicts(result.get("models", []))]
+    rows, wholes = result.get("linears", []), result.get("models", [])
+    phases = [row[phase] for row in wholes for phase in PHASES]
+    result["said"] = [*linear_verdicts(rows), *model_verdicts(wholes), *busy_verdict([*rows, *phases])]
     result |= {
         "scaled_to": scaled_to,
         "random_weights": made_up,

@@ -56,6 +56,21 @@ def _listed(by_batch: Mapping[int, float]) -> str:
     return ", ".join(f"{x:.2f}x at {b}" for b, x in by_batch.items())
 
 
+def busy_verdict(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line where other work had the processor for a good part of the time: short calls then fit between two turns of
+    that work, long ones do not, and the clock's ratios flatter the shorter. parts: all that has times.
+    """
+    timed = [p for p in parts if p.get("cpu_ms_p50")]
+    if not timed:
+        return
+    share = sum(p["cpu_ms_p50"] for p in timed) / sum(p["ms_p50"] for p in timed)
+    if share < 0.9:
+        yield (
+            f"the machine was busy: this process worked {share:.0%} of the time; trust ratios of processor time "
+            "(cpu_speedup in --json) rather than these, or run again on a quiet machine"
+        )
+
+
 def mean(values: Sequence[float]) -> float:
     """The geometric mean."""
     return math.exp(sum(map(math.log, values)) / len(values))

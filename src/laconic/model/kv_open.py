@@ -15,6 +15,7 @@ from laconic.formats.kv_scheme import KvScheme
 from laconic.model.kv_attend import reads_packed
 from laconic.model.kv_cache import Calibrated, KvCache
 from laconic.model.places import places_of
+from laconic.model.widths import WIDTHS
 
 _OTHER_STATE = ("mamba", "linear_attention", "recurrent", "conv")
 
@@ -48,6 +49,13 @@ def kv_shape(config: Any) -> KvShape:
     heads = getattr(text, "num_key_value_heads", None) or queries
     if kind == "falcon":
         heads = text.num_kv_heads if text.new_decoder_architecture else 1 if text.multi_query else queries
+    own = {w.get("num_key_value_heads", heads) for w in getattr(text, WIDTHS, None) or ()}
+    if len(own) > 1:
+        raise ValueError(
+            f"blocks of this model have {min(own)} to {max(own)} key-value heads, and a quantized cache has as many in "
+            "all; prune with uniform: true, or with groups: [mlp]"
+        )
+    heads = own.pop() if own else heads
     channels = getattr(text, "head_dim", None) or text.hidden_size // queries
     window = getattr(text, "sliding_window", None)
     windows = tuple(window if "sliding" in t or "chunked" in t else None for t in types)
