@@ -3,7 +3,8 @@
     python benchmarks/structured.py MODEL --calibration TEXT --text TEXT [--stage YAML ...]
 
 Prints Markdown. *Gone* counts parameters, of the whole model with its embeddings and head; the `sparsity` that a stage
-is given is of what it targets. Everything is measured in float32 on the same windows; artifacts go to a temporary folder.
+is given is of what it targets. Everything is measured in float32 on the same windows; artifacts go to a temporary
+folder.
 """
 
 from __future__ import annotations

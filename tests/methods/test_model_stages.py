@@ -166,7 +166,7 @@ def test_it_is_quantized_afterwards(models: dict[str, Path], text: Path, tmp_pat
 
 def test_a_cache_has_as_many_heads_in_every_block(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
     dense = press(models["llama"], tmp_path / "dense", PRUNER | {"heads": 6}, text=text).path
-    with pytest.raises(ValueError, match="blocks of this model have 3 to 4 key-value heads, .* prune with uniform"):
+    with pytest.raises(ValueError, match=r"blocks of this model have 3 to 4 key-value heads, .* prune with uniform"):
         press(dense, tmp_path / "out", {"method": "kv_int8"}, text=text)
     narrow = press(models["llama"], tmp_path / "mlp", PRUNER | {"groups": "mlp"}, {"method": "kv_int8"}, text=text)
     assert laconic.load(narrow.path).generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4).shape[1] > 3
@@ -318,6 +318,16 @@ WRONG = [
         "llama",
         {"method": "depth"},
         "stages.0: say how many blocks are dropped: blocks: 2, or sparsity: 0.2, and not both",
+    ),
+    (
+        "llama",
+        {"method": "depth", "sparsity": 0.1},
+        "stages.0 (depth): sparsity 0.1 of 3 blocks is less than one; use blocks: 1",
+    ),
+    (
+        "mixtral",
+        {"method": "reap", "sparsity": 0.1},
+        "stages.0 (reap): sparsity 0.1 of 4 experts is less than one; use 0.25 or more",
     ),
     (
         "llama",

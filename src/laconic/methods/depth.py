@@ -70,8 +70,10 @@ class Depth(ModelStage):
         return Remade(made, config, events, {"pruning": result})
 
     def _count(self, blocks: int) -> int:
-        """How many blocks go. Raises: ValueError when none would be left."""
+        """How many blocks go. Raises: ValueError when none would be left, or none would go."""
         count = self.blocks if self.blocks is not None else round((self.sparsity or 0) * blocks)
+        if count == 0 and self.sparsity:
+            raise ValueError(f"sparsity {self.sparsity} of {blocks} blocks is less than one; use blocks: 1")
         if count >= blocks:
             raise ValueError(f"the model has {blocks} blocks, and {count} would be dropped; one at least must stay")
         return count

@@ -71,6 +71,10 @@ class Reap(ModelStage):
             raise ValueError("layers of this model differ in the number of experts, which reap cannot prune")
         (count,) = counts
         left = count - round(self.sparsity * count)
+        if left == count and self.sparsity:
+            raise ValueError(
+                f"sparsity {self.sparsity} of {count} experts is less than one; use {1 / count:.4g} or more"
+            )
         config = model.config.get_text_config()
         each = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k", None) or 1
         if left < each:
