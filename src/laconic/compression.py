@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from laconic.engine.artifact import Artifact
 from laconic.engine.engines import quantization_config
+from laconic.engine.masking import Protect, PruningStage
 from laconic.engine.plan import Forecast, Plan, check_experts, forecast, make_plan
 from laconic.engine.walk import Settings, walk
 from laconic.engine.writer import Workspace, check_begun, check_output
@@ -58,6 +59,7 @@ class Prepared:
     forecast: Forecast
     output: Path
     identity: dict[str, Any]
+    domains: dict[int, Tensor]
 
 
 def compress(
@@ -121,16 +123,19 @@ def prepare(
     windows = _windows(loaded, source, plan, trust_remote_code)
     if windows is not None and plan.cache and plan.calibrates_cache:
         plan.cache[0].check_length(plan.cache[1], windows.shape[1])
+    domains = _domains(loaded, source, plan, trust_remote_code)
     identity = {
         "recipe": loaded.model_dump(mode="json", exclude=_FREE),
         "source": {"model": name, "sha256": _fingerprint(source)},
         "calibration": windows is not None
         and {"samples": len(windows), "tokens": windows.numel(), "sha256": _sha256(windows)},
         "laconic": version("laconic"),
-    }
+    } | ({"protect": {i: _sha256(ids) for i, ids in domains.items()}} if domains else {})
     check_begun(target, identity, overwrite=overwrite)
     samples, length = windows.shape if windows is not None else (0, 0)
-    return Prepared(loaded, source, whole, plan, windows, forecast(plan, source, samples, length), target, identity)
+    return Prepared(
+        loaded, source, whole, plan, windows, forecast(plan, source, samples, length), target, identity, domains
+    )
 
 
 def run(prepared: Prepared, *, overwrite: bool = False, report: Report = lambda _: None) -> Artifact:
@@ -143,7 +148,7 @@ def run(prepared: Prepared, *, overwrite: bool = False, report: Report = lambda 
     tell = quantization_config(plan, prepared.model, source.checkpoint)
     with Workspace(prepared.output, prepared.identity, shards, overwrite=overwrite) as workspace:
         resumed = sum(workspace.done(i) for i in range(shards))
-        walk(source, prepared.model, plan, prepared.windows, workspace, settings, report)
+        walk(source, prepared.model, plan, prepared.windows, workspace, settings, report, prepared.domains)
         config = read_json(source.folder / "config.json")
         if plan.cache:
             config[KV_CONFIG] = _write_cache(prepared, workspace)
@@ -215,20 +220,26 @@ def _windows(recipe: Recipe, source: Source, plan: Plan, trust_remote_code: bool
         raise ValueError(
             f"{needing} needs calibration text: add 'calibration: {{dataset: FILE_OR_HUB_NAME}}' to the recipe"
         )
+    return _read(source, calibration, "calibration", recipe.seed, trust_remote_code)
+
+
+def _domains(recipe: Recipe, source: Source, plan: Plan, trust_remote_code: bool) -> dict[int, Tensor]:
+    """Token ids of the texts on which stages find the heads that they protect, by the stage's number."""
+    asked = {i: s.protect for i, s in enumerate(plan.stages) if isinstance(s, PruningStage) and s.protect}
+    return {i: _read(source, text, f"stages.{i}.protect", recipe.seed, trust_remote_code) for i, text in asked.items()}
+
+
+def _read(source: Source, text: Calibration | Protect, key: str, seed: int, trust_remote_code: bool) -> Tensor:
+    """Token ids (samples, tokens) of a text. key: of the recipe, that says which."""
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    if limit and calibration.max_seq_length > limit:
+    if limit and text.max_seq_length > limit:
         raise ValueError(
-            f"calibration.max_seq_length {calibration.max_seq_length} is longer than the model's context of {limit}; "
-            "lower it"
+            f"{key}.max_seq_length {text.max_seq_length} is longer than the model's context of {limit}; lower it"
         )
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
-    documents = read_documents(calibration.dataset, split=calibration.split, config=calibration.config)
+    documents = read_documents(text.dataset, split=text.split, config=text.config)
     windows = calibration_windows(
-        documents,
-        tokenizer,
-        samples=calibration.num_calibration_samples,
-        length=calibration.max_seq_length,
-        seed=recipe.seed,
+        documents, tokenizer, samples=text.num_calibration_samples, length=text.max_seq_length, seed=seed
     )
     if (highest := int(windows.max())) >= (known := source.config.get_text_config().vocab_size):
         raise ValueError(
