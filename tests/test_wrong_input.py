@@ -158,6 +158,10 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
             "stages.0.protect.heads should be less than 1, not 1.5",
         ),
         (
+            [{"method": "magnitude", "protect": {"dataset": "a.txt", "head": 0.5}}],
+            "unknown key 'stages.0.protect.head'; did you mean 'heads'? (and 1 more)",
+        ),
+        (
             [{"method": "magnitude", "mask_structure": "32x1", "protect": {"dataset": "a.txt", "heads": 0.5}}],
             "stages.0.protect: mask_structure '32x1' does not divide a head of 16 channels; use another structure, ",
         ),
