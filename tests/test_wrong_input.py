@@ -154,6 +154,26 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
             "stages.0: owl_lambda 0.08 may take a block's sparsity 0.16 from the mean, 0.1, and so out of 0 to 1; ",
         ),
         (
+            [{"method": "magnitude", "protect": {"dataset": "a.txt", "heads": 1.5}}],
+            "stages.0.protect.heads should be less than 1, not 1.5",
+        ),
+        (
+            [{"method": "magnitude", "protect": {"dataset": "a.txt", "head": 0.5}}],
+            "unknown key 'stages.0.protect.head'; did you mean 'heads'? (and 1 more)",
+        ),
+        (
+            [{"method": "magnitude", "mask_structure": "32x1", "protect": {"dataset": "a.txt", "heads": 0.5}}],
+            "stages.0.protect: mask_structure '32x1' does not divide a head of 16 channels; use another structure, ",
+        ),
+        (
+            [{"method": "magnitude", "protect": {"dataset": "gone.txt", "heads": 0.5, "max_seq_length": 64}}],
+            "no text file 'gone.txt'; check the path",
+        ),
+        (
+            [{"method": "magnitude", "protect": {"dataset": "gone.txt", "heads": 0.5}}],
+            "stages.0.protect.max_seq_length 512 is longer than the model's context of 256; lower it",
+        ),
+        (
             [{"method": "magnitude"}, RTN | {"low_rank": 4}],
             f"stages.1 (rtn) adds a low_rank product to {Q}, which magnitude has pruned: nothing of it would stay ",
         ),

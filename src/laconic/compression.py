@@ -171,12 +171,6 @@ def _compose(recipe: Recipe, source: Source, output: Path, *, overwrite: bool, t
         identity = identify(upto, source, windows)
         last = number == len(groups) - 1
         target = output if last else _kept(output) / f"{number + 1}"
-        check_begun(target, identity, overwrite=overwrite)
-        if not last and begun_with(target) not in (None, identity) and not overwrite:
-            raise ValueError(
-                f"{target} was made by another recipe (different: {differences(begun_with(target) or {}, identity)}); "
-                "finish that, choose another output, or pass --overwrite"
-            )
         walk = None
         if isinstance(stages[0], ModelStage):
             model = skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
@@ -206,6 +200,13 @@ def _compose(recipe: Recipe, source: Source, output: Path, *, overwrite: bool, t
                 trust_remote_code=trust_remote_code,
             )
             quantized |= bool(walk.plan.schemes)
+            identity = walk.identity
+        check_begun(target, identity, overwrite=overwrite)
+        if not last and begun_with(target) not in (None, identity) and not overwrite:
+            raise ValueError(
+                f"{target} was made by another recipe (different: {differences(begun_with(target) or {}, identity)}); "
+                "finish that, choose another output, or pass --overwrite"
+            )
         steps.append(Step(first, stages, walk, target, identity))
     return Composed(recipe, source, tuple(steps), windows, output, trust_remote_code)
 

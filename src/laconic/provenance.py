@@ -29,7 +29,7 @@ def identify(recipe: Recipe, source: Source, windows: Tensor | None) -> dict[str
         "recipe": recipe.model_dump(mode="json", exclude=_FREE),
         "source": {"model": source.name, "sha256": _fingerprint(source)},
         "calibration": windows is not None
-        and {"samples": len(windows), "tokens": windows.numel(), "sha256": _sha256(windows)},
+        and {"samples": len(windows), "tokens": windows.numel(), "sha256": sha256(windows)},
         "laconic": version("laconic"),
     }
 
@@ -72,7 +72,8 @@ def _fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _sha256(ids: Tensor) -> str:
+def sha256(ids: Tensor) -> str:
+    """Of token ids, by which they are known again."""
     return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
 
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from laconic.engine.masking import Protect
 from laconic.engine.stage import Stage
 from laconic.methods import METHODS
 
@@ -184,6 +185,7 @@ def _keys(loc: tuple[int | str, ...]) -> list[str]:
         model = Calibration
     elif loc[0] == "stages" and len(loc) > 2:
         model = next((m for m in METHODS if m.model_fields["method"].default == loc[2]), Stage)
+        model = Protect if loc[3:4] == ("protect",) and len(loc) > 4 else model
     return list(model.model_fields)
 
 

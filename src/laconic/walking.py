@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from laconic.engine.artifact import Artifact
 from laconic.engine.engines import quantization_config
+from laconic.engine.masking import Protect, PruningStage
 from laconic.engine.plan import Forecast, Plan, check_experts, forecast, make_plan
 from laconic.engine.walk import Settings, walk
 from laconic.engine.writer import Workspace, check_begun
@@ -28,7 +29,7 @@ from laconic.model.kv_reading import KV_CONFIG
 from laconic.model.layout import names_for_engines
 from laconic.model.load import Source, arranged, check_complete, load_tokenizer, skeleton
 from laconic.model.quant_config import NATIVE
-from laconic.provenance import account, identify
+from laconic.provenance import account, identify, sha256
 from laconic.recipe import Calibration, Recipe
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -50,6 +51,7 @@ class Prepared:
     forecast: Forecast
     output: Path
     identity: dict[str, Any]
+    domains: dict[int, Tensor]
 
 
 def prepare_walk(
@@ -79,11 +81,13 @@ def prepare_walk(
         windows = calibration_ids(recipe, source, plan.needing, trust_remote_code=trust_remote_code)
     if windows is not None and plan.cache and plan.calibrates_cache:
         plan.cache[0].check_length(plan.cache[1], windows.shape[1])
-    identity = dict(identity or identify(recipe, source, windows))
+    domains = _domains(recipe, source, plan, trust_remote_code)
+    read = {"protect": {i: sha256(ids) for i, ids in domains.items()}} if domains else {}
+    identity = {**(identity or identify(recipe, source, windows)), **read}
     check_begun(output, identity, overwrite=overwrite)
     samples, length = windows.shape if windows is not None else (0, 0)
     foretold = forecast(plan, source, samples, length)
-    return Prepared(recipe, source, whole, plan, windows, foretold, output, identity)
+    return Prepared(recipe, source, whole, plan, windows, foretold, output, identity, domains)
 
 
 def run_walk(
@@ -98,7 +102,7 @@ def run_walk(
     tell = quantization_config(plan, prepared.model, source.checkpoint)
     with Workspace(prepared.output, prepared.identity, shards, overwrite=overwrite) as workspace:
         resumed = sum(workspace.done(i) for i in range(shards))
-        walk(source, prepared.model, plan, prepared.windows, workspace, settings, report)
+        walk(source, prepared.model, plan, prepared.windows, workspace, settings, report, prepared.domains)
         config = read_json(source.folder / "config.json")
         if plan.cache:
             config[KV_CONFIG] = _write_cache(prepared, workspace)
@@ -161,20 +165,27 @@ def calibration_ids(recipe: Recipe, source: Source, needing: str, *, trust_remot
         raise ValueError(
             f"{needing} needs calibration text: add 'calibration: {{dataset: FILE_OR_HUB_NAME}}' to the recipe"
         )
+    return _read(source, calibration, "calibration", recipe.seed, trust_remote_code)
+
+
+def _domains(recipe: Recipe, source: Source, plan: Plan, trust_remote_code: bool) -> dict[int, Tensor]:
+    """Token ids of the texts on which stages find the heads that they protect, by the stage's number in the walk."""
+    asked = {i: s.protect for i, s in enumerate(plan.stages) if isinstance(s, PruningStage) and s.protect}
+    keys = {i: f"stages.{plan.first + i}.protect" for i in asked}
+    return {i: _read(source, text, keys[i], recipe.seed, trust_remote_code) for i, text in asked.items()}
+
+
+def _read(source: Source, text: Calibration | Protect, key: str, seed: int, trust_remote_code: bool) -> Tensor:
+    """Token ids (samples, tokens) of a text. key: of the recipe, that says which."""
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    if limit and calibration.max_seq_length > limit:
+    if limit and text.max_seq_length > limit:
         raise ValueError(
-            f"calibration.max_seq_length {calibration.max_seq_length} is longer than the model's context of {limit}; "
-            "lower it"
+            f"{key}.max_seq_length {text.max_seq_length} is longer than the model's context of {limit}; lower it"
         )
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
-    documents = read_documents(calibration.dataset, split=calibration.split, config=calibration.config)
+    documents = read_documents(text.dataset, split=text.split, config=text.config)
     windows = calibration_windows(
-        documents,
-        tokenizer,
-        samples=calibration.num_calibration_samples,
-        length=calibration.max_seq_length,
-        seed=recipe.seed,
+        documents, tokenizer, samples=text.num_calibration_samples, length=text.max_seq_length, seed=seed
     )
     if (highest := int(windows.max())) >= (known := source.config.get_text_config().vocab_size):
         raise ValueError(

@@ -22,6 +22,7 @@ from laconic.methods.magnitude import Magnitude
 from laconic.methods.sparsegpt import SparseGpt
 from laconic.methods.wanda import Wanda
 from laconic.solvers.allocate import owl, share_out
+from tiny import make_model
 
 W, X = weight(), correlated()
 
@@ -169,6 +170,78 @@ def test_no_other_sharing_has_less_error(seed: int, target: float) -> None:
         last = (target * sum(sizes) - sum(s * n for s, n in zip(others, sizes, strict=False))) / sizes[2]
         if 0.2 <= last <= 0.8:
             assert ours <= sum(cost(s, own) for s, own in zip((*others, last), errors, strict=True)) + 1e-6
+
+
+# --- heads that are left whole ---
+
+
+def test_heads_that_matter_on_a_text_keep_their_weights(llama: Path, text: Path, tmp_path: Path) -> None:
+    protect = {"dataset": str(text), "heads": 0.25, "num_calibration_samples": 8, "max_seq_length": 32}
+    stage = {"method": "sparsegpt", "mask_structure": "2:4", "protect": protect}
+    folder = press(llama, tmp_path / "out", stage, text=text).path
+    chosen = loudest_heads(llama, windows(llama, text))
+    after = tensors(folder)
+
+    def zeros(linear: str, own: slice | tuple[slice, slice]) -> Any:
+        return pytest.approx(float((after[f"{linear}.weight"][own] == 0).float().mean()), abs=0.01)
+
+    for b, h in itertools.product(range(2), range(4)):
+        prefix, own, group = (
+            f"model.layers.{b}.self_attn",
+            slice(16 * h, 16 * h + 16),
+            slice(h // 2 * 16, h // 2 * 16 + 16),
+        )
+        assert zeros(f"{prefix}.q_proj", own) == (0.0 if (b, h) in chosen else 0.5)
+        assert zeros(f"{prefix}.o_proj", (slice(None), own)) == (0.0 if (b, h) in chosen else 0.5)
+        # Two heads read one key and one value.
+        read = (b, h) in chosen or (b, h ^ 1) in chosen
+        assert zeros(f"{prefix}.k_proj", group) == (0.0 if read else 0.5)
+        assert zeros(f"{prefix}.v_proj", group) == (0.0 if read else 0.5)
+    assert zeros("model.layers.0.mlp.up_proj", slice(None)) == 0.5
+    told = json.loads((folder / "survey.json").read_text())[0]
+    assert {
+        (b, h) for b in (0, 1) for h in told.get(f"model.layers.{b}.self_attn.o_proj", {}).get("heads", ())
+    } == chosen
+
+
+@torch.no_grad()
+def loudest_heads(folder: Path, ids: Tensor) -> set[tuple[int, int]]:
+    """The two heads of eight that add most energy to the residual stream, for what is there behind their block."""
+    model = original(folder)
+    behind: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, __, out: behind.append(out.double()))
+    names = [f"model.layers.{b}.self_attn.o_proj" for b in (0, 1)]
+    seen = inputs(model, ids, names)
+    shares = {}
+    for b, name in enumerate(names):
+        W = model.get_submodule(name).weight.double()
+        for h in range(4):
+            own = slice(16 * h, 16 * h + 16)
+            added = seen[name][:, own] @ W[:, own].T
+            shares[b, h] = float(added.square().sum() / behind[b].square().sum())
+    return set(sorted(shares, key=lambda k: -shares[k])[:2])
+
+
+def test_magnitude_needs_no_text_but_that_of_the_heads(llama: Path, text: Path, tmp_path: Path) -> None:
+    protect = {"dataset": str(text), "heads": 0.5, "max_seq_length": 32}
+    folder = press(llama, tmp_path / "out", {"method": "magnitude", "sparsity": 0.5, "protect": protect}).path
+    before, after = tensors(llama), tensors(folder)
+    kept = [
+        torch.equal(before[n][16 * h : 16 * h + 16], after[n][16 * h : 16 * h + 16])
+        for n in (f"model.layers.{b}.self_attn.q_proj.weight" for b in (0, 1))
+        for h in range(4)
+    ]
+    assert sum(kept) == 4
+
+
+def test_heads_of_a_fused_projection_are_refused(text: Path, tmp_path: Path) -> None:
+    fused = make_model(tmp_path / "model", "phi3")
+    stage = {"method": "magnitude", "protect": {"dataset": str(text), "heads": 0.5}}
+    with pytest.raises(
+        ValueError, match=r"stages\.0\.protect: the heads of 'phi3' cannot be told apart: it has no linears "
+    ):
+        press(fused, tmp_path / "out", stage)
 
 
 def test_a_mean_out_of_reach_is_refused() -> None:

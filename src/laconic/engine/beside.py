@@ -45,7 +45,10 @@ def compress_tap(
     parts = _parts(rows)
     if isinstance(stage, Masking) and stage.prunes:
         shares = shares or [Part(part, stage.share) for part in parts]
-        own = [replace(share, rows=part) for share, part in zip(shares, parts, strict=True)]
+        own = [
+            replace(share, rows=part, spared=share.spared if share.spared is None else share.spared.to(weight.device))
+            for share, part in zip(shares, parts, strict=True)
+        ]
         made = stage.prune(weight, own, moments, dtype)
         return [Outcome(_rows(made.weight, part), made.notes) for part in parts]
     columns = stage.outliers(moments).to(weight.device) if isinstance(stage, QuantizingStage) else weight.new_empty(0)

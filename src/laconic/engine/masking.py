@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from laconic.engine.stage import LinearStage, Outcome, Stage, check_patterns, matches
@@ -79,16 +79,32 @@ class Masking(Stage):
         raise NotImplementedError
 
 
+class Protect(BaseModel):
+    """heads: the share of all attention heads that is left whole: those that matter most on this text. dataset, config,
+    split, num_calibration_samples, max_seq_length: as in a recipe's calibration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    heads: float = Field(gt=0, lt=1)
+    config: str | None = None
+    split: str = "train"
+    num_calibration_samples: int = Field(32, ge=1)
+    max_seq_length: int = Field(512, ge=2)
+
+
 class PruningStage(Masking, LinearStage):
     """ratios: sparsities of linears by pattern (a full name, or `re:`), in place of `sparsity`; the first that fits
     counts. allocation: sparsities of their own for blocks (`owl`) or linears (`search`), of which `sparsity` is the
     mean over all weights; found on the original model. owl_m, owl_lambda: what counts as an outlier, in means of all
-    scores of a block; and how far a block's sparsity may be from the mean."""
+    scores of a block; and how far a block's sparsity may be from the mean. protect: heads that are left whole; what is
+    left of their linears is pruned as ever."""
 
     ratios: Mapping[str, float] = Field(default_factory=dict)
     allocation: Literal["owl", "search"] | None = None
     owl_m: float = Field(5.0, gt=0)
     owl_lambda: float = Field(0.08, ge=0)
+    protect: Protect | None = None
 
     @field_validator("ratios")
     @classmethod

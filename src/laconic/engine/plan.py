@@ -20,6 +20,7 @@ from laconic.formats.storage import stored_bytes
 from laconic.formats.tiling import groups_for
 from laconic.model.anatomy import Anatomy, Tap, linears_of, rounds
 from laconic.model.checkpoint import count_elements
+from laconic.model.heads import Heads, heads_of
 from laconic.model.kv_open import KvShape, kv_shape
 from laconic.model.links import Link, find_links, without
 from laconic.model.load import Source
@@ -36,8 +37,8 @@ class Plan:
     """stages: in order. touched: for each stage the full names of its linears. schemes: of every linear that will be
     quantized, by full name. linears: shape of every linear of the model, by full name. links: of each block, where a
     stage needs them. cache: how the key-value cache is stored, and its shape, if a stage says so. shares: for each
-    stage that prunes, what goes of its linears, by full name; provisional where it is found on the original
-    model. first: the number of the first stage in the recipe."""
+    stage that prunes, what goes of its linears, by full name; provisional where it is found on the original model.
+    heads: of each block, where a stage protects some. first: the number of the first stage in the recipe."""
 
     anatomy: Anatomy
     stages: tuple[Stage, ...]
@@ -47,6 +48,7 @@ class Plan:
     links: tuple[Mapping[Tap, Link], ...] = ()
     cache: tuple[CacheStage, KvShape] | None = None
     shares: tuple[Mapping[str, Part], ...] = ()
+    heads: tuple[Heads, ...] = ()
     first: int = 0
 
     @property
@@ -151,7 +153,8 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage |
     links = find_links(model, anatomy) if any(isinstance(s, BlockStage) and s.links for s in stages) else ()
     _check_blocks(anatomy, stages, touched, links, shapes, first)
     shares = tuple(_shares(s, names, shapes) for s, names in zip(stages, touched, strict=True))
-    return Plan(anatomy, tuple(stages), tuple(touched), schemes, shapes, links, cache, shares, first)
+    heads = _heads(model, anatomy, stages, shapes)
+    return Plan(anatomy, tuple(stages), tuple(touched), schemes, shapes, links, cache, shares, heads, first)
 
 
 def _check_masks(stage: Masking, number: int, names: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -167,6 +170,30 @@ def _check_masks(stage: Masking, number: int, names: Sequence[str], shapes: Mapp
             near = get_close_matches(pattern.removeprefix("re:").strip(".*$^\\"), leaves, 1, 0.4)
             hint = f"did you mean 're:.*{near[0]}'?" if near else f"they end in {', '.join(leaves)}"
             raise ValueError(f"stages.{number}.ratios '{pattern}' matches none of the linears of this stage; {hint}")
+
+
+def _heads(
+    model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage], shapes: Mapping[str, tuple[int, int]]
+) -> tuple[Heads, ...]:
+    """Of each block, where a stage protects some. Raises: ValueError where they cannot be told apart, or do not consist
+    of what goes together."""
+    found: tuple[Heads, ...] = ()
+    for number, stage in enumerate(stages):
+        if not isinstance(stage, PruningStage) or stage.protect is None:
+            continue
+        try:
+            blocks = [(anatomy.block_name(i), taps) for i, taps in enumerate(anatomy.taps)]
+            local = [{n: shapes[f"{block}.{n}"] for tap in taps for n in tap.linears} for block, taps in blocks]
+            found = tuple(heads_of(t, own, model.config) for t, own in zip(anatomy.taps, local, strict=True))
+        except ValueError as e:
+            raise ValueError(f"stages.{number}.protect: {e}; leave it out, and ignore linears instead") from e
+        for length in (stage.structure.width, stage.structure.height):
+            if found[0].size % length:
+                raise ValueError(
+                    f"stages.{number}.protect: mask_structure '{stage.mask_structure}' does not divide a head of "
+                    f"{found[0].size} channels; use another structure, or leave protect out"
+                )
+    return found
 
 
 def _shares(stage: Stage, names: Set[str], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:

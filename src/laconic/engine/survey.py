@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.engine.domain import most
 from laconic.engine.masking import PruningStage
 from laconic.engine.observe import observe
 from laconic.engine.passes import Passes
@@ -26,7 +27,7 @@ from laconic.engine.stream import Stream
 from laconic.engine.train import standing_in
 from laconic.model.anatomy import Call, linear_at
 from laconic.solvers.allocate import owl, share_out
-from laconic.solvers.masks import whole
+from laconic.solvers.masks import Part, whole
 from laconic.solvers.moments import Moments
 
 Figures = dict[str, dict[str, Any]]
@@ -74,10 +75,32 @@ def allot(plan: Plan, found: Sequence[Figures]) -> list[Figures]:
 def by_survey(plan: Plan, allotted: Sequence[Mapping[str, Mapping[str, Any]]]) -> Plan:
     """The plan with the sparsities that the survey found."""
     shares = [
-        {n: replace(part, sparsity=figures[n]["sparsity"]) if n in figures else part for n, part in own.items()}
+        {n: _by_figures(plan, n, part, figures.get(n, {})) for n, part in own.items()}
         for own, figures in zip(plan.shares, allotted, strict=True)
     ]
     return replace(plan, shares=tuple(shares))
+
+
+def _by_figures(plan: Plan, name: str, part: Part, figures: Mapping[str, Any]) -> Part:
+    spared = None
+    if figures.get("heads"):
+        block, _, linear = name.removeprefix(f"{plan.anatomy.blocks}.").partition(".")
+        spared = plan.heads[int(block)].spared(linear, set(figures["heads"]))
+    return replace(part, sparsity=figures.get("sparsity", part.sparsity), spared=spared)
+
+
+def protect(plan: Plan, number: int, shares: Sequence[Sequence[float]]) -> Figures:
+    """Which heads stage `number` leaves whole, for each linear that has any. shares: what heads count, by block."""
+    stage = plan.stages[number]
+    assert isinstance(stage, PruningStage)
+    assert stage.protect is not None
+    chosen = most(shares, stage.protect.heads)
+    return {
+        f"{plan.anatomy.block_name(i)}.{n}": {"heads": own}
+        for i, (heads, own) in enumerate(zip(plan.heads, chosen, strict=True))
+        for n in (*heads.rows, heads.output)
+        if own
+    }
 
 
 def _allot(plan: Plan, stage: PruningStage, figures: Figures) -> Figures:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from laconic.engine.attention import look
 from laconic.engine.beside import attach, compress_tap
 from laconic.engine.block import Block, stacked, stacks
+from laconic.engine.domain import head_shares
 from laconic.engine.masking import Masking
 from laconic.engine.observe import advance, no_tokens, observe
 from laconic.engine.original import Original
@@ -30,7 +31,7 @@ from laconic.engine.passes import Passes
 from laconic.engine.plan import Plan
 from laconic.engine.stage import BlockStage, LinearStage, Outcome, Stage
 from laconic.engine.stream import Room, Stream
-from laconic.engine.survey import Figures, allot, by_survey, survey_block
+from laconic.engine.survey import Figures, allot, by_survey, protect, survey_block
 from laconic.engine.writer import Workspace
 from laconic.engine.zeros import Zeros, check_zeros, sparsity, zeros_of
 from laconic.formats import Quantized
@@ -73,16 +74,17 @@ def walk(
     workspace: Workspace,
     settings: Settings,
     report: Report,
+    domains: Mapping[int, Tensor] | None = None,
 ) -> None:
     """Compress `model` (a skeleton) block by block into `workspace`.
 
-    windows: calibration token ids (samples, tokens), None when no stage needs them.
+    windows: calibration token ids (samples, tokens), None when no stage needs them. domains: those of the texts on
+    which stages find the heads that they protect, by the stage's number.
     """
     walker = _Walker(source, model, plan, workspace, settings, report)
     names = [plan.anatomy.block_name(i) for i in range(len(plan.anatomy.taps))]
-    if plan.surveys:
-        assert windows is not None
-        walker = replace(walker, plan=by_survey(plan, walker.survey(names, windows)))
+    if plan.surveys or domains:
+        walker = replace(walker, plan=by_survey(plan, walker.survey(names, windows, domains or {})))
     flow = walker.embed(windows) if windows is not None and not workspace.done(len(names)) else None
     for i, name in enumerate(names):
         report({"event": "block", "block": i, "blocks": len(names)})
@@ -131,25 +133,40 @@ class _Walker:
         held = made[0].hidden.nbytes * count * _HELD <= min(self.settings.budget, _free_memory(device) / 2)
         return _Flow([c.to(device) for c in calls], made[0], made[1] if count > 1 else None, held, rooms[-1])
 
-    def survey(self, names: Sequence[str], windows: Tensor) -> list[Figures]:
+    def survey(self, names: Sequence[str], windows: Tensor | None, domains: Mapping[int, Tensor]) -> list[Figures]:
         """What stages want to know of the original model before any of it is changed."""
         known = self.workspace.survey()
         if known is not None:
             return known
+        plan, device = self.plan, self.settings.device
+        found: list[Figures] = [{} for _ in plan.stages]
+        if plan.surveys:
+            assert windows is not None
+            for i, block, flow in self._originals(names, windows):
+                with self._showing(block):
+                    told = survey_block(block, i, plan, flow.calls[i], flow.stream, device)
+                for all_blocks, figures in zip(found, told, strict=True):
+                    all_blocks |= figures
+            found = allot(plan, found)
+        for number, text in domains.items():
+            shares = [
+                head_shares(block, plan.anatomy.taps[i], plan.heads[i], flow.calls[i], flow.stream, device)
+                for i, block, flow in self._originals(names, text)
+            ]
+            for name, figures in protect(plan, number, shares).items():
+                found[number][name] = found[number].get(name, {}) | figures
+        self.workspace.write_survey(found)
+        return found
+
+    def _originals(self, names: Sequence[str], windows: Tensor) -> Iterator[tuple[int, nn.Module, _Flow]]:
+        """The original model block by block, each before it is passed, which is left to the caller."""
         flow = self.embed(windows)
-        found: list[Figures] = [{} for _ in self.plan.stages]
         for i, name in enumerate(names):
             self.report({"event": "survey", "block": i, "blocks": len(names)})
             block = self.model.get_submodule(name)
             self._materialise(block, f"{name}.")
-            with self._showing(block):
-                told = survey_block(block, i, self.plan, flow.calls[i], flow.stream, self.settings.device)
-            for all_blocks, figures in zip(found, told, strict=True):
-                all_blocks |= figures
+            yield i, block, flow
             _forget(block)
-        found = allot(self.plan, found)
-        self.workspace.write_survey(found)
-        return found
 
     def block(self, i: int, name: str, flow: _Flow | None) -> None:
         """Compress block i, or read it back, and push the activations through it."""

@@ -102,6 +102,8 @@ def keep_mask(scores: Tensor, sparsity: float, structure: Structure, among: Amon
     rows, columns = scores.shape
     if rows % structure.height or columns % structure.width:
         raise ValueError(f"a matrix of {rows} by {columns} does not consist of {structure.height} by {structure.width}")
+    if not scores.numel():
+        return torch.ones_like(scores, dtype=torch.bool)
     if structure.group:
         kept, of = structure.group
         return _without_least(scores.reshape(-1, of), of - kept).view(scores.shape)
@@ -117,7 +119,7 @@ def keep_mask(scores: Tensor, sparsity: float, structure: Structure, among: Amon
 def _without_least(scores: Tensor, gone: int) -> Tensor:
     """All but the `gone` least of every row; of equals, the first go."""
     n = scores.shape[1]
-    if gone == 0 or not scores.numel():
+    if gone == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     if n <= _FEW:
         # How many come before it: for the few of a group, counted faster than sorted.
