@@ -77,8 +77,8 @@ def main() -> None:
             "rank": given.rank,
             "alpha": 2 * given.rank,
             "precision": given.precision,
-            "held_out_samples": 32,
-            "eval_every": max(1, given.steps // 4),
+            "held_out_samples": 8,
+            "eval_every": max(1, given.steps // 2),
         }
         begun = time.monotonic()
         artifact = laconic.compress(str(pruned), {"stages": [stage]}, given.out / f"{method}-{loss}", overwrite=True)
