@@ -8,13 +8,12 @@ from functools import reduce
 from importlib.resources import files
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from laconic.engine.masking import Protect
 from laconic.engine.stage import Stage
 from laconic.methods import METHODS
 
@@ -185,8 +184,16 @@ def _keys(loc: tuple[int | str, ...]) -> list[str]:
         model = Calibration
     elif loc[0] == "stages" and len(loc) > 2:
         model = next((m for m in METHODS if m.model_fields["method"].default == loc[2]), Stage)
-        model = Protect if loc[3:4] == ("protect",) and len(loc) > 4 else model
+        for part in loc[3:-1]:
+            model = _inside(model, part) or model
     return list(model.model_fields)
+
+
+def _inside(model: type[BaseModel], key: int | str) -> type[BaseModel] | None:
+    """The model of what a key of another holds, or of the items of the list there."""
+    field = model.model_fields.get(str(key))
+    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
 
 
 def _suggest(given: str, known: list[str]) -> str:

@@ -119,7 +119,7 @@ def test_merged_zeros_stay_zero_and_the_rest_is_what_was_trained(zeros: float, s
     # What a unit vector is multiplied with is the weight that was trained; through a mask, to the last bit.
     trained = adapted(torch.eye(7, dtype=dtype)).T.detach()
     exact = adapted.keep is not None and dtype == torch.bfloat16
-    assert torch.equal(found, trained) if exact else torch.allclose(found, trained, rtol=2e-2, atol=2e-2)
+    assert torch.equal(found, trained) if exact else (found - trained).abs().max() <= 0.03 * found.abs().max()
 
 
 def test_a_merged_model_puts_out_what_the_adapted_one_did(llama: Path) -> None:

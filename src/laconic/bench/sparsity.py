@@ -29,10 +29,10 @@ from laconic.bench.models import (
 from laconic.bench.shapes import PRESETS, Shape, config_of, linear_shapes, narrower, read_shapes, scaled
 from laconic.bench.verdict import busy_verdict, linear_verdicts, model_verdicts
 from laconic.bench.zeros import to_2_of_4, to_unstructured, to_zero_blocks
-from laconic.provenance import versions
 from laconic.engine.artifact import Artifact
 from laconic.model.load import model_folder
 from laconic.model.reading import load
+from laconic.provenance import versions
 
 PARTS = ("linears", "models")
 BATCHES = (1, 16, 64, 256, 1024, 4096)

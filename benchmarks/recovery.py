@@ -1,0 +1,100 @@
+"""How much of what pruning cost comes back: half of each row pruned by magnitude, then adapters by each loss.
+
+python benchmarks/recovery.py MODEL OUT --data text:valid.txt:0.6 --data text:c4.jsonl:0.25 --test test.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+
+import laconic
+from laconic.evaluate.run import evaluate
+from laconic.model.anatomy import linears_of
+from laconic.model.load import load_tokenizer
+from laconic.model.reading import load
+
+
+@torch.no_grad()
+def prune(model: str, sparsity: float, folder: Path) -> None:
+    """Set the smallest weights of each row to zero, in every linear but the head."""
+    opened = load(model)
+    for name, linear in linears_of(opened).items():
+        if name != "lm_head":
+            W = linear.weight
+            cut = W.abs().float().kthvalue(round(sparsity * W.shape[1]), dim=1, keepdim=True).values
+            W[W.abs() <= cut] = 0
+    opened.save_pretrained(folder)
+    load_tokenizer(Path(model)).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", action="append", required=True, metavar="FORMAT:FILE:WEIGHT")
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--variants", default="lora:lm,lora:kl")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--precision", default="fp32")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    pruned = given.out / "pruned"
+    if not pruned.exists():
+        prune(given.model, given.sparsity, pruned)
+
+    def measured(model: Path | str) -> dict[str, float]:
+        told = evaluate(
+            model, baseline=given.model, text=given.test, context_length=1024, windows=given.windows, dtype="float32"
+        )
+        return {key: told[key] for key in ("perplexity", "baseline_perplexity", "kl_mean")}
+
+    before = measured(pruned)
+    dense = before["baseline_perplexity"]
+    print(json.dumps({"dense": dense, "pruned": before}), flush=True)
+    data = [dict(zip(("format", "dataset", "weight"), d.split(":"), strict=True)) for d in given.data]
+    for variant in given.variants.split(","):
+        method, loss = variant.split(":")
+        stage = {
+            "method": method,
+            "loss": loss,
+            "data": [d | {"weight": float(d["weight"])} for d in data],
+            "max_steps": given.steps,
+            "learning_rate": given.learning_rate,
+            "batch_size": given.batch_size,
+            "max_seq_length": given.length,
+            "rank": given.rank,
+            "alpha": 2 * given.rank,
+            "precision": given.precision,
+            "held_out_samples": 8,
+            "eval_every": max(1, given.steps // 2),
+        }
+        begun = time.monotonic()
+        artifact = laconic.compress(str(pruned), {"stages": [stage]}, given.out / f"{method}-{loss}", overwrite=True)
+        after = measured(artifact.path)
+        # The share of the lost nats a token that came back.
+        lost, left = (math.log(q["perplexity"] / dense) for q in (before, after))
+        told = {
+            "variant": variant,
+            **after,
+            "recovered": 1 - left / lost,
+            "recovered_perplexity": (before["perplexity"] - after["perplexity"]) / (before["perplexity"] - dense),
+            "seconds": round(time.monotonic() - begun, 1),
+            "held_out": artifact.results[f"training-{method}"]["held_out"],
+        }
+        print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main()
