@@ -158,8 +158,8 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
             "stages.0.protect.heads should be less than 1, not 1.5",
         ),
         (
-            [{"method": "magnitude", "protect": {"dataset": "a.txt", "head": 0.5}}],
-            "unknown key 'stages.0.protect.head'; did you mean 'heads'? (and 1 more)",
+            [{"method": "magnitude", "protect": {"dataset": "a.txt", "heads": 0.5, "splits": "test"}}],
+            "unknown key 'stages.0.protect.splits'; did you mean 'split'?",
         ),
         (
             [{"method": "magnitude", "mask_structure": "32x1", "protect": {"dataset": "a.txt", "heads": 0.5}}],
