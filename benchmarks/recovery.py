@@ -1,6 +1,6 @@
 """How much of what pruning cost comes back: half of each row pruned by magnitude, then adapters by each loss.
 
-    python benchmarks/recovery.py MODEL OUT --data text:valid.txt:0.6 --data text:c4.jsonl:0.25 --test test.txt
+python benchmarks/recovery.py MODEL OUT --data text:valid.txt:0.6 --data text:c4.jsonl:0.25 --test test.txt
 """
 
 from __future__ import annotations

@@ -16,7 +16,10 @@ from laconic.recipe import Recipe, gallery, load_recipe
 
 STAGE = {"method": "gptq", "scheme": "W4A16"}
 
-KNOWN = "autoround, awq, gptq, kivi, kv_fp8, kv_int8, kv_per_token, kvquant, llm_int8, lora, qlora, rtn, smoothquant, zeroquant"
+KNOWN = (
+    "autoround, awq, gptq, kivi, kv_fp8, kv_int8, kv_per_token, kvquant, llm_int8, lora, qlora, rtn, smoothquant, "
+    "zeroquant"
+)
 
 
 def a_recipe(**keys: Any) -> dict[str, Any]:

@@ -53,9 +53,7 @@ class Walking:
 
         memory = in_bytes(psutil.Process().memory_info().rss)
         if event["event"] == "block":
-            self._bar.update(
-                self._task, unit="block", total=event["blocks"], completed=event["block"], memory=memory
-            )
+            self._bar.update(self._task, unit="block", total=event["blocks"], completed=event["block"], memory=memory)
         elif event["event"] == "linear":
             error = event.get("output_error", event["weight_error"])
             self._bar.update(self._task, told=f"{event['linear']}  error {error:.1e}", memory=memory)

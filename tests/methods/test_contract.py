@@ -17,6 +17,7 @@ from artifacts import Stage, inputs, press, quantized_linears, same_bytes, tenso
 from laconic import Artifact
 from laconic.engine import walk
 from laconic.engine.beside import attach, compress_tap
+from laconic.engine.model_stage import ModelStage
 from laconic.engine.stage import BlockStage, Outcome, QuantizingStage
 from laconic.engine.stage import Stage as AnyStage
 from laconic.formats import Quantized
@@ -50,9 +51,16 @@ BESIDE: list[dict[str, Any]] = [
 ]
 
 
+# What stages that need the model whole are given. Data is that of the test.
+_TRAINING = {"data": [{"dataset": "text.txt"}], "rank": 2, "max_steps": 2, "batch_size": 2, "max_seq_length": 32}
+OF_MODELS: dict[str, Stage] = {"lora": _TRAINING, "qlora": _TRAINING}
+
+
 def stages_of(method: type[AnyStage]) -> list[Stage]:
     """A method with every scheme, where it has schemes."""
     name = {"method": method.model_fields["method"].default}
+    if issubclass(method, ModelStage):
+        return [name | OF_MODELS.get(name["method"], {})]
     if not issubclass(method, QuantizingStage):
         # Ranges of groups of tokens want samples of a group at least.
         return [name | ({"group_size": 16} if name["method"] == "kvquant" else {})]
@@ -100,10 +108,12 @@ def test_the_number_of_threads_changes_nothing(
     method: type[AnyStage], llama: Path, text: Path, tmp_path: Path, set_threads: Callable[[int], None]
 ) -> None:
     x = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
+    stage = stages_of(method)[0]
+    stage |= {"data": [{"dataset": str(text)}]} if "data" in stage else {}
     folders, products = [], []
     for threads in (1, 2):
         set_threads(threads)
-        folders.append(press(llama, tmp_path / str(threads), stages_of(method)[0], text=text).path)
+        folders.append(press(llama, tmp_path / str(threads), stage, text=text).path)
         products.append(x.T @ x)
     if not torch.equal(*products):
         pytest.skip("a matrix product depends on the number of threads here")

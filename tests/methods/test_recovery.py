@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -210,9 +211,7 @@ def test_it_stops_early_and_keeps_the_best(
     assert same_bytes(artifact.path, best.path)
 
 
-def test_what_never_gets_better_is_left_as_it_was(
-    pruned: Path, texts: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_what_never_gets_better_is_left_as_it_was(pruned: Path, texts: list[dict[str, Any]], tmp_path: Path) -> None:
     artifact = press(pruned, tmp_path / "a", recover(texts, learning_rate=50.0, max_grad_norm=None, warmup=0))
     assert artifact.results["training-lora"]["best_step"] == 0
     before, after = tensors(pruned), tensors(artifact.path)
@@ -263,7 +262,10 @@ def test_distilled_it_comes_nearer_to_the_original(
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"targets": "re:.*qproj"}, "targets 're:.*qproj' matches no linear of this model; did you mean 're:.*q_proj'?"),
+        (
+            {"targets": "re:.*qproj"},
+            "targets 're:.*qproj' matches no linear of this model; did you mean 're:.*q_proj'?",
+        ),
         ({"rank": 999}, "rank 999 is more than 64, the rank of model.layers.0.self_attn.q_proj itself; lower it"),
         ({"max_seq_length": 999}, "max_seq_length 999 is longer than the model's context of 256; lower it"),
         ({"batch_size": 999}, "sequences to train on, less than one batch of 999 (batch_size x gradient_accumulation"),
@@ -292,15 +294,26 @@ laconic.compress(model, json.loads(recipe), output)
 """
 
 
+_FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(("said", "port"), [({}, 29517), (_FSDP, 29518)], ids=["copies", "fsdp"])
 def test_two_processes_come_to_what_one_does_with_twice_the_batch(
-    pruned: Path, texts: list[dict[str, Any]], tmp_path: Path
+    said: dict[str, str], port: int, pruned: Path, texts: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     (tmp_path / "launched.py").write_text(_LAUNCHED)
     stages = [recover(texts, batch_size=2), rtn("W4A16", group_size=32)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     given = [str(tmp_path / "launched.py"), str(pruned), json.dumps({"stages": stages, "device": "cpu"})]
-    ran = subprocess.run([*launch, *given, str(tmp_path / "two")], capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [*launch, *given, str(tmp_path / "two")], env=os.environ | said, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     two = laconic.Artifact(tmp_path / "two")
     one = press(pruned, tmp_path / "one", recover(texts, batch_size=4), stages[1])
