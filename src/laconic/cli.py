@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -66,6 +67,7 @@ def compress(
         artifact = run(prepared, overwrite=overwrite, report=progress)
     if not is_main():
         return
+    _draw_training(artifact.path / "results")
     done = artifact.results["compress"]
     for remark in remarks(artifact.log):
         err.print(f"note: {remark}", highlight=False, soft_wrap=True)
@@ -78,6 +80,15 @@ def compress(
         f"{done['seconds']:.1f} s, peak memory {in_bytes(done['peak_memory_bytes'])}",
         soft_wrap=True,
     )
+
+
+def _draw_training(folder: Path) -> None:
+    """Draw the loss of each training beside its figures."""
+    from laconic.engine.writer import write_text
+    from laconic.report.loss_curve import loss_curve
+
+    for file in folder.glob("training-*.json"):
+        write_text(file.with_suffix(".svg"), loss_curve(file.stem, json.loads(file.read_text())))
 
 
 @app.command("eval")

@@ -54,8 +54,14 @@ BESIDE: list[dict[str, Any]] = [
 ]
 
 
-# What stages that need the model whole do to a model of two blocks.
-OF_MODELS: dict[str, Stage] = {"llm_pruner": {"keep_first": 1, "keep_last": 0}, "depth": {"blocks": 1}}
+# What stages that need the model whole are given, for a model of two blocks. Data is that of the test.
+_TRAINING = {"data": [{"dataset": "text.txt"}], "rank": 2, "max_steps": 2, "batch_size": 2, "max_seq_length": 32}
+OF_MODELS: dict[str, Stage] = {
+    "llm_pruner": {"keep_first": 1, "keep_last": 0},
+    "depth": {"blocks": 1},
+    "lora": _TRAINING,
+    "qlora": _TRAINING,
+}
 
 
 def stages_of(method: type[AnyStage]) -> list[Stage]:
@@ -111,10 +117,12 @@ def test_the_number_of_threads_changes_nothing(
 ) -> None:
     model = make_model(tmp_path / "mixture", "mixtral") if method is Reap else llama
     x = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
+    stage = stages_of(method)[0]
+    stage |= {"data": [{"dataset": str(text)}]} if "data" in stage else {}
     folders, products = [], []
     for threads in (1, 2):
         set_threads(threads)
-        folders.append(press(model, tmp_path / str(threads), stages_of(method)[0], text=text).path)
+        folders.append(press(model, tmp_path / str(threads), stage, text=text).path)
         products.append(x.T @ x)
     if not torch.equal(*products):
         pytest.skip("a matrix product depends on the number of threads here")

@@ -191,7 +191,7 @@ class Recovery(ModelStage):
         if self.loss == "lm":
             return language_loss
         trusted = work.trust_remote_code
-        teacher = load(work.original, device=accelerator.device, dtype=_dtype(course), trust_remote_code=trusted)
+        teacher = load(work.original, device=_device(accelerator), dtype=_dtype(course), trust_remote_code=trusted)
         return distillation_loss(teacher)
 
     def _adapt(self, model: nn.Module, names: list[str], generator: torch.Generator, *, masked: bool) -> None:
@@ -329,13 +329,18 @@ def _dtype(course: Course) -> torch.dtype:
     return torch.bfloat16 if course.bf16 else torch.float32
 
 
+def _device(accelerator: Accelerator) -> torch.device:
+    """Of this process; there is but one CPU, though accelerate counts."""
+    return torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
+
+
 def _place(accelerator: Accelerator) -> torch.device:
     """Where the model is loaded. Under FSDP a process gets its part of it only once the whole of it is there.
 
     Raises: ValueError for FSDP's first version.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
-        return accelerator.device
+        return _device(accelerator)
     if not accelerator.is_fsdp2:
         raise ValueError("FSDP's first version cannot train adapters beside frozen weights; use --fsdp_version 2")
     return torch.device("cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from laconic.engine.artifact import Artifact
 from laconic.engine.writer import write_text
 from laconic.report.long_plots import long_plots
 from laconic.report.long_table import long_caption, long_rows
+from laconic.report.loss_curve import loss_curve
 from laconic.report.plots import error_plot, fragments, size_plot
 from laconic.report.table import COLUMNS, caption, cells
 from laconic.report.task_table import task_rows, tasks_caption
@@ -30,6 +31,7 @@ class Evaluated:
     evaluations: list[dict[str, Any]]
     tasks: list[dict[str, Any]]
     long: list[dict[str, Any]]
+    training: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
 
 def gather(folders: list[Path]) -> list[Evaluated]:
@@ -46,9 +48,10 @@ def gather(folders: list[Path]) -> list[Evaluated]:
         evaluations = [r for name, r in results.items() if name.startswith("eval-")]
         tasks = [r for name, r in results.items() if name.startswith("tasks-")]
         long = [r for name, r in results.items() if name.startswith("long-")]
+        training = [(n.removeprefix("training-"), r) for n, r in results.items() if n.startswith("training-")]
         compression = results.get("compress")
-        found.append(Evaluated(folder, artifact.recipe, artifact.log, compression, evaluations, tasks, long))
-    if not any(a.evaluations or a.tasks or a.long for a in found):
+        found.append(Evaluated(folder, artifact.recipe, artifact.log, compression, evaluations, tasks, long, training))
+    if not any(a.evaluations or a.tasks or a.long or a.training for a in found):
         raise ValueError("none of these artifacts was evaluated; run 'laconic eval DIR --baseline MODEL' first")
     return found
 
@@ -75,6 +78,8 @@ def write_page(artifacts: list[Evaluated], file: Path) -> None:
         tasks_caption=tasks_caption,
         recipe_text=lambda a: yaml.safe_dump(a.recipe, sort_keys=False) if a.recipe else "",
         long_rows=long_rows,
+        loss_curve=loss_curve,
+        trained=_trained,
         long_caption=long_caption,
         plots=plots,
         long_plots=lambda result: fragments(*long_plots(result)),
@@ -84,9 +89,18 @@ def write_page(artifacts: list[Evaluated], file: Path) -> None:
     write_text(file, html)
 
 
+def _trained(method: str, result: dict[str, Any]) -> str:
+    """A training in a sentence without its stop."""
+    held = {m["step"]: m["loss"] for m in result["held_out"]}
+    said = f"{method}: {result['steps']} steps in {result['seconds']:.0f} s"
+    return said + (f", held-out loss {held[0]:.4f} -> {held[result['best_step']]:.4f}" if held else "")
+
+
 def _headline(artifacts: list[Evaluated]) -> str:
     """The first result in a sentence."""
     results = [r for a in artifacts for r in a.evaluations]
+    if not any(a.evaluations or a.tasks or a.long for a in artifacts):
+        return _trained(*next(t for a in artifacts for t in a.training)) + "."
     if not results and not any(a.tasks for a in artifacts):
         return f"The cache of keys and values, measured over {len(artifacts[0].long[0]['lengths'])} lengths of context."
     if not results:
