@@ -46,7 +46,7 @@ def write_adapter(
         base_model_name_or_path=base,
         inference_mode=True,
         r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]  # peft takes both
         lora_dropout=dropout,
         # Engines want the last part of names, which says enough where it means all of a kind.
         target_modules=sorted(leaves) if len(alike) == len(names) else names,

@@ -159,8 +159,8 @@ def _windows(part: Part, tokenizer: PreTrainedTokenizerBase, length: int) -> lis
         raise ValueError(
             f"{part.dataset} is empty; name another dataset"
             if empty
-            else f"{part.dataset} has {len(stream)} tokens, less than one sequence of {length}; give more text, or lower "
-            "max_seq_length"
+            else f"{part.dataset} has {len(stream)} tokens, less than one sequence of {length}; give more text, "
+            "or lower max_seq_length"
         )
     windows = torch.tensor(stream[: len(stream) // body * body]).view(-1, body)
     lead = torch.tensor(prefix, dtype=torch.long).expand(len(windows), -1)
