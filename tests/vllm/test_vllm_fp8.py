@@ -28,7 +28,7 @@ ASKED = prompts(56, 2) + prompts(24, 1)
 
 
 def cut(x: Tensor) -> Tensor:
-    """x in FP8 E4M3 as vLLM's CPU kernel stores it: towards zero, where its GPU kernels and ours take the nearest."""
+    """x in FP8 E4M3 as vLLM's CPU kernel stores it: towards zero, where ours takes the nearest."""
     x = x.clamp(-448, 448)
     nearest = x.to(torch.float8_e4m3fn)
     beyond = nearest.to(x.dtype).abs() > x.abs()
