@@ -5,7 +5,8 @@
 
 Prints Markdown. Everything goes through the same code, in chunks of 32 tokens; bytes are those of the tensors that a
 cache really holds, the insides of quanto's and HQQ's among them, right after a prompt. transformers' caches then hold
-nothing in 16 bit, and take the whole history through 16 bit and back whenever `residual_length` more have come.
+nothing in 16 bit, and take the whole history through 16 bit and back whenever `residual_length` more have come; so
+ours stand here twice, with that window and with none, which is as many bits as theirs.
 """
 
 from __future__ import annotations
@@ -66,8 +67,15 @@ def main() -> None:
     lengths = sorted(int(n) for n in args.lengths.split(","))
     model = laconic.load(args.model, dtype=getattr(torch, args.dtype))
     tokenizer = load_tokenizer(Path(args.model))
-    keys = f"group_size: {args.group_size}, residual_length: {args.residual_length}"
-    ours = caches_for(model, [f"{{method: kivi, k_bits: {b}, v_bits: {b}, {keys}}}" for b in args.bits])
+    # Without a window of our own too, so that bytes right after a prompt are theirs.
+    ours = caches_for(
+        model,
+        [
+            f"{{method: kivi, k_bits: {b}, v_bits: {b}, group_size: {args.group_size}, residual_length: {kept}}}"
+            for b in args.bits
+            for kept in dict.fromkeys((args.residual_length, 0))
+        ],
+    )
     caches = ours | peers(model, args.bits, args.group_size, args.residual_length)
     windows = evaluation_windows(read_documents(args.text), tokenizer, length=lengths[-1], limit=None)
     hay = windows[:, len(prefix_of(tokenizer)) :].flatten().tolist()

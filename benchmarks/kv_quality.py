@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--calibration-length", type=int, help="tokens of a calibration sample; --length by default")
     parser.add_argument("--chunk", type=int, default=32)
     parser.add_argument("--kv", action="append", metavar="YAML", help="a row of your own, in place of the table's")
     args = parser.parse_args()
@@ -91,7 +92,7 @@ def calibrated(args: argparse.Namespace, stage: dict[str, Any]) -> tuple[Any, An
     calibration = {
         "dataset": args.calibration,
         "num_calibration_samples": args.samples,
-        "max_seq_length": args.length,
+        "max_seq_length": args.calibration_length or args.length,
     }
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "artifact"

@@ -42,8 +42,10 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     pool = scheduler.kv_cache_manager.block_pool
     params = SamplingParams(temperature=0.0, ignore_eos=True, **job["sampling"])
     found: dict[str, Any] = {"tokens_that_fit": config.num_gpu_blocks * config.block_size, "rounds": []}
-    layer = next(iter(llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()))
-    found["backend"] = type(layer.impl).__module__
+    layers: list[Any] = list(llm.llm_engine.vllm_config.compilation_config.static_forward_context.values())
+    found["backend"] = type(layers[0].impl).__module__
+    found |= {"cache_dtype": config.cache_dtype, "bytes": layers[0].kv_cache.element_size()}
+    found["scales"] = [[layer._k_scale_float, layer._v_scale_float] for layer in layers]
     free, memory = pool.get_num_free_blocks(), []
     preempted = 0
     preempt = scheduler._preempt_request
