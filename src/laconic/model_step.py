@@ -38,9 +38,9 @@ def run_model_step(
     report: Callable[[Mapping[str, Any]], None],
     trust_remote_code: bool = False,
 ) -> Artifact:
-    """Let `stage` remake the model in `folder`, and write it to `output`; only help with the former where this is not the
-    first process of a launch. before: the artifact of the step before, if
-    there is one. The rest is as in `Work`."""
+    """Let `stage` remake the model in `folder`, and write it to `output`; only help with the former where this is not
+    the first process of a launch. before: the artifact of the step before, if there is one. The rest is as in `Work`.
+    """
     begun = time.monotonic()
     torch.manual_seed(recipe.seed)
     device = device_of(recipe)

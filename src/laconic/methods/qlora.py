@@ -1,6 +1,6 @@
 """QLoRA (Dettmers et al., arXiv 2305.14314): LoRA with the frozen weights held in 4 bits (NF4) while it is trained.
 
-Only memory is saved: adapters are merged into the 16-bit weights of the file, which were rounded for the training alone.
+Only memory is saved: adapters are merged into the 16-bit weights of the file, which were rounded for training alone.
 Paged optimizers (section 3) move memory and change no number; they belong to bitsandbytes, and are left to it.
 """
 

@@ -61,4 +61,5 @@ def _line(points: Sequence[tuple[float, float]], colour: str, width: int) -> str
 
 
 def _text(x: float, y: float, said: str, anchor: str, *, weight: str = "normal") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" fill="#1c1c1c">{escape(said)}</text>'
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text {place} font-weight="{weight}" fill="#1c1c1c">{escape(said)}</text>'

@@ -12,9 +12,9 @@ from plotly.offline import get_plotlyjs
 
 from laconic.engine.artifact import Artifact
 from laconic.engine.writer import write_text
-from laconic.report.loss_curve import loss_curve
 from laconic.report.long_plots import long_plots
 from laconic.report.long_table import long_caption, long_rows
+from laconic.report.loss_curve import loss_curve
 from laconic.report.plots import error_plot, fragments, size_plot
 from laconic.report.table import COLUMNS, caption, cells
 from laconic.report.task_table import task_rows, tasks_caption
