@@ -40,7 +40,8 @@ def run_model_step(
     trust_remote_code: bool = False,
 ) -> Artifact:
     """Let `stage` remake the model in `folder`, and write it to `output`; only help with the former where this is not
-    the first process of a launch. before: the artifact of the step before, if there is one. The rest: as in `Work`."""
+    the first process of a launch. before: the artifact of the step before, if there is one. The rest is as in `Work`.
+    """
     begun = time.monotonic()
     torch.manual_seed(recipe.seed)
     device = device_of(recipe)

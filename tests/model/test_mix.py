@@ -1,4 +1,4 @@
-"""A mix has the proportions that were stated, in an order of the seed alone; answers are told from questions."""
+"""A mix has the stated proportions, in an order that hangs on the seed alone; answers are told from questions."""
 
 from __future__ import annotations
 

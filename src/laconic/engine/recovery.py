@@ -221,8 +221,8 @@ class Recovery(ModelStage):
         experts = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, Experts))
         if kept and any(n.startswith(experts) for n in found):
             raise ValueError(
-                "adapters of experts can be merged but not kept, since engines stack experts; "
-                "narrow targets to attention"
+                "adapters of experts can be merged but not kept, since engines stack experts; narrow targets to "
+                "attention"
             )
         return [n for n in shapes if n in found]
 

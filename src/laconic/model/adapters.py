@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) beside frozen linears: W + scale * B A.
 
-A linear that was pruned is trained through its mask: what multiplies is W + scale * M o (B A), M where W is not zero.
-That is the weight that will be merged, so nothing of what was learnt is lost when the zeros are put back. Adapters that
-are kept beside the weights cannot be masked, in no engine, and are trained as they will be served.
+A linear that was pruned is trained through its mask: what is multiplied is W + scale * M o (B A), M where W is not
+zero. That is the weight that will be merged, so nothing of what was learnt is lost when the zeros are put back. No
+engine can mask adapters that are kept beside the weights; they are trained as they will be served.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def adapt(
     generator: torch.Generator,
     hold: Callable[[nn.Linear], nn.Module] | None = None,
 ) -> dict[str, Adapted]:
-    """Freeze some linears of a model, and put an adapter beside each. masked: whether zeros stay zero. generator: of
-    what is drawn. hold: how the frozen linear itself is to be held from then on, if not as it is.
+    """Freeze some linears of a model, and put an adapter beside each. masked: whether zeros are to stay zero.
+    generator: of what is drawn. hold: how the frozen linear itself is to be held from then on, if not as it is.
 
     Returns: the adapters, by the linear's name.
     """

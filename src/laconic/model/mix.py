@@ -155,12 +155,11 @@ def _windows(part: Part, tokenizer: PreTrainedTokenizerBase, length: int) -> lis
     documents = read_documents(part.dataset, split=part.split, config=part.config)
     stream = list(islice(joined(documents, tokenizer, prefix), part.limit and part.limit * body))
     if len(stream) < body:
-        empty = not stream
+        if not stream:
+            raise ValueError(f"{part.dataset} is empty; name another dataset")
         raise ValueError(
-            f"{part.dataset} is empty; name another dataset"
-            if empty
-            else f"{part.dataset} has {len(stream)} tokens, less than one sequence of {length}; give more text, "
-            "or lower max_seq_length"
+            f"{part.dataset} has {len(stream)} tokens, less than one sequence of {length}; give more text, or lower "
+            "max_seq_length"
         )
     windows = torch.tensor(stream[: len(stream) // body * body]).view(-1, body)
     lead = torch.tensor(prefix, dtype=torch.long).expand(len(windows), -1)
