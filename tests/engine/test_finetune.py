@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from cut import examples, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cut import examples, train
 from laconic.engine.finetune import Course, finetune
 from laconic.model.mix import Mix
 
