@@ -12,7 +12,7 @@ from torch import Tensor
 
 import laconic
 from artifacts import Stage, inputs, logits, original, press, tensors, windows
-from laconic.engine.train import _passing_gradients
+from laconic.engine.train import passing_gradients
 from laconic.evaluate.fidelity import measure
 from laconic.formats import LowRank, Outliers, fit, quantize, schemes
 from laconic.formats.int_affine import IntAffine
@@ -246,7 +246,7 @@ def test_codes_pass_on_the_gradient_of_what_they_stand_for(scheme: str, keys: di
         setattr(linear, name, torch.nn.Parameter(tensor, requires_grad=False))
     x, G = torch.randn(2, 5, 32).requires_grad_(), torch.randn(2, 5, 8)
     expected = linear(x.detach())
-    with _passing_gradients(linear, torch.float32):
+    with passing_gradients(linear, torch.float32):
         found = linear(x)
     assert torch.equal(found, expected)
     (found * G).sum().backward()

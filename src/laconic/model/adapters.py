@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ class Adapted(nn.Module):
         y: Tensor = _MaskedProduct.apply(dropped.to(dtype), self.lora_A, self.lora_B, self, one_product)  # type: ignore[no-untyped-call]
         if not one_product:
             return self._frozen(x) + y
-        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        bias = cast("Tensor | None", self.base.bias)
         return y if bias is None else y + bias
 
     def _frozen(self, x: Tensor) -> Tensor:

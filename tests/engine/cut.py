@@ -1,0 +1,83 @@
+"""Trains a model whose weights are cut among the processes of a launch, as FSDP 2 does it, on a CPU.
+
+    torchrun cut.py MODEL OUTPUT STOP
+
+accelerate cuts weights on GPUs alone; this does what it would. STOP: end after so many steps, as if killed.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from laconic.engine.finetune import Course, finetune
+from laconic.engine.losses import language_loss
+from laconic.model.adapters import adapt
+from laconic.model.mix import Example, Mix
+from laconic.model.reading import load
+
+
+class Cutting(Accelerator):
+    """Cuts each block, and then the rest."""
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        order = [n for n, p in model.named_parameters() if p.requires_grad]
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+        parameters = dict(model.named_parameters())
+        assert all(isinstance(parameters[n], DTensor) for n in order)
+        optimizer.param_groups[0]["params"] = [parameters[n] for n in order]
+        return model, super().prepare(optimizer)
+
+    def unwrap_model(self, model: nn.Module, *_: Any) -> nn.Module:
+        return model
+
+    @contextmanager
+    def no_sync(self, model: nn.Module) -> Any:
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+
+def examples(count: int, seed: int) -> tuple[Example, ...]:
+    ids = torch.randint(3, 100, (count, 24), generator=torch.Generator().manual_seed(seed))
+    wanted = torch.ones(24, dtype=torch.bool)
+    wanted[0] = False
+    return tuple(Example(row, wanted) for row in ids)
+
+
+def train(model_folder: str, output: Path, accelerator: Accelerator, batch: int, stop: int = 0) -> None:
+    """Six steps; the best adapters, and the loss of each step, go to `output`."""
+    model = load(model_folder, dtype=torch.float32)
+    for linear in (m for n, m in model.named_modules() if n.endswith("q_proj")):
+        W = linear.weight.data
+        W[W.abs() < W.abs().median()] = 0
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    adapt(model, names, rank=2, alpha=4, dropout=0, masked=True, generator=torch.Generator().manual_seed(0))
+    mix = Mix((examples(48, 0),), (1.0,), examples(6, 1), 0)
+    course = Course(6, batch, 2, 1e-2, 0.0, "cosine", 0.01, 1.0, 2, None, 2, False, 0)
+
+    def report(event: Any) -> None:
+        if stop and event["step"] == stop:
+            raise SystemExit(0)
+
+    scratch = output.with_suffix(".scratch")
+    scratch.mkdir(exist_ok=True)
+    with torch.enable_grad():
+        trained = finetune(model, language_loss, mix, course, accelerator, scratch, report)
+    if accelerator.is_main_process:
+        torch.save({"parameters": trained.parameters, "curve": trained.curve, "held_out": trained.held_out}, output)
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], Path(sys.argv[2]), Cutting(cpu=True), 2, int(sys.argv[3]))
+    torch.distributed.destroy_process_group()
