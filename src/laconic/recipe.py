@@ -177,7 +177,7 @@ def _describe(problem: ErrorDetails, noun: str, keys: Callable[[Loc], list[str]]
         case "missing":
             return f"the {noun} lacks '{path}'"
         case "value_error":
-            return f"{path}: {problem['ctx']['error']}"
+            return f"{path}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
         case "too_short":
             return f"{path} should have at least one item"
         case "tuple_type":

@@ -102,7 +102,7 @@ def test_the_base_is_a_gallery_name_a_file_or_a_mapping(tmp_path: Path) -> None:
     ("keys", "said"),
     [
         ({"axis": []}, "unknown key 'axis'; did you mean 'axes'?"),
-        ({"base": None}, "base.str should be a valid string (and 1 more)"),
+        ({"base": None}, "base: name a gallery recipe or a recipe file, or write a recipe's keys"),
         ({"axes": [{"key": "seed", "valus": [1]}]}, "the study lacks 'axes.0.values' (and 1 more)"),
         ({"axes": [axis("seed", 1, wen={})]}, "unknown key 'axes.0.wen'; did you mean 'when'?"),
         ({"evaluations": [{"windows": 0}]}, "evaluations.0.windows should be greater than or equal to 1, not 0"),
@@ -121,10 +121,13 @@ def test_the_base_is_a_gallery_name_a_file_or_a_mapping(tmp_path: Path) -> None:
             "axis stages.0.groupsize names no key of the recipe: unknown key 'stages.0.groupsize'; did you mean 'group_size'?",
         ),
         (
-            {"axes": [axis("calibration.samples.n", 32)]},
+            {"base": {"stages": [RTN], "calibration": {"dataset": "x"}}, "axes": [axis("calibration.samples.n", 32)]},
             "axis calibration.samples.n names no key of the recipe: unknown key 'calibration.samples'",
         ),
-        ({"axes": [axis("stages.0.scheme", "W4A16", "W5A16")]}, "run with scheme=W5A16: stages.0"),
+        (
+            {"axes": [axis("stages.0.method", "rtn", "rnt")]},
+            "run with method=rnt: unknown method 'rnt' in stages.0; did",
+        ),
         (
             {"axes": [axis("stages.0.group_size", 32, when={"stages.0.method": "gptq"})]},
             "axes.0 (stages.0.group_size) never applies: no recipe has method=gptq written in it",
@@ -153,7 +156,9 @@ def test_a_file_that_is_no_study_is_told(laconic: Laconic, tmp_path: Path) -> No
 def test_runs_that_would_write_one_folder_are_told(llama: Path) -> None:
     memory = study(model=str(llama), base={"stages": [RTN], "calibration": {"dataset": "x"}})
     memory["axes"] = [axis("calibration.max_memory_gb", 1, 2)]
-    with pytest.raises(ValueError, match=r"runs 1 \(max_memory_gb=1\) and 2 \(max_memory_gb=2\) would write one folder"):
+    with pytest.raises(
+        ValueError, match=r"runs 1 \(max_memory_gb=1\) and 2 \(max_memory_gb=2\) would write one folder"
+    ):
         plan_runs(load_study(memory))
     twice = study(model=str(llama), axes=[axis("stages.0.group_size", 32, 64, 32)])
     with pytest.raises(ValueError, match=r"runs 1 \(group_size=32\) and 3 \(group_size=32\) would write one folder"):

@@ -104,7 +104,8 @@ def _recipe(point: Point, keys: Iterable[str]) -> Recipe:
         return load_recipe({**point.recipe, "output": None})
     except ValueError as e:
         said = str(e)
-        wrong = next((key for key in keys if said.startswith(f"unknown key '{key}'")), None)
+        unknown = said.split("'")[1] if said.startswith("unknown key '") else None
+        wrong = next((key for key in keys if unknown and f"{key}.".startswith(f"{unknown}.")), None)
         if wrong:
             raise ValueError(f"axis {wrong} names no key of the recipe: {said}") from e
         raise ValueError(f"run with {words(point.values)}: {said}") from e

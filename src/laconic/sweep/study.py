@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from laconic.recipe import Loc, explain, parse, put, read_recipe, set_by
 
@@ -94,6 +94,13 @@ class Study(_Strict):
     evaluations: list[Evaluation] = Field(min_length=1)
     baseline: bool = True
     resources: Resources = Resources()
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _is_a_recipe(cls, base: Any) -> Any:
+        if not isinstance(base, str | dict):
+            raise ValueError("name a gallery recipe or a recipe file, or write a recipe's keys")
+        return base
 
     @model_validator(mode="after")
     def _check(self) -> Study:

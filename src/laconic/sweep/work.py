@@ -56,16 +56,16 @@ def read_result(run: Run, folder: Path) -> dict[str, Any] | None:
     """The result of a run, if there is one. Raises: ValueError when the file is something else."""
     file = run.result(folder)
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result: Any = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{file} is corrupt; delete it, and the sweep measures that run again") from e
-    whole = isinstance(result, dict) and result.get("run") == run.id
-    if whole and result.get("status") == "failed" and isinstance(result.get("error"), str):
-        return result
-    if whole and result.get("status") == "done" and len(result.get("evaluations") or ()) == len(run.evaluations):
-        return result
+    if isinstance(result, dict) and result.get("run") == run.id:
+        if result.get("status") == "failed" and isinstance(result.get("error"), str):
+            return result
+        if result.get("status") == "done" and len(result.get("evaluations") or ()) == len(run.evaluations):
+            return result
     raise ValueError(f"{file} is not the result of run {run.id}; delete it, and the sweep measures that run again")
 
 
