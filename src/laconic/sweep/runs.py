@@ -60,10 +60,10 @@ def plan_runs(study: Study, *, yes: bool = False) -> list[Run]:
     if isinstance(study.search, Grid):
         _check_conditions(study, asked)
     keys = {axis.key for axis in study.axes} | {key for point in asked for key in point.values}
+    recipes = [_recipe(point, keys) for point in asked]
     open_once = cache(open_source)
     runs: dict[str, tuple[int, Run]] = {}
-    for number, point in enumerate(asked, 1):
-        recipe = _recipe(point, keys)
+    for number, (point, recipe) in enumerate(zip(asked, recipes, strict=True), 1):
         if not recipe.model:
             raise ValueError("no model: name one as 'model' in the study, or in its base")
         run = _identified(study, point, recipe, open_once(recipe.model))
