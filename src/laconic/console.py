@@ -15,7 +15,9 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -73,6 +75,62 @@ class Walking:
                 told=f"loss {event['loss']:.4f}{held}",
                 memory=memory,
             )
+
+
+class Sweeping:
+    """All runs of a study, and those in flight, on stderr; where that is no terminal, a line for each that ends."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._lines = not quiet and not err.is_terminal
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            console=err,
+            disable=quiet or not err.is_terminal,
+        )
+        self._all = self._bar.add_task("runs", total=None)
+        self._running: dict[str, TaskID] = {}
+        self._done = self._runs = 0
+
+    def __enter__(self) -> Sweeping:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "sweep":
+            self._runs, self._done = event["runs"], event["done"]
+            self._bar.update(self._all, total=self._runs, completed=self._done)
+            if self._done and self._lines:
+                err.print(f"{self._done} of {self._runs} runs were done before", highlight=False)
+        elif event["event"] == "run" and event["state"] == "begun":
+            self._running[event["run"]] = self._bar.add_task(event["name"], total=None)
+        elif event["event"] == "run":
+            self._end(event)
+        elif (task := self._running.get(event["run"])) is not None:
+            if event["event"] in ("survey", "block"):
+                self._bar.update(task, total=event["blocks"], completed=event["block"])
+            elif event["event"] == "work":
+                self._bar.update(task, total=event["total"], completed=event["done"])
+            elif event["event"] == "train":
+                self._bar.update(task, total=event["steps"], completed=event["step"])
+
+    def _end(self, event: Mapping[str, Any]) -> None:
+        self._done += 1
+        if (task := self._running.pop(event["run"], None)) is not None:
+            self._bar.remove_task(task)
+        self._bar.update(self._all, completed=self._done)
+        failed = event["state"] == "failed"
+        if failed or self._lines:
+            how = f"failed: {event['error']}" if failed else f"done in {event['seconds']:.1f} s"
+            line = f"run {event['run']} ({event['name']}): {how}"
+            line = f"{self._done} of {self._runs}, {line}" if self._lines else line
+            err.print(line, style="red" if failed else None, highlight=False, soft_wrap=True)
 
 
 def print_plan(prepared: Any, as_json: bool) -> None:

@@ -72,6 +72,17 @@ def _fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
+def forget_peak_memory() -> bool:
+    """Let the peak that `account` tells begin anew, where many runs share a process. Whether that can be done here."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def sha256(ids: Tensor) -> str:
     """Of token ids, by which they are known again."""
     return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()

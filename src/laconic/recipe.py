@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from difflib import get_close_matches
 from functools import reduce
 from importlib.resources import files
@@ -17,6 +18,8 @@ from pydantic_core import ErrorDetails
 from laconic.engine.stage import Stage
 from laconic.methods import METHODS
 
+# Where in a mapping something is.
+Loc = tuple[int | str, ...]
 AnyStage: Any = Annotated[reduce(or_, METHODS), Field(discriminator="method")]
 
 
@@ -57,13 +60,13 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[st
     """
     if isinstance(source, Recipe):
         source = source.model_dump(mode="json")
-    data = copy.deepcopy(source) if isinstance(source, dict) else _read(str(source))
+    data = copy.deepcopy(source) if isinstance(source, dict) else read_recipe(source)
     for override in overrides or ():
-        _set(data, override)
+        set_by(data, override)
     try:
         return Recipe.model_validate(data)
     except ValidationError as e:
-        raise ValueError(_explain(e)) from e
+        raise ValueError(explain(e)) from e
 
 
 def gallery() -> dict[str, Path]:
@@ -72,7 +75,9 @@ def gallery() -> dict[str, Path]:
     return {f.stem: f for f in sorted(folder.glob("*.yaml"))}
 
 
-def _read(source: str) -> dict[str, Any]:
+def read_recipe(source: str | Path) -> dict[str, Any]:
+    """The keys of a gallery recipe or of a file, as they are written there. Raises: ValueError when there are none."""
+    source = str(source)
     path = Path(source).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -84,13 +89,14 @@ def _read(source: str) -> dict[str, Any]:
             hint = f"did you mean '{near[0]}'?" if near else f"the gallery has {', '.join(ready)}"
             raise ValueError(f"no recipe '{source}'; {hint}")
         path = ready[source]
-    data = _parse(path.read_bytes(), f"{path} is not valid YAML")
+    data = parse(path.read_bytes(), f"{path} is not valid YAML")
     if not isinstance(data, dict):
         raise ValueError(f"{path} is not a recipe: it needs a list of 'stages'")
     return data
 
 
-def _parse(text: str | bytes, otherwise: str) -> Any:
+def parse(text: str | bytes, otherwise: str) -> Any:
+    """What a YAML text says. otherwise: what to say of it when it says nothing. Raises: ValueError."""
     try:
         return yaml.safe_load(text)
     except yaml.MarkedYAMLError as e:
@@ -106,10 +112,20 @@ def _parse(text: str | bytes, otherwise: str) -> Any:
         raise ValueError(f"{otherwise}: a tag does not fit its value") from e
 
 
-def _set(data: dict[str, Any], override: str) -> None:
+def set_by(data: dict[str, Any], override: str) -> None:
+    """Vary a key in place, as `key.path=value` says, the value in YAML. Raises: ValueError."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ValueError(f"--set {override}: write it as key.path=value, for instance stages.0.group_size=32")
+    parsed = parse(value, f"--set {key}: '{_short(value)}' is not a YAML value")
+    try:
+        put(data, key, parsed)
+    except ValueError as e:
+        raise ValueError(f"--set {e}") from e
+
+
+def put(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value at a dotted path in place. Raises: ValueError when the path goes through what holds no keys."""
     *path, last = key.split(".")
     here: Any = data
     for part in path:
@@ -120,37 +136,37 @@ def _set(data: dict[str, Any], override: str) -> None:
                 here[part] = {}
             here = here[part]
         if not isinstance(here, dict | list):
-            raise ValueError(f"--set {key}: '{part}' holds a plain value, not keys")
-    parsed = _parse(value, f"--set {key}: '{_short(value)}' is not a YAML value")
+            raise ValueError(f"{key}: '{part}' holds a plain value, not keys")
     if isinstance(here, list):
         _item(here, last, key)
-        here[int(last)] = parsed
+        here[int(last)] = value
     else:
-        here[last] = parsed
+        here[last] = value
 
 
 def _item(items: list[Any], part: str, key: str) -> Any:
     if not part.isdecimal() or int(part) >= len(items):
-        raise ValueError(f"--set {key}: '{part}' is no position in a list of {len(items)} (they count from 0)")
+        raise ValueError(f"{key}: '{part}' is no position in a list of {len(items)} (they count from 0)")
     return items[int(part)]
 
 
-def _explain(error: ValidationError) -> str:
-    """The first problem in one line, with a suggestion where a name was mistyped."""
+def explain(error: ValidationError, noun: str = "recipe", keys: Callable[[Loc], list[str]] | None = None) -> str:
+    """The first problem in one line, with a suggestion where a name was mistyped. noun: what was read. keys: those that
+    are known where a location leads; a recipe's own by default."""
     # Where an item of a list is wrong, pydantic says of the list too that it is too short.
     problems = [p for p in error.errors(include_url=False) if not (p["type"] == "too_short" and p["input"])]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return _describe(problems[0]) + more
+    return _describe(problems[0], noun, keys or _keys) + more
 
 
-def _describe(problem: ErrorDetails) -> str:
+def _describe(problem: ErrorDetails, noun: str, keys: Callable[[Loc], list[str]]) -> str:
     # A stage's location has its method's tag in it, which the user did not write.
     tags = sorted(m.model_fields["method"].default for m in METHODS)
     where = [str(p) for i, p in enumerate(problem["loc"]) if not (i == 2 and p in tags)]
     path, given = ".".join(where), problem["input"]
     match problem["type"]:
         case "extra_forbidden":
-            return f"unknown key '{path}'{_suggest(where[-1], _keys(problem['loc']))}"
+            return f"unknown key '{path}'{_suggest(where[-1], keys(problem['loc']))}"
         case "union_tag_invalid":
             method = given["method"]
             if not isinstance(method, str):
@@ -159,9 +175,9 @@ def _describe(problem: ErrorDetails) -> str:
         case "union_tag_not_found":
             return f"{path} names no method: add 'method: NAME', one of {', '.join(tags)}"
         case "missing":
-            return f"the recipe lacks '{path}'"
+            return f"the {noun} lacks '{path}'"
         case "value_error":
-            return f"{path}: {problem['ctx']['error']}"
+            return f"{path}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
         case "too_short":
             return f"{path} should have at least one item"
         case "tuple_type":
@@ -178,7 +194,7 @@ def _describe(problem: ErrorDetails) -> str:
             return f"{path} {rule}" + (f", not {_short(yaml.safe_dump(given).splitlines()[0])}" if plain else "")
 
 
-def _keys(loc: tuple[int | str, ...]) -> list[str]:
+def _keys(loc: Loc) -> list[str]:
     model: type[BaseModel] = Recipe
     if loc[0] == "calibration" and len(loc) > 1:
         model = Calibration

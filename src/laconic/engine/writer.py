@@ -44,7 +44,7 @@ class Workspace:
         check_output(output, overwrite=overwrite)
         with _disk_errors(output):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._locks = [_lock(self.folder)]
+        self._locks = [lock(self.folder)]
         try:
             # Another process may have finished, or begun, since the first look.
             check_output(output, overwrite=overwrite)
@@ -176,7 +176,7 @@ class Workspace:
         replaced = (self.folder / _REPLACED).exists()
         if replaced:
             # Where it will be deleted, another process could take it for an interrupted run.
-            self._locks.append(_lock(self.folder / _REPLACED))
+            self._locks.append(lock(self.folder / _REPLACED))
         self.folder.rename(self.output)
         if replaced:
             (self.output / _REPLACED).rename(self.folder)
@@ -322,7 +322,7 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     return {p: leaf for key, v in items for p, leaf in _leaves(v, f"{path}.{key}" if path else str(key)).items()}
 
 
-def _lock(folder: Path) -> int:
+def lock(folder: Path) -> int:
     """Held until closed, or until the process ends, however it ends. The folder itself is locked: no file is left."""
     fd = os.open(folder, os.O_RDONLY)
     try:

@@ -1,0 +1,75 @@
+"""Runs as tasks on Ray, several at once, each with the cores and GPUs it was given. Only this file knows of Ray."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from laconic.engine.writer import partial_of
+from laconic.sweep.runs import Run
+from laconic.sweep.study import Resources
+from laconic.sweep.work import remember_failure, work
+
+
+def work_on_ray(
+    runs: Sequence[Run], folder: Path, resources: Resources, address: str | None, begin: Callable[[Run], None]
+) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Work runs on a cluster, or on a Ray of this machine; yields each with its result, as they are done.
+
+    folder: absolute, and with the models and texts on a disk that every node sees. begin: called when a run is seen to
+    have begun. A worker that dies loses the run in flight, which is tried once more and then remembered as failed.
+    Raises: ValueError when no cluster answers.
+    """
+    local: dict[str, Any] = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
+    except (ConnectionError, ValueError, RuntimeError) as e:
+        raise ValueError(f"no Ray answers at {address or 'this machine'}: {' '.join(str(e).split())}") from e
+    try:
+        cpus, gpus = _share(resources)
+        # Options are settled when tasks are made: a decorator could not know them.
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(_task)
+        left = {task.remote(run, folder, Path.cwd(), sys.argv, resources.cpus): run for run in runs}
+        while left:
+            done, _ = ray.wait(list(left), timeout=0.5)
+            for run in left.values():
+                target = run.artifact(folder)
+                if target.exists() or partial_of(target).exists():
+                    begin(run)
+            for reference in done:
+                run = left.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except ray.exceptions.RayError as e:
+                    result = remember_failure(run, folder, ValueError(_first_line(e)))
+                yield run, result
+    finally:
+        ray.shutdown()
+
+
+def _task(run: Run, folder: Path, at: Path, command: list[str], cpus: int | None) -> dict[str, Any]:
+    os.chdir(at)  # paths in a recipe are those of who asked
+    sys.argv = command
+    if cpus:
+        torch.set_num_threads(cpus)
+    return work(run, folder)
+
+
+def _share(resources: Resources) -> tuple[int, float]:
+    """Cores and GPUs of a run. Without a word: one GPU where there are any, else all cores of the smallest node."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    there = any(node.get("GPU") for node in nodes)
+    gpus = resources.gpus if resources.gpus is not None else float(there)
+    whole = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
+    return resources.cpus or (1 if gpus else whole), gpus
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"its worker died ({type(error).__name__}): {lines[0] if lines else 'no more is known'}"

@@ -1,0 +1,90 @@
+"""One run: compress, measure, remember. What goes wrong is remembered too, in one line."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from laconic.compression import compress
+from laconic.engine.artifact import Artifact
+from laconic.engine.writer import begun_with, write_text
+from laconic.evaluate.run import evaluate
+from laconic.provenance import forget_peak_memory
+from laconic.sweep.runs import Run
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+def work(run: Run, folder: Path, report: Report = lambda _: None) -> dict[str, Any]:
+    """Make and measure the artifact of a run, and keep the result under `results/` of the sweep's folder.
+
+    An artifact that is there is measured as it is; one that was begun is gone on with. Whatever fails is in the result,
+    under `error`. Returns the result.
+    """
+    begun = time.monotonic()
+    counted = forget_peak_memory()
+    try:
+        artifact = _compress(run, run.artifact(folder), report)
+        measured = [
+            evaluate(artifact.path, baseline=run.recipe.model if run.baseline else None, **evaluation.model_dump())
+            for evaluation in run.evaluations
+        ]
+    except Exception as e:
+        return remember_failure(run, folder, e)
+    made = dict(artifact.results["compress"])
+    if not counted:
+        # Then it is that of the largest run before this one in the same process.
+        made["peak_memory_bytes"] = None
+    took = round(time.monotonic() - begun, 2)
+    return _remember(run, folder, status="done", error=None, seconds=took, compress=made, evaluations=measured)
+
+
+def remember_failure(run: Run, folder: Path, error: BaseException) -> dict[str, Any]:
+    """Keep why a run failed; the next sweep tries it again. A defect of ours leaves its traceback as well."""
+    said = " ".join(str(error).split())
+    mended = isinstance(error, ValueError | OSError)
+    line = said if mended and said else f"{type(error).__name__}: {said}"
+    more = {} if mended else {"traceback": "".join(traceback.format_exception(error))}
+    return _remember(run, folder, status="failed", error=line, **more)
+
+
+def read_result(run: Run, folder: Path) -> dict[str, Any] | None:
+    """The result of a run, if there is one. Raises: ValueError when the file is something else."""
+    file = run.result(folder)
+    try:
+        result: Any = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file} is corrupt; delete it, and the sweep measures that run again") from e
+    if isinstance(result, dict) and result.get("run") == run.id:
+        if result.get("status") == "failed" and isinstance(result.get("error"), str):
+            return result
+        if result.get("status") == "done" and len(result.get("evaluations") or ()) == len(run.evaluations):
+            return result
+    raise ValueError(f"{file} is not the result of run {run.id}; delete it, and the sweep measures that run again")
+
+
+def _compress(run: Run, target: Path, report: Report) -> Artifact:
+    # A folder has its final name only once it is whole.
+    if begun_with(target):
+        return Artifact(target)
+    return compress(recipe=run.recipe, output=target, report=report)
+
+
+def _remember(run: Run, folder: Path, **result: Any) -> dict[str, Any]:
+    told = {
+        "run": run.id,
+        "values": run.values,
+        "artifact": str(run.artifact(folder).relative_to(folder)),
+        "recipe": run.recipe.model_dump(mode="json"),
+        **result,
+    }
+    file = run.result(folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(told, indent=2, default=str) + "\n")
+    return told

@@ -1,0 +1,228 @@
+"""A study worked through: what is done stays done, what fails is told, a kill loses at most the run in flight."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import laconic.sweep.sweeping as sweeping
+import laconic.sweep.work as working
+from artifacts import press
+from commands import Laconic
+from laconic.evaluate.run import evaluate
+from laconic.sweep.study import Study, load_study
+from laconic.sweep.sweeping import dry_run, sweep
+from test_resume import Killed
+
+RTN = {"method": "rtn", "scheme": "W8A16"}
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where Ray is not installed."""
+    monkeypatch.setattr(sweeping, "_ray_is_there", lambda: False)
+
+
+@pytest.fixture
+def asked(llama: Path, text: Path) -> dict[str, Any]:
+    return {
+        "base": {"stages": [RTN], "calibration": {"dataset": str(text)}},
+        "model": str(llama),
+        "axes": [{"key": "stages.0.scheme", "values": ["W8A16", "W4A16", "W6A6"]}],
+        "evaluations": [{"text": str(text), "context_length": 32, "windows": 4, "dtype": "float32"}],
+    }
+
+
+@pytest.fixture
+def study(asked: dict[str, Any]) -> Study:
+    """Three runs, the second of which cannot be: groups of 128 divide no 64 inputs."""
+    return load_study(asked)
+
+
+def test_every_run_is_made_and_measured_as_by_itself(llama: Path, text: Path, tmp_path: Path, study: Study) -> None:
+    rows = sweep(study, tmp_path / "out")
+    assert [row["status"] for row in rows] == ["done", "failed", "done"]
+    for row, scheme in ((rows[0], "W8A16"), (rows[2], "W6A6")):
+        artifact = press(llama, tmp_path / scheme, RTN | {"scheme": scheme})
+        alone = evaluate(
+            artifact.path, baseline=str(llama), text=str(text), context_length=32, windows=4, dtype="float32"
+        )
+        for figure in ("perplexity", "baseline_perplexity", "kl_mean", "bits_per_weight", "file_bytes", "tokens"):
+            assert row[figure] == alone[figure]
+        assert (tmp_path / "out" / row["artifact"] / "config.json").exists()
+    assert rows[0]["kl_mean"] < rows[2]["kl_mean"]
+
+
+def test_the_table_holds_what_the_results_say(tmp_path: Path, study: Study) -> None:
+    rows = sweep(study, tmp_path)
+    table = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [r["stages.0.scheme"] for r in table] == ["W8A16", "W4A16", "W6A6"]
+    for row, read in zip(rows, table, strict=True):
+        result = json.loads((tmp_path / "results" / f"{row['run']}.json").read_text())
+        assert (read["run"], read["status"], read["error"]) == (result["run"], result["status"], result["error"])
+        if result["status"] == "done":
+            assert read["perplexity"] == result["evaluations"][0]["perplexity"]
+            assert read["compress_seconds"] == result["compress"]["seconds"]
+            assert result["recipe"]["stages"][0]["scheme"] == read["stages.0.scheme"]
+        else:
+            assert read["perplexity"] is None
+    assert "group_size 128 does not divide the 64 inputs" in table[1]["error"]
+
+
+def test_axes_of_mixed_kinds_fit_into_a_column(tmp_path: Path, asked: dict[str, Any]) -> None:
+    runs = [
+        {"stages.0.group_size": 32, "stages.0.scheme": "W4A16", "seed": 1},
+        {"stages": [{"method": "rtn", "scheme": "W8A8"}], "stages.0.dynamic": True},
+        {"stages.0.dynamic": "no"},
+    ]
+    del asked["axes"]
+    rows = [dict(row) for row in sweep(load_study(asked | {"search": {"kind": "list", "runs": runs[:2]}}), tmp_path)]
+    rows[0]["values"] = rows[0]["values"] | {"stages.0.dynamic": "no"}
+    sweeping.write_table(rows, tmp_path / "mixed.parquet")
+    read = pq.read_table(tmp_path / "mixed.parquet").to_pydict()
+    assert read["stages.0.dynamic"] == ['"no"', "true"]
+    assert read["stages.0.group_size"] == [32, None]
+    assert read["stages"] == [None, '[{"method": "rtn", "scheme": "W8A8"}]']
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = sweep(study, tmp_path)
+    begun: list[str] = []
+
+    def watch(event: Any) -> None:
+        if event.get("state") == "begun":
+            begun.append(event["run"])
+
+    again = sweep(study, tmp_path, watch=watch)
+    assert begun == [rows[1]["run"]]  # what failed is tried again
+    assert again == rows
+
+
+@pytest.mark.parametrize("moment", ["compressing", "measuring"])
+def test_a_kill_loses_at_most_the_run_in_flight(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    expected = sweep(study, tmp_path / "expected")
+    third = expected[2]["run"]
+
+    def watch(event: Any) -> None:
+        if event["run"] == third and event["event"] == "block" and moment == "compressing":
+            raise Killed
+
+    def measure(folder: Path, **keys: Any) -> Any:
+        if folder.name == third and moment == "measuring":
+            raise Killed
+        return evaluate(folder, **keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(working, "evaluate", measure)
+        with pytest.raises(Killed):
+            sweep(study, tmp_path / "out", watch=lambda e: watch({"run": None} | dict(e)))
+    table = pq.read_table(tmp_path / "out" / "results.parquet").to_pydict()
+    assert table["status"] == ["done", "failed", "not run"]
+    assert (tmp_path / "out" / "runs" / third).exists() == (moment == "measuring")
+    compressed: list[Any] = []
+    sweep(study, tmp_path / "out", watch=lambda e: compressed.append((e.get("run"), e["event"])))
+    assert ((third, "block") in compressed) == (moment == "compressing")
+    done = pq.read_table(tmp_path / "out" / "results.parquet").to_pydict()
+    for figure in ("run", "status", "error", "perplexity", "kl_mean", "file_bytes"):
+        assert done[figure] == [row[figure] for row in expected]
+
+
+def test_a_defect_of_ours_fails_one_run_and_leaves_its_traceback(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(working, "evaluate", broken)
+    rows = sweep(study, tmp_path)
+    assert rows[0]["error"] == "RuntimeError: out of memory"
+    assert "in broken" in json.loads((tmp_path / "results" / f"{rows[0]['run']}.json").read_text())["traceback"]
+    assert [row["status"] for row in rows] == ["failed"] * 3
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"run": "other", "status": "done"}', '{"status": "done"}'])
+def test_a_corrupt_result_is_told_and_kept(tmp_path: Path, study: Study, damage: str) -> None:
+    rows = sweep(study, tmp_path)
+    file = tmp_path / "results" / f"{rows[0]['run']}.json"
+    file.write_text(damage)
+    with pytest.raises(ValueError, match=f"{file} is .*; delete it, and the sweep measures that run again"):
+        sweep(study, tmp_path)
+    assert file.read_text() == damage
+    file.unlink()
+    assert sweep(study, tmp_path)[0]["perplexity"] == rows[0]["perplexity"]
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, study: Study) -> None:
+    def watch(event: Any) -> None:
+        if event["event"] == "sweep":
+            with pytest.raises(ValueError, match="another process is writing"):
+                sweep(study, tmp_path)
+            raise Killed
+
+    with pytest.raises(Killed):
+        sweep(study, tmp_path, watch=watch)
+
+
+def test_a_dry_run_lists_and_writes_nothing(
+    laconic: Laconic, tmp_path: Path, asked: dict[str, Any], study: Study
+) -> None:
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(asked))
+    listed = json.loads(laconic("sweep", file, "-o", out, "--dry-run", "--json").out)["runs"]
+    assert {f.name for f in tmp_path.iterdir()} == {"study.yaml"}
+    assert [row["state"] for row in listed] == ["to do"] * 3
+    assert "group_size 128 does not divide" in listed[1]["problem"]
+    rows = sweep(study, out)
+    assert [row["run"] for row in listed] == [row["run"] for row in rows]
+    # A forecast is of tensors; a file has its names as well.
+    assert 0 < rows[0]["file_bytes"] - listed[0]["bytes_after"] < 10_000
+    assert [row["state"] for row in dry_run(study, out)] == ["done", "failed before", "done"]
+    said = laconic("sweep", file, "-o", out, "--dry-run").out
+    assert "3 runs, 2 done, 1 to do" in said
+    assert "will fail: group_size 128" in " ".join(said.split())
+
+
+def test_the_command_prints_a_table_and_tells_of_failures(
+    laconic: Laconic, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(asked))
+    ran = laconic("sweep", file, "-o", out)
+    assert ran.code == 2
+    assert "1 of 3 runs failed, the first: " in ran.err
+    assert "3 of 3, run" in ran.err
+    for word in ("W8A16", "W6A6", "perplexity", f"table: {out}/results.parquet", "failed"):
+        assert word in ran.out
+    ran = laconic("sweep", file, "-o", out, "--set", "axes.0.values=[W8A16]", "--json")
+    assert ran.code == 0
+    told = json.loads(ran.out)
+    assert [row["status"] for row in told["rows"]] == ["done"]
+
+
+def test_a_cluster_needs_ray(laconic: Laconic, tmp_path: Path, asked: dict[str, Any]) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(asked))
+    ran = laconic("sweep", file, "-o", tmp_path / "out", "--address", "ray://nowhere:1")
+    assert ran.complaint == "--address needs Ray: pip install 'laconic[ray]'"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed (pip install 'laconic[ray]')")
+def test_ray_gives_the_same_results(tmp_path: Path, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study(asked | {"resources": {"cpus": 1}})
+    expected = sweep(study, tmp_path / "here")
+    monkeypatch.undo()
+    states: list[tuple[str, str]] = []
+    rows = sweep(study, tmp_path / "there", watch=lambda e: states.append((e["event"], e.get("state", ""))))
+    for figure in ("run", "status", "error", "perplexity", "kl_mean", "file_bytes", "command"):
+        assert [row[figure] for row in rows] == [row[figure] for row in expected]
+    assert states.count(("run", "done")) == 2
+    assert sweep(study, tmp_path / "there") == rows
