@@ -92,7 +92,7 @@ def test_help_is_0_and_no_command_is_2(laconic: Laconic) -> None:
 @pytest.mark.slow
 def test_the_installed_command_is_interrupted_and_goes_on(recipe: Path, tmp_path: Path) -> None:
     # Long enough that a signal finds it at work, on a busy machine too.
-    slow = "stages=[{method: autoround, scheme: W4A16, group_size: 32, iters: 400}]"
+    slow = "stages=[{method: autoround, scheme: W4A16, group_size: 32, iters: 1200}]"
     command = [LACONIC, "compress", recipe, "--set", slow]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "out.partial").exists():
