@@ -28,7 +28,7 @@ def write_adapter(
     state: Mapping[str, Tensor],
     *,
     rank: int,
-    alpha: float,
+    alpha: int,
     dropout: float,
     linears: Sequence[str],
     transposed: bool,
@@ -46,7 +46,7 @@ def write_adapter(
         base_model_name_or_path=base,
         inference_mode=True,
         r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]  # peft takes both
+        lora_alpha=alpha,
         lora_dropout=dropout,
         # Engines want the last part of names, which says enough where it means all of a kind.
         target_modules=sorted(leaves) if len(alike) == len(names) else names,

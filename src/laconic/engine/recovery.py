@@ -60,7 +60,7 @@ class Recovery(ModelStage):
     targets: Patterns = Field(("Linear",), min_length=1)
     ignore: Patterns = ("lm_head",)
     rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
+    alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     loss: Literal["lm", "kl"] = "lm"
     learning_rate: float = Field(2e-4, gt=0)
