@@ -69,6 +69,7 @@ def main() -> None:
         stage = {
             "method": method,
             "loss": loss,
+            "teacher": given.model if loss == "kl" else None,
             "data": [d | {"weight": float(d["weight"])} for d in data],
             "max_steps": given.steps,
             "learning_rate": given.learning_rate,

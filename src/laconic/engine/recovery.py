@@ -32,7 +32,15 @@ from laconic.model.anatomy import Anatomy, dissect, linears_of
 from laconic.model.checkpoint import open_checkpoint
 from laconic.model.experts import Experts
 from laconic.model.layout import TransposedLinear, arrange
-from laconic.model.load import Source, load_tokenizer, main_dtype, materialise, read_config, skeleton
+from laconic.model.load import (
+    Source,
+    load_tokenizer,
+    main_dtype,
+    materialise,
+    model_folder,
+    read_config,
+    skeleton,
+)
 from laconic.model.mix import Mix, Part, described, read_mix
 from laconic.model.reading import load
 
@@ -52,9 +60,10 @@ class Data(BaseModel):
 
 
 class Recovery(ModelStage):
-    """data: what to train on. rank, alpha, dropout: of the adapters. loss: `lm`, of the text, or `kl`, to what the
-    recipe's original model says of it. eval_every, save_every: in steps. keep_adapters: leave them beside the weights;
-    beside codes they always are. start: a folder with adapters to begin from."""
+    """data: what to train on. rank, alpha, dropout: of the adapters. loss: `lm`, of the text, or `kl`, to what
+    another model says of it: `teacher`, a folder or Hub name, or else the recipe's original. eval_every, save_every: in
+    steps. keep_adapters: leave them beside the weights; beside codes they always are. start: a folder with
+    adapters to begin from."""
 
     data: tuple[Data, ...] = Field(min_length=1)
     targets: Patterns = Field(("Linear",), min_length=1)
@@ -63,6 +72,7 @@ class Recovery(ModelStage):
     alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     loss: Literal["lm", "kl"] = "lm"
+    teacher: str | None = None
     learning_rate: float = Field(2e-4, gt=0)
     warmup: float = Field(0.03, ge=0, le=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -109,6 +119,8 @@ class Recovery(ModelStage):
                 )
         if self.start:
             self._check_start(names)
+        if self.teacher:
+            self._check_teacher(source)
         limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
         if limit and self.max_seq_length > limit:
             raise ValueError(
@@ -191,7 +203,9 @@ class Recovery(ModelStage):
         if self.loss == "lm":
             return language_loss
         trusted = work.trust_remote_code
-        teacher = load(work.original, device=_device(accelerator), dtype=_dtype(course), trust_remote_code=trusted)
+        teacher = load(
+            self.teacher or work.original, device=_device(accelerator), dtype=_dtype(course), trust_remote_code=trusted
+        )
         return distillation_loss(teacher)
 
     def _adapt(self, model: nn.Module, names: list[str], generator: torch.Generator, *, masked: bool) -> None:
@@ -225,6 +239,16 @@ class Recovery(ModelStage):
                 "attention"
             )
         return [n for n in shapes if n in found]
+
+    def _check_teacher(self, source: Source) -> None:
+        if self.loss != "kl":
+            raise ValueError("teacher goes with loss: kl; set that, or leave it out")
+        _, config = read_config(model_folder(str(self.teacher)))
+        ours, theirs = (c.get_text_config().vocab_size for c in (source.config, config))
+        if ours != theirs:
+            raise ValueError(
+                f"teacher {self.teacher} knows {theirs} tokens, the model {ours}; name one of the same tokenizer"
+            )
 
     def _check_start(self, names: list[str]) -> None:
         state, scale = read_adapter(Path(str(self.start)).expanduser())
