@@ -82,7 +82,7 @@ def test_another_seed_is_another_order() -> None:
 
 
 def test_text_comes_in_the_windows_of_evaluation(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    mix = read([Part(a_file(tmp_path, "a.txt", TEXT))], tokenizer)
+    mix = read([Part(dataset=a_file(tmp_path, "a.txt", TEXT))], tokenizer)
     expected = {tuple(w.tolist()) for w in evaluation_windows([TEXT], tokenizer, length=32, limit=None)}
     every = (*mix.parts[0], *mix.held_out)
     assert {tuple(e.ids.tolist()) for e in every} == expected
@@ -95,7 +95,7 @@ def test_text_comes_in_the_windows_of_evaluation(tmp_path: Path, tokenizer: PreT
 def test_of_instructions_the_answers_alone_are_wanted(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> None:
-    mix = read([Part(a_file(tmp_path, name, ROWS), "instruction")], tokenizer, length=128, held_out=0)
+    mix = read([Part(dataset=a_file(tmp_path, name, ROWS), format="instruction")], tokenizer, length=128, held_out=0)
     for i, example in enumerate(mix.parts[0]):
         row = ROWS[i]
         asked = row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
@@ -109,14 +109,14 @@ def test_a_chat_goes_through_the_template(
     monkeypatch.setattr(tokenizer, "chat_template", CHATML)
     roles = ["system", "user", "assistant", "user", "assistant"]
     rows = [{"messages": [{"role": r, "content": f"{r[0]}{i}"} for i, r in enumerate(roles)]}]
-    part = Part(a_file(tmp_path, "a.jsonl", rows), "instruction")
+    part = Part(dataset=a_file(tmp_path, "a.jsonl", rows), format="instruction")
     (example,) = read([part], tokenizer, length=128, held_out=0).parts[0]
     assert tokenizer.decode(example.ids).endswith("<user>u1;<assistant>a2;<user>u3;<assistant>a4;")
     assert tokenizer.decode(example.ids[example.wanted]) == "a2;a4;"
 
 
 def test_everything_may_be_wanted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    part = Part(a_file(tmp_path, "a.json", ROWS), "instruction", answers_only=False)
+    part = Part(dataset=a_file(tmp_path, "a.json", ROWS), format="instruction", answers_only=False)
     mix = read([part], tokenizer, length=128, held_out=0)
     assert all(e.wanted[1:].all() for e in mix.parts[0])
     assert not any(e.wanted[0] for e in mix.parts[0])
@@ -124,8 +124,8 @@ def test_everything_may_be_wanted(tmp_path: Path, tokenizer: PreTrainedTokenizer
 
 def test_proportions_are_described(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     parts = [
-        Part(a_file(tmp_path, "a.txt", TEXT), weight=3),
-        Part(a_file(tmp_path, "a.json", ROWS), "instruction", weight=1),
+        Part(dataset=a_file(tmp_path, "a.txt", TEXT), weight=3),
+        Part(dataset=a_file(tmp_path, "a.json", ROWS), format="instruction", weight=1),
     ]
     mix = read(parts, tokenizer, length=64)
     order = mix.order(40)
@@ -161,7 +161,7 @@ def test_shorter_sequences_are_filled_up_behind() -> None:
 def test_a_dataset_of_no_use_is_named(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, name: str, content: Any, format_: Any, expected: str
 ) -> None:
-    part = Part(a_file(tmp_path, name, content), format_)
+    part = Part(dataset=a_file(tmp_path, name, content), format=format_)
     with pytest.raises(ValueError, match=r"\S") as told:
         read([part], tokenizer)
     assert part.dataset in str(told.value)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from laconic.solvers.masks import Structure, keep_mask
 
 # From the largest: larger blocks are multiplied faster.
 BLOCKS = (128, 64, 32, 16)
@@ -45,16 +46,12 @@ def is_2_of_4(W: Tensor) -> bool:
 
 def to_2_of_4(W: Tensor) -> Tensor:
     """W (out, in) with the two smallest of every four neighbours set to zero."""
-    four = W.reshape(-1, 4)
-    smallest = four.abs().float().topk(2, dim=-1, largest=False).indices
-    return four.scatter(-1, smallest, 0).view_as(W)
+    return _without(W, 0.5, Structure(group=(2, 4)))
 
 
 def to_unstructured(W: Tensor, sparsity: float) -> Tensor:
     """W with this share of its numbers, the smallest, set to zero."""
-    count = round(sparsity * W.numel())
-    smallest = W.abs().float().flatten().topk(count, largest=False).indices
-    return W.flatten().index_fill(0, smallest, 0).view_as(W)
+    return _without(W, sparsity, Structure())
 
 
 def to_zero_blocks(W: Tensor, size: int, sparsity: float) -> Tensor:
@@ -64,17 +61,14 @@ def to_zero_blocks(W: Tensor, size: int, sparsity: float) -> Tensor:
     """
     if W.shape[0] % size or W.shape[1] % size:
         raise ValueError(f"blocks of {size} x {size} do not divide a weight of {W.shape[0]} x {W.shape[1]}")
-    grid = _blocks(W, size)
-    norms = grid.float().flatten(2).norm(dim=-1)
-    smallest = norms.flatten().topk(round(sparsity * norms.numel()), largest=False).indices
-    kept = torch.ones_like(norms).flatten().index_fill(0, smallest, 0).view_as(norms)
-    return (grid * kept[..., None, None].to(W.dtype)).transpose(1, 2).reshape(W.shape)
+    return _without(W, sparsity, Structure(tile=(size, size)))
+
+
+def _without(W: Tensor, sparsity: float, structure: Structure) -> Tensor:
+    return W.masked_fill(~keep_mask(W.float().square(), sparsity, structure, "matrix"), 0)
 
 
 def _empty(W: Tensor, size: int) -> float:
-    """The share of blocks that are all zero."""
-    return float((_blocks(W, size) == 0).flatten(2).all(-1).float().mean())
-
-
-def _blocks(W: Tensor, size: int) -> Tensor:
-    return W.reshape(W.shape[0] // size, size, W.shape[1] // size, size).transpose(1, 2)
+    """The share of blocks (size, size) that are all zero."""
+    blocks = W.reshape(W.shape[0] // size, size, W.shape[1] // size, size)
+    return float((blocks == 0).all(3).all(1).float().mean())

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -45,27 +45,13 @@ from laconic.model.mix import Mix, Part, described, read_mix
 from laconic.model.reading import load
 
 
-class Data(BaseModel):
-    """One dataset of the mix: see `model.mix.Part`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dataset: str
-    format: Literal["text", "instruction"] = "text"
-    weight: float = Field(1.0, gt=0)
-    split: str = "train"
-    config: str | None = None
-    answers_only: bool = True
-    limit: int | None = Field(None, ge=1)
-
-
 class Recovery(ModelStage):
     """data: what to train on. rank, alpha, dropout: of the adapters. loss: `lm`, of the text, or `kl`, to what
     another model says of it: `teacher`, a folder or Hub name, or else the recipe's original. eval_every, save_every: in
     steps. keep_adapters: leave them beside the weights; beside codes they always are. start: a folder with
     adapters to begin from."""
 
-    data: tuple[Data, ...] = Field(min_length=1)
+    data: tuple[Part, ...] = Field(min_length=1)
     targets: Patterns = Field(("Linear",), min_length=1)
     ignore: Patterns = ("lm_head",)
     rank: int = Field(16, ge=1)
@@ -260,7 +246,7 @@ class Recovery(ModelStage):
 
     def _mix(self, folder: Path, seed: int, trust_remote_code: bool = False) -> Mix:
         return read_mix(
-            [Part(**d.model_dump()) for d in self.data],
+            self.data,
             load_tokenizer(folder, trust_remote_code=trust_remote_code),
             length=self.max_seq_length,
             held_out=self.held_out,
@@ -303,7 +289,6 @@ class Recovery(ModelStage):
     ) -> dict[str, Any]:
         """For `results/`: how the training went."""
         sequences = course.batch_size * course.gradient_accumulation * accelerator.num_processes
-        parts = [Part(**d.model_dump()) for d in self.data]
         return {
             "loss": self.loss,
             "steps": trained.steps,
@@ -314,7 +299,7 @@ class Recovery(ModelStage):
             "bf16": course.bf16,
             "trained_parameters": sum(t.numel() for t in trained.parameters.values()),
             "seconds": round(seconds, 2),
-            "data": described(mix, parts, mix.order(trained.steps * sequences)),
+            "data": described(mix, self.data, mix.order(trained.steps * sequences)),
             "dropped": mix.dropped,
             "held_out_sequences": len(mix.held_out),
             "held_out": trained.held_out,

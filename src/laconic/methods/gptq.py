@@ -72,8 +72,8 @@ class Gptq(QuantizingStage, Masking, LinearStage):
         H = moments.H
         # Where the weight is zero as well nothing is lost: so are columns kept beside the codes.
         dead = (H.diagonal() == 0) & (weight != 0).any(0)
-        order = by_energy(H, self.structure.width) if self.actorder else None
-        factor = feedback(H, self.dampening_frac, order)
+        order = by_energy(H, self.structure.width) if self.actorder else torch.arange(len(H), device=H.device)
+        factor = feedback(H, self.dampening_frac, order if self.actorder else None)
         target = self._retarget(weight, moments, H, factor.dampening_frac)
         zeros = weight == 0
         if parts:
@@ -100,20 +100,18 @@ class Gptq(QuantizingStage, Masking, LinearStage):
         W: Tensor,
         H: Tensor,
         factor: Feedback,
-        order: Tensor | None,
+        order: Tensor,
         zeros: Tensor | None,
         dtype: torch.dtype,
     ) -> Quantized:
         # What a mask's zeros would have been does not count for a grid, but is an error that the rest answers for.
         rounded = W if zeros is None else W.masked_fill(zeros, 0)
-        grouped = fmt.tiling.strategy == "group"
-        if order is None and grouped:
+        if self.actorder is None and fmt.tiling.strategy == "group":
             importance = H.diagonal() if self.observer == "mse" else None
             online = OnlineGridRounder(fmt, rounded, dtype, importance, zeros)
             codes = sweep(W, factor.A, online, self.block_size)
             return Quantized(fmt, codes, online.params)
         params = self._grid(fmt, rounded, H, dtype)
-        order = torch.arange(W.shape[1], device=W.device) if order is None else order
         codes = swept(fmt, W, H, params, factor=factor, order=order, block_size=self.block_size, zeros=zeros)
         return Quantized(fmt, codes, params)
 
@@ -123,12 +121,11 @@ class Gptq(QuantizingStage, Masking, LinearStage):
         W: Tensor,
         H: Tensor,
         factor: Feedback,
-        order: Tensor | None,
+        order: Tensor,
         zeros: Tensor,
         parts: Sequence[Part],
         dtype: torch.dtype,
     ) -> Quantized:
-        order = torch.arange(W.shape[1], device=W.device) if order is None else order
         prune = partial(swept_mask, W, factor, order, zeros, parts, self.structure, columns=self.block_size)
         # Grids are fixed beforehand. What is kept grows as it answers for what goes: they are fitted to that.
         params = self._grid(fmt, prune(), H, dtype)

@@ -14,24 +14,26 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
 from laconic.model.data import joined, prefix_of, read_documents
 from laconic.model.instructions import Turned, read_turns
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(BaseModel):
     """One dataset of a mix. weight: its share of the sequences, as a ratio to the other parts'. answers_only: of
     instructions, learn what the assistant says alone. limit: take no more sequences than these."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     dataset: str
     format: Literal["text", "instruction"] = "text"
-    weight: float = 1.0
+    weight: float = Field(1.0, gt=0)
     split: str = "train"
     config: str | None = None
     answers_only: bool = True
-    limit: int | None = None
+    limit: int | None = Field(None, ge=1)
 
 
 @dataclass(frozen=True)
