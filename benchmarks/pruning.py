@@ -7,16 +7,9 @@ Prints Markdown. Everything is measured in float32 on the same windows; artifact
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
-import laconic
-from laconic.evaluate.run import evaluate
-
-Stages = list[dict[str, Any]]
+from rows import Stages, cells, measured, options
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
@@ -48,22 +41,11 @@ def stages_of(method: str, sparsity: str, group_size: int | None) -> Stages | No
 
 def main() -> None:
     """Compress and measure row by row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--context-length", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=None)
+    parser = options(__doc__)
     parser.add_argument("--group-size", type=int, default=None, help="of the 4 bit codes, where there are any")
     parser.add_argument("--sparsities", nargs="+", default=["0.3", "0.5", "0.6", "0.7", "2:4", "4:8"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if "gptq" not in m])
     args = parser.parse_args()
-    calibration = {
-        "dataset": args.calibration,
-        "num_calibration_samples": args.samples,
-        "max_seq_length": args.context_length,
-    }
     print("| sparsity | method | perplexity | KL mean | KL p99 | same top-1 | seconds |")
     print("|---|---|---:|---:|---:|---:|---:|")
     shown = False
@@ -72,28 +54,11 @@ def main() -> None:
             stages = stages_of(method, sparsity, args.group_size)
             if stages is None:
                 continue
-            with tempfile.TemporaryDirectory() as folder:
-                begun = time.monotonic()
-                artifact = laconic.compress(
-                    args.model, {"stages": stages, "calibration": calibration}, Path(folder) / "artifact"
-                )
-                seconds = time.monotonic() - begun
-                r = evaluate(
-                    artifact.path,
-                    baseline=args.model,
-                    text=args.text,
-                    context_length=args.context_length,
-                    windows=args.windows,
-                    dtype="float32",
-                )
+            r = measured(args, stages)
             if not shown:
                 print(f"| 0 | - | {r['baseline_perplexity']:.3f} | 0 | 0 | 100 % | - |")
                 shown = True
-            print(
-                f"| {sparsity} | {method} | {r['perplexity']:.3f} | {r['kl_mean']:.4f} | {r['kl_p99']:.3f} "
-                f"| {100 * r['top1_agreement']:.1f} % | {seconds:.0f} |",
-                flush=True,
-            )
+            print(f"| {sparsity} | {method} | {cells(r)} | {r['compress_seconds']:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,9 @@ Prints Markdown. Everything is measured in float32 on the same windows; artifact
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-import laconic
-from laconic.evaluate.run import evaluate
-
-Stages = list[dict[str, Any]]
+from rows import Stages, cells, given_stages, measured, options, told
 
 METHODS: dict[str, Stages] = {
     "rtn (min-max)": [{"method": "rtn"}],
@@ -83,37 +75,19 @@ def _with(stages: Stages, keys: dict[str, Any]) -> Stages:
 
 def own_row(text: str) -> tuple[str, str, Stages]:
     """The row of a stage, or of a list of them, that was given as YAML."""
-    given = yaml.safe_load(text)
-    stages = given if isinstance(given, list) else [given]
-    told = [
-        " ".join(
-            [stage["method"], *(f"{key} {value}" for key, value in stage.items() if key not in ("method", "scheme"))]
-        )
-        for stage in stages
-    ]
-    return stages[-1].get("scheme", "W8A8"), ", ".join(told), stages
+    stages = given_stages(text)
+    return stages[-1].get("scheme", "W8A8"), told(stages, "scheme"), stages
 
 
 def main() -> None:
     """Compress and measure row by row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--context-length", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=None)
+    parser = options(__doc__)
     parser.add_argument("--group-size", type=int, default=None)
     parser.add_argument("--group-size-for", nargs=2, action="append", metavar=("PATTERN", "SIZE"), default=[])
     parser.add_argument("--stage", action="append", metavar="YAML", help="a row of your own, in place of the table's")
     parser.add_argument("--quick", action="store_true", help="weight-only schemes alone")
     parser.add_argument("--schemes", nargs="+", choices=[*WEIGHT_ONLY, *WITH_ACTIVATIONS], help="these alone")
     args = parser.parse_args()
-    calibration = {
-        "dataset": args.calibration,
-        "num_calibration_samples": args.samples,
-        "max_seq_length": args.context_length,
-    }
     print("| scheme | method | bits/weight | perplexity | KL mean | KL p99 | same top-1 |")
     print("|---|---|---:|---:|---:|---:|---:|")
     shown = False
@@ -122,29 +96,14 @@ def main() -> None:
             last = stages[-1] | {"group_size": args.group_size}
             others = [last | {"targets": p, "group_size": int(g)} for p, g in args.group_size_for]
             stages = [*stages[:-1], last | {"ignore": ["lm_head", *(p for p, _ in args.group_size_for)]}, *others]
-        with tempfile.TemporaryDirectory() as folder:
-            artifact = laconic.compress(
-                args.model, {"stages": stages, "calibration": calibration}, Path(folder) / "artifact"
-            )
-            r = evaluate(
-                artifact.path,
-                baseline=args.model,
-                text=args.text,
-                context_length=args.context_length,
-                windows=args.windows,
-                dtype="float32",
-            )
+        r = measured(args, stages)
         if not shown:
             print(
                 f"| 16 bit | - | {r['baseline_bits_per_weight']:.2f} | {r['baseline_perplexity']:.3f} | 0 | 0 | 100 % |"
             )
             shown = True
         simulated = " (simulated)" if r["simulated"] else ""
-        print(
-            f"| {scheme}{simulated} | {method} | {r['bits_per_weight']:.2f} | {r['perplexity']:.3f} "
-            f"| {r['kl_mean']:.4f} | {r['kl_p99']:.3f} | {100 * r['top1_agreement']:.1f} % |",
-            flush=True,
-        )
+        print(f"| {scheme}{simulated} | {method} | {r['bits_per_weight']:.2f} | {cells(r)} |", flush=True)
 
 
 if __name__ == "__main__":
