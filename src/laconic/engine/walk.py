@@ -24,7 +24,7 @@ from laconic.engine.attention import look
 from laconic.engine.beside import attach, compress_tap
 from laconic.engine.block import Block, stacked, stacks
 from laconic.engine.domain import head_shares
-from laconic.engine.masking import Masking
+from laconic.engine.install import install, read_back, stored
 from laconic.engine.observe import advance, no_tokens, observe
 from laconic.engine.original import Original
 from laconic.engine.passes import Passes
@@ -33,15 +33,13 @@ from laconic.engine.stage import BlockStage, LinearStage, Outcome, Stage
 from laconic.engine.stream import Room, Stream
 from laconic.engine.survey import Figures, allot, by_survey, protect, survey_block
 from laconic.engine.writer import Workspace
-from laconic.engine.zeros import Zeros, check_zeros, sparsity, zeros_of
+from laconic.engine.zeros import Zeros, sparsity, watch_zeros
 from laconic.formats import Quantized
-from laconic.formats.schemes import Scheme
-from laconic.formats.storage import as_stored, to_stored
 from laconic.model.anatomy import Call, Tap, capture_calls, head_input, linear_at, rounds
 from laconic.model.checkpoint import open_shard
 from laconic.model.experts import all_tokens
 from laconic.model.layout import arrange, to_file
-from laconic.model.linear import QLinear, replace_linear
+from laconic.model.linear import QLinear
 from laconic.model.links import without
 from laconic.model.load import Source, materialise
 from laconic.model.places import places_of
@@ -185,7 +183,7 @@ class _Walker:
             self._materialise(block, f"{name}.")
         if not done:
             events, passed_on = self._compress(block, i, name, flow, original)
-            tensors = _stored(block, name)
+            tensors = stored(block, name)
             if flow and self.plan.calibrates_cache:
                 tensors |= self._calibrate_cache(block, i, name, flow)
             self.workspace.write_shard(i, to_file(self.source.checkpoint, tensors), events)
@@ -208,7 +206,7 @@ class _Walker:
             head = self.model.get_submodule(anatomy.head)
             self._materialise(head, f"{anatomy.head}.")
             events = list(self._compress_head(flow))
-            tensors.update(_stored(self.model.get_submodule(anatomy.head), anatomy.head))
+            tensors.update(stored(self.model.get_submodule(anatomy.head), anatomy.head))
         self.workspace.write_shard(i, to_file(checkpoint, tensors), events)
 
     def _compress(
@@ -245,9 +243,7 @@ class _Walker:
                 events += found
                 passed_on |= finished
             passed_on |= through
-            check_zeros(block, name, zeros, stage)
-            if isinstance(stage, Masking) and stage.prunes and not stage.result:
-                zeros |= {n: zeros_of(block, n, stage) for n in linears}
+            zeros = watch_zeros(block, name, zeros, stage, linears)
         return events, passed_on
 
     def _compress_linears(
@@ -393,9 +389,7 @@ class _Walker:
                     moments.add(head_input(self.model, self.plan.anatomy, hidden.to(self.settings.device)))
                 moments.finish()
             yield from self._compress_tap(self.model, "", [head], stage, shares, moments)
-            check_zeros(self.model, "", zeros, stage)
-            if isinstance(stage, Masking) and stage.prunes and not stage.result:
-                zeros = {head: zeros_of(self.model, head, stage)}
+            zeros = watch_zeros(self.model, "", zeros, stage, [head])
 
     def _compress_tap(
         self,
@@ -431,48 +425,19 @@ class _Walker:
         for name, outcome in zip(linears, outcomes, strict=True):
             old = linear_at(module, name).weight.detach().float()
             made = outcome.weight.decode() if isinstance(outcome.weight, Quantized) else outcome.weight.float()
-            self._install(module, name, outcome.weight, stage.result, moments)
+            install(module, name, outcome.weight, stage.result, moments, self.source.dtype, self.settings.device)
             event = {
                 "event": "linear",
                 "linear": f"{prefix}.{name}" if prefix else name,
                 "method": stage.method,
                 "scheme": stage.result.name if stage.result else None,
                 **_figures(old, made, moments),
-                **({"sparsity": sparsity(made)} if isinstance(stage, Masking) and stage.prunes else {}),
+                **({"sparsity": sparsity(made)} if stage.prunes else {}),
                 **outcome.notes,
                 **notes,
             }
             self.report(event)
             yield event
-
-    def _install(
-        self,
-        module: nn.Module,
-        name: str,
-        made: Quantized | Tensor,
-        scheme: Scheme | None,
-        moments: Moments | None,
-    ) -> None:
-        old = linear_at(module, name)
-        if isinstance(made, Tensor):
-            old.weight.data.copy_(made)
-            return
-        assert scheme is not None
-        stored = to_stored(made, scheme)
-        scheme = as_stored(scheme, {n: tuple(t.shape) for n, t in stored.items()})
-        new = replace_linear(module, name, scheme, self.source.dtype)
-        acts = scheme.input_activations
-        if acts and acts.calibrated:
-            assert moments is not None
-            rounded = torch.ones_like(moments.lo)
-            if made.outliers is not None:
-                rounded[made.outliers.indices.long()] = 0
-            lo, hi = (moments.lo * rounded).amin(), (moments.hi * rounded).amax()
-            calibrated = acts.calibrate(lo, hi, self.source.dtype)
-            stored |= {f"input_{name}": p for name, p in calibrated.items()}
-        if old.bias is not None:
-            stored["bias"] = old.bias.data
-        _fill(new, stored, self.settings.device)
 
     def _tokens_seen(self, block: str, tap: Tap, moments: Moments | None) -> Iterator[dict[str, Any]]:
         """Warn of experts that saw few tokens. Raises: ValueError for one that saw none."""
@@ -494,19 +459,7 @@ class _Walker:
     def _read_back(self, block: nn.Module, i: int, name: str) -> None:
         """The finished block i, as its shard holds it."""
         shard = arrange(open_shard(self.workspace.shard(i)), self.model)
-        tensors = shard.load(shard.tensors, self.settings.device)
-        local = {n.removeprefix(f"{name}."): t for n, t in tensors.items()}
-        for linear in [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
-            if scheme := self.plan.schemes.get(f"{name}.{linear}"):
-                inside = {n.removeprefix(f"{linear}."): t for n, t in local.items() if n.startswith(f"{linear}.")}
-                scheme = as_stored(scheme, {n: tuple(t.shape) for n, t in inside.items()})
-                new = replace_linear(block, linear, scheme, self.source.dtype)
-                _fill(new, inside, self.settings.device)
-        for n, p in list(block.named_parameters()):
-            if p.is_meta:
-                owner, _, leaf = n.rpartition(".")
-                setattr(block.get_submodule(owner), leaf, nn.Parameter(local[n].to(p.dtype), requires_grad=False))
-        block.to(self.settings.device)
+        read_back(block, name, shard, self.plan.schemes, self.source.dtype, self.settings.device)
 
     def _materialise(self, module: nn.Module, prefix: str) -> None:
         materialise(module, prefix, self.source.checkpoint, self.settings.device)
@@ -546,20 +499,6 @@ def _figures(weight: Tensor, made: Tensor, moments: Moments | None) -> dict[str,
     if moments is not None and moments.H is not None:
         figures["output_error"] = output_error(weight, made, moments.H)
     return figures
-
-
-def _fill(linear: QLinear, stored: Mapping[str, Tensor], device: torch.device) -> None:
-    """Give a QLinear its tensors, and decode it once for the passes to come."""
-    for name, tensor in stored.items():
-        setattr(linear, name, nn.Parameter(tensor.to(device), requires_grad=False))
-    linear.to(device)
-    linear.unpack()
-
-
-def _stored(module: nn.Module, name: str) -> dict[str, Tensor]:
-    return {f"{name}.{n}": p.data for n, p in module.named_parameters()} | {
-        f"{name}.{n}": b for n, b in module.named_buffers() if n in module.state_dict()
-    }
 
 
 def _forget(block: nn.Module) -> None:

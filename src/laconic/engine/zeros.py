@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +20,14 @@ class Zeros:
     method: str
 
 
-def zeros_of(module: nn.Module, linear: str, stage: Stage) -> Zeros:
-    """Of a linear that a stage has just pruned."""
-    return Zeros(_weight(module, linear) == 0, stage.method)
+def watch_zeros(
+    module: nn.Module, prefix: str, zeros: Mapping[str, Zeros], stage: Stage, linears: Iterable[str]
+) -> dict[str, Zeros]:
+    """The zeros to watch once a stage has treated these linears: those that were there, which it has kept, and its own,
+    if it prunes and leaves a dense weight. zeros: by name within the module.
 
-
-def check_zeros(module: nn.Module, prefix: str, zeros: Mapping[str, Zeros], stage: Stage) -> None:
-    """Raises: ValueError when a stage has left something else where zeros were. zeros: by name within the module."""
+    Raises: ValueError when the stage has left something else where zeros were.
+    """
     for linear, known in zeros.items():
         filled = int((_weight(module, linear)[known.where] != 0).sum())
         if filled:
@@ -35,6 +36,8 @@ def check_zeros(module: nn.Module, prefix: str, zeros: Mapping[str, Zeros], stag
                 f"{name}: {stage.method} has filled in {filled} of the zeros of {known.method}; list it before "
                 f"{known.method}, or ignore the linear in one of them, and pass --overwrite"
             )
+    made = linears if stage.prunes and not stage.result else ()
+    return {**zeros, **{n: Zeros(_weight(module, n) == 0, stage.method) for n in made}}
 
 
 def sparsity(weight: Tensor) -> float:
