@@ -164,6 +164,7 @@ def _compose(recipe: Recipe, source: Source, output: Path, *, overwrite: bool, t
     if needing:
         windows = calibration_ids(recipe, source, needing[0], trust_remote_code=trust_remote_code)
     groups = _groups(recipe.stages)
+    model = skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
     steps: list[Step] = []
     quantized = False
     for number, (first, stages) in enumerate(groups):
@@ -173,7 +174,6 @@ def _compose(recipe: Recipe, source: Source, output: Path, *, overwrite: bool, t
         target = output if last else _kept(output) / f"{number + 1}"
         walk = None
         if isinstance(stages[0], ModelStage):
-            model = skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
             if quantized and not stages[0].takes_codes:
                 raise ValueError(
                     f"stages.{first} ({stages[0].method}) changes weights, and earlier stages have quantized them; "
@@ -202,9 +202,10 @@ def _compose(recipe: Recipe, source: Source, output: Path, *, overwrite: bool, t
             quantized |= bool(walk.plan.schemes)
             identity = walk.identity
         check_begun(target, identity, overwrite=overwrite)
-        if not last and begun_with(target) not in (None, identity) and not overwrite:
+        made = None if last else begun_with(target)
+        if made not in (None, identity) and not overwrite:
             raise ValueError(
-                f"{target} was made by another recipe (different: {differences(begun_with(target) or {}, identity)}); "
+                f"{target} was made by another recipe (different: {differences(made or {}, identity)}); "
                 "finish that, choose another output, or pass --overwrite"
             )
         steps.append(Step(first, stages, walk, target, identity))

@@ -16,7 +16,7 @@ from laconic.engine.artifact import Artifact
 from laconic.engine.model_stage import ModelStage, Work
 from laconic.engine.ranks import is_main
 from laconic.engine.writer import Workspace, partial_of, scratch_of
-from laconic.model.anatomy import dissect
+from laconic.model.anatomy import find_blocks
 from laconic.model.checkpoint import DTYPES, Checkpoint, open_checkpoint, read_json
 from laconic.model.layout import arrange, to_file
 from laconic.model.load import main_dtype, read_config, skeleton
@@ -79,28 +79,27 @@ def _layout(folder: Path, trust_remote_code: bool) -> Checkpoint:
 @torch.no_grad()
 def _write_model(workspace: Workspace, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """A shard a block, and one for the rest, in the dtypes of the source."""
-    dtype = main_dtype(checkpoint)
+    dtype, blocks = main_dtype(checkpoint), find_blocks(model)
     there = model.state_dict().keys()
     # Of experts only those that are left make a stack.
     left = {n: s for n, s in checkpoint.tensors.items() if n in there or s.index is None}
     checkpoint = replace(checkpoint, tensors=left)
-    blocks = f"{dissect(model).blocks}."
-    count = 1 + max(int(n.removeprefix(blocks).partition(".")[0]) for n in _stored(model) if n.startswith(blocks))
+    count = len(list(model.get_submodule(blocks).children()))
     workspace.shards = count + 1
     shards: list[dict[str, Tensor]] = [{} for _ in range(count + 1)]
     for name, tensor in _stored(model, checkpoint).items():
         source = checkpoint.tensors.get(name)
-        inside = int(name.removeprefix(blocks).partition(".")[0]) if name.startswith(blocks) else count
-        shards[inside][name] = tensor.to(DTYPES.get(source.dtype, dtype) if source else dtype)
+        number = name.removeprefix(f"{blocks}.").partition(".")[0] if name.startswith(f"{blocks}.") else count
+        shards[int(number)][name] = tensor.to(DTYPES.get(source.dtype, dtype) if source else dtype)
     for i, tensors in enumerate(shards):
         workspace.write_shard(i, to_file(checkpoint, tensors), [])
 
 
-def _stored(model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> dict[str, Tensor]:
+def _stored(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Parameters and the buffers that files hold, by name; tied ones once, by the name that the file has for them."""
     names: dict[Tensor, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         names.setdefault(tensor, []).append(name)
-    known = checkpoint.tensors if checkpoint else {}
+    known = checkpoint.tensors
     found = {next((n for n in own if n in known), own[0]): t.detach() for t, own in names.items()}
     return found | {n: t for n, t in model.named_buffers() if n in known}

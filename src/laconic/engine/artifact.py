@@ -44,6 +44,20 @@ class Artifact:
         """Every file of `results/`, by its name without suffix."""
         return {f.stem: json.loads(f.read_text()) for f in sorted((self.path / "results").glob("*.json"))}
 
+    @classmethod
+    def measured(cls, folder: Path) -> tuple[Artifact, dict[str, Any]]:
+        """An artifact that is to be reported, and its results.
+
+        Raises: ValueError for a folder that is none, or a result that cannot be read.
+        """
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder} is no artifact: it has no config.json")
+        artifact = cls(folder)
+        try:
+            return artifact, artifact.results
+        except ValueError as e:
+            raise ValueError(f"a result in {folder / 'results'} is not valid JSON; delete it and measure again") from e
+
     def save_result(self, name: str, result: dict[str, Any]) -> Path:
         """Keep a result under `results/NAME.json`; where one stands there that is of something else (another text,
         original, dtype), under NAME-2 and so on."""

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from laconic.model.load import Source
 
+Report = Callable[[Mapping[str, Any]], None]
+
 
 @dataclass(frozen=True)
 class Work:
@@ -29,7 +31,7 @@ class Work:
     seed: int
     scratch: Path
     artifact: Path
-    report: Callable[[Mapping[str, Any]], None]
+    report: Report
     trust_remote_code: bool = False
 
 
@@ -42,6 +44,20 @@ class Remade:
     config: Mapping[str, Any] = field(default_factory=dict)
     events: Sequence[Mapping[str, Any]] = ()
     results: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def run_through(model: PreTrainedModel, windows: Tensor, batch_size: int, report: Report) -> None:
+    """Run a model over token ids (samples, tokens), for those who look on by hooks."""
+    batches = windows.split(batch_size)
+    for i, ids in enumerate(batches):
+        model(input_ids=ids.to(model.device), use_cache=False)
+        report({"event": "work", "done": i + 1, "total": len(batches)})
+
+
+def sizes_of(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, int]:
+    """How many parameters there were, and are, for `results/`."""
+    models = {"parameters_before": before, "parameters_after": after}
+    return {key: sum(p.numel() for p in model.parameters()) for key, model in models.items()}
 
 
 class ModelStage(BaseModel):

@@ -5,7 +5,7 @@ The heuristic to measure other structured pruning by.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.engine.model_stage import ModelStage, Remade, Work
-from laconic.model.anatomy import dissect, find_blocks
+from laconic.engine.model_stage import ModelStage, Remade, Report, Work, run_through, sizes_of
+from laconic.model.anatomy import find_blocks
 from laconic.model.checkpoint import read_json
 from laconic.model.load import Source
 from laconic.model.reading import load
@@ -53,20 +53,18 @@ class Depth(ModelStage):
         assert work.windows is not None
         raw = read_json(work.folder / "config.json")
         model = load(work.folder, device=work.device, dtype=torch.float32, trust_remote_code=work.trust_remote_code)
-        name = dissect(model).blocks
+        name = find_blocks(model)
         blocks = list(model.get_submodule(name).children())
         influence = block_influence(model, blocks, work.windows, self.batch_size, work.report)
         dropped = sorted(influence.argsort(stable=True)[: self._count(len(blocks))].tolist())
         kept = [i for i in range(len(blocks)) if i not in dropped]
         config = _shortened(raw, kept)
-        before = sum(p.numel() for p in model.parameters())
         made = rebuilt({**raw, **config}, _renumbered(parts_of(model), name, kept), torch.float32)
-        after = sum(p.numel() for p in made.parameters())
         events = [
             {"event": "block_influence", "block": i, "influence": float(v), "dropped": i in dropped}
             for i, v in enumerate(influence)
         ]
-        result = {"method": self.method, "parameters_before": before, "parameters_after": after, "dropped": dropped}
+        result = {"method": self.method, **sizes_of(model, made), "dropped": dropped}
         return Remade(made, config, events, {"pruning": result})
 
     def _count(self, blocks: int) -> int:
@@ -85,7 +83,7 @@ def block_influence(
     blocks: Sequence[nn.Module],
     windows: Tensor,
     batch_size: int = 1,
-    report: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    report: Report = lambda _: None,
 ) -> Tensor:
     """1 - cos of what goes into a block and what comes out, the mean over tokens (arXiv 2403.03853, eq. 1), (blocks,)
     float64. windows: token ids (samples, tokens)."""
@@ -100,11 +98,8 @@ def block_influence(
         return look
 
     handles = [block.register_forward_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks)]
-    batches = windows.split(batch_size)
     try:
-        for n, ids in enumerate(batches):
-            model(input_ids=ids.to(model.device), use_cache=False)
-            report({"event": "work", "done": n + 1, "total": len(batches)})
+        run_through(model, windows, batch_size, report)
     finally:
         for handle in handles:
             handle.remove()

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic.engine.gradients import Gradients, gradients
-from laconic.engine.model_stage import ModelStage, Remade, Work
+from laconic.engine.model_stage import ModelStage, Remade, Work, sizes_of
 from laconic.model.anatomy import Anatomy, dissect
 from laconic.model.checkpoint import read_json
 from laconic.model.groups import Group, Kind, find_groups, narrow
@@ -107,7 +107,6 @@ class LlmPruner(ModelStage):
             kept = [_best(v, counts[g.kind]) for v, (_, g) in zip(importance, targeted.flat, strict=True)]
         else:
             kept = self._cut(targeted, importance, sizes)
-        before = sum(p.numel() for p in model.parameters())
         masks = {
             (i, group): mask
             for (i, group), mask in zip(targeted.flat, kept, strict=True)
@@ -115,10 +114,9 @@ class LlmPruner(ModelStage):
         }
         config = self._config(raw, len(anatomy.taps), masks)
         made = rebuilt({**raw, **config}, _narrowed(model, anatomy, masks), _DTYPES[self.dtype])
-        after = sum(p.numel() for p in made.parameters())
         events = [{"event": "pruned", "block": i, **_told(group, mask)} for (i, group), mask in masks.items()]
-        result = {"method": self.method, "parameters_before": before, "parameters_after": after}
-        return Remade(made, config, events, {"pruning": {**result, "blocks": events}})
+        result = {"method": self.method, **sizes_of(model, made), "blocks": events}
+        return Remade(made, config, events, {"pruning": result})
 
     def _target(self, model: PreTrainedModel, anatomy: Anatomy) -> Targeted:
         """Raises: ValueError when nothing could be pruned, or not what was asked for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import combinations
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.engine.model_stage import ModelStage, Remade, Work
+from laconic.engine.model_stage import ModelStage, Remade, Report, Work, run_through, sizes_of
 from laconic.model.checkpoint import read_json
 from laconic.model.experts import Experts, routers_of
 from laconic.model.load import Source
@@ -46,9 +46,7 @@ class Reap(ModelStage):
         scores = saliency(model, work.windows, self.batch_size, work.report)
         left = self._left(model)
         kept = {name: s.argsort(descending=True, stable=True)[:left].sort().values for name, s in scores.items()}
-        before = sum(p.numel() for p in model.parameters())
         made = rebuilt({**raw, **config}, _without(model, kept), torch.float32)
-        after = sum(p.numel() for p in made.parameters())
         events = [
             {
                 "event": "experts",
@@ -58,8 +56,7 @@ class Reap(ModelStage):
             }
             for name, s in scores.items()
         ]
-        result = {"method": self.method, "parameters_before": before, "parameters_after": after}
-        return Remade(made, config, events, {"pruning": result})
+        return Remade(made, config, events, {"pruning": {"method": self.method, **sizes_of(model, made)}})
 
     def _left(self, model: PreTrainedModel) -> int:
         """How many experts a layer keeps. Raises: ValueError when there are none, or tokens would find too few."""
@@ -134,7 +131,7 @@ def saliency(
     model: PreTrainedModel,
     windows: Tensor,
     batch_size: int = 1,
-    report: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    report: Report = lambda _: None,
 ) -> dict[str, Tensor]:
     """The mean over an expert's tokens of the weight that the router gives it times the L2 norm of its output
     (arXiv 2510.13999, eq. 9), of each layer (experts,) float64; zero where no token went. windows: token ids (samples,
@@ -142,11 +139,8 @@ def saliency(
     layers = _layers(model)
     sums = {n: torch.zeros(len(experts), dtype=torch.float64) for n, experts in layers.items()}
     tokens = {n: torch.zeros(len(experts), dtype=torch.float64) for n, experts in layers.items()}
-    batches = windows.split(batch_size)
     with _watching(layers, sums, tokens):
-        for i, ids in enumerate(batches):
-            model(input_ids=ids.to(model.device), use_cache=False)
-            report({"event": "work", "done": i + 1, "total": len(batches)})
+        run_through(model, windows, batch_size, report)
     return {n: sums[n] / tokens[n].clamp(min=1) for n in layers}
 
 

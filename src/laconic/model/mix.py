@@ -13,8 +13,8 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from laconic.model.data import joined, prefix_of, read_documents

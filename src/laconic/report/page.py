@@ -38,13 +38,7 @@ def gather(folders: list[Path]) -> list[Evaluated]:
     """Read artifacts. Raises: ValueError for a folder that is none, or a result that cannot be read."""
     found = []
     for folder in folders:
-        if not (folder / "config.json").exists():
-            raise ValueError(f"{folder} is no artifact: it has no config.json")
-        artifact = Artifact(folder)
-        try:
-            results = artifact.results
-        except ValueError as e:
-            raise ValueError(f"a result in {folder / 'results'} is not valid JSON; delete it and evaluate again") from e
+        artifact, results = Artifact.measured(folder)
         evaluations = [r for name, r in results.items() if name.startswith("eval-")]
         tasks = [r for name, r in results.items() if name.startswith("tasks-")]
         long = [r for name, r in results.items() if name.startswith("long-")]

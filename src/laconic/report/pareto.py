@@ -57,13 +57,7 @@ def gather_points(folders: Sequence[Path]) -> tuple[list[Point], dict[str, Any]]
     missing: list[str] = []
     bases: dict[Path, tuple[str | None, str]] = {}
     for folder in dict.fromkeys(folders):
-        if not (folder / "config.json").exists():
-            raise ValueError(f"{folder} is no artifact: it has no config.json")
-        artifact = Artifact(folder)
-        try:
-            results = artifact.results
-        except ValueError as e:
-            raise ValueError(f"a result in {folder / 'results'} is not valid JSON; delete it and measure again") from e
+        artifact, results = Artifact.measured(folder)
         quality = [r for n, r in results.items() if n.startswith("eval-") and r.get("kl_mean") is not None]
         speed = [r for n, r in results.items() if n.startswith("bench-sparsity")]
         source = (artifact.recipe or {}).get("source", {})
