@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from laconic.cli_profile import profile
 from laconic.console import Sweeping, Walking, err, in_bytes, out, print_json, print_plan, remarks, warn
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="What an artifact, or a shape, takes: time, bytes, energy.")
 app.add_typer(bench, name="bench")
+app.add_typer(profile, name="profile")
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Vary a recipe's key.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from laconic.engine.artifact import Artifact
 from laconic.engine.model_stage import ModelStage, Work
 from laconic.engine.ranks import is_main
+from laconic.engine.span import span
 from laconic.engine.writer import Workspace, partial_of, scratch_of
 from laconic.model.anatomy import find_blocks
 from laconic.model.checkpoint import DTYPES, Checkpoint, open_checkpoint, read_json
@@ -54,7 +55,8 @@ def run_model_step(
         stage.remake(work_in(partial_of(output), scratch_of(partial_of(output))))
         return Artifact(output)
     with Workspace(output, identity, 0, overwrite=overwrite) as workspace:
-        made = stage.remake(work_in(workspace.folder, workspace.scratch))
+        with span(stage.method):
+            made = stage.remake(work_in(workspace.folder, workspace.scratch))
         if made.model is None:
             workspace.copy_weights(folder)
         else:
