@@ -43,7 +43,7 @@ def peers(model: PreTrainedModel, bits: list[int], group: int, residual: int) ->
         try:
             new_cache()
             there[name] = new_cache
-        except ImportError as e:
+        except (ImportError, ValueError) as e:  # ValueError: a backend that this transformers does not know yet
             print(f"left out: {name}: {e}")
     return there
 
