@@ -1,6 +1,7 @@
 """The table of pruning methods by sparsity: perplexity, fidelity and time of one model, each row made by this command.
 
-    python benchmarks/pruning.py MODEL --calibration TEXT --text TEXT [--sparsities 0.5 2:4 ...] [--methods NAME ...] [--then YAML]
+    python benchmarks/pruning.py MODEL --calibration TEXT --text TEXT [--sparsities 0.5 2:4 ...] [--methods NAME ...]
+        [--then YAML]
 
 Prints Markdown. Everything is measured in float32 on the same windows; artifacts go to a temporary folder.
 """

@@ -1,6 +1,7 @@
 """The table of methods by scheme: perplexity, fidelity and size of one model, each row made by this one command.
 
-    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--schemes ...] [--methods ...] [--stage YAML] [--then YAML]
+    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--schemes ...] [--methods ...]
+        [--stage YAML] [--then YAML]
 
 Prints Markdown. Everything is measured in float32 on the same windows; artifacts go to a temporary folder.
 """
