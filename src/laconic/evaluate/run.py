@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from laconic.engine.artifact import Artifact
-from laconic.evaluate.fidelity import measure
+from laconic.evaluate.bootstrap import SEED, method_of
+from laconic.evaluate.calibration import calibration_of
+from laconic.evaluate.fidelity import observe
 from laconic.evaluate.size import measure_size
 from laconic.model.data import evaluation_windows, read_documents
 from laconic.model.load import load_tokenizer, model_folder
@@ -34,7 +36,7 @@ def evaluate(
     dtype: str | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Perplexity, fidelity to `baseline`, bits and bytes.
+    """Perplexity, fidelity to `baseline`, calibration, bits and bytes; with 95 % intervals over resampled windows.
 
     text: `wikitext2`, `c4`, a file, or a Hub dataset. context_length: tokens a window (the model's own context, 2048 at
     most, when not given); windows do not overlap, so the stride is the same. windows: how many at most. dtype: to
@@ -59,7 +61,8 @@ def evaluate(
         raise ValueError(
             f"baseline {baseline} has another vocabulary than {model}; is it the original of this artifact?"
         )
-    quality = measure(ours, ids, theirs)
+    seen = observe(ours, ids, theirs)
+    quality = seen.quality()
     size = measure_size(folder)
     result: dict[str, Any] = {
         "model": str(model),
@@ -76,10 +79,13 @@ def evaluate(
         "kl_mean": quality.kl_mean,
         "kl_p99": quality.kl_p99,
         "top1_agreement": quality.top1_agreement,
+        **seen.intervals(),
+        "calibration": calibration_of(seen.ours.predictions(), seen.theirs and seen.theirs.predictions()),
+        "intervals": method_of("windows"),
         **asdict(size),
         "seconds": round(time.monotonic() - begun, 2),
         "device": place,
-        "seed": None,
+        "seed": SEED,
         "command": " ".join(sys.argv),
         "versions": versions(),
     }
