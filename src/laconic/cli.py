@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -117,7 +118,15 @@ def evaluate(
     fewshot: Annotated[int | None, typer.Option(help="Examples in a prompt; the task's own number by default.")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts of the tasks, or of needles, run at once.")] = 8,
     suite: Annotated[
-        str | None, typer.Option(metavar="long", help="Measure the cache over long contexts instead.")
+        str | None,
+        typer.Option(metavar="long|standard", help="The cache over long contexts, or the standard tasks, instead."),
+    ] = None,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Measure each of these kinds of text by itself instead of --text."),
+    ] = None,
+    reliability: Annotated[
+        Path | None, typer.Option(metavar="SVG", help="Draw how right the model is by how sure it is into this file.")
     ] = None,
     kv: Annotated[
         list[str] | None, typer.Option(metavar="YAML", help="A cache to measure: '{method: kivi, k_bits: 2}'.")
@@ -135,8 +144,9 @@ def evaluate(
     heat_map: Annotated[Path | None, typer.Option(metavar="SVG", help="Draw the needles found into this file.")] = None,
     json_: Json = False,
 ) -> None:
-    """Perplexity, fidelity to the original, bits per weight and bytes; or, with --tasks, standard tasks; or, with
-    --suite long, what a quantized cache costs and saves."""
+    """Perplexity, fidelity to the original, calibration, bits per weight and bytes; or, with --domain, the same on
+    several kinds of text; or, with --tasks or --suite standard, standard tasks; or, with --suite long, what a quantized
+    cache costs and saves."""
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype} is not one of float32, bfloat16, float16")
     long = {
@@ -148,7 +158,15 @@ def evaluate(
         "parts": None if parts is None else parts.split(","),
     }
     asked = {name: value for name, value in long.items() if value is not None}
-    if suite is not None:
+    if domain and (suite, tasks) != (None, None):
+        raise ValueError("--domain measures texts alone; leave out --tasks and --suite, or measure those by themselves")
+    if suite is not None and suite not in ("long", "standard"):
+        raise ValueError(f"--suite {suite} is not known; there are 'long' and 'standard'")
+    if suite == "standard" and tasks is not None:
+        raise ValueError("--suite standard names its tasks itself; leave out --tasks, or --suite")
+    if suite == "long":
+        if reliability:
+            raise ValueError("--reliability draws texts and tasks; leave it out with --suite long")
         if (baseline, tasks, tasks_data, limit, fewshot, context_length) != (None,) * 6:
             raise ValueError(
                 "--suite long compares caches of one model; leave out --baseline, --context-length and the tasks"
@@ -156,12 +174,12 @@ def evaluate(
         if windows is not None:
             asked["windows"] = windows
         _evaluate_long(
-            model, suite, json_, heat_map, kv=kv or (), text=text, dtype=dtype, batch_size=batch_size, **asked
+            model, json_, heat_map, kv=kv or (), text=text, dtype=dtype, batch_size=batch_size, **asked
         )
         return
     if asked or heat_map:
         raise ValueError("--lengths, --depths, --trials, --prompt, --chunk, --measure, --heat-map go with --suite long")
-    if tasks is not None:
+    if tasks is not None or suite == "standard":
         if windows is not None or text != "wikitext2":
             raise ValueError(
                 "--tasks measures tasks alone; leave out --text and --windows, or measure those by themselves"
@@ -170,7 +188,8 @@ def evaluate(
 
         result = evaluate_tasks(
             model,
-            tasks=tasks.split(","),
+            tasks=tasks.split(",") if tasks is not None else (),
+            suite=suite,
             baseline=baseline,
             data=tasks_data,
             limit=limit,
@@ -181,31 +200,62 @@ def evaluate(
             kv=kv or (),
             quiet=json_ or not err.is_terminal,
         )
+        _draw_reliability(result, reliability)
         if json_:
             print_json(result)
             return
+        from laconic.report.interval_table import interval_tables
         from laconic.report.task_table import tasks_table
 
         out.print(tasks_table(result))
+        for table in interval_tables(result):
+            out.print(table)
         return
     if kv:
         raise ValueError("--kv goes with --suite long, or with --tasks for one cache to generate with")
     if (tasks_data, limit, fewshot) != (None, None, None):
         raise ValueError("--tasks-data, --limit and --fewshot go with --tasks; name some, as in --tasks hellaswag")
-    from laconic.evaluate.run import evaluate as measure
+    how = {"baseline": baseline, "context_length": context_length, "windows": windows, "dtype": dtype}
+    if domain:
+        if text != "wikitext2":
+            raise ValueError("--domain names the texts; leave out --text, or name it too, as in --domain web=FILE")
+        from laconic.evaluate.domains import evaluate_domains, read_domains
 
-    result = measure(model, baseline=baseline, text=text, context_length=context_length, windows=windows, dtype=dtype)
+        result = evaluate_domains(model, read_domains(domain), **how)
+    else:
+        from laconic.evaluate.run import evaluate as measure
+
+        result = measure(model, text=text, **how)
+    _draw_reliability(result, reliability)
     if json_:
         print_json(result)
         return
+    from laconic.report.interval_table import interval_tables
     from laconic.report.table import results_table
 
-    out.print(results_table([result]))
+    if not domain:
+        out.print(results_table([result]))
+    for table in interval_tables(result):
+        out.print(table)
 
 
-def _evaluate_long(model: str, suite: str, as_json: bool, picture: Path | None, **asked: Any) -> None:
-    if suite != "long":
-        raise ValueError(f"--suite {suite} is not known; there is 'long'")
+def _draw_reliability(result: dict[str, Any], file: Path | None) -> None:
+    """Draw a diagram into a file; of several, each into one with its name in it."""
+    if file is None:
+        return
+    from laconic.engine.writer import write_text
+    from laconic.report.reliability import reliability_diagrams
+
+    drawn = reliability_diagrams(result)
+    if not drawn:
+        err.print("note: no task of several choices was measured, so --reliability has nothing to draw", highlight=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for name, picture in drawn:
+        slug = re.sub(r"[^\w+-]+", "_", name)
+        write_text(file if len(drawn) == 1 else file.with_stem(f"{file.stem}-{slug}"), picture)
+
+
+def _evaluate_long(model: str, as_json: bool, picture: Path | None, **asked: Any) -> None:
     if picture and "needle" not in asked.get("parts", ["needle"]):
         raise ValueError("--heat-map draws needles; leave out --measure, or name needle in it")
     from laconic.evaluate.long_context import evaluate_long
@@ -254,6 +304,7 @@ def report(
         out.print(pareto_table(points, how))
         out.print(f"page: {output.resolve()}", soft_wrap=True)
         return
+    from laconic.report.interval_table import interval_tables
     from laconic.report.long_table import long_tables
     from laconic.report.page import gather, write_page
     from laconic.report.table import results_table
@@ -267,10 +318,15 @@ def report(
     long = [r for a in found for r in a.long]
     evaluations = [r for a in found for r in a.evaluations]
     tasks = [r for a in found for r in a.tasks]
-    if evaluations or not (long or tasks):
+    domains = [r for a in found for r in a.domains]
+    if evaluations or not (long or tasks or domains):
         out.print(results_table(evaluations))
     for result in tasks:
         out.print(tasks_table(result))
+    for result in evaluations + domains + tasks:
+        for table in interval_tables(result):
+            table.title = str(result["model"]).rstrip("/").rpartition("/")[2]
+            out.print(table)
     for result in long:
         out.print(long_tables(result)[0])
     out.print(f"page: {output.resolve()}", soft_wrap=True)

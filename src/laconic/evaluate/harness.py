@@ -19,8 +19,12 @@ import torch
 from transformers import PreTrainedModel
 
 from laconic.engine.artifact import Artifact
+from laconic.evaluate.bootstrap import method_of
 from laconic.evaluate.caches import read_stage, resolve, slug, title
+from laconic.evaluate.calibration import Predictions
 from laconic.evaluate.recovery import Score, compare, mean_recovery, read_groups, read_scores
+from laconic.evaluate.suites import standard_tasks
+from laconic.evaluate.task_calibration import compare_calibration, read_predictions, with_groups
 from laconic.evaluate.task_files import open_local, suggest
 from laconic.model.checkpoint import reason
 from laconic.model.kv_open import use_by_default
@@ -35,7 +39,8 @@ SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234,
 def evaluate_tasks(
     model: str | Path,
     *,
-    tasks: Sequence[str],
+    tasks: Sequence[str] = (),
+    suite: str | None = None,
     baseline: str | None = None,
     data: str | Path | None = None,
     limit: int | None = None,
@@ -49,11 +54,13 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Accuracy and the like on lm-eval's tasks, with standard errors; beside `baseline`, paired.
 
-    tasks: lm-eval's names of tasks, groups or tags, or patterns of them. data: a folder of local JSONL files to take
-    the documents from, in place of the Hub. limit: the first so many documents of each task. fewshot: examples in a
-    prompt (the task's own number when not given). context_length: tokens a prompt may have (the model's context when
-    not given). dtype: to compute in (the checkpoint's own when not given). kv: one cache, as `caches_for` reads it,
-    that the artifact generates with, in place of its own if it has one. quiet: without lm-eval's progress bars.
+    tasks: lm-eval's names of tasks, groups or tags, or patterns of them; or suite: `standard`, the tasks of
+    `suites.STANDARD`, of which those that `data` has no file for are left out, and named. data: a folder of local JSONL
+    files to take the documents from, in place of the Hub. limit: the first so many documents of each task. fewshot:
+    examples in a prompt (the task's own number when not given). context_length: tokens a prompt may have (the model's
+    context when not given). dtype: to compute in (the checkpoint's own when not given). kv: one cache, as `caches_for`
+    reads it, that the artifact generates with, in place of its own if it has one. quiet: without lm-eval's progress
+    bars.
 
     Returns what is written to `results/` of the artifact. Raises: ValueError for what the caller can mend.
     """
@@ -62,6 +69,9 @@ def evaluate_tasks(
             raise ValueError(f"{what} {value} is less than {least}")
     if len(kv) > 1:
         raise ValueError("tasks are measured with one cache; give --kv once, or use --suite long for several")
+    left_out: list[str] = []
+    if suite is not None:
+        tasks, left_out = standard_tasks(Path(data) if data else None)
     names = [name.strip() for name in tasks if name.strip()]
     if not names:
         raise ValueError("--tasks names no task; name some, as in --tasks hellaswag,arc_easy")
@@ -91,16 +101,21 @@ def evaluate_tasks(
     rows = compare(runs[0].scores, runs[1].scores if baseline else None)
     inner = _members(opened)
     top = [row for row in rows if row["task"] not in inner]
+    calibration = compare_calibration(runs[0].predictions, runs[1].predictions if baseline else None)
     result: dict[str, Any] = {
         "model": str(model),
         "baseline": baseline,
         "tasks": names,
+        "suite": suite,
+        "left_out": left_out,
         "data": str(data) if data else "Hub",
         "limit": limit,
         "fewshot": fewshot,
         "shots": runs[0].shots,
         "rows": top,
         "subtasks": [row for row in rows if row["task"] in inner],
+        "calibration": [row for row in calibration if row["task"] not in inner],
+        "intervals": method_of("documents"),
         "mean_recovery": mean_recovery(top) if baseline else None,
         "context_length": length,
         "batch_size": batch_size,
@@ -115,7 +130,7 @@ def evaluate_tasks(
     }
     artifact = Artifact(folders[0])
     if artifact.recipe is not None:
-        artifact.save_result(_file_name(names, limit, fewshot) + slug(kv), result)
+        artifact.save_result(_file_name([suite] if suite else names, limit, fewshot) + slug(kv), result)
     return result
 
 
@@ -133,6 +148,7 @@ def _generate_with(model: PreTrainedModel, kv: Sequence[str]) -> str | None:
 @dataclass(frozen=True)
 class _Run:
     scores: list[Score]
+    predictions: dict[str, Predictions]
     shots: dict[str, int]
     versions: dict[str, Any]
 
@@ -158,6 +174,7 @@ def _run(lm: Any, opened: list[Any], manager: Any, limit: int | None, fewshot: i
     leaves = read_scores(results, loaded["tasks"])
     return _Run(
         read_groups(results, loaded["groups"], leaves) + leaves,
+        with_groups(read_predictions(results, loaded["tasks"]), loaded["groups"]),
         {name: results["n-shot"][name] for name in loaded["tasks"]},
         {name: results["versions"][name] for name in loaded["tasks"]},
     )

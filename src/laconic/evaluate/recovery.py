@@ -10,13 +10,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from laconic.evaluate.bootstrap import Ratio, exp, interval, mean_of, paired, perplexity_of
+
 Values = NDArray[np.float64]
 
-# By lm-eval's name of an aggregation: from the documents' scores to numbers whose mean has the same sampling error (the
-# delta method). Perplexity is exp(-mean log-likelihood).
+# By lm-eval's name of an aggregation: from the documents' scores (for the last two, pairs of a log-likelihood and its
+# words or bytes) to a statistic that can be resampled.
+_STATISTIC: Mapping[str, Callable[[Values], Ratio]] = {
+    "mean": mean_of,
+    "perplexity": lambda scores: perplexity_of(-scores),
+    "weighted_perplexity": lambda pairs: Ratio(-pairs[:, 0], pairs[:, 1], exp),
+    "bits_per_byte": lambda pairs: Ratio(-pairs[:, 0], pairs[:, 1], lambda nats: nats / math.log(2)),
+}
+# From the same to numbers whose mean has the same sampling error (the delta method). A perplexity is exp(-mean).
 _LINEAR: Mapping[str, Callable[[Values], Values]] = {
     "mean": lambda scores: scores,
     "perplexity": lambda scores: -np.exp(-scores.mean()) * scores,
+    "weighted_perplexity": lambda pairs: -math.exp(_mean(pairs)) * _excess(pairs),
+    "bits_per_byte": lambda pairs: -_excess(pairs) / math.log(2),
 }
 # A task of several metrics counts once in the mean recovery, by the first of these that it has.
 _MAIN = ("acc_norm", "acc", "exact_match")
@@ -28,6 +39,7 @@ class Score:
 
     metric: its name, with lm-eval's filter where that is not `none`. parts: for each task of it a weight (they add up
     to 1) and a number a document, whose mean has the sampling error of the metric; None where that is not known.
+    sampled: likewise, the metric itself as a statistic of documents drawn again.
     """
 
     task: str
@@ -37,6 +49,22 @@ class Score:
     parts: tuple[tuple[float, Values], ...] | None
     documents: int
     tasks: int = 1
+    sampled: tuple[tuple[float, Ratio], ...] | None = None
+
+    def drawn(self, counts: Values) -> Values:
+        """The value for each resample of documents, the tasks' side by side: counts (resamples, documents)."""
+        assert self.sampled is not None
+        ends = np.cumsum(self.strata)[:-1]
+        pieces = np.split(counts, ends, axis=1)
+        total: Values = sum(
+            (w * of(piece) for (w, of), piece in zip(self.sampled, pieces, strict=True)), np.zeros(len(counts))
+        )
+        return total
+
+    @property
+    def strata(self) -> list[int]:
+        """How many documents each task of it has."""
+        return [len(of.a) for _, of in self.sampled or ()]
 
     @property
     def stderr(self) -> float | None:
@@ -49,11 +77,14 @@ def read_scores(results: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[Sc
     found = []
     for name, task in tasks.items():
         for metric, chosen, value in _metrics(results, name):
-            linear = _LINEAR.get(getattr(task.aggregation().get(metric), "__name__", ""))
+            how = getattr(task.aggregation().get(metric), "__name__", "")
             raw = [s[metric] for s in results["samples"][name] if s["filter"] == chosen and metric in s]
-            parts = ((1.0, linear(np.asarray(raw, dtype=np.float64))),) if linear else None
+            parts = sampled = None
+            if how in _LINEAR:
+                scores = np.asarray(raw, dtype=np.float64)
+                parts, sampled = ((1.0, _LINEAR[how](scores)),), ((1.0, _STATISTIC[how](scores)),)
             better = bool(task.higher_is_better().get(metric, True))
-            found.append(Score(name, _spelled(metric, chosen), value, better, parts, len(raw)))
+            found.append(Score(name, _spelled(metric, chosen), value, better, parts, len(raw), sampled=sampled))
     return found
 
 
@@ -69,6 +100,7 @@ def read_groups(results: Mapping[str, Any], groups: Mapping[str, Any], scores: S
             documents = sum(s.documents for s in own)
             weights = [s.documents / documents if weighed[metric] else 1 / len(own) for s in own]
             parts = [(w * v, values) for w, s in zip(weights, own, strict=True) for v, values in s.parts or ()]
+            sampled = [(w * v, of) for w, s in zip(weights, own, strict=True) for v, of in s.sampled or ()]
             found.append(
                 Score(
                     name,
@@ -78,6 +110,7 @@ def read_groups(results: Mapping[str, Any], groups: Mapping[str, Any], scores: S
                     tuple(parts) if len(parts) == len(own) else None,
                     documents,
                     len(own),
+                    tuple(sampled) if len(sampled) == len(own) else None,
                 )
             )
     return found
@@ -86,7 +119,8 @@ def read_groups(results: Mapping[str, Any], groups: Mapping[str, Any], scores: S
 def compare(ours: Sequence[Score], theirs: Sequence[Score] | None) -> list[dict[str, Any]]:
     """A row a metric: the model's value, and beside its original's the difference and the recovery.
 
-    Both saw the same documents, so the error of the difference is that of the documents' differences. Recovery is the
+    Both saw the same documents, so the error of the difference is that of the documents' differences, and its 95 %
+    interval of the same documents drawn again for both. Recovery is the
     part of the original's value that is left (for a metric that should be low, the inverse). main: whether the row
     stands for its task in the mean recovery.
     """
@@ -102,14 +136,19 @@ def compare(ours: Sequence[Score], theirs: Sequence[Score] | None) -> list[dict[
             "documents": score.documents,
             "value": score.value,
             "stderr": score.stderr,
+            "interval": interval(score.drawn, score.strata) if score.sampled else None,
         }
         if theirs is not None:
             base = original[score.task, score.metric]
             row |= {
                 "baseline": base.value,
                 "baseline_stderr": base.stderr,
+                "baseline_interval": interval(base.drawn, base.strata) if base.sampled else None,
                 "difference": score.value - base.value,
                 "difference_stderr": paired_stderr(score, base),
+                "difference_interval": (
+                    paired(score.drawn, base.drawn, score.strata) if score.sampled and base.sampled else None
+                ),
                 "recovery": _recovery(score, base),
             }
         rows.append(row)
@@ -128,6 +167,18 @@ def paired_stderr(ours: Score, theirs: Score) -> float | None:
     if ours.parts is None or theirs.parts is None:
         return None
     return _stderr([(w, a - b) for (w, a), (_, b) in zip(ours.parts, theirs.parts, strict=True)])
+
+
+def _mean(pairs: Values) -> float:
+    """Of pairs of a log-likelihood and its words, the negative log-likelihood a word."""
+    return -float(pairs[:, 0].sum() / pairs[:, 1].sum())
+
+
+def _excess(pairs: Values) -> Values:
+    """What each document's log-likelihood is above that of as many words at the mean, a mean document's words being 1:
+    numbers that vary as the ratio of the sums does."""
+    excess: Values = (pairs[:, 0] + _mean(pairs) * pairs[:, 1]) / pairs[:, 1].mean()
+    return excess
 
 
 def _stderr(parts: Sequence[tuple[float, Values]]) -> float | None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from laconic.engine.artifact import Artifact
-from laconic.evaluate.fidelity import measure
+from laconic.evaluate.bootstrap import SEED, method_of
+from laconic.evaluate.calibration import calibration_of
+from laconic.evaluate.fidelity import Observed, observe
 from laconic.evaluate.size import measure_size
 from laconic.model.data import evaluation_windows, read_documents
 from laconic.model.load import load_tokenizer, model_folder
@@ -24,6 +28,57 @@ HUB_TEXTS = {
 }
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A model and its original, open on the device `place`, and the tokens of a window that both read."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    ours: PreTrainedModel
+    theirs: PreTrainedModel | None
+    length: int
+    place: str
+
+
+def open_pair(
+    model: str | Path, baseline: str | None, *, context_length: int | None, dtype: str | None, device: str
+) -> Opened:
+    """Open both. Raises: ValueError for a context that the model has not, or a baseline that is not its original."""
+    folder = model_folder(str(model))
+    tokenizer = load_tokenizer(folder)
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    precision = getattr(torch, dtype) if dtype else None
+    ours = load(folder, device=place, dtype=precision)
+    limit = getattr(ours.config.get_text_config(), "max_position_embeddings", None) or 2048
+    length = min(2048, limit) if context_length is None else context_length
+    if not 2 <= length <= limit:
+        raise ValueError(f"--context-length {length} is not between 2 and the model's context of {limit}")
+    theirs = load(baseline, device=place, dtype=precision) if baseline else None
+    if theirs is not None and theirs.config.vocab_size != ours.config.vocab_size:
+        raise ValueError(
+            f"baseline {baseline} has another vocabulary than {model}; is it the original of this artifact?"
+        )
+    return Opened(folder, tokenizer, ours, theirs, length, place)
+
+
+def windows_of(text: str, opened: Opened, most: int | None) -> Tensor:
+    """Windows (n, length) of a text by the name that `evaluate` takes. Raises: ValueError when it fills none."""
+    where = HUB_TEXTS.get(text, {"dataset": text})
+    return evaluation_windows(read_documents(**where), opened.tokenizer, length=opened.length, limit=most)
+
+
+def figures(seen: Observed) -> dict[str, Any]:
+    """What a result says of a text: quality, its intervals, calibration of next tokens."""
+    quality = seen.quality()
+    names = ("perplexity", "nll_stderr", "baseline_perplexity", "kl_mean", "kl_p99", "top1_agreement")
+    theirs = seen.theirs and seen.theirs.predictions()
+    return {
+        **{name: getattr(quality, name) for name in names},
+        **seen.intervals(),
+        "calibration": calibration_of(seen.ours.predictions(), theirs),
+    }
+
+
 def evaluate(
     model: str | Path,
     *,
@@ -34,7 +89,7 @@ def evaluate(
     dtype: str | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Perplexity, fidelity to `baseline`, bits and bytes.
+    """Perplexity, fidelity to `baseline`, calibration, bits and bytes; with 95 % intervals over resampled windows.
 
     text: `wikitext2`, `c4`, a file, or a Hub dataset. context_length: tokens a window (the model's own context, 2048 at
     most, when not given); windows do not overlap, so the stride is the same. windows: how many at most. dtype: to
@@ -42,24 +97,11 @@ def evaluate(
 
     Returns what is written to `results/` of the artifact. Raises: ValueError for what the caller can mend.
     """
-    folder = model_folder(str(model))
-    tokenizer = load_tokenizer(folder)
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    precision = getattr(torch, dtype) if dtype else None
     begun = time.monotonic()
-    ours = load(folder, device=place, dtype=precision)
-    limit = getattr(ours.config.get_text_config(), "max_position_embeddings", None) or 2048
-    length = min(2048, limit) if context_length is None else context_length
-    if not 2 <= length <= limit:
-        raise ValueError(f"--context-length {length} is not between 2 and the model's context of {limit}")
-    where = HUB_TEXTS.get(text, {"dataset": text})
-    ids = evaluation_windows(read_documents(**where), tokenizer, length=length, limit=windows)
-    theirs = load(baseline, device=place, dtype=precision) if baseline else None
-    if theirs is not None and theirs.config.vocab_size != ours.config.vocab_size:
-        raise ValueError(
-            f"baseline {baseline} has another vocabulary than {model}; is it the original of this artifact?"
-        )
-    quality = measure(ours, ids, theirs)
+    opened = open_pair(model, baseline, context_length=context_length, dtype=dtype, device=device)
+    folder, length = opened.folder, opened.length
+    ids = windows_of(text, opened, windows)
+    seen = observe(opened.ours, ids, opened.theirs)
     size = measure_size(folder)
     result: dict[str, Any] = {
         "model": str(model),
@@ -68,18 +110,14 @@ def evaluate(
         "context_length": length,
         "stride": length,
         "windows": len(ids),
-        "tokens": quality.tokens,
-        "dtype": str(ours.dtype).removeprefix("torch."),
-        "perplexity": quality.perplexity,
-        "nll_stderr": quality.nll_stderr,
-        "baseline_perplexity": quality.baseline_perplexity,
-        "kl_mean": quality.kl_mean,
-        "kl_p99": quality.kl_p99,
-        "top1_agreement": quality.top1_agreement,
+        "tokens": seen.quality().tokens,
+        "dtype": str(opened.ours.dtype).removeprefix("torch."),
+        **figures(seen),
+        "intervals": method_of("windows"),
         **asdict(size),
         "seconds": round(time.monotonic() - begun, 2),
-        "device": place,
-        "seed": None,
+        "device": opened.place,
+        "seed": SEED,
         "command": " ".join(sys.argv),
         "versions": versions(),
     }

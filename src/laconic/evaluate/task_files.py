@@ -62,6 +62,16 @@ def open_local(names: Sequence[str], folder: Path, fewshot: int | None) -> tuple
     return opened, manager
 
 
+def documents_of(name: str, folder: Path) -> Path | None:
+    """The file of a folder that has the documents of a task, or of one of a group; None where there is none."""
+    kinds = _kinds(folder)
+    for member in [k for k in kinds if fnmatchcase(k, f"{name}_*" if name in _GROUPS else name)]:
+        file = folder / f"{kinds[member].file}.jsonl"
+        if file.exists():
+            return file
+    return None
+
+
 def suggest(name: str, known: Sequence[str]) -> str:
     """A half sentence that names what was perhaps meant."""
     near = difflib.get_close_matches(name, known, 3)
@@ -251,6 +261,12 @@ def _mmlu(row: Row) -> Fields:
     return {"question": row["question"], "choices": row["choices"], "answer": row["label"], "subject": row["subject"]}
 
 
+def _boolq(row: Row) -> Fields:
+    if row["label"] not in (0, 1):
+        raise ValueError(f"has label {row['label']}, which is neither 0 (no) nor 1 (yes)")
+    return {name: row[name] for name in _YES_NO}
+
+
 def _lambada(row: Row) -> Fields:
     if " " not in row["text"].strip():
         raise ValueError("needs a 'text' of two words or more")
@@ -265,6 +281,7 @@ def _two(row: Row) -> tuple[str, str]:
 
 _PAIR = {"sentence_good": str, "sentence_bad": str}
 _ANSWER = {"question": str, "answer": str}
+_YES_NO = {"passage": str, "question": str, "label": int}
 _QUESTION = {"question": str, "choices": list, "label": int}
 _MMLU = _Kind(
     "mmlu/default",
@@ -279,9 +296,12 @@ _SINGLE = {
     "arc_easy": _Kind("arc", "arc_easy", _QUESTION, _arc),
     "arc_challenge": _Kind("arc", "arc_challenge", _QUESTION, _arc),
     "piqa": _Kind("piqa", "piqa", _QUESTION, _piqa),
+    "boolq": _Kind("super_glue/boolq", "boolq", _YES_NO, _boolq),
     "winogrande": _Kind("winogrande", "winogrande", _QUESTION, _winogrande),
     "lambada_openai": _Kind("lambada", "lambada", {"text": str}, _lambada),
     "gsm8k": _Kind("gsm8k", "gsm8k_test", _ANSWER, _fields(_ANSWER), train="gsm8k_train"),
+    "wikitext": _Kind("wikitext", "wikitext", {"page": str}, _fields({"page": str})),
+    "c4": _Kind("c4", "c4", {"text": str}, _fields({"text": str})),
 }
 _ALIASES = {"lambada": "lambada_openai"}
 # Whether lm-eval's group of that name weighs its tasks by their documents.

@@ -12,10 +12,12 @@ from plotly.offline import get_plotlyjs
 
 from laconic.engine.artifact import Artifact
 from laconic.engine.writer import write_text
+from laconic.report.interval_table import interval_caption, interval_rows
 from laconic.report.long_plots import long_plots
 from laconic.report.long_table import long_caption, long_rows
 from laconic.report.loss_curve import loss_curve
 from laconic.report.plots import error_plot, fragments, size_plot
+from laconic.report.reliability import reliability_diagrams
 from laconic.report.table import COLUMNS, caption, cells
 from laconic.report.task_table import task_rows, tasks_caption
 
@@ -32,6 +34,12 @@ class Evaluated:
     tasks: list[dict[str, Any]]
     long: list[dict[str, Any]]
     training: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    domains: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def with_intervals(self) -> list[dict[str, Any]]:
+        """Results whose figures have intervals."""
+        return [r for r in (*self.evaluations, *self.domains, *self.tasks) if "intervals" in r]
 
 
 def gather(folders: list[Path]) -> list[Evaluated]:
@@ -43,9 +51,11 @@ def gather(folders: list[Path]) -> list[Evaluated]:
         tasks = [r for name, r in results.items() if name.startswith("tasks-")]
         long = [r for name, r in results.items() if name.startswith("long-")]
         training = [(n.removeprefix("training-"), r) for n, r in results.items() if n.startswith("training-")]
+        domains = [r for name, r in results.items() if name.startswith("domains-")]
         compression = results.get("compress")
-        found.append(Evaluated(folder, artifact.recipe, artifact.log, compression, evaluations, tasks, long, training))
-    if not any(a.evaluations or a.tasks or a.long or a.training for a in found):
+        measured = (evaluations, tasks, long, training, domains)
+        found.append(Evaluated(folder, artifact.recipe, artifact.log, compression, *measured))
+    if not any(a.evaluations or a.domains or a.tasks or a.long or a.training for a in found):
         raise ValueError("none of these artifacts was evaluated; run 'laconic eval DIR --baseline MODEL' first")
     return found
 
@@ -70,6 +80,9 @@ def write_page(artifacts: list[Evaluated], file: Path) -> None:
         artifacts=artifacts,
         task_rows=task_rows,
         tasks_caption=tasks_caption,
+        interval_rows=interval_rows,
+        interval_caption=interval_caption,
+        reliability_diagrams=reliability_diagrams,
         recipe_text=lambda a: yaml.safe_dump(a.recipe, sort_keys=False) if a.recipe else "",
         long_rows=long_rows,
         loss_curve=loss_curve,
@@ -93,6 +106,10 @@ def _trained(method: str, result: dict[str, Any]) -> str:
 def _headline(artifacts: list[Evaluated]) -> str:
     """The first result in a sentence."""
     results = [r for a in artifacts for r in a.evaluations]
+    domains = [r for a in artifacts for r in a.domains]
+    if domains and not results and not any(a.tasks or a.long for a in artifacts):
+        said = f"Measured on {len(domains[0]['domains'])} kinds of text"
+        return said + (f"; most is lost on {domains[0]['worst']}." if domains[0]["worst"] else ".")
     if not any(a.evaluations or a.tasks or a.long for a in artifacts):
         return _trained(*next(t for a in artifacts for t in a.training)) + "."
     if not results and not any(a.tasks for a in artifacts):

@@ -51,6 +51,8 @@ def tasks_caption(result: Mapping[str, Any]) -> str:
     """How the result was measured, and the mean recovery."""
     shots = sorted(set(result["shots"].values()))
     said = f"{' or '.join(map(str, shots))} shots, documents from {result['data']}, {result['dtype']}"
+    if result.get("left_out"):
+        said += f"; without {', '.join(result['left_out'])} of the standard suite, which have no file there"
     if result["limit"]:
         said += f", the first {result['limit']} of each task"
     if result["mean_recovery"] is not None:
