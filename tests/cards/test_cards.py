@@ -232,10 +232,14 @@ def test_a_set_that_changed_or_went_is_not_checked_and_says_so(artifact: Path, t
         texts.write_text(before)
 
 
-def test_measured_texts_that_were_not_checked_are_named(artifact: Path) -> None:
+def test_measured_texts_that_were_not_checked_are_named(artifact: Path, tmp_path: Path) -> None:
     save(artifact, "eval-wikitext2-64-3", EVAL)
+    save(artifact, "tasks-piqa", TASKS)
     refresh_cards(artifact)
-    assert "**Not checked** against wikitext2" in (artifact / "cards" / "data.md").read_text()
+    assert "**Not checked** against wikitext2, piqa: " in (artifact / "cards" / "data.md").read_text()
+    (tmp_path / "piqa.jsonl").write_text(json.dumps({"question": "how?", "choices": ["so", "thus"]}) + "\n")
+    check_against(artifact, [str(tmp_path / "piqa.jsonl")])
+    assert "**Not checked** against wikitext2: " in (artifact / "cards" / "data.md").read_text()
 
 
 def test_eval_brings_the_card_up_to_date(laconic: Laconic, artifact: Path, texts: Path) -> None:

@@ -82,11 +82,17 @@ def _contamination(
         lines += [_check_row(check) for check in checks]
         lines.append("")
     done = {check["against"] for check in checks if "unchecked" not in check}
-    if left := [name for name in measured if name not in done]:
+    if left := [name for name in measured if not _checked(name, done)]:
         lines += [f"**Not checked** against {', '.join(left)}: `laconic card ARTIFACT --against FILE`.", ""]
     elif not checks:
         lines += ["**Not checked** against any evaluation set: `laconic card ARTIFACT --against FILE`.", ""]
     return lines
+
+
+def _checked(measured: str, against: set[str]) -> bool:
+    """Whether a text, or a task, was looked for by one of these names: `mmlu_law` is in `mmlu.jsonl`."""
+    names = {name.rpartition(".")[0].removesuffix("_test") or name for name in against}
+    return measured in against or any(measured == name or measured.startswith(f"{name}_") for name in names)
 
 
 def _check_row(check: Mapping[str, Any]) -> str:
