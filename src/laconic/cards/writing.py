@@ -130,7 +130,7 @@ def _draw(folder: Path, facts: dict[str, Any]) -> list[str]:
         remarks.append(f"{file} was not brought up to date: {e}")
     else:
         # Before the file itself, and with what it has now: whichever of the two a kill leaves there is known as ours.
-        write_facts(folder, {**facts, "written": [*written[-1:], ours]})
+        write_facts(folder, {**facts, "written": [*(w for w in written[-1:] if w != ours), ours]})
         write_text(file, merged.text)
         if merged.kept:
             remarks.append(f"{file} keeps what was changed by hand: {', '.join(merged.kept)}")
