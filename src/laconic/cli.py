@@ -18,6 +18,7 @@ from rich.table import Table
 
 from laconic.cli_profile import profile
 from laconic.console import Sweeping, Walking, err, in_bytes, out, print_json, print_plan, remarks, warn
+from laconic.publishing import Json, card, push, refreshing
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,8 +29,9 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="What an artifact, or a shape, takes: time, bytes, energy.")
 app.add_typer(bench, name="bench")
 app.add_typer(profile, name="profile")
+app.command()(card)
+app.command()(push)
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Vary a recipe's key.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
 
 @app.command()
@@ -72,7 +74,7 @@ def compress(
         return
     _draw_training(artifact.path / "results")
     done = artifact.results["compress"]
-    for remark in remarks(artifact.log):
+    for remark in [*remarks(artifact.log), *progress.notes]:
         err.print(f"note: {remark}", highlight=False, soft_wrap=True)
     if json_:
         print_json({"output": str(artifact.path), "forecast": prepared.forecast and asdict(prepared.forecast), **done})
@@ -95,6 +97,7 @@ def _draw_training(folder: Path) -> None:
 
 
 @app.command("eval")
+@refreshing
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="DIR", help="An artifact, or any model.")],
     baseline: Annotated[str | None, typer.Option(help="The original model, for fidelity.")] = None,
@@ -173,9 +176,7 @@ def evaluate(
             )
         if windows is not None:
             asked["windows"] = windows
-        _evaluate_long(
-            model, json_, heat_map, kv=kv or (), text=text, dtype=dtype, batch_size=batch_size, **asked
-        )
+        _evaluate_long(model, json_, heat_map, kv=kv or (), text=text, dtype=dtype, batch_size=batch_size, **asked)
         return
     if asked or heat_map:
         raise ValueError("--lengths, --depths, --trials, --prompt, --chunk, --measure, --heat-map go with --suite long")
@@ -248,7 +249,9 @@ def _draw_reliability(result: dict[str, Any], file: Path | None) -> None:
 
     drawn = reliability_diagrams(result)
     if not drawn:
-        err.print("note: no task of several choices was measured, so --reliability has nothing to draw", highlight=False)
+        err.print(
+            "note: no task of several choices was measured, so --reliability has nothing to draw", highlight=False
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn:
         slug = re.sub(r"[^\w+-]+", "_", name)
@@ -450,8 +453,8 @@ def bench_sparsity(
 def inspect(model: Annotated[str, typer.Argument(metavar="DIR")], json_: Json = False) -> None:
     """What a checkpoint holds: schemes, bits per weight, bytes, its recipe, its worst linears."""
     from laconic.engine.artifact import Artifact
-    from laconic.evaluate.size import measure_size
     from laconic.model.load import model_folder
+    from laconic.model.size import measure_size
 
     folder = model_folder(model)
     size, artifact = measure_size(folder), Artifact(folder)

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from laconic.cards.writing import write_cards
 from laconic.engine.artifact import Artifact
 from laconic.engine.model_stage import ModelStage
 from laconic.engine.plan import Forecast
@@ -124,7 +125,9 @@ def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Repor
     """Work a prepared recipe, or go on with one that was interrupted. Of the processes of a launch the first does all
     of it, and the others help where a model is trained."""
     if isinstance(prepared, Prepared):
-        return run_walk(prepared, overwrite=overwrite, report=report) if is_main() else Artifact(prepared.output)
+        if not is_main():
+            return Artifact(prepared.output)
+        return _with_cards(prepared, run_walk(prepared, overwrite=overwrite, report=report), report)
     recipe, original, before = prepared.recipe, prepared.source.folder, None
     steps = len(prepared.steps)
     for number, step in enumerate(prepared.steps):
@@ -152,9 +155,22 @@ def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Repor
                 report=report,
                 trust_remote_code=prepared.trust_remote_code,
             ).path
-    if is_main():
-        shutil.rmtree(_kept(prepared.output), ignore_errors=True)
-    return Artifact(prepared.output)
+    if not is_main():
+        return Artifact(prepared.output)
+    shutil.rmtree(_kept(prepared.output), ignore_errors=True)
+    return _with_cards(prepared, Artifact(prepared.output), report)
+
+
+def _with_cards(prepared: Prepared | Composed, artifact: Artifact, report: Report) -> Artifact:
+    """Write the cards of an artifact that is whole, and stays so if that fails."""
+    trusted = prepared.trust_remote_code if isinstance(prepared, Composed) else False
+    try:
+        said = write_cards(artifact.path, prepared.recipe, prepared.source, trust_remote_code=trusted)
+    except (ValueError, OSError) as e:
+        said = [f"the cards were not written ({e}); run 'laconic card {artifact.path}'"]
+    for remark in said:
+        report({"event": "note", "said": remark})
+    return artifact
 
 
 def _compose(recipe: Recipe, source: Source, output: Path, *, overwrite: bool, trust_remote_code: bool) -> Composed:

@@ -28,6 +28,8 @@ from laconic.model.kv_reading import KV_CACHE
 RECIPE, LOG, SURVEY = "recipe.yaml", "log.jsonl", "survey.json"
 _REPLACED, _CALIBRATION, _SCRATCH = ".replaced", "calibration", "scratch"
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+# A model card is a person's too, and outlives the weights that it was written for.
+_OUTLIVE = ("README.md", "cards/facts.json")
 _NOT_COPIED = {"config.json", INDEX, SURVEY, "training_log.json"}
 
 
@@ -151,6 +153,10 @@ class Workspace:
             for file in source.glob(pattern):
                 if file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
                     _copy(file, self.folder / file.name)
+        for name in _OUTLIVE:
+            if (file := self.output / name).is_file():
+                (self.folder / name).parent.mkdir(exist_ok=True)
+                _copy(file, self.folder / name)
         write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         for junk in [*self.folder.rglob("*.writing"), *self.folder.glob(f"{_CALIBRATION}-*")]:
             junk.unlink()

@@ -16,16 +16,11 @@ from laconic.engine.artifact import Artifact
 from laconic.evaluate.bootstrap import SEED, method_of
 from laconic.evaluate.calibration import calibration_of
 from laconic.evaluate.fidelity import Observed, observe
-from laconic.evaluate.size import measure_size
-from laconic.model.data import evaluation_windows, read_documents
+from laconic.model.data import HUB_TEXTS, evaluation_windows, read_documents
 from laconic.model.load import load_tokenizer, model_folder
 from laconic.model.reading import load
+from laconic.model.size import measure_size
 from laconic.provenance import versions
-
-HUB_TEXTS = {
-    "wikitext2": {"dataset": "Salesforce/wikitext", "config": "wikitext-2-raw-v1", "split": "test"},
-    "c4": {"dataset": "allenai/c4", "config": "en", "split": "validation"},
-}
 
 
 @dataclass(frozen=True)

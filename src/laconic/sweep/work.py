@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from laconic.cards.writing import refresh_cards
 from laconic.compression import compress
 from laconic.engine.artifact import Artifact
 from laconic.engine.writer import begun_with, write_text
@@ -33,6 +34,7 @@ def work(run: Run, folder: Path, report: Report = lambda _: None) -> dict[str, A
             evaluate(artifact.path, baseline=run.recipe.model if run.baseline else None, **evaluation.model_dump())
             for evaluation in run.evaluations
         ]
+        refresh_cards(artifact.path)
     except Exception as e:
         return remember_failure(run, folder, e)
     made = dict(artifact.results["compress"])
