@@ -11,16 +11,23 @@ import torch
 from torch.autograd.profiler import emit_nvtx
 from torch.profiler import ProfilerActivity, profile
 
-from laconic.compression import Prepared, run
+from laconic.compression import Composed, run
 from laconic.engine.artifact import Artifact
 from laconic.engine.span import span
 from laconic.model.reading import load
+from laconic.walking import Prepared
 
 Report = Callable[[Mapping[str, Any]], None]
 
 
 def profile_compress(
-    prepared: Prepared, trace: Path, *, blocks: int = 2, nvtx: bool = False, overwrite: bool = False, report: Report
+    prepared: Prepared | Composed,
+    trace: Path,
+    *,
+    blocks: int = 2,
+    nvtx: bool = False,
+    overwrite: bool = False,
+    report: Report,
 ) -> Artifact:
     """Compress, and write what the first `blocks` blocks of it took to `trace`; the rest runs without the profiler.
 
@@ -42,7 +49,7 @@ def profile_generation(
 ) -> None:
     """Read a prompt of random tokens and write more, greedily, into a trace. prompt, tokens: how many."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    held = load(model, device=device)
+    held: Any = load(model, device=device)
     config = held.config.get_text_config()
     room = getattr(config, "max_position_embeddings", None)
     if room and prompt + tokens > room:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Rows widened at once: what lies between two half-precision tensors stays small.
-_ROWS = 1024
+# Rows of the input, and numbers of the weight, that are widened at once: what lies between two half-precision tensors
+# stays small.
+_ROWS, _WIDENED = 1024, 1 << 22
 # With fewer rows, widening the weight costs more than the product gains.
 _FEW = 128
 
@@ -55,10 +56,12 @@ def _is_amd() -> bool:
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (m, k) by b (k, n), plus bias (n,), in a's dtype."""
-    wide, offset = b.float(), None if bias is None else bias.float()
     y = a.new_empty(a.shape[0], b.shape[1])
-    for rows, made in zip(a.split(_ROWS), y.split(_ROWS), strict=True):
-        made.copy_(rows.float() @ wide if offset is None else torch.addmm(offset, rows.float(), wide))
+    for start in range(0, b.shape[1], columns := max(64, _WIDENED // b.shape[0])):
+        some = slice(start, start + columns)
+        wide, offset = b[:, some].float(), None if bias is None else bias[some].float()
+        for rows, made in zip(a.split(_ROWS), y[:, some].split(_ROWS), strict=True):
+            made.copy_(rows.float() @ wide if offset is None else torch.addmm(offset, rows.float(), wide))
     return y
 
 
