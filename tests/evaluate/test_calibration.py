@@ -54,7 +54,9 @@ def test_ece_is_that_of_the_plain_loop(confidence: list[float], bins: int, chanc
     assert ece(made(confidence, right), bins) == pytest.approx(plain_ece(confidence, right, bins), abs=1e-12)
 
 
-@given(st.lists(st.tuples(st.sampled_from([0.25, 0.5, 0.75, 1.0]), st.sampled_from([0.0, 1.0])), min_size=1), st.randoms())
+@given(
+    st.lists(st.tuples(st.sampled_from([0.25, 0.5, 0.75, 1.0]), st.sampled_from([0.0, 1.0])), min_size=1), st.randoms()
+)
 def test_the_order_of_predictions_does_not_matter(pairs: list[tuple[float, float]], chance: Any) -> None:
     """Ties stand at the edges of bins, where a sort alone would let the order decide."""
     before = ece(made(*map(list, zip(*pairs, strict=True))))

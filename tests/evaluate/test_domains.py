@@ -97,7 +97,5 @@ def test_the_command_the_picture_and_the_page(
     ],
     ids=lambda p: " ".join(p) if isinstance(p, list) else "",
 )
-def test_wrong_input_is_told_in_a_line(
-    arguments: list[str], expected: str, laconic: Laconic, llama: Path
-) -> None:
+def test_wrong_input_is_told_in_a_line(arguments: list[str], expected: str, laconic: Laconic, llama: Path) -> None:
     assert laconic("eval", llama, *arguments).complaint.startswith(expected)

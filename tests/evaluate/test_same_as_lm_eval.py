@@ -141,9 +141,7 @@ def lm_evals_own(model: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> Row
 
 
 @pytest.mark.parametrize("task", PAIRS)
-def test_a_local_task_is_lm_evals_own(
-    task: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_task_is_lm_evals_own(task: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, pairs = PAIRS[task]
     write(tmp_path / f"{file}.jsonl", [local for local, _ in pairs])
     result = evaluate_tasks(model, tasks=[task], data=tmp_path, dtype="float32", quiet=True)
@@ -189,7 +187,9 @@ def test_the_suites_names_are_lm_evals() -> None:
 
 def test_errors_of_word_perplexity_are_those_of_resampling(model: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
-    pages = [{"page": words(int(i), int(n))} for i, n in zip(rng.integers(0, 300, 60), rng.integers(2, 20, 60), strict=True)]
+    pages = [
+        {"page": words(int(i), int(n))} for i, n in zip(rng.integers(0, 300, 60), rng.integers(2, 20, 60), strict=True)
+    ]
     write(tmp_path / "wikitext.jsonl", pages)
     result = evaluate_tasks(model, tasks=["wikitext"], data=tmp_path, dtype="float32", quiet=True)
     for row in result["rows"]:
