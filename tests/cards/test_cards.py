@@ -117,6 +117,7 @@ def test_results_go_into_the_model_index_and_come_back_as_they_were(artifact: Pa
     card = ModelCard.load(artifact / "README.md")
     index = yaml.safe_load((artifact / "README.md").read_text().split("---")[1])["model-index"]
     _, read = model_index_to_eval_results(index)
+    assert "&id" not in (artifact / "README.md").read_text()
     written = model_index({"eval-wikitext2-64-3": EVAL, "tasks-piqa": TASKS})
     values = {r.metric_type: r.metric_value for r in read}
     assert values == {"perplexity": 12.5, "kl_divergence": 0.0125, "top1_agreement": 0.875, "acc": 0.55}

@@ -81,7 +81,7 @@ def _texts(results: Results) -> Iterator[EvalResult]:
                     metric_type=metric,
                     metric_name=f"{title} ({result['context_length']} tokens)",
                     metric_value=value,
-                    metric_args=how,
+                    metric_args=dict(how),  # YAML would write one mapping once, and then point at it
                 )
 
 
