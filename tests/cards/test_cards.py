@@ -117,6 +117,7 @@ def test_results_go_into_the_model_index_and_come_back_as_they_were(artifact: Pa
     card = ModelCard.load(artifact / "README.md")
     index = yaml.safe_load((artifact / "README.md").read_text().split("---")[1])["model-index"]
     _, read = model_index_to_eval_results(index)
+    assert "&id" not in (artifact / "README.md").read_text()
     written = model_index({"eval-wikitext2-64-3": EVAL, "tasks-piqa": TASKS})
     values = {r.metric_type: r.metric_value for r in read}
     assert values == {"perplexity": 12.5, "kl_divergence": 0.0125, "top1_agreement": 0.875, "acc": 0.55}
@@ -128,6 +129,19 @@ def test_results_go_into_the_model_index_and_come_back_as_they_were(artifact: Pa
     assert "-0.0500 ± 0.0500" in card.text
     assert "laconic eval tiny-w4 --baseline llama" in card.text
     assert "somebody" not in card.text
+
+
+def test_each_domain_is_a_text_of_its_own(artifact: Path) -> None:
+    rows = [
+        {**EVAL, "domain": name, "text": f"/data/{name}.txt", "perplexity": p} for name, p in (("web", 9), ("code", 3))
+    ]
+    shared = {key: EVAL[key] for key in ("context_length", "dtype", "command")}
+    save(artifact, "domains-web+code-64", {**shared, "domains": rows})
+    refresh_cards(artifact)
+    card = ModelCard.load(artifact / "README.md")
+    found = {r.dataset_name: r.metric_value for r in card.data.eval_results or () if r.metric_type == "perplexity"}
+    assert found == {"web.txt": 9, "code.txt": 3}
+    assert "| web.txt (web) | 3 x 64 | float32 | 9.000 |" in card.text
 
 
 def test_a_card_that_a_person_edited_keeps_what_they_wrote(artifact: Path) -> None:

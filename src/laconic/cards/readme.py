@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from huggingface_hub.utils import yaml_dump
 
 BEGIN = "<!-- laconic:begin - written anew by laconic; what stands above or below is yours -->"
 END = "<!-- laconic:end -->"
@@ -32,7 +31,7 @@ def merge(old: str | None, metadata: Mapping[str, Any], body: str, written: Sequ
     """
     marked = f"{BEGIN}\n{body.strip()}\n{END}"
     if old is None:
-        return Merged(f"---\n{yaml_dump(dict(metadata), stream=None)}---\n\n{marked}\n")
+        return Merged(f"---\n{_dump(metadata)}---\n\n{marked}\n")
     if len(_MARKED.findall(old)) != 1:
         raise ValueError("it lacks Laconic's marks, or has them twice, so all of it is left as somebody wrote it")
     front = _FRONT.match(old)
@@ -48,7 +47,11 @@ def merge(old: str | None, metadata: Mapping[str, Any], body: str, written: Sequ
     rest = _MARKED.sub(lambda _: marked, old[front.end() :] if front else old)
     if front and told == theirs:
         return Merged(front[0] + rest, kept)
-    return Merged(f"---\n{yaml_dump(told, stream=None)}---\n{rest}", kept)
+    return Merged(f"---\n{_dump(told)}---\n{rest}", kept)
+
+
+def _dump(metadata: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True)
 
 
 def _read(text: str) -> dict[str, Any]:

@@ -21,19 +21,19 @@ _TEXT_METRICS = {
 
 def model_index(results: Results) -> list[EvalResult]:
     """Every perplexity, distance to the original and task score that was measured."""
-    return [*_texts(results), *_tasks(results)]
+    return [*_text_scores(results), *_tasks(results)]
 
 
 def measured_on(results: Results) -> list[str]:
     """The texts and tasks, by the names that `--against` and a card have for them."""
-    texts = [Path(str(r["text"])).name for name, r in results.items() if name.startswith("eval-")]
+    texts = [Path(str(r["text"])).name for r in _texts(results)]
     tasks = [row["task"] for name, r in results.items() if name.startswith("tasks-") for row in r["rows"]]
     return list(dict.fromkeys([*texts, *tasks]))
 
 
 def tables(results: Results) -> list[str]:
     """Markdown, one table of texts and one of tasks."""
-    texts = [r for name, r in results.items() if name.startswith("eval-")]
+    texts = _texts(results)
     tasks = [(r, row) for name, r in results.items() if name.startswith("tasks-") for row in r["rows"]]
     lines: list[str] = []
     if texts:
@@ -62,10 +62,17 @@ def commands(results: Results) -> list[str]:
     return list(dict.fromkeys(str(r["command"]) for r in [*first, *rest] if r.get("command")))
 
 
-def _texts(results: Results) -> Iterator[EvalResult]:
+def _texts(results: Results) -> list[Mapping[str, Any]]:
+    """What was measured on one text each, alone or as one domain of several."""
+    found: list[Mapping[str, Any]] = [r for name, r in results.items() if name.startswith("eval-")]
     for name, result in results.items():
-        if not name.startswith("eval-"):
-            continue
+        if name.startswith("domains-"):
+            found += [{**result, **row} for row in result["domains"]]
+    return found
+
+
+def _text_scores(results: Results) -> Iterator[EvalResult]:
+    for result in _texts(results):
         text = str(result["text"])
         known = HUB_TEXTS.get(text, {"dataset": Path(text).name})
         how = {key: result[key] for key in ("context_length", "windows", "dtype")}
@@ -81,7 +88,7 @@ def _texts(results: Results) -> Iterator[EvalResult]:
                     metric_type=metric,
                     metric_name=f"{title} ({result['context_length']} tokens)",
                     metric_value=value,
-                    metric_args=how,
+                    metric_args=dict(how),  # YAML would write one mapping once, and then point at it
                 )
 
 
@@ -110,7 +117,7 @@ def _tasks(results: Results) -> Iterator[EvalResult]:
 def _text_row(result: Mapping[str, Any]) -> str:
     compared = result["kl_mean"] is not None
     cells = [
-        Path(str(result["text"])).name,
+        Path(str(result["text"])).name + (f" ({result['domain']})" if "domain" in result else ""),
         f"{result['windows']} x {result['context_length']}",
         result["dtype"],
         f"{result['perplexity']:.3f}",
