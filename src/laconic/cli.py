@@ -85,10 +85,11 @@ def compress(
 def _draw_training(folder: Path) -> None:
     """Draw the loss of each training beside its figures."""
     from laconic.engine.writer import write_text
+    from laconic.report.chart import standalone
     from laconic.report.loss_curve import loss_curve
 
     for file in folder.glob("training-*.json"):
-        write_text(file.with_suffix(".svg"), loss_curve(file.stem, json.loads(file.read_text())))
+        write_text(file.with_suffix(".svg"), standalone(loss_curve(file.stem, json.loads(file.read_text()))))
 
 
 @app.command("eval")
@@ -230,7 +231,9 @@ def _evaluate_long(model: str, suite: str, as_json: bool, picture: Path | None, 
 
 @app.command()
 def report(
-    artifacts: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Artifacts that were evaluated.")],
+    artifacts: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Artifacts that were evaluated, or studies.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")] = Path(
         "laconic-report.html"
     ),
@@ -252,15 +255,17 @@ def report(
         out.print(pareto_table(points, how))
         out.print(f"page: {output.resolve()}", soft_wrap=True)
         return
+    from laconic.report.gathered import gather
     from laconic.report.long_table import long_tables
-    from laconic.report.page import gather, write_page
+    from laconic.report.page import write_page
     from laconic.report.table import results_table
     from laconic.report.task_table import tasks_table
 
     found = gather(artifacts)
-    write_page(found, output)
+    files = write_page(found, output)
     if json_:
-        print_json({"page": str(output.resolve()), "artifacts": [str(a.path) for a in found]})
+        said = {"page": str(output.resolve()), "files": [str(f.resolve()) for f in files]}
+        print_json(said | {"artifacts": [str(a.path) for a in found]})
         return
     long = [r for a in found for r in a.long]
     evaluations = [r for a in found for r in a.evaluations]
