@@ -86,10 +86,11 @@ def compress(
 def _draw_training(folder: Path) -> None:
     """Draw the loss of each training beside its figures."""
     from laconic.engine.writer import write_text
+    from laconic.report.chart import standalone
     from laconic.report.loss_curve import loss_curve
 
     for file in folder.glob("training-*.json"):
-        write_text(file.with_suffix(".svg"), loss_curve(file.stem, json.loads(file.read_text())))
+        write_text(file.with_suffix(".svg"), standalone(loss_curve(file.stem, json.loads(file.read_text()))))
 
 
 @app.command("eval")
@@ -176,9 +177,7 @@ def evaluate(
             )
         if windows is not None:
             asked["windows"] = windows
-        _evaluate_long(
-            model, json_, heat_map, kv=kv or (), text=text, dtype=dtype, batch_size=batch_size, **asked
-        )
+        _evaluate_long(model, json_, heat_map, kv=kv or (), text=text, dtype=dtype, batch_size=batch_size, **asked)
         return
     if asked or heat_map:
         raise ValueError("--lengths, --depths, --trials, --prompt, --chunk, --measure, --heat-map go with --suite long")
@@ -255,7 +254,9 @@ def _draw_reliability(result: dict[str, Any], file: Path | None) -> None:
 
     drawn = reliability_diagrams(result)
     if not drawn:
-        err.print("note: no task of several choices was measured, so --reliability has nothing to draw", highlight=False)
+        err.print(
+            "note: no task of several choices was measured, so --reliability has nothing to draw", highlight=False
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn:
         slug = re.sub(r"[^\w+-]+", "_", name)
@@ -289,7 +290,9 @@ def _evaluate_long(model: str, as_json: bool, picture: Path | None, **asked: Any
 
 @app.command()
 def report(
-    artifacts: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Artifacts that were evaluated.")],
+    artifacts: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Artifacts that were evaluated, or studies.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")] = Path(
         "laconic-report.html"
     ),
@@ -311,16 +314,18 @@ def report(
         out.print(pareto_table(points, how))
         out.print(f"page: {output.resolve()}", soft_wrap=True)
         return
+    from laconic.report.gathered import gather
     from laconic.report.interval_table import interval_tables
     from laconic.report.long_table import long_tables
-    from laconic.report.page import gather, write_page
+    from laconic.report.page import write_page
     from laconic.report.table import results_table
     from laconic.report.task_table import tasks_table
 
     found = gather(artifacts)
-    write_page(found, output)
+    files = write_page(found, output)
     if json_:
-        print_json({"page": str(output.resolve()), "artifacts": [str(a.path) for a in found]})
+        said = {"page": str(output.resolve()), "files": [str(f.resolve()) for f in files]}
+        print_json(said | {"artifacts": [str(a.path) for a in found]})
         return
     long = [r for a in found for r in a.long]
     evaluations = [r for a in found for r in a.evaluations]
@@ -330,7 +335,7 @@ def report(
         out.print(results_table(evaluations))
     for result in tasks:
         out.print(tasks_table(result))
-    for result in evaluations + domains + tasks:
+    for result in [] if any(a.values for a in found) else evaluations + domains + tasks:
         for table in interval_tables(result):
             table.title = str(result["model"]).rstrip("/").rpartition("/")[2]
             out.print(table)

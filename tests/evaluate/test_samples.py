@@ -76,7 +76,7 @@ def test_the_command_shows_them(llama: Path, text: Path, laconic: Laconic) -> No
     ("more", "complaint"),
     [
         (("--generate", 3), "--generate 3 is more than the 2 windows of the text; ask for fewer"),
-        (("--generate", 0), "0 is not in the range"),
+        (("--generate", 0), "greater than or equal to 1"),
         (("--generate", 1, "--suite", "standard"), "--generate continues a text; leave it out with --domain"),
     ],
     ids=str,

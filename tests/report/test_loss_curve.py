@@ -9,8 +9,10 @@ from xml.etree import ElementTree
 import pytest
 
 from laconic.engine.artifact import Artifact
+from laconic.report.chart import standalone
+from laconic.report.gathered import gather
 from laconic.report.loss_curve import loss_curve
-from laconic.report.page import gather, write_page
+from laconic.report.page import write_page
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -31,13 +33,15 @@ def a_result(losses: list[float], held: dict[int, float], **keys: Any) -> dict[s
     [([3.0, 2.0, 1.5, 1.2], {0: 3.1, 2: 2.2, 4: 1.4}), ([1.0], {}), ([2.0, 2.0], {0: 2.0, 2: 2.0})],
 )
 def test_points_lie_where_their_losses_are(losses: list[float], held: dict[int, float]) -> None:
-    drawn = ElementTree.fromstring(loss_curve("a & b", a_result(losses, held)))
-    trained, kept = (
-        [tuple(map(float, p.split(","))) for p in line.get("points", "").split()]
-        for line in drawn.iter(f"{SVG}polyline")
-    )
+    drawn = ElementTree.fromstring(standalone(loss_curve("a & b", a_result(losses, held))))
+    circles = [c for g in drawn.iter(f"{SVG}svg") for c in g.iter(f"{SVG}circle")]
+    places = {
+        colour: [float(c.get("cy", "")) for c in circles if colour in c.get("class", "").split() and c.get("r") == size]
+        for colour, size in (("s7", "0"), ("s0", "4"))
+    }
+    trained, kept = places["s7"], places["s0"]
     assert (len(trained), len(kept)) == (len(losses), len(held))
-    points = sorted(zip([*losses, *held.values()], [y for _, y in (*trained, *kept)], strict=True))
+    points = sorted(zip([*losses, *held.values()], [*trained, *kept], strict=True))
     # A higher loss stands higher, in proportion.
     spread = points[-1][0] - points[0][0]
     for value, y in points:

@@ -23,9 +23,7 @@ def read_predictions(results: Mapping[str, Any], tasks: Mapping[str, Any]) -> di
         if not labels or None in labels:
             continue
         # Log-likelihoods without the question come after those of the choices where a metric wants them.
-        lls = [
-            [float(ll) for ll, _ in s["filtered_resps"][: len(c)]] for s, c in zip(samples, choices, strict=True)
-        ]
+        lls = [[float(ll) for ll, _ in s["filtered_resps"][: len(c)]] for s, c in zip(samples, choices, strict=True)]
         found[name] = of_choices(lls, [label for label in labels if label is not None])
     return found
 

@@ -6,19 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, select_autoescape
-from plotly.offline import get_plotlyjs
-from plotly.subplots import make_subplots
 from rich import box
 from rich.table import Table
 
 from laconic.engine.writer import write_text
 from laconic.report.bench_table import markdown
+from laconic.report.chart import Axis, Mark, Series, chart
+from laconic.report.page import environment
 from laconic.report.pareto import Point, as_csv, pareto_caption, pareto_rows
-from laconic.report.plots import LAYOUT, fragments
-
-_INK, _GREY = "#2f6f5e", "#c4c4bf"
 
 
 def write_pareto(points: Sequence[Point], how: Mapping[str, Any], file: Path) -> list[Path]:
@@ -28,18 +23,18 @@ def write_pareto(points: Sequence[Point], how: Mapping[str, Any], file: Path) ->
     """
     if file.suffix not in (".html", ".htm"):
         raise ValueError(f"the report is a page of HTML; give {file} a name that ends in .html")
-    environment = Environment(
-        loader=PackageLoader("laconic.report"), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
-    )
     rows = pareto_rows(points)
-    html = environment.get_template("pareto.html").render(
-        headline=_headline(points),
-        rows=list(zip(rows, points, strict=True)),
-        columns=list(rows[0]),
-        caption=pareto_caption(how),
-        plot=fragments(pareto_plot(points))[0],
-        commands=how["commands"],
-        script=get_plotlyjs(),
+    html = (
+        environment()
+        .get_template("pareto.html")
+        .render(
+            headline=_headline(points),
+            rows=list(zip(rows, points, strict=True)),
+            columns=list(rows[0]),
+            caption=pareto_caption(how),
+            plots=pareto_plots(points),
+            commands=how["commands"],
+        )
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     table, numbers = file.with_suffix(".md"), file.with_suffix(".csv")
@@ -61,47 +56,29 @@ def pareto_table(points: Sequence[Point], how: Mapping[str, Any]) -> Table:
     return table
 
 
-def pareto_plot(points: Sequence[Point]) -> go.Figure:
+def pareto_plots(points: Sequence[Point]) -> list[str]:
     """KL by the share of weights that is gone, and by speed: with dense kernels hollow, with sparse ones filled, a
     line between the two. Markers grow with the file; what is dominated is grey."""
-    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.04)
     most = max(p.nbytes for p in points)
+    kl = Axis("KL to the original (nats a token)", zero=True)
+
+    def mark(p: Point, x: float, said: str, *, label: str = "", hollow: bool = False) -> Mark:
+        told = f"{p.name}: {p.nbytes / 1e6:.2f} MB, KL {p.kl:.4f}, {said}"
+        return Mark(x, p.kl, told, label, faint=p.dominated, hollow=hollow, size=4 + 6 * p.nbytes / most)
+
+    gone = [mark(p, p.gone, f"{p.gone:.1%} gone", label=p.name) for p in points]
+    by_gone = Axis("share of linear weights that is gone", show=lambda v: f"{v:.0%}")
+    speeds = []
     for p in points:
-        size, colour = 8 + 16 * p.nbytes / most, _GREY if p.dominated else _INK
-        said = f"{p.name}<br>{p.nbytes / 1e6:.2f} MB, KL %{{y:.4f}}<br>%{{x}}<extra></extra>"
-        look: dict[str, Any] = {"showlegend": False, "textfont": {"color": colour}, "hovertemplate": said}
-        mark = {"size": size, "color": colour, "line": {"width": 2, "color": colour}}
-        figure.add_scatter(
-            x=[p.gone],
-            y=[p.kl],
-            mode="markers+text",
-            text=[p.name],
-            textposition="top center",
-            marker=mark,
-            row=1,
-            col=1,
-            **look,
-        )
-        speeds = [p.speed] if p.sparse_speed is None else [p.speed, p.sparse_speed]
-        figure.add_scatter(
-            x=speeds,
-            y=[p.kl] * len(speeds),
-            mode="markers+lines",
-            line={"color": colour, "dash": "dot"},
-            marker=mark | {"symbol": ["circle-open", "circle"][: len(speeds)]},
-            row=1,
-            col=2,
-            **look,
-        )
-    for name, symbol in (("dense kernels", "circle-open"), ("sparse kernels", "circle")):
-        figure.add_scatter(
-            x=[None], y=[None], mode="markers", name=name, marker={"symbol": symbol, "color": _INK, "size": 10}
-        )
-    figure.update_layout(title="Sparsity, quality and speed", **(LAYOUT | {"height": 460}))
-    figure.update_yaxes(title="KL to the original (nats a token)", rangemode="tozero", col=1)
-    figure.update_xaxes(title="share of linear weights that is gone", tickformat=".0%", col=1)
-    figure.update_xaxes(title="decoding speed over the original's", ticksuffix="x", col=2)
-    return figure
+        marks = [mark(p, p.speed, f"{p.speed:.2f}x with dense kernels", label=p.name, hollow=True)]
+        if p.sparse_speed is not None:
+            marks.append(mark(p, p.sparse_speed, f"{p.sparse_speed:.2f}x with sparse kernels"))
+        speeds.append(Series("", marks, line=True, dotted=True, colour=7 if p.dominated else 0))
+    by_speed = Axis("decoding speed over the original's (hollow: dense kernels)", show=lambda v: f"{v:g}x")
+    return [
+        chart("Sparsity and quality", [Series("", gone, colour=0)], by_gone, kl, height=400),
+        chart("Speed and quality", speeds, by_speed, kl, height=400),
+    ]
 
 
 def _headline(points: Sequence[Point]) -> str:

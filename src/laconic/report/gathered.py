@@ -1,0 +1,154 @@
+"""What a page is made of: artifacts with what was measured of them, or the runs of a study."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from laconic.engine.artifact import Artifact
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An artifact, and what was measured of it. values: what the axes of a study chose for it. error: why a run of a
+    study failed. speeds: results of `laconic bench sparsity`."""
+
+    path: Path
+    recipe: Result | None
+    log: list[Result]
+    compression: Result | None
+    evaluations: list[Result]
+    tasks: list[Result] = field(default_factory=list)
+    long: list[Result] = field(default_factory=list)
+    training: list[tuple[str, Result]] = field(default_factory=list)
+    speeds: list[Result] = field(default_factory=list)
+    samples: list[Result] = field(default_factory=list)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    error: str | None = None
+    domains: list[Result] = field(default_factory=list)
+
+    @property
+    def with_intervals(self) -> list[Result]:
+        """Results whose figures have intervals."""
+        return [r for r in (*self.evaluations, *self.domains, *self.tasks) if "intervals" in r]
+
+    @property
+    def everything(self) -> list[Result]:
+        """All results of commands that measured something."""
+        return [*self.evaluations, *self.domains, *self.tasks, *self.long, *self.speeds, *self.samples]
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is anything to show."""
+        return bool(self.everything or self.training)
+
+    @property
+    def quality(self) -> Result | None:
+        """The first comparison with the original, or else the first evaluation."""
+        compared = [r for r in self.evaluations if r.get("kl_mean") is not None]
+        return next(iter(compared or self.evaluations), None)
+
+    @property
+    def speed(self) -> float | None:
+        """How many times as fast as the original it decodes, by the better kernels."""
+        timed = [row["decode"]["speedup"] for r in self.speeds for row in r.get("models", ())[1:]]
+        return max(timed) if timed else None
+
+    @property
+    def recovery(self) -> float | None:
+        """The share of the original's scores over tasks that is kept."""
+        return next((t["mean_recovery"] for t in self.tasks if t.get("mean_recovery") is not None), None)
+
+
+def gather(folders: Sequence[Path]) -> list[Evaluated]:
+    """Read artifacts, and the runs of studies.
+
+    Raises: ValueError for a folder that is neither, or a result that cannot be read, or nothing measured.
+    """
+    found: list[Evaluated] = []
+    for folder in folders:
+        found += _runs(folder) if is_study(folder) else [_artifact(folder)]
+    if not any(a.measured for a in found):
+        raise ValueError("none of these artifacts was evaluated; run 'laconic eval DIR --baseline MODEL' first")
+    short = [a.name for a in found]
+    return found if len(set(short)) == len(short) else [_named(a, str(a.path)) for a in found]
+
+
+def is_study(folder: Path) -> bool:
+    """Whether a folder is what `laconic sweep` leaves."""
+    return (folder / "results.parquet").exists() and not (folder / "config.json").exists()
+
+
+def axes_of(entries: Sequence[Evaluated]) -> list[str]:
+    """The axes of the study that these are of."""
+    return list(dict.fromkeys(key for e in entries for key in e.values))
+
+
+def _artifact(folder: Path) -> Evaluated:
+    artifact, results = Artifact.measured(folder)
+    return _of(artifact, folder.resolve().name, results)
+
+
+def _of(artifact: Artifact, name: str, results: Mapping[str, Result]) -> Evaluated:
+    def kind(prefix: str) -> list[Result]:
+        return [r for n, r in results.items() if n.startswith(prefix)]
+
+    training = [(n.removeprefix("training-"), r) for n, r in results.items() if n.startswith("training-")]
+    return Evaluated(
+        artifact.path,
+        artifact.recipe,
+        artifact.log,
+        results.get("compress"),
+        kind("eval-"),
+        kind("tasks-"),
+        kind("long-"),
+        training,
+        kind("bench-sparsity"),
+        kind("samples-"),
+        name=name,
+        domains=kind("domains-"),
+    )
+
+
+def _runs(folder: Path) -> list[Evaluated]:
+    """The runs of a study, in the order of its table, failed ones too."""
+    found = []
+    for file in sorted((folder / "results").glob("*.json")):
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+            values, path, recipe = result["values"], folder / result["artifact"], {"recipe": result["recipe"]}
+            name = ", ".join(_word(v) for v in values.values()) or result["run"][:6]
+            if result["status"] != "done":
+                found.append(Evaluated(path, recipe, [], None, [], values=values, name=name, error=result["error"]))
+                continue
+            # An artifact may have been thrown away after it was measured.
+            own = Artifact(path)
+            there = (path / "config.json").exists()
+            plain = _of(own, name, own.results) if there else Evaluated(path, None, [], None, [], name=name)
+            told = {"recipe": recipe, "compression": result["compress"], "evaluations": result["evaluations"]}
+            found.append(replace(plain, values=values, **told))
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{file} is no result of a sweep; delete it, and run 'laconic sweep' again") from e
+    order = _order(folder)
+    return sorted(found, key=lambda e: order.get(e.path.name, len(order)))
+
+
+def _order(folder: Path) -> dict[str, int]:
+    import pyarrow.parquet as pq
+
+    runs = pq.read_table(folder / "results.parquet", columns=["artifact"]).column("artifact").to_pylist()
+    return {Path(artifact).name: i for i, artifact in enumerate(runs) if artifact}
+
+
+def _named(entry: Evaluated, name: str) -> Evaluated:
+    return replace(entry, name=name)
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

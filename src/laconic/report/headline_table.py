@@ -1,0 +1,95 @@
+"""The table that a page begins with: a row an artifact, or a run of a study."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from laconic.report.gathered import Evaluated, axes_of
+from laconic.report.pareto import dominated
+
+Rows = list[dict[str, str]]
+
+
+def headline_rows(entries: Sequence[Evaluated]) -> Rows:
+    """Formatted cells by column; columns in which nothing was measured are left out."""
+    axes = axes_of(entries)
+    rows = [_cells(e, axes) for e in entries]
+    return [{c: v for c, v in row.items() if any(r[c] != "-" for r in rows)} for row in rows]
+
+
+def beaten(entries: Sequence[Evaluated]) -> list[bool]:
+    """Of each, whether another is no worse in KL, size and (where all were timed) speed, and better in one. What was
+    not compared with the original beats nothing and is not beaten."""
+    places = [i for i, e in enumerate(entries) if e.quality and e.quality["kl_mean"] is not None]
+    timed = all(entries[i].speed is not None for i in places)
+    costs = []
+    for i in places:
+        q = entries[i].quality
+        assert q is not None
+        costs.append((q["kl_mean"], float(q["file_bytes"]), -(entries[i].speed or 0.0) if timed else 0.0))
+    out = dict(zip(places, dominated(costs), strict=True))
+    return [out.get(i, False) for i in range(len(entries))]
+
+
+def as_csv(entries: Sequence[Evaluated]) -> str:
+    """The figures of the table, unrounded."""
+    axes = axes_of(entries)
+    rows = [_numbers(e, axes) for e in entries]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _numbers(entry: Evaluated, axes: Sequence[str]) -> dict[str, Any]:
+    q, made = entry.quality or {}, entry.compression or {}
+    keys = ("file_bytes", "baseline_file_bytes", "bits_per_weight", "perplexity", "baseline_perplexity", "kl_mean")
+    measured = {k: q.get(k) for k in (*keys, "kl_p99", "top1_agreement", "text", "context_length", "windows")}
+    return {
+        "name": entry.name,
+        **{axis: entry.values.get(axis) for axis in axes},
+        **measured,
+        "task_recovery": entry.recovery,
+        "decoding_speedup": entry.speed,
+        "compress_seconds": made.get("seconds"),
+        "compress_peak_bytes": made.get("peak_memory_bytes"),
+        "error": entry.error,
+    }
+
+
+def _cells(entry: Evaluated, axes: Sequence[str]) -> dict[str, str]:
+    q, made = entry.quality, entry.compression or {}
+    cells = {axis: _word(entry.values.get(axis, "-")) for axis in axes} if entry.values else {"artifact": entry.name}
+    if entry.error:
+        cells[next(iter(cells))] += f" (failed: {entry.error})"
+    compared = q is not None and q["kl_mean"] is not None
+    theirs = q.get("baseline_file_bytes") if q else None
+    return cells | {
+        "schemes": _schemes(q) if q else "-",
+        "size": (f"{q['file_bytes'] / 1e6:.2f} MB" + (f", {theirs / q['file_bytes']:.2f}x less" if theirs else ""))
+        if q
+        else "-",
+        "bits/weight": f"{q['bits_per_weight']:.2f}" if q else "-",
+        "perplexity": (f"{q['perplexity']:.3f}" + (f" (was {q['baseline_perplexity']:.3f})" if compared else ""))
+        if q
+        else "-",
+        "KL mean / p99": f"{q['kl_mean']:.4f} / {q['kl_p99']:.3f}" if q and compared else "-",
+        "same top-1": f"{q['top1_agreement']:.1%}" if q and compared else "-",
+        "tasks kept": "-" if entry.recovery is None else f"{entry.recovery:.1%}",
+        "decoding": "-" if entry.speed is None else f"{entry.speed:.2f}x",
+        "compressed in": f"{made['seconds']:.1f} s" if made.get("seconds") is not None else "-",
+        "its peak": f"{made['peak_memory_bytes'] / 1e9:.2f} GB" if made.get("peak_memory_bytes") else "-",
+    }
+
+
+def _schemes(q: dict[str, Any]) -> str:
+    said = ", ".join(f"{n} x {s}" for s, n in q.get("schemes", {}).items()) or "none"
+    return said + (" (simulated)" if q.get("simulated") else "")
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

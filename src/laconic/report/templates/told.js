@@ -1,0 +1,19 @@
+// What a mark says, beside the pointer; without a script nothing is lost but this.
+const told = document.createElement("div");
+told.className = "tip";
+told.hidden = true;
+document.body.append(told);
+const show = (mark) => {
+  told.textContent = mark.dataset.told;
+  told.hidden = false;
+  const box = mark.getBoundingClientRect(), width = told.offsetWidth;
+  told.style.left = Math.max(8, Math.min(innerWidth - width - 8, box.left + box.width / 2 - width / 2)) + "px";
+  told.style.top = Math.max(8, box.top - told.offsetHeight - 8) + "px";
+};
+for (const mark of document.querySelectorAll(".told")) {
+  mark.addEventListener("pointerenter", () => show(mark));
+  mark.addEventListener("focus", () => show(mark));
+  mark.addEventListener("pointerleave", () => (told.hidden = true));
+  mark.addEventListener("blur", () => (told.hidden = true));
+}
+addEventListener("scroll", () => (told.hidden = true), true);
