@@ -129,6 +129,9 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="NAME=FILE", help="Measure each of these kinds of text by itself instead of --text."),
     ] = None,
+    generate: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Have both continue N openings of the text, too.")
+    ] = None,
     reliability: Annotated[
         Path | None, typer.Option(metavar="SVG", help="Draw how right the model is by how sure it is into this file.")
     ] = None,
@@ -164,6 +167,8 @@ def evaluate(
     asked = {name: value for name, value in long.items() if value is not None}
     if domain and (suite, tasks) != (None, None):
         raise ValueError("--domain measures texts alone; leave out --tasks and --suite, or measure those by themselves")
+    if generate and (domain or tasks or suite):
+        raise ValueError("--generate continues a text; leave it out with --domain, --tasks and --suite")
     if suite is not None and suite not in ("long", "standard"):
         raise ValueError(f"--suite {suite} is not known; there are 'long' and 'standard'")
     if suite == "standard" and tasks is not None:
@@ -227,7 +232,7 @@ def evaluate(
     else:
         from laconic.evaluate.run import evaluate as measure
 
-        result = measure(model, text=text, **how)
+        result = measure(model, text=text, generate=generate or 0, **how)
     _draw_reliability(result, reliability)
     if json_:
         print_json(result)
@@ -237,6 +242,10 @@ def evaluate(
 
     if not domain:
         out.print(results_table([result]))
+    if generate:
+        from laconic.report.samples_table import samples_table
+
+        out.print(samples_table(result["samples"]))
     for table in interval_tables(result):
         out.print(table)
 
@@ -332,7 +341,7 @@ def report(
         out.print(results_table(evaluations))
     for result in tasks:
         out.print(tasks_table(result))
-    for result in evaluations + domains + tasks:
+    for result in [] if any(a.values for a in found) else evaluations + domains + tasks:
         for table in interval_tables(result):
             table.title = str(result["model"]).rstrip("/").rpartition("/")[2]
             out.print(table)

@@ -16,6 +16,7 @@ from laconic.engine.artifact import Artifact
 from laconic.evaluate.bootstrap import SEED, method_of
 from laconic.evaluate.calibration import calibration_of
 from laconic.evaluate.fidelity import Observed, observe
+from laconic.evaluate.samples import write_samples
 from laconic.model.data import HUB_TEXTS, evaluation_windows, read_documents
 from laconic.model.load import load_tokenizer, model_folder
 from laconic.model.reading import load
@@ -83,12 +84,14 @@ def evaluate(
     windows: int | None = None,
     dtype: str | None = None,
     device: str = "auto",
+    generate: int = 0,
 ) -> dict[str, Any]:
     """Perplexity, fidelity to `baseline`, calibration, bits and bytes; with 95 % intervals over resampled windows.
 
     text: `wikitext2`, `c4`, a file, or a Hub dataset. context_length: tokens a window (the model's own context, 2048 at
     most, when not given); windows do not overlap, so the stride is the same. windows: how many at most. dtype: to
-    compute in (float32, bfloat16, float16; the checkpoint's own when not given).
+    compute in (float32, bfloat16, float16; the checkpoint's own when not given). generate: how many openings of the
+    text both models continue; these go into a result of their own, and are under `samples` of what is returned.
 
     Returns what is written to `results/` of the artifact. Raises: ValueError for what the caller can mend.
     """
@@ -96,6 +99,8 @@ def evaluate(
     opened = open_pair(model, baseline, context_length=context_length, dtype=dtype, device=device)
     folder, length = opened.folder, opened.length
     ids = windows_of(text, opened, windows)
+    # First, because it is here that too many may have been asked for.
+    samples = write_samples(opened.ours, opened.theirs, opened.tokenizer, ids, generate) if generate else []
     seen = observe(opened.ours, ids, opened.theirs)
     size = measure_size(folder)
     result: dict[str, Any] = {
@@ -122,6 +127,9 @@ def evaluate(
         result["baseline_bits_per_weight"] = their_size.bits_per_weight
     artifact = Artifact(folder)
     if artifact.recipe is not None:
-        name = f"eval-{Path(text).stem}-{length}" + (f"-{windows}" if windows else "")
-        artifact.save_result(name, result)
-    return result
+        name = f"{Path(text).stem}-{length}" + (f"-{windows}" if windows else "")
+        artifact.save_result(f"eval-{name}", result)
+        if samples:
+            same = ("model", "baseline", "text", "context_length", "dtype", "device", "command", "versions")
+            artifact.save_result(f"samples-{name}", {key: result[key] for key in same} | {"samples": samples})
+    return result | {"samples": samples} if samples else result

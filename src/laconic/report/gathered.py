@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,20 @@ class Evaluated:
     training: list[tuple[str, Result]] = field(default_factory=list)
     speeds: list[Result] = field(default_factory=list)
     samples: list[Result] = field(default_factory=list)
-    domains: list[Result] = field(default_factory=list)
     values: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
     error: str | None = None
-
-    @property
-    def everything(self) -> list[Result]:
-        """All results of commands that measured something."""
-        return [*self.evaluations, *self.domains, *self.tasks, *self.long, *self.speeds, *self.samples]
+    domains: list[Result] = field(default_factory=list)
 
     @property
     def with_intervals(self) -> list[Result]:
         """Results whose figures have intervals."""
         return [r for r in (*self.evaluations, *self.domains, *self.tasks) if "intervals" in r]
+
+    @property
+    def everything(self) -> list[Result]:
+        """All results of commands that measured something."""
+        return [*self.evaluations, *self.domains, *self.tasks, *self.long, *self.speeds, *self.samples]
 
     @property
     def measured(self) -> bool:
@@ -111,8 +111,8 @@ def _of(artifact: Artifact, name: str, results: Mapping[str, Result]) -> Evaluat
         training,
         kind("bench-sparsity"),
         kind("samples-"),
-        kind("domains-"),
         name=name,
+        domains=kind("domains-"),
     )
 
 
@@ -127,25 +127,12 @@ def _runs(folder: Path) -> list[Evaluated]:
             if result["status"] != "done":
                 found.append(Evaluated(path, recipe, [], None, [], values=values, name=name, error=result["error"]))
                 continue
-            own, kept = Artifact(path), _log_of(path)
-            more = _of(own, name, own.results) if kept is not None else None
-            found.append(
-                Evaluated(
-                    path,
-                    recipe,
-                    kept or [],
-                    result["compress"],
-                    result["evaluations"],
-                    more.tasks if more else [],
-                    more.long if more else [],
-                    more.training if more else [],
-                    more.speeds if more else [],
-                    more.samples if more else [],
-                    more.domains if more else [],
-                    values,
-                    name,
-                )
-            )
+            # An artifact may have been thrown away after it was measured.
+            own = Artifact(path)
+            there = (path / "config.json").exists()
+            plain = _of(own, name, own.results) if there else Evaluated(path, None, [], None, [], name=name)
+            told = {"recipe": recipe, "compression": result["compress"], "evaluations": result["evaluations"]}
+            found.append(replace(plain, values=values, **told))
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{file} is no result of a sweep; delete it, and run 'laconic sweep' again") from e
     order = _order(folder)
@@ -159,13 +146,8 @@ def _order(folder: Path) -> dict[str, int]:
     return {Path(artifact).name: i for i, artifact in enumerate(runs) if artifact}
 
 
-def _log_of(path: Path) -> list[Result] | None:
-    """The log of a run's artifact; None where the artifact was thrown away after it was measured."""
-    return Artifact(path).log if (path / "config.json").exists() else None
-
-
 def _named(entry: Evaluated, name: str) -> Evaluated:
-    return Evaluated(**{**vars(entry), "name": name})
+    return replace(entry, name=name)
 
 
 def _word(value: Any) -> str:

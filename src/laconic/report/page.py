@@ -140,14 +140,14 @@ def _headline(entries: Sequence[Evaluated], chosen: Sequence[Evaluated]) -> str:
     if one:
         return _said_of(one)
     first = chosen[0]
-    if first.domains and not first.tasks:
-        said = f"Measured on {len(first.domains[0]['domains'])} kinds of text"
-        return said + (f"; most is lost on {first.domains[0]['worst']}." if first.domains[0]["worst"] else ".")
     if first.tasks:
         recovery = first.tasks[0]["mean_recovery"]
         return f"{len(first.tasks[0]['rows'])} measures of tasks" + (
             f"; mean recovery {recovery:.1%}." if recovery else "."
         )
+    if first.domains:
+        said = f"Measured on {len(first.domains[0]['domains'])} kinds of text"
+        return said + (f"; most is lost on {first.domains[0]['worst']}." if first.domains[0]["worst"] else ".")
     if first.long:
         return f"The cache of keys and values, measured over {len(first.long[0]['lengths'])} lengths of context."
     return _trained(*first.training[0]) + "." if first.training else "Measured."
