@@ -222,7 +222,7 @@ def evaluate(
         raise ValueError("--kv goes with --suite long, or with --tasks for one cache to generate with")
     if (tasks_data, limit, fewshot) != (None, None, None):
         raise ValueError("--tasks-data, --limit and --fewshot go with --tasks; name some, as in --tasks hellaswag")
-    how = {"baseline": baseline, "context_length": context_length, "windows": windows, "dtype": dtype}
+    how: dict[str, Any] = {"baseline": baseline, "context_length": context_length, "windows": windows, "dtype": dtype}
     if domain:
         if text != "wikitext2":
             raise ValueError("--domain names the texts; leave out --text, or name it too, as in --domain web=FILE")

@@ -67,7 +67,7 @@ def figures(seen: Observed) -> dict[str, Any]:
     """What a result says of a text: quality, its intervals, calibration of next tokens."""
     quality = seen.quality()
     names = ("perplexity", "nll_stderr", "baseline_perplexity", "kl_mean", "kl_p99", "top1_agreement")
-    theirs = seen.theirs and seen.theirs.predictions()
+    theirs = None if seen.theirs is None else seen.theirs.predictions()
     return {
         **{name: getattr(quality, name) for name in names},
         **seen.intervals(),
