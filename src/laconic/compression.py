@@ -127,7 +127,7 @@ def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Repor
     if isinstance(prepared, Prepared):
         if not is_main():
             return Artifact(prepared.output)
-        return _with_cards(prepared, run_walk(prepared, overwrite=overwrite, report=report), report)
+        return run_walk(prepared, overwrite=overwrite, report=report, describe=_describing(prepared, report))
     recipe, original, before = prepared.recipe, prepared.source.folder, None
     steps = len(prepared.steps)
     for number, step in enumerate(prepared.steps):
@@ -135,10 +135,12 @@ def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Repor
         if number < steps - 1 and begun_with(step.output) == step.identity:
             before = step.output
             continue
+        # What earlier steps make is no artifact that anyone keeps.
+        describe = _describing(prepared, report) if number == steps - 1 else lambda _: None
         if step.walk and not is_main():
             before = step.output
         elif step.walk:
-            before = _walk(prepared, step, before, overwrite, report).path
+            before = _walk(prepared, step, before, overwrite, report, describe).path
         else:
             if before and not is_main():
                 _await(before, prepared.steps[number - 1].identity)
@@ -154,23 +156,27 @@ def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Repor
                 overwrite=overwrite,
                 report=report,
                 trust_remote_code=prepared.trust_remote_code,
+                describe=describe,
             ).path
-    if not is_main():
-        return Artifact(prepared.output)
-    shutil.rmtree(_kept(prepared.output), ignore_errors=True)
-    return _with_cards(prepared, Artifact(prepared.output), report)
+    if is_main():
+        shutil.rmtree(_kept(prepared.output), ignore_errors=True)
+    return Artifact(prepared.output)
 
 
-def _with_cards(prepared: Prepared | Composed, artifact: Artifact, report: Report) -> Artifact:
-    """Write the cards of an artifact that is whole, and stays so if that fails."""
+def _describing(prepared: Prepared | Composed, report: Report) -> Callable[[Path], None]:
+    """What writes the cards; the artifact comes out whole if that fails."""
     trusted = prepared.trust_remote_code if isinstance(prepared, Composed) else False
-    try:
-        said = write_cards(artifact.path, prepared.recipe, prepared.source, trust_remote_code=trusted)
-    except (ValueError, OSError) as e:
-        said = [f"the cards were not written ({e}); run 'laconic card {artifact.path}'"]
-    for remark in said:
-        report({"event": "note", "said": remark})
-    return artifact
+
+    def describe(folder: Path) -> None:
+        name = prepared.output.name
+        try:
+            said = write_cards(folder, prepared.recipe, prepared.source, name=name, trust_remote_code=trusted)
+        except (ValueError, OSError) as e:
+            said = [f"the cards were not written ({e}); run 'laconic card {prepared.output}'"]
+        for remark in said:
+            report({"event": "note", "said": remark})
+
+    return describe
 
 
 def _compose(recipe: Recipe, source: Source, output: Path, *, overwrite: bool, trust_remote_code: bool) -> Composed:
@@ -228,7 +234,14 @@ def _compose(recipe: Recipe, source: Source, output: Path, *, overwrite: bool, t
     return Composed(recipe, source, tuple(steps), windows, output, trust_remote_code)
 
 
-def _walk(composed: Composed, step: Step, before: Path | None, overwrite: bool, report: Report) -> Artifact:
+def _walk(
+    composed: Composed,
+    step: Step,
+    before: Path | None,
+    overwrite: bool,
+    report: Report,
+    describe: Callable[[Path], None],
+) -> Artifact:
     """A walk over what the step before left, which may have another shape than the original."""
     assert step.walk is not None
     prepared = step.walk
@@ -244,7 +257,7 @@ def _walk(composed: Composed, step: Step, before: Path | None, overwrite: bool, 
             overwrite=overwrite,
             trust_remote_code=trusted,
         )
-    return run_walk(prepared, before=before, overwrite=overwrite, report=report)
+    return run_walk(prepared, before=before, overwrite=overwrite, report=report, describe=describe)
 
 
 def _groups(stages: Sequence[Any]) -> list[tuple[int, tuple[Any, ...]]]:

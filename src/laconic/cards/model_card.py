@@ -40,7 +40,7 @@ def metadata(
     if cache := config.get(KV_CONFIG):
         quantization["kv_cache"] = cache.get("method", "quantized")
     datasets = [s["dataset"] for s in facts.get("sets") or [] if s["on_hub"]]
-    known: dict[str, Any] = {k: base.get(k) for k in ("license", "license_name", "license_link", "language")}
+    carried: dict[str, Any] = {k: base.get(k) for k in ("license", "license_name", "license_link", "language")}
     told: Any = ModelCardData(
         base_model=base.get("model"),
         base_model_relation=("quantized" if quantized else "finetune") if base.get("model") else None,
@@ -51,7 +51,7 @@ def metadata(
         quantization=quantization,
         eval_results=model_index(results) or None,
         model_name=name,
-        **known,
+        **carried,
     )
     plain: dict[str, Any] = told.to_dict()
     return plain

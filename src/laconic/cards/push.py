@@ -10,7 +10,6 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HfHubHTTPError,
-    HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -22,6 +21,8 @@ from laconic.cards.writing import recipe_of
 from laconic.engine.writer import partial_of
 from laconic.model.checkpoint import open_checkpoint, reason
 
+# Of the HTTP library that huggingface_hub goes by, which is not the same in all its versions.
+_HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".msgpack", ".h5")
 _LEFT_OUT = {".git", ".cache", ".huggingface", "__pycache__"}
 
@@ -123,5 +124,5 @@ def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
         if isinstance(e, RepositoryNotFoundError):
             raise ValueError(f"the Hub finds no {repo_id}, or hides it; {login}, and check the name") from e
         raise ValueError(f"the Hub answered {status} for {repo_id}: {reason(e)}; nothing was committed") from e
-    except (HTTPError, ConnectionError, TimeoutError) as e:
+    except (_HTTP_ERROR, ConnectionError, TimeoutError) as e:
         raise ValueError(f"the Hub cannot be reached ({reason(e)}); go online and run the same command again") from e

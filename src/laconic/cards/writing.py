@@ -24,8 +24,11 @@ from laconic.recipe import Recipe, load_recipe
 README, DATA = "README.md", "data.md"
 
 
-def write_cards(folder: Path, recipe: Recipe, source: Source, *, trust_remote_code: bool = False) -> list[str]:
-    """The cards of an artifact that was just made. recipe: as it was given, with what it declares of its texts.
+def write_cards(
+    folder: Path, recipe: Recipe, source: Source, *, name: str | None = None, trust_remote_code: bool = False
+) -> list[str]:
+    """The cards of an artifact that was just made. recipe: as it was given, with what it declares of its texts. name:
+    the artifact's, where the folder does not have it yet.
 
     Returns: remarks, one line each, on what of a README.md was left as a person wrote it.
     """
@@ -39,7 +42,8 @@ def write_cards(folder: Path, recipe: Recipe, source: Source, *, trust_remote_co
             found["changed"] = texts.key == "calibration" and found.get("sha256") not in (None, told.get("sha256"))
             sets.append(found)
     written = read_facts(folder).get("written", [])
-    return _draw(folder, {"base": describe_base(source), "sets": sets, "contamination": [], "written": written})
+    facts = {"base": describe_base(source), "sets": sets, "contamination": [], "written": written}
+    return _draw(folder, facts, name)
 
 
 def refresh_cards(folder: Path) -> list[str]:
@@ -109,11 +113,11 @@ def recipe_of(folder: Path) -> Recipe:
     return load_recipe(identity["recipe"])
 
 
-def _draw(folder: Path, facts: dict[str, Any]) -> list[str]:
+def _draw(folder: Path, facts: dict[str, Any], name: str | None = None) -> list[str]:
     """Both cards. A README.md that cannot be told apart from a person's stays as it is."""
     artifact, size = Artifact.measured(folder)[0], measure_size(folder)
     results, recipe = artifact.results, (artifact.recipe or {})["recipe"]
-    name = folder.resolve().name
+    name = name or folder.resolve().name
     told = name, facts, recipe, artifact.config, size, results
     ours = metadata(*told)
     remarks: list[str] = []
@@ -125,15 +129,15 @@ def _draw(folder: Path, facts: dict[str, Any]) -> list[str]:
         old = file.read_text(encoding="utf-8") if file.exists() else None
         merged = merge(old, ours, body(*told), written)
     except UnicodeDecodeError:
-        remarks.append(f"{file} is not UTF-8 text, and was left as it is")
+        remarks.append(f"{README} of {name} is not UTF-8 text, and was left as it is")
     except ValueError as e:
-        remarks.append(f"{file} was not brought up to date: {e}")
+        remarks.append(f"{README} of {name} was not brought up to date: {e}")
     else:
         # Before the file itself, and with what it has now: whichever of the two a kill leaves there is known as ours.
         write_facts(folder, {**facts, "written": [*(w for w in written[-1:] if w != ours), ours]})
         write_text(file, merged.text)
         if merged.kept:
-            remarks.append(f"{file} keeps what was changed by hand: {', '.join(merged.kept)}")
+            remarks.append(f"{README} of {name} keeps what was changed by hand: {', '.join(merged.kept)}")
         return remarks
     write_facts(folder, facts)
     return remarks

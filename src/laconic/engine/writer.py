@@ -139,9 +139,16 @@ class Workspace:
                 found |= {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}  # noqa: SIM118 - not a dict
         return found
 
-    def finish(self, config: Mapping[str, Any], source: Path, carried: Path | None = None) -> Path:
+    def finish(
+        self,
+        config: Mapping[str, Any],
+        source: Path,
+        carried: Path | None = None,
+        describe: Callable[[Path], None] = lambda _: None,
+    ) -> Path:
         """Write the index and the config, copy the tokenizer, give the folder its name. carried: the artifact of the
-        step before, whose log comes first, and whose folders go with this one."""
+        step before, whose log comes first, and whose folders go with this one. describe: writes the cards into the
+        folder, which has all the rest by then."""
         if carried:
             own = [e for e in read_log(self.folder) if "shard" not in e and "step" not in e]
             log = [{k: v for k, v in e.items() if k != "shard"} for e in read_log(carried)]
@@ -161,6 +168,7 @@ class Workspace:
         for junk in [*self.folder.rglob("*.writing"), *self.folder.glob(f"{_CALIBRATION}-*")]:
             junk.unlink()
         shutil.rmtree(scratch_of(self.folder), ignore_errors=True)
+        describe(self.folder)
         self._publish()
         return self.output
 
