@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+import time
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,27 @@ def test_a_killed_sweep_takes_the_step_that_is_there(
     assert made == ["depth"]
 
 
-def test_two_that_want_it_at_once_make_it_once(tmp_path: Path, asked: dict[str, Any], made: list[str]) -> None:
-    def work(scheme: str) -> bool:
-        recipe = asked["base"] | {"stages": stages(scheme)}
-        artifact = compress(asked["model"], recipe, tmp_path / scheme, steps=tmp_path / "steps")
-        return (artifact.path / "config.json").exists()
+def test_two_that_want_it_at_once_make_it_once(
+    tmp_path: Path, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = compression.run_model_step
 
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(work, SCHEMES)) == [True, True]
-    assert made == ["depth"]
+    def slow(*more: Any, **keys: Any) -> Any:
+        with (tmp_path / "made").open("a") as file:
+            file.write("depth\n")
+        time.sleep(1)
+        return real(*more, **keys)
+
+    def work(scheme: str) -> None:
+        recipe = asked["base"] | {"stages": stages(scheme)}
+        compress(asked["model"], recipe, tmp_path / scheme, steps=tmp_path / "steps")
+
+    monkeypatch.setattr(compression, "run_model_step", slow)
+    processes = [multiprocessing.get_context("fork").Process(target=work, args=(scheme,)) for scheme in SCHEMES]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert all((tmp_path / scheme / "config.json").exists() for scheme in SCHEMES)
+    assert (tmp_path / "made").read_text() == "depth\n"

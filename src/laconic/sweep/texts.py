@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from laconic.model.data import HUB_TEXTS, evaluation_windows, read_documents
+from laconic.model.data import HUB_TEXTS, evaluation_windows, read_documents, read_rows
 from laconic.model.load import Source, load_tokenizer, open_source
 from laconic.recipe import Recipe
-from laconic.sweep.runs import Run
+from laconic.sweep.runs import Run, texts_of
 from laconic.walking import calibration_ids
 
 
@@ -35,10 +35,10 @@ def check_texts(runs: Iterable[Run]) -> None:
                 seen.add(key)
                 _said_of(f"run with {run.name}", calibration_ids, shortest, source, _needing(shortest)[0])
         for stage in run.recipe.stages:
-            for text in getattr(stage, "data", None) or ():
+            for text in texts_of(stage):
                 if text.dataset not in seen:
                     seen.add(text.dataset)
-                    _said_of(f"{stage.method}.data", read_documents, text.dataset)
+                    _said_of(f"run with {run.name}: {stage.method}", _opened, text)
 
 
 def _evaluated(source: Source, text: str, context_length: int | None) -> None:
@@ -48,6 +48,10 @@ def _evaluated(source: Source, text: str, context_length: int | None) -> None:
         raise ValueError(f"context_length {length} is longer than the model's context of {limit}; lower it")
     documents = read_documents(**HUB_TEXTS.get(text, {"dataset": text}))
     evaluation_windows(documents, load_tokenizer(source.folder), length=length, limit=1)
+
+
+def _opened(text: Any) -> None:
+    next(iter(read_rows(text.dataset, split=text.split, config=text.config)), None)
 
 
 def _needing(recipe: Recipe) -> list[str]:
