@@ -336,6 +336,16 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     return {p: leaf for key, v in items for p, leaf in _leaves(v, f"{path}.{key}" if path else str(key)).items()}
 
 
+@contextmanager
+def turn(what: Path) -> Iterator[None]:
+    """Wait for the process that makes `what` to be done with it, or to end, however it ends. WHAT.lock is left."""
+    what.parent.mkdir(parents=True, exist_ok=True)
+    with what.with_name(f"{what.name}.lock").open("w") as file:
+        with suppress(OSError):  # a filesystem without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def lock(folder: Path) -> int:
     """Held until closed, or until the process ends, however it ends. The folder itself is locked: no file is left."""
     fd = os.open(folder, os.O_RDONLY)
