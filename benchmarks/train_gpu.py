@@ -1,0 +1,122 @@
+"""Recovery of a random model of a billion parameters on one GPU, on copies on several, and cut among them (FSDP).
+
+    python benchmarks/train_gpu.py FOLDER --text TEXT [--gpus 2] [--steps 20]
+
+Each way is a launch of its own of `laconic compress` with one `lora` stage, of as many sequences a step in all; printed
+are target tokens a second over the training alone, the peak memory of each GPU, and the losses, which should agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--num_machines", "1"]
+
+
+def main() -> None:
+    """Make the model, train it each way, print a row each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parents[1] / "models" / "demo")
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--layers", type=int, default=22)
+    args = parser.parse_args()
+    model = make_model(args.folder / "model", args.tokenizer, args.layers)
+    ways = {"one GPU": (1, [])}
+    if args.gpus > 1:
+        several = ["--num_processes", str(args.gpus), "--multi_gpu"]
+        cut = ["--num_processes", str(args.gpus), "--use_fsdp", "--fsdp_version", "2"]
+        ways |= {f"copies on {args.gpus}": (args.gpus, several), f"cut among {args.gpus}": (args.gpus, cut)}
+    print("| way | tokens/s | s a step | peak GB of each | first loss | last loss |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for way, (count, launch) in ways.items():
+        print(train(model, args, way, count, launch), flush=True)
+
+
+def make_model(folder: Path, tokenizer: Path, layers: int) -> Path:
+    """A random Llama, 1.1 billion parameters with 22 layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=json.loads((tokenizer / "config.json").read_text())["vocab_size"],
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=layers,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+        )
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            made = LlamaForCausalLM(config)
+        made.to("cpu", torch.bfloat16).save_pretrained(folder)
+        for file in tokenizer.glob("token*"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def train(model: Path, args: argparse.Namespace, way: str, count: int, launch: list[str]) -> str:
+    """One launch. Returns: its row."""
+    output = args.folder / way.replace(" ", "-")
+    stage = {
+        "method": "lora",
+        "data": [{"dataset": str(Path(args.text).absolute())}],
+        "max_steps": args.steps,
+        "batch_size": 8 // count,
+        "max_seq_length": 1024,
+        "held_out_samples": 8,
+        "eval_every": args.steps,
+        "gradient_checkpointing": True,
+    }
+    recipe = args.folder / "recipe.yaml"
+    recipe.write_text(json.dumps({"model": str(model), "stages": [stage]}))
+    worker = [str(Path(__file__).absolute()), "--worker", str(recipe), str(output)]
+    command = [*LAUNCH, *launch, *worker] if launch else [sys.executable, *worker]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    peaks = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("PEAK ")]
+    result = output / "results" / "training-lora.json"
+    if run.returncode or not result.exists():
+        print(run.stdout[-2000:], run.stderr[-4000:], file=sys.stderr)
+        return f"| {way} | failed: {(run.stderr.strip().splitlines() or ['?'])[-1][:160]} |"
+    told = json.loads(result.read_text())
+    times = [float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("STEP ")]
+    # The first steps meet cold caches.
+    seconds = (times[-1] - times[2]) / (len(times) - 3)
+    tokens = sum(step["tokens"] for step in told["curve"]) / len(told["curve"])
+    losses = f"{told['curve'][0]['loss']:.4f} | {told['curve'][-1]['loss']:.4f}"
+    return f"| {way} | {tokens / seconds:.0f} | {seconds:.3f} | {', '.join(peaks)} | {losses} |"
+
+
+def worker(recipe: str, output: str) -> None:
+    """What each process of a launch does."""
+    from laconic.compression import compress
+
+    def watch(event: Mapping[str, Any]) -> None:
+        if event["event"] == "train" and os.environ.get("RANK", "0") == "0":
+            print(f"STEP {time.monotonic()}", flush=True)
+
+    try:
+        compress(recipe=json.loads(Path(recipe).read_text()), output=output, overwrite=True, report=watch)
+    finally:
+        if torch.cuda.is_available():
+            print(f"PEAK {torch.cuda.max_memory_allocated() / 1e9:.2f} {os.environ.get('LOCAL_RANK', '0')}", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*sys.argv[2:])
+    else:
+        main()
