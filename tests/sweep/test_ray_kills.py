@@ -39,7 +39,7 @@ def _workers_find_us(monkeypatch: pytest.MonkeyPatch) -> None:
 def asked(llama: Path, text: Path) -> dict[str, Any]:
     """Three runs, one at a time, each long enough to be killed in its middle."""
     calibration = {"dataset": str(text), "num_calibration_samples": 8, "max_seq_length": 32}
-    tuned = {"method": "autoround", "scheme": "W4A16", "group_size": 32, "iters": 200}
+    tuned = {"method": "autoround", "scheme": "W4A16", "group_size": 32, "iters": 40}
     return {
         "base": {"stages": [tuned], "calibration": calibration},
         "model": str(llama),

@@ -21,6 +21,8 @@ from laconic.sweep.sweeping import dry_run, sweep
 from test_resume import Killed
 
 RTN = {"method": "rtn", "scheme": "W8A16"}
+# Of a study, to have it need calibration.
+GPTQ = ("base.stages.0.method=gptq", "base.calibration.max_seq_length=32")
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +186,7 @@ def test_a_text_that_will_not_do_is_told_before_the_first_run(
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("a b")
     Path("study.yaml").write_text(yaml.safe_dump(asked))
-    varied = [part for key in ["base.stages.0.method=gptq", *keys] for part in ("--set", key)]
+    varied = [part for key in [*GPTQ, *keys] for part in ("--set", key)]
     ran = laconic("sweep", "study.yaml", "-o", "out", *varied, *["--dry-run"] * dry)
     assert ran.complaint.startswith(said)
     assert not list(tmp_path.glob("out/*"))

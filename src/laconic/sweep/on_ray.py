@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ def work_on_ray(
     # What tasks give back is small: without a word Ray would take a third of the memory to keep it in.
     local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 128 * 2**20}
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise ValueError(f"no Ray answers at {address or 'this machine'}: {' '.join(str(e).split())}") from e
     try:
@@ -80,7 +81,8 @@ def _task(run: Run, folder: Path, at: Path, command: list[str], cpus: int | None
 
 def _share(resources: Resources) -> tuple[int, float]:
     """Cores and GPUs of a run. Without a word: one GPU where there are any, else all cores of the smallest node."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    of_cluster: Callable[[], list[dict[str, Any]]] = ray.nodes
+    nodes = [node["Resources"] for node in of_cluster() if node["Alive"]]
     there = any(node.get("GPU") for node in nodes)
     gpus = resources.gpus if resources.gpus is not None else float(there)
     whole = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
