@@ -14,12 +14,12 @@ from laconic.engine.writer import write_text
 from laconic.report.bench_table import markdown
 from laconic.report.criteria import judged
 from laconic.report.gathered import Evaluated
-from laconic.report.headline_table import as_csv, beaten, headline_rows
+from laconic.report.headline_table import as_csv, beaten, headline_rows, task_matrix
 from laconic.report.interval_table import interval_caption, interval_rows
 from laconic.report.long_plots import long_plots
 from laconic.report.long_table import long_caption, long_rows
 from laconic.report.loss_curve import loss_curve
-from laconic.report.plots import ablations, bit_map, error_map, size_front, speed_front
+from laconic.report.plots import ablations, bit_map, comparable, error_map, size_front, speed_front
 from laconic.report.reliability import reliability_diagrams
 from laconic.report.table import caption
 from laconic.report.task_table import task_rows, tasks_caption
@@ -47,6 +47,8 @@ def write_page(entries: Sequence[Evaluated], file: Path) -> list[Path]:
             several=len(entries) > 1,
             caption=caption([r for e in entries for r in e.evaluations]),
             plots=[p for p in (size_front(entries), speed_front(entries), *ablations(entries)) if p],
+            task_table=task_matrix(entries),
+            left_out=_left_out(entries),
             chosen=chosen,
             judged=judged,
             maps=[m for e in chosen for m in (bit_map(e), error_map(e)) if m],
@@ -90,6 +92,12 @@ def _chosen(entries: Sequence[Evaluated], out: Sequence[bool]) -> list[Evaluated
         return [e for e, _ in measured]
     kept = [e for e, b in measured if not b]
     return sorted(kept, key=lambda e: (e.quality or {}).get("kl_mean") or 0.0)[:_SHOWN]
+
+
+def _left_out(entries: Sequence[Evaluated]) -> list[str]:
+    """Artifacts that were compared, but not on what most were."""
+    shown = {e.name for e in comparable(entries)}
+    return [e.name for e in entries if shown and e.quality and e.name not in shown]
 
 
 def _commands(entries: Sequence[Evaluated]) -> list[str]:
