@@ -85,7 +85,7 @@ def chart(title: str, series: Sequence[Series], x: Axis, y: Axis, height: int = 
     crowded = longest * _LETTER * len(x.names) > WIDTH - _LEFT - _RIGHT
     bottom = height - _BOTTOM - (min(90, longest * 4) if crowded else 0)
     up = _scale([*(m.y for m in marks), *ends], y, bottom, _TOP)
-    parts = [*_grid(x, y, across, up, bottom, height, crowded), _text(0, 18, title, "start", "title")]
+    parts = [*_grid(x, y, across, up, bottom, height, crowded), _text(0, 18, _cut(title, 56), "start", "title")]
     # What is faint lies below the rest.
     for number, one in sorted(enumerate(shown), key=lambda pair: not any(m.faint for m in pair[1].marks)):
         parts += _drawn(one, one.colour if one.colour is not None else number, across, up)
@@ -108,7 +108,7 @@ def heat(
     left = min(170, 16 + _LETTER * max(len(r) for r in rows))
     wide = max(4.0, min(64.0, (WIDTH - left - _RIGHT) / len(columns)))
     tall = 22
-    parts = [_text(0, 18, title, "start", "title")]
+    parts = [_text(0, 18, _cut(title, 56), "start", "title")]
     for i, row in enumerate(rows):
         top = _TOP + i * tall
         parts.append(_text(left - 8, top + 15, _cut(row, (left - 8) // _LETTER), "end"))

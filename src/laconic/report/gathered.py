@@ -116,7 +116,7 @@ def ground(result: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def grounds(entries: Sequence[Evaluated]) -> list[tuple[Any, ...]]:
     """Every ground on which some were compared with the original, the most common first."""
-    counted = Counter(g for e in entries for g in dict.fromkeys(ground(r) for r in e.evaluations if _compared(r)))
+    counted = Counter(g for e in entries for g in dict.fromkeys(ground(r) for r in e.evaluations if compared(r)))
     return [g for g, _ in counted.most_common()]
 
 
@@ -124,7 +124,7 @@ def on_ground(entries: Sequence[Evaluated], where: tuple[Any, ...]) -> list[Eval
     """Those that were measured there, with that evaluation alone."""
     found = []
     for e in entries:
-        here = [r for r in e.evaluations if ground(r) == where]
+        here = [r for r in e.evaluations if compared(r) and ground(r) == where]
         if here:
             found.append(replace(e, evaluations=here[:1]))
     return found
@@ -152,7 +152,8 @@ def _aligned(entries: Sequence[Evaluated]) -> list[Evaluated]:
     return [replace(e, evaluations=sorted(e.evaluations, key=lambda r: ground(r) != most)) for e in entries]
 
 
-def _compared(result: Mapping[str, Any]) -> bool:
+def compared(result: Mapping[str, Any]) -> bool:
+    """Whether an evaluation was made beside the original."""
     return result.get("kl_mean") is not None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from laconic.report.gathered import Evaluated, axes_of, ground, grounds
+from laconic.report.gathered import Evaluated, axes_of, compared, ground, grounds
 from laconic.report.pareto import dominated
 
 Rows = list[dict[str, str]]
@@ -25,7 +25,7 @@ def beaten(entries: Sequence[Evaluated]) -> list[bool]:
     """Of each, whether another is no worse in KL, size and (where all were timed) speed, and better in one. What was
     not compared with the original on the same ground as most beats nothing and is not beaten."""
     where = next(iter(grounds(entries)), None)
-    places = [i for i, e in enumerate(entries) if e.quality and ground(e.quality) == where]
+    places = [i for i, e in enumerate(entries) if e.quality and compared(e.quality) and ground(e.quality) == where]
     timed = all(entries[i].speed is not None for i in places)
     costs = []
     for i in places:
@@ -91,7 +91,7 @@ def _cells(entry: Evaluated, axes: Sequence[str]) -> dict[str, str]:
     cells = {axis: _word(entry.values.get(axis, "-")) for axis in axes} if entry.values else {"artifact": entry.name}
     if entry.error:
         cells[next(iter(cells))] += f" (failed: {entry.error})"
-    compared = q is not None and q["kl_mean"] is not None
+    beside = q is not None and compared(q)
     theirs = q.get("baseline_file_bytes") if q else None
     return cells | {
         "schemes": _schemes(q) if q else "-",
@@ -99,11 +99,11 @@ def _cells(entry: Evaluated, axes: Sequence[str]) -> dict[str, str]:
         if q
         else "-",
         "bits/weight": f"{q['bits_per_weight']:.2f}" if q else "-",
-        "perplexity": (f"{q['perplexity']:.3f}" + (f" (was {q['baseline_perplexity']:.3f})" if compared else ""))
+        "perplexity": (f"{q['perplexity']:.3f}" + (f" (was {q['baseline_perplexity']:.3f})" if beside else ""))
         if q
         else "-",
-        "KL mean / p99": f"{q['kl_mean']:.4f} / {q['kl_p99']:.3f}" if q and compared else "-",
-        "same top-1": f"{q['top1_agreement']:.1%}" if q and compared else "-",
+        "KL mean / p99": f"{q['kl_mean']:.4f} / {q['kl_p99']:.3f}" if q and beside else "-",
+        "same top-1": f"{q['top1_agreement']:.1%}" if q and beside else "-",
         "tasks kept": "-" if entry.recovery is None else f"{entry.recovery:.1%}",
         "tokens/s": "-" if timed is None else f"{timed['tokens_per_second']:.4g} ({timed['speedup']:.2f}x)",
         "compressed in": f"{made['seconds']:.1f} s" if made.get("seconds") is not None else "-",

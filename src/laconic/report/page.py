@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from laconic.engine.writer import write_text
 from laconic.report.bench_table import markdown
-from laconic.report.criteria import judged
+from laconic.report.criteria import checklist
 from laconic.report.gathered import Evaluated
 from laconic.report.headline_table import as_csv, beaten, headline_rows, task_matrix
 from laconic.report.interval_table import interval_caption, interval_rows
@@ -50,7 +50,7 @@ def write_page(entries: Sequence[Evaluated], file: Path) -> list[Path]:
             task_table=task_matrix(entries),
             left_out=_left_out(entries),
             chosen=chosen,
-            judged=judged,
+            checklist=checklist([e for e in entries if e.measured]),
             maps=[m for e in chosen for m in (bit_map(e), error_map(e)) if m],
             samples=_samples(chosen),
             details=[e for e in entries if e.measured] if len(entries) <= _SHOWN else chosen,
@@ -73,7 +73,11 @@ def write_page(entries: Sequence[Evaluated], file: Path) -> list[Path]:
     table, numbers = file.with_suffix(".md"), file.with_suffix(".csv")
     write_text(file, html)
     commands = "```\n" + "\n".join(_commands(entries)) + "\n```"
-    write_text(table, f"{markdown(rows)}\n\n{caption([r for e in entries for r in e.evaluations])}.\n\n{commands}\n")
+    measured_on = caption([r for e in entries for r in e.evaluations]) + "."
+    bars = checklist([e for e in entries if e.measured])
+    reached = "\n".join(f"- {title}: {'; '.join(f'**{s}**, {said}' for s, said in lines)}" for title, lines in bars)
+    tasks = [markdown(rows) for rows in [task_matrix(entries)] if rows]
+    write_text(table, "\n\n".join([markdown(rows), measured_on, *tasks, reached, commands]) + "\n")
     write_text(numbers, as_csv(entries))
     return [file, table, numbers]
 

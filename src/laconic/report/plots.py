@@ -124,10 +124,11 @@ def error_map(entry: Evaluated) -> str:
     low, high = math.log(min(positive)), math.log(max(positive))
     kind = "output" if any("output_error" in e for e in events.values()) else "weight"
     return _linears(
-        f"{entry.name}: relative {kind} error of each linear (darker is more)",
+        f"{entry.name}: error of each linear",
         errors,
         lambda v: (math.log(v) - low) / (high - low) if v > 0 and high > low else 0.0,
         lambda v: f"{v:.2e}",
+        f"blocks; darker: a larger relative {kind} error",
     )
 
 
@@ -157,6 +158,7 @@ def _linears(
     values: Mapping[tuple[int, str], float],
     level: Callable[[float], float],
     said: Callable[[float], str],
+    across: str = "blocks",
     words: bool = False,
 ) -> str:
     blocks = sorted({block for block, _ in values})
@@ -172,7 +174,7 @@ def _linears(
         lambda i, j: None if (v := value(i, j)) is None else level(v),
         lambda i, j: f"block {blocks[j]}, {kinds[i]}: {said(value(i, j) or 0.0)}",
         words=(lambda i, j: f"{v:g}" if (v := value(i, j)) is not None else "") if words else lambda _i, _j: "",
-        across="blocks",
+        across=across,
     )
 
 
