@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ ROWS = [
     "{method: kvquant, q_norm: false, k_bits: 2, v_bits: 2}",
     "{method: kvquant, datatype: int}",
     "{method: kvquant, outlier_ratio: 0}",
+    "{method: kvquant, k_bits: 2, v_bits: 2, outlier_ratio: 0}",
+    "{method: kvquant, group_size: 32, outlier_ratio: 0}",
+    "{method: kvquant, key_ranges: static}",
     *(f"{{method: kivi, k_bits: {k}, v_bits: {v}, residual_length: 0}}" for k, v in ((4, 2), (2, 4))),
     *(f"{{method: kvquant, k_bits: {k}, v_bits: {v}}}" for k, v in ((4, 2), (2, 4))),
     "{method: kivi, residual_length: 0, sinks: 4}",
@@ -64,12 +68,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=32)
     parser.add_argument("--kv", action="append", metavar="YAML", help="a row of your own, in place of the table's")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = laconic.load(args.model, device=device, dtype=torch.float32)
-    caches: dict[str, Any] = {PLAIN: partial(plain_cache, model)}
-    for text in args.kv or ROWS:
-        stage = read_stage(text)
-        caches[title(stage)] = partial(make_cache, model, *calibrated(args, stage))
+    model, caches = opened(args, args.kv or ROWS)
     documents = read_documents(args.text)
     windows = evaluation_windows(
         documents, load_tokenizer(model_folder(args.model)), length=args.length, limit=args.windows
@@ -85,6 +84,17 @@ def main() -> None:
             f"| {late.kl_mean:.4f} | {100 * whole.top1_agreement:.1f} % |",
             flush=True,
         )
+
+
+def opened(args: argparse.Namespace, rows: Sequence[str]) -> tuple[Any, dict[str, Callable[[], Any]]]:
+    """The model, in float32, and by name what makes a cache for it: transformers' own, and each row's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = laconic.load(args.model, device=device, dtype=torch.float32)
+    caches: dict[str, Callable[[], Any]] = {PLAIN: partial(plain_cache, model)}
+    for text in rows:
+        stage = read_stage(text)
+        caches[title(stage)] = partial(make_cache, model, *calibrated(args, stage))
+    return model, caches
 
 
 def calibrated(args: argparse.Namespace, stage: dict[str, Any]) -> tuple[Any, Any]:

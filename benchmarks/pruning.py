@@ -1,6 +1,7 @@
 """The table of pruning methods by sparsity: perplexity, fidelity and time of one model, each row made by this command.
 
     python benchmarks/pruning.py MODEL --calibration TEXT --text TEXT [--sparsities 0.5 2:4 ...] [--methods NAME ...]
+        [--then YAML]
 
 Prints Markdown. Everything is measured in float32 on the same windows; artifacts go to a temporary folder.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rows import Stages, cells, measured, options
+from rows import Stages, afterwards, cells, measured, options
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
@@ -58,7 +59,7 @@ def main() -> None:
             if not shown:
                 print(f"| 0 | - | {r['baseline_perplexity']:.3f} | 0 | 0 | 100 % | - |")
                 shown = True
-            print(f"| {sparsity} | {method} | {cells(r)} | {r['compress_seconds']:.0f} |", flush=True)
+            print(f"| {sparsity} | {method}{afterwards(args)} | {cells(r)} | {r['compress_seconds']:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The table of methods by scheme: perplexity, fidelity and size of one model, each row made by this one command.
 
-    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--schemes ...] [--stage YAML]
+    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--schemes ...] [--methods ...]
+        [--stage YAML] [--then YAML]
 
 Prints Markdown. Everything is measured in float32 on the same windows; artifacts go to a temporary folder.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rows import Stages, cells, given_stages, measured, options, told
+from rows import Stages, afterwards, cells, given_stages, measured, options, told
 
 METHODS: dict[str, Stages] = {
     "rtn (min-max)": [{"method": "rtn"}],
@@ -47,13 +48,15 @@ WITH_ACTIVATIONS = {
 GROUPED = ("W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W4A8", "W4A4")
 
 
-def rows(quick: bool, chosen: list[str] | None) -> list[tuple[str, str, Stages]]:
-    """(scheme, method, stages) of every row."""
+def rows(quick: bool, schemes: list[str] | None, methods: list[str] | None) -> list[tuple[str, str, Stages]]:
+    """(scheme, method, stages) of every row. schemes, methods: these alone."""
     table = [(s, m) for s in WEIGHT_ONLY for m in _weight_methods(s)]
     if not quick:
         table += [(s, m) for s in WITH_ACTIVATIONS for m in _activation_methods(s)]
     keys = WEIGHT_ONLY | WITH_ACTIVATIONS
-    return [(s, m, _with(METHODS[m], keys[s])) for s, m in table if chosen is None or s in chosen]
+    return [
+        (s, m, _with(METHODS[m], keys[s])) for s, m in table if s in (schemes or keys) and m in (methods or METHODS)
+    ]
 
 
 def _weight_methods(scheme: str) -> list[str]:
@@ -87,11 +90,13 @@ def main() -> None:
     parser.add_argument("--stage", action="append", metavar="YAML", help="a row of your own, in place of the table's")
     parser.add_argument("--quick", action="store_true", help="weight-only schemes alone")
     parser.add_argument("--schemes", nargs="+", choices=[*WEIGHT_ONLY, *WITH_ACTIVATIONS], help="these alone")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="these alone")
     args = parser.parse_args()
     print("| scheme | method | bits/weight | perplexity | KL mean | KL p99 | same top-1 |")
     print("|---|---|---:|---:|---:|---:|---:|")
     shown = False
-    for scheme, method, stages in [own_row(s) for s in args.stage] if args.stage else rows(args.quick, args.schemes):
+    given = [own_row(s) for s in args.stage or ()]
+    for scheme, method, stages in given or rows(args.quick, args.schemes, args.methods):
         if args.group_size and scheme in GROUPED:
             last = stages[-1] | {"group_size": args.group_size}
             others = [last | {"targets": p, "group_size": int(g)} for p, g in args.group_size_for]
@@ -103,7 +108,10 @@ def main() -> None:
             )
             shown = True
         simulated = " (simulated)" if r["simulated"] else ""
-        print(f"| {scheme}{simulated} | {method} | {r['bits_per_weight']:.2f} | {cells(r)} |", flush=True)
+        print(
+            f"| {scheme}{simulated} | {method}{afterwards(args)} | {r['bits_per_weight']:.2f} | {cells(r)} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

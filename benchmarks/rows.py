@@ -25,6 +25,9 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--context-length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=None)
+    parser.add_argument(
+        "--then", type=given_stages, default=[], metavar="YAML", help="stages that come after each row's own, as `lora`"
+    )
     return parser
 
 
@@ -40,8 +43,14 @@ def told(stages: Stages, *unsaid: str) -> str:
     return ", ".join(" ".join(w) for w in words)
 
 
+def afterwards(args: argparse.Namespace) -> str:
+    """What a row's name ends in for the stages that come after its own."""
+    return "".join(f", {stage['method']}" for stage in args.then)
+
+
 def measured(args: argparse.Namespace, stages: Stages) -> dict[str, Any]:
-    """What `laconic eval` says of the artifact, with `compress_seconds` and `pruning`; the artifact is not kept."""
+    """What `laconic eval` says of the artifact of a row's stages and those of `--then`, with `compress_seconds` and
+    `pruning`; the artifact is not kept."""
     calibration = {
         "dataset": args.calibration,
         "num_calibration_samples": args.samples,
@@ -49,7 +58,7 @@ def measured(args: argparse.Namespace, stages: Stages) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         begun = time.monotonic()
-        recipe = {"stages": stages, "calibration": calibration}
+        recipe = {"stages": [*stages, *args.then], "calibration": calibration}
         artifact = laconic.compress(args.model, recipe, Path(folder) / "artifact")
         seconds = time.monotonic() - begun
         found = evaluate(

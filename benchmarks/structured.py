@@ -1,6 +1,6 @@
 """The table of structured pruning: perplexity and fidelity of one model with so many of its blocks' parameters gone.
 
-    python benchmarks/structured.py MODEL --calibration TEXT --text TEXT [--stage YAML ...]
+    python benchmarks/structured.py MODEL --calibration TEXT --text TEXT [--stage YAML ...] [--then YAML]
 
 Prints Markdown. *Gone* counts parameters, of the whole model with its embeddings and head; the `sparsity` that a stage
 is given is of what it targets. Everything is measured in float32 on the same windows; artifacts go to a temporary
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rows import Stages, cells, given_stages, measured, options, told
+from rows import Stages, afterwards, cells, given_stages, measured, options, told
 
 _PRUNER: dict[str, Any] = {"method": "llm_pruner"}
 VARIANTS: list[dict[str, Any]] = [
@@ -47,7 +47,7 @@ def main() -> None:
         if not shown:
             print(f"| 16 bit | 0 % | {r['baseline_perplexity']:.3f} | 0 | 0 | 100 % |")
             shown = True
-        print(f"| {told(stages)} | {100 * gone:.1f} % | {cells(r)} |", flush=True)
+        print(f"| {told(stages)}{afterwards(args)} | {100 * gone:.1f} % | {cells(r)} |", flush=True)
 
 
 if __name__ == "__main__":

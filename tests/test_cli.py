@@ -139,7 +139,8 @@ def test_eval_inspect_and_report_json(
     inspected = json_of(laconic("inspect", artifact, "--json"))
     assert inspected["schemes"] == measured["schemes"] == {"W8A16": 14}
     reported = json_of(laconic("report", artifact, "-o", tmp_path / "page.html", "--json"))
-    assert reported == {"page": str(tmp_path / "page.html"), "artifacts": [str(artifact)]}
+    files = [str(tmp_path / f"page.{kind}") for kind in ("html", "md", "csv")]
+    assert reported == {"page": files[0], "files": files, "artifacts": [str(artifact)]}
     assert (tmp_path / "page.html").stat().st_size > 1000
 
 

@@ -127,12 +127,10 @@ def race(args: argparse.Namespace, model: Path, tokens: Path, case: str, contest
     job = CASES[case] | {"model": str(model), "tokens": str(tokens), "output": str(output), "text": str(filler)}
     file = args.work / "job.json"
     file.write_text(json.dumps(job | {"iters": args.iters}))
-    if contestant == "laconic":
-        command = [sys.executable, str(HERE / "ours.py"), str(file)]
-    else:
-        python = args.environments / contestant / "bin" / "python"
-        command = [str(python), str(HERE / "peer.py"), contestant, str(file)]
-    environment = {k: v for k, v in os.environ.items() if contestant == "laconic" or k != "PYTHONPATH"}
+    python = args.environments / contestant / "bin" / "python"
+    runner = [HERE / "ours.py"] if contestant == "laconic" else [HERE / "peer.py", contestant]
+    command = [str(part) for part in (python, *runner, file)]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": str(args.threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     # GPTQModel asks for two workers of a pool that it makes with one on a machine of two cores.
     environment |= {"GPTQMODEL_CPU_WORKERS": str(max(2, args.threads))}

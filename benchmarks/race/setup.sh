@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Environments of the peers, each its own: race/setup.sh DIR makes DIR/llmcompressor, DIR/gptqmodel, DIR/autoround.
+# Environments of the contestants, each its own: race/setup.sh DIR makes DIR/laconic, DIR/llmcompressor, DIR/gptqmodel,
+# DIR/autoround. Ours has what its users install, and none of what its developers do.
 # torch comes first, so that a machine without a GPU gets its CPU build; a peer that brings another is set back.
 set -euo pipefail
 python=${PYTHON:-python3}
@@ -13,6 +14,7 @@ make() {
   touch "$1/ready"
 }
 mkdir -p "$1"
+make "$1/laconic" --editable "$(dirname "$0")/../.."
 make "$1/llmcompressor" 'llmcompressor==0.14.*'
 make "$1/gptqmodel" 'gptqmodel==7.7.*'
 make "$1/autoround" 'auto-round==0.16.*'

@@ -16,7 +16,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from laconic.cli_profile import profile
 from laconic.console import Sweeping, Walking, err, in_bytes, out, print_json, print_plan, remarks, warn
+from laconic.publishing import Json, card, push, refreshing
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,8 +28,10 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="What an artifact, or a shape, takes: time, bytes, energy.")
 app.add_typer(bench, name="bench")
+app.add_typer(profile, name="profile")
+app.command()(card)
+app.command()(push)
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Vary a recipe's key.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
 
 @app.command()
@@ -70,7 +74,7 @@ def compress(
         return
     _draw_training(artifact.path / "results")
     done = artifact.results["compress"]
-    for remark in remarks(artifact.log):
+    for remark in [*remarks(artifact.log), *progress.notes]:
         err.print(f"note: {remark}", highlight=False, soft_wrap=True)
     if json_:
         print_json({"output": str(artifact.path), "forecast": prepared.forecast and asdict(prepared.forecast), **done})
@@ -94,6 +98,7 @@ def _draw_training(folder: Path) -> None:
 
 
 @app.command("eval")
+@refreshing
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="DIR", help="An artifact, or any model.")],
     baseline: Annotated[str | None, typer.Option(help="The original model, for fidelity.")] = None,
@@ -217,7 +222,7 @@ def evaluate(
         raise ValueError("--kv goes with --suite long, or with --tasks for one cache to generate with")
     if (tasks_data, limit, fewshot) != (None, None, None):
         raise ValueError("--tasks-data, --limit and --fewshot go with --tasks; name some, as in --tasks hellaswag")
-    how = {"baseline": baseline, "context_length": context_length, "windows": windows, "dtype": dtype}
+    how: dict[str, Any] = {"baseline": baseline, "context_length": context_length, "windows": windows, "dtype": dtype}
     if domain:
         if text != "wikitext2":
             raise ValueError("--domain names the texts; leave out --text, or name it too, as in --domain web=FILE")
@@ -250,6 +255,7 @@ def _draw_reliability(result: dict[str, Any], file: Path | None) -> None:
     if file is None:
         return
     from laconic.engine.writer import write_text
+    from laconic.report.chart import standalone
     from laconic.report.reliability import reliability_diagrams
 
     drawn = reliability_diagrams(result)
@@ -260,7 +266,7 @@ def _draw_reliability(result: dict[str, Any], file: Path | None) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn:
         slug = re.sub(r"[^\w+-]+", "_", name)
-        write_text(file if len(drawn) == 1 else file.with_stem(f"{file.stem}-{slug}"), picture)
+        write_text(file if len(drawn) == 1 else file.with_stem(f"{file.stem}-{slug}"), standalone(picture))
 
 
 def _evaluate_long(model: str, as_json: bool, picture: Path | None, **asked: Any) -> None:
@@ -462,8 +468,8 @@ def bench_sparsity(
 def inspect(model: Annotated[str, typer.Argument(metavar="DIR")], json_: Json = False) -> None:
     """What a checkpoint holds: schemes, bits per weight, bytes, its recipe, its worst linears."""
     from laconic.engine.artifact import Artifact
-    from laconic.evaluate.size import measure_size
     from laconic.model.load import model_folder
+    from laconic.model.size import measure_size
 
     folder = model_folder(model)
     size, artifact = measure_size(folder), Artifact(folder)

@@ -2,14 +2,18 @@
 
 Neighbouring stages that treat linears, blocks or the cache share one walk; a stage that needs the model whole stands by
 itself. Each such *step* reads a checkpoint folder and writes one, the last of them the artifact, the others under
-`OUTPUT.steps`, where an interrupted run finds them again.
+`OUTPUT.steps`, where an interrupted run finds them again. Many recipes may share a folder of steps: each is there under
+a hash of what it is made of, is made by the first that needs it, and stays.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,11 +21,12 @@ from typing import Any
 
 from torch import Tensor
 
+from laconic.cards.writing import write_cards
 from laconic.engine.artifact import Artifact
 from laconic.engine.model_stage import ModelStage
 from laconic.engine.plan import Forecast
 from laconic.engine.ranks import is_main
-from laconic.engine.writer import begun_with, check_begun, check_output, differences
+from laconic.engine.writer import begun_with, check_begun, check_output, differences, turn
 from laconic.model.load import Source, open_source, skeleton
 from laconic.model_step import run_model_step
 from laconic.provenance import identify
@@ -45,7 +50,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Composed:
-    """A recipe of several steps that passed every check. windows: the calibration set, (samples, tokens)."""
+    """A recipe of several steps that passed every check. windows: the calibration set, (samples, tokens). shared:
+    whether steps but the last are for other recipes too."""
 
     recipe: Recipe
     source: Source
@@ -53,6 +59,7 @@ class Composed:
     windows: Tensor | None
     output: Path
     trust_remote_code: bool
+    shared: bool = False
 
     @property
     def forecast(self) -> Forecast | None:
@@ -69,12 +76,14 @@ def compress(
     overwrite: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    steps: Path | None = None,
     report: Report = lambda _: None,
 ) -> Artifact:
     """Compress a model and return the artifact.
 
     model: a folder or Hub name, in place of the recipe's. recipe: a gallery name, a YAML file, or a mapping. output: a
-    folder, in place of the recipe's. overrides: `key.path=value`. report: called with an event a block and a linear.
+    folder, in place of the recipe's. overrides: `key.path=value`. steps: a folder that recipes with the same first
+    steps share, and keep. report: called with an event a block and a linear.
 
     Raises: ValueError for anything the caller can mend; nothing is written then.
     """
@@ -86,6 +95,7 @@ def compress(
         overwrite=overwrite,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
+        steps=steps,
     )
     return run(prepared, overwrite=overwrite, report=report)
 
@@ -99,6 +109,7 @@ def prepare(
     overwrite: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    steps: Path | None = None,
 ) -> Prepared | Composed:
     """Everything up to the first byte of work. Raises: ValueError, one line that names the fix."""
     loaded = load_recipe(recipe, overrides)
@@ -116,7 +127,7 @@ def prepare(
         raise ValueError(f"output {target} is the model's own folder, or holds it; choose another")
     check_output(target, overwrite=overwrite)
     if any(isinstance(s, ModelStage) for s in loaded.stages):
-        return _compose(loaded, source, target, overwrite=overwrite, trust_remote_code=trust_remote_code)
+        return _compose(loaded, source, target, steps, overwrite=overwrite, trust_remote_code=trust_remote_code)
     return prepare_walk(loaded, source, target, overwrite=overwrite, trust_remote_code=trust_remote_code)
 
 
@@ -124,40 +135,43 @@ def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Repor
     """Work a prepared recipe, or go on with one that was interrupted. Of the processes of a launch the first does all
     of it, and the others help where a model is trained."""
     if isinstance(prepared, Prepared):
-        return run_walk(prepared, overwrite=overwrite, report=report) if is_main() else Artifact(prepared.output)
-    recipe, original, before = prepared.recipe, prepared.source.folder, None
+        if not is_main():
+            return Artifact(prepared.output)
+        return run_walk(prepared, overwrite=overwrite, report=report, describe=_describing(prepared, report))
+    before: Path | None = None
     steps = len(prepared.steps)
     for number, step in enumerate(prepared.steps):
         report({"event": "step", "step": number, "steps": steps, "methods": [s.method for s in step.stages]})
-        if number < steps - 1 and begun_with(step.output) == step.identity:
-            before = step.output
+        if number == steps - 1:
+            before = _work(prepared, number, before, overwrite, report)
             continue
-        if step.walk and not is_main():
-            before = step.output
-        elif step.walk:
-            before = _walk(prepared, step, before, overwrite, report).path
-        else:
-            if before and not is_main():
-                _await(before, prepared.steps[number - 1].identity)
-            before = run_model_step(
-                step.stages[0],
-                recipe,
-                before or original,
-                original,
-                prepared.windows,
-                step.output,
-                step.identity,
-                before=before,
-                overwrite=overwrite,
-                report=report,
-                trust_remote_code=prepared.trust_remote_code,
-            ).path
-    if is_main():
+        with turn(step.output) if prepared.shared else nullcontext():
+            made = begun_with(step.output) == step.identity
+            before = step.output if made else _work(prepared, number, before, overwrite, report)
+    if is_main() and not prepared.shared:
         shutil.rmtree(_kept(prepared.output), ignore_errors=True)
     return Artifact(prepared.output)
 
 
-def _compose(recipe: Recipe, source: Source, output: Path, *, overwrite: bool, trust_remote_code: bool) -> Composed:
+def _describing(prepared: Prepared | Composed, report: Report) -> Callable[[Path], None]:
+    """What writes the cards; the artifact comes out whole if that fails."""
+    trusted = prepared.trust_remote_code if isinstance(prepared, Composed) else False
+
+    def describe(folder: Path) -> None:
+        name = prepared.output.name
+        try:
+            said = write_cards(folder, prepared.recipe, prepared.source, name=name, trust_remote_code=trusted)
+        except (ValueError, OSError) as e:
+            said = [f"the cards were not written ({e}); run 'laconic card {prepared.output}'"]
+        for remark in said:
+            report({"event": "note", "said": remark})
+
+    return describe
+
+
+def _compose(
+    recipe: Recipe, source: Source, output: Path, shared: Path | None, *, overwrite: bool, trust_remote_code: bool
+) -> Composed:
     device_of(recipe)
     needing = [getattr(s, "needing", s.method) for s in recipe.stages if s.observes or getattr(s, "surveys", False)]
     windows = None
@@ -171,7 +185,8 @@ def _compose(recipe: Recipe, source: Source, output: Path, *, overwrite: bool, t
         upto = recipe.model_copy(update={"stages": recipe.stages[: first + len(stages)]})
         identity = identify(upto, source, windows)
         last = number == len(groups) - 1
-        target = output if last else _kept(output) / f"{number + 1}"
+        kept = shared / _hash(identity) if shared else _kept(output) / f"{number + 1}"
+        target = output if last else kept
         walk = None
         if isinstance(stages[0], ModelStage):
             if quantized and not stages[0].takes_codes:
@@ -209,10 +224,43 @@ def _compose(recipe: Recipe, source: Source, output: Path, *, overwrite: bool, t
                 "finish that, choose another output, or pass --overwrite"
             )
         steps.append(Step(first, stages, walk, target, identity))
-    return Composed(recipe, source, tuple(steps), windows, output, trust_remote_code)
+    return Composed(recipe, source, tuple(steps), windows, output, trust_remote_code, bool(shared))
 
 
-def _walk(composed: Composed, step: Step, before: Path | None, overwrite: bool, report: Report) -> Artifact:
+def _work(prepared: Composed, number: int, before: Path | None, overwrite: bool, report: Report) -> Path:
+    """One step, from what the step before left. Returns its folder."""
+    step = prepared.steps[number]
+    # What earlier steps make is no artifact that anyone keeps.
+    describe = _describing(prepared, report) if number == len(prepared.steps) - 1 else lambda _: None
+    if step.walk:
+        return _walk(prepared, step, before, overwrite, report, describe).path if is_main() else step.output
+    if before and not is_main():
+        _await(before, prepared.steps[number - 1].identity)
+    original = prepared.source.folder
+    return run_model_step(
+        step.stages[0],
+        prepared.recipe,
+        before or original,
+        original,
+        prepared.windows,
+        step.output,
+        step.identity,
+        before=before,
+        overwrite=overwrite,
+        report=report,
+        trust_remote_code=prepared.trust_remote_code,
+        describe=describe,
+    ).path
+
+
+def _walk(
+    composed: Composed,
+    step: Step,
+    before: Path | None,
+    overwrite: bool,
+    report: Report,
+    describe: Callable[[Path], None],
+) -> Artifact:
     """A walk over what the step before left, which may have another shape than the original."""
     assert step.walk is not None
     prepared = step.walk
@@ -228,7 +276,7 @@ def _walk(composed: Composed, step: Step, before: Path | None, overwrite: bool, 
             overwrite=overwrite,
             trust_remote_code=trusted,
         )
-    return run_walk(prepared, before=before, overwrite=overwrite, report=report)
+    return run_walk(prepared, before=before, overwrite=overwrite, report=report, describe=describe)
 
 
 def _groups(stages: Sequence[Any]) -> list[tuple[int, tuple[Any, ...]]]:
@@ -243,6 +291,10 @@ def _await(folder: Path, identity: Mapping[str, Any]) -> None:
     """Wait until the first process has made what the next step begins with, however long that takes."""
     while begun_with(folder) != identity:
         time.sleep(0.5)
+
+
+def _hash(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _kept(output: Path) -> Path:

@@ -43,6 +43,7 @@ class Walking:
             disable=quiet,
         )
         self._task = self._bar.add_task("", total=None, step="", unit="block", told="", memory="-")
+        self.notes: list[str] = []
 
     def __enter__(self) -> Walking:
         self._bar.start()
@@ -55,7 +56,9 @@ class Walking:
         import psutil
 
         memory = in_bytes(psutil.Process().memory_info().rss)
-        if event["event"] == "step":
+        if event["event"] == "note":
+            self.notes.append(event["said"])
+        elif event["event"] == "step":
             step = f"step {event['step'] + 1} of {event['steps']} ({', '.join(event['methods'])}), "
             self._bar.reset(self._task, total=None, step=step, unit="block", told="", memory=memory)
         elif event["event"] == "work":

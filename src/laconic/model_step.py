@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from laconic.engine.artifact import Artifact
 from laconic.engine.model_stage import ModelStage, Work
 from laconic.engine.ranks import is_main
+from laconic.engine.span import span
 from laconic.engine.writer import Workspace, partial_of, scratch_of
 from laconic.model.anatomy import find_blocks
 from laconic.model.checkpoint import DTYPES, Checkpoint, open_checkpoint, read_json
@@ -38,9 +39,11 @@ def run_model_step(
     overwrite: bool,
     report: Callable[[Mapping[str, Any]], None],
     trust_remote_code: bool = False,
+    describe: Callable[[Path], None] = lambda _: None,
 ) -> Artifact:
     """Let `stage` remake the model in `folder`, and write it to `output`; only help with the former where this is not
-    the first process of a launch. before: the artifact of the step before, if there is one. The rest is as in `Work`.
+    the first process of a launch. before: the artifact of the step before, if there is one. describe: writes the cards
+    into the folder. The rest is as in `Work`.
     """
     begun = time.monotonic()
     torch.manual_seed(recipe.seed)
@@ -54,7 +57,8 @@ def run_model_step(
         stage.remake(work_in(partial_of(output), scratch_of(partial_of(output))))
         return Artifact(output)
     with Workspace(output, identity, 0, overwrite=overwrite) as workspace:
-        made = stage.remake(work_in(workspace.folder, workspace.scratch))
+        with span(stage.method):
+            made = stage.remake(work_in(workspace.folder, workspace.scratch))
         if made.model is None:
             workspace.copy_weights(folder)
         else:
@@ -66,7 +70,7 @@ def run_model_step(
         artifact.save_result("compress", account(begun, device, recipe.seed, earlier=before, simulated=False))
         config = {**read_json(folder / "config.json"), **made.config}
         told = {k: v for k, v in config.items() if v is not None or k not in made.config}
-        return Artifact(workspace.finish(told, folder, carried=before))
+        return Artifact(workspace.finish(told, folder, carried=before, describe=describe))
 
 
 def _layout(folder: Path, trust_remote_code: bool) -> Checkpoint:

@@ -20,7 +20,13 @@ from laconic.model.load import Source
 from laconic.recipe import Recipe
 
 # Keys of a recipe that may change between an interruption and going on: the codes do not depend on them.
-_FREE: Any = {"output": True, "device": True, "calibration": {"max_memory_gb"}}
+_TOLD = {"license", "source", "domain"}
+_FREE: Any = {
+    "output": True,
+    "device": True,
+    "calibration": {"max_memory_gb", *_TOLD},
+    "stages": {"__all__": {"data": {"__all__": _TOLD}, "protect": _TOLD}},
+}
 
 
 def identify(recipe: Recipe, source: Source, windows: Tensor | None) -> dict[str, Any]:

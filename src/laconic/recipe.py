@@ -30,7 +30,8 @@ class _Strict(BaseModel):
 class Calibration(_Strict):
     """dataset: a Hub name, or a .txt, .jsonl or .parquet file. batch_size: samples run at once. max_memory_gb:
     activations beyond this many 10^9 bytes go to a file (a quarter of free memory when not given).
-    moe_calibrate_all_experts: show experts every token, not only those that are routed to them."""
+    moe_calibrate_all_experts: show experts every token, not only those that are routed to them. license, source,
+    domain: for the data card, which cannot always know them."""
 
     dataset: str
     config: str | None = None
@@ -40,6 +41,9 @@ class Calibration(_Strict):
     batch_size: int | None = Field(None, ge=1)
     max_memory_gb: float | None = Field(None, gt=0)
     moe_calibrate_all_experts: bool = False
+    license: str | None = None
+    source: str | None = None
+    domain: str | None = None
 
 
 class Recipe(_Strict):

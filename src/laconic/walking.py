@@ -91,9 +91,15 @@ def prepare_walk(
 
 
 def run_walk(
-    prepared: Prepared, *, before: Path | None = None, overwrite: bool = False, report: Report = lambda _: None
+    prepared: Prepared,
+    *,
+    before: Path | None = None,
+    overwrite: bool = False,
+    report: Report = lambda _: None,
+    describe: Callable[[Path], None] = lambda _: None,
 ) -> Artifact:
-    """Walk what was prepared, or go on with what was interrupted. before: what earlier steps made, if there are any."""
+    """Walk what was prepared, or go on with what was interrupted. before: what earlier steps made, if there are any.
+    describe: writes the cards into the folder."""
     begun = time.monotonic()
     torch.manual_seed(prepared.recipe.seed)
     plan, source = prepared.plan, prepared.source
@@ -127,7 +133,7 @@ def run_walk(
                 earlier=before,
             ),
         )
-        return Artifact(workspace.finish(config, source.folder, carried=before))
+        return Artifact(workspace.finish(config, source.folder, carried=before, describe=describe))
 
 
 def _write_cache(prepared: Prepared, workspace: Workspace) -> dict[str, Any]:

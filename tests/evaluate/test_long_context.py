@@ -82,7 +82,7 @@ def test_a_part_alone(laconic: Laconic, llama: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--suite", "short"], "--suite short is not known; there is 'long'"),
+        (["--suite", "short"], "--suite short is not known; there are 'long' and 'standard'"),
         (["--suite", "long", "--lengths", "many"], "--lengths many is no list of numbers; write it as in "),
         (["--suite", "long", "--lengths", "512"], "--lengths 512 is not between 2 and the model's context of 256"),
         (["--suite", "long", "--depths", "0"], "--depths 0 is less than 1"),

@@ -13,9 +13,9 @@ from artifacts import original, press, rtn
 from laconic import Artifact
 from laconic.evaluate.fidelity import measure
 from laconic.evaluate.run import evaluate
-from laconic.evaluate.size import measure_size
 from laconic.model.data import evaluation_windows, read_documents
 from laconic.model.load import load_tokenizer
+from laconic.model.size import measure_size
 from tiny import make_model
 
 

@@ -30,6 +30,8 @@ STAGES: dict[str, Stage] = {
     "second": PRUNER | {"importance": "second", "aggregation": "vector", "pooling": "max"},
     "uniform": {"method": "llm_pruner", "uniform": True, "sparsity": 0.3},
     "random": PRUNER | {"importance": "random"},
+    "hidden": {"method": "llm_pruner", "groups": "hidden", "sparsity": 0.25},
+    "hidden_of_experts": {"method": "llm_pruner", "groups": "hidden", "sparsity": 0.25},
     "depth": {"method": "depth", "sparsity": 0.3},
     "reap": {"method": "reap"},
 }
@@ -45,7 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def model_for(stage: str, models: Mapping[str, Path]) -> Path:
-    return models["mixtral" if stage == "reap" else "llama"]
+    return models["mixtral" if stage in ("reap", "hidden_of_experts") else "llama"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -81,7 +83,7 @@ def test_it_is_smaller_dense_and_opens_in_transformers(
     assert (logits(opened) - logits(ours)).abs().max() < 0.02 * logits(ours).abs().max()
     assert opened.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
     stock = type(before) is type(opened)
-    assert stock == (STAGES[stage].get("method") != "llm_pruner" or "uniform" in STAGES[stage])
+    assert stock == (stage in ("uniform", "hidden", "hidden_of_experts", "depth", "reap"))
     # Every dtype is the source's.
     assert {t.dtype for t in tensors(artifact.path).values()} == {torch.bfloat16}
 
@@ -128,6 +130,26 @@ def test_channels_that_go_are_those_the_plain_sum_likes_least(
         kept = importance.argsort(descending=True)[:96].sort().values
         for n, axis in lines:
             assert torch.equal(after[n], before[n].index_select(1 - axis, kept))
+
+
+def test_hidden_channels_that_go_are_those_the_plain_sum_likes_least(
+    models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    artifact = press(models["llama"], tmp_path / "out", STAGES["hidden"], text=text)
+    before, after = tensors(models["llama"]), tensors(artifact.path)
+    plain = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float64)
+    ids = windows(models["llama"], text)
+    for sample in ids:
+        (plain(input_ids=sample[None], labels=sample[None]).loss / len(ids)).backward()
+    writes = ("o_proj", "down_proj", "norm")
+    importance = torch.zeros(64, dtype=torch.float64)
+    for n, p in plain.named_parameters():
+        changes = (p * p.grad).abs()
+        importance += changes if p.dim() == 1 else changes.sum(1 if any(w in n for w in writes) else 0)
+    kept = importance.argsort(descending=True)[:48].sort().values
+    assert artifact.config["hidden_size"] == 48
+    for n, t in before.items():
+        assert torch.equal(after[n], t.index_select(0 if any(w in n for w in writes) else 1, kept)), n
 
 
 def test_a_share_of_heads_and_channels_goes(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
@@ -291,6 +313,16 @@ WRONG = [
     ),
     (
         "llama",
+        {"method": "llm_pruner", "groups": ["hidden", "mlp"]},
+        "stages.0: a hidden channel is part of every head and MLP: give groups: [hidden] a stage of its own",
+    ),
+    (
+        "llama",
+        PRUNER | {"groups": "hidden"},
+        "stages.0: a hidden channel reaches through all blocks; leave out keep_first and keep_last",
+    ),
+    (
+        "llama",
         PRUNER | {"uniform": True},
         "stages.0: uniform gives all blocks the same widths; leave out keep_first and keep_last",
     ),
@@ -357,6 +389,17 @@ def test_attention_that_cannot_be_narrowed_is_told(laconic: Laconic, text: Path,
     )
     assert laconic("compress", file, "-o", tmp_path / "out", "--set", "stages.0.groups=mlp").code == 0
     assert original(tmp_path / "out").config.laconic_base == "opt"
+
+
+def test_hidden_channels_from_which_more_follows_are_told(laconic: Laconic, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "opt")
+    stage = {"method": "llm_pruner", "groups": "hidden", "importance": "random"}
+    file = make_recipe(tmp_path / "recipe.yaml", stage, model=str(model))
+    said = laconic("compress", file, "-o", tmp_path / "out").complaint
+    assert said == (
+        "stages.0 (llm_pruner): the hidden channels of 'opt' cannot be pruned: more follows from its hidden size; "
+        "take hidden out of groups"
+    )
 
 
 def test_odd_heads_are_remarked_on(laconic: Laconic, models: dict[str, Path], tmp_path: Path) -> None:

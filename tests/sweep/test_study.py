@@ -15,6 +15,8 @@ from commands import Laconic
 from laconic.recipe import gallery, load_recipe
 from laconic.sweep.runs import plan_runs
 from laconic.sweep.study import load_study, points
+from laconic.sweep.sweeping import dry_run
+from tiny import make_text
 
 Stages = list[dict[str, Any]]
 RTN = {"method": "rtn", "scheme": "W4A16", "group_size": 32}
@@ -188,11 +190,30 @@ def test_a_run_is_known_by_what_its_result_depends_on(llama: Path, tmp_path: Pat
     assert same | {id_of(axes=[axis("stages.0.group_size", 32)])} == {id_of()}
 
 
+STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+
+
 def test_the_ready_studies_are_valid() -> None:
-    files = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
-    assert len(files) >= 3
-    for file in files:
+    assert len(STUDIES) >= 12
+    for file in STUDIES:
         found = list(points(load_study(file)))
         assert len(found) > 3
         for point in found:
             load_recipe(point.recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_the_ready_studies_have_runs_that_can_be(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the demo model, with short texts in the places that they name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(file.parents[1] / "models")
+    (tmp_path / "build").mkdir()
+    study = load_study(file)
+    texts = {evaluation.text for evaluation in study.evaluations}
+    texts |= {recipe.calibration.dataset for p in points(study) if (recipe := load_recipe(p.recipe)).calibration}
+    for name in texts:
+        Path(name).write_text(make_text(4000))
+    for row in dry_run(study, tmp_path / "out"):
+        assert "problem" not in row, row
+        assert row["state"] == "to do"

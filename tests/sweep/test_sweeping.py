@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+import laconic.sweep.measure as measuring
 import laconic.sweep.sweeping as sweeping
-import laconic.sweep.work as working
 from artifacts import press
 from commands import Laconic
 from laconic.evaluate.run import evaluate
@@ -121,7 +121,7 @@ def test_a_kill_loses_at_most_the_run_in_flight(
         return evaluate(folder, **keys)
 
     with monkeypatch.context() as patch:
-        patch.setattr(working, "evaluate", measure)
+        patch.setattr(measuring, "evaluate", measure)
         with pytest.raises(Killed):
             sweep(study, tmp_path / "out", watch=lambda e: watch({"run": None} | dict(e)))
     table = pq.read_table(tmp_path / "out" / "results.parquet").to_pydict()
@@ -141,7 +141,7 @@ def test_a_defect_of_ours_fails_one_run_and_leaves_its_traceback(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr(working, "evaluate", broken)
+    monkeypatch.setattr(measuring, "evaluate", broken)
     rows = sweep(study, tmp_path)
     assert rows[0]["error"] == "RuntimeError: out of memory"
     assert "in broken" in json.loads((tmp_path / "results" / f"{rows[0]['run']}.json").read_text())["traceback"]
@@ -158,6 +158,44 @@ def test_a_corrupt_result_is_told_and_kept(tmp_path: Path, study: Study, damage:
     assert file.read_text() == damage
     file.unlink()
     assert sweep(study, tmp_path)[0]["perplexity"] == rows[0]["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["evaluations.0.text=nowhere.txt"], "evaluations.0: no text file 'nowhere.txt'; check the path"),
+        (["evaluations.0.text=short.txt"], "evaluations.0: the evaluation text has "),
+        (["evaluations.0.context_length=99999"], "evaluations.0: context_length 99999 is longer than the model's "),
+        (["base.calibration.dataset=nowhere.txt"], "run with scheme=W8A16: no text file 'nowhere.txt'; check the path"),
+        (["base.calibration.dataset=short.txt"], "run with scheme=W8A16: the calibration text has "),
+        (["base.calibration=null"], "run with scheme=W8A16: gptq needs calibration text: add 'calibration: "),
+    ],
+)
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_text_that_will_not_do_is_told_before_the_first_run(
+    laconic: Laconic,
+    tmp_path: Path,
+    asked: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    keys: list[str],
+    said: str,
+    dry: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("a b")
+    Path("study.yaml").write_text(yaml.safe_dump(asked))
+    varied = [part for key in ["base.stages.0.method=gptq", *keys] for part in ("--set", key)]
+    ran = laconic("sweep", "study.yaml", "-o", "out", *varied, *["--dry-run"] * dry)
+    assert ran.complaint.startswith(said)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_text_that_is_gone_does_not_matter_to_what_is_done(tmp_path: Path, asked: dict[str, Any]) -> None:
+    asked["axes"][0]["values"] = ["W8A16", "W6A6"]
+    rows = sweep(load_study(asked), tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweeping, "check_texts", lambda left: list(left) == [] or pytest.fail("checked what is done"))
+        assert sweep(load_study(asked), tmp_path) == rows
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, study: Study) -> None:

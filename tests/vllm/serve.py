@@ -1,8 +1,9 @@
 """Runs in vLLM's own environment: serve an artifact, print greedy tokens and prompt log-probabilities as JSON.
 
-usage: python serve.py ARTIFACT PROMPTS.json OUT.json DTYPE [--emulate]   (prompts are lists of token ids)
+usage: python serve.py ARTIFACT PROMPTS.json OUT.json DTYPE [--emulate | ADAPTER]   (prompts are lists of token ids)
 
---emulate: let vLLM compute NVFP4 by its own emulation, which it otherwise keeps for GPUs without a kernel.
+--emulate: let vLLM compute NVFP4 by its own emulation, which it otherwise keeps for GPUs without a kernel. ADAPTER: a
+folder with a LoRA adapter that every prompt is answered with.
 """
 
 import json
@@ -10,15 +11,20 @@ import sys
 
 
 def main() -> None:
-    folder, prompts_file, out_file, dtype, *emulate = sys.argv[1:]
+    folder, prompts_file, out_file, dtype, *more = sys.argv[1:]
     from vllm import LLM, SamplingParams
 
-    if emulate:
+    adapter = None
+    if more == ["--emulate"]:
         from vllm.model_executor.kernels.linear import EmulationNvFp4LinearKernel, register_linear_kernel
         from vllm.platforms import PlatformEnum
 
         register_linear_kernel(EmulationNvFp4LinearKernel, PlatformEnum.CPU, "nvfp4")
 
+    elif more:
+        from vllm.lora.request import LoRARequest
+
+        adapter = LoRARequest("adapter", 1, more[0])
     with open(prompts_file) as f:
         prompts = json.load(f)
     llm = LLM(
@@ -30,9 +36,10 @@ def main() -> None:
         max_num_seqs=8,
         enable_prefix_caching=False,
         disable_log_stats=True,
+        enable_lora=adapter is not None,
     )
     params = SamplingParams(temperature=0.0, max_tokens=16, logprobs=1, prompt_logprobs=1, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False, lora_request=adapter)
     found = [
         {
             "tokens": list(o.outputs[0].token_ids),

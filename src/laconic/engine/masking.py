@@ -81,7 +81,7 @@ class Masking(Stage):
 
 class Protect(BaseModel):
     """heads: the share of all attention heads that is left whole: those that matter most on this text. dataset, config,
-    split, num_calibration_samples, max_seq_length: as in a recipe's calibration."""
+    split, num_calibration_samples, max_seq_length, license, source, domain: as in a recipe's calibration."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -91,6 +91,9 @@ class Protect(BaseModel):
     split: str = "train"
     num_calibration_samples: int = Field(32, ge=1)
     max_seq_length: int = Field(512, ge=2)
+    license: str | None = None
+    source: str | None = None
+    domain: str | None = None
 
 
 class PruningStage(Masking, LinearStage):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from laconic.engine.block import Block
 from laconic.formats.schemes import Activations
+from laconic.kernels.half_linear import half_linear
 from laconic.model.anatomy import linear_at
 from laconic.model.linear import QLinear
 from laconic.model.products import round_activations
@@ -168,7 +169,7 @@ def standing_in(
     """Some linears with other weights, their inputs rounded; and some, quantized perhaps, whose output is known."""
 
     def with_weight(linear: nn.Linear, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda x: F.linear(_straight_through(x, acts), weight.to(x.dtype), linear.bias)
+        return lambda x: half_linear(_straight_through(x, acts), weight.to(x.dtype), linear.bias)
 
     def with_output(output: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda _: output

@@ -29,6 +29,7 @@ from laconic.engine.observe import advance, no_tokens, observe
 from laconic.engine.original import Original
 from laconic.engine.passes import Passes
 from laconic.engine.plan import Plan
+from laconic.engine.span import span
 from laconic.engine.stage import BlockStage, LinearStage, Outcome, Stage
 from laconic.engine.stream import Room, Stream
 from laconic.engine.survey import Figures, allot, by_survey, protect, survey_block
@@ -38,6 +39,7 @@ from laconic.formats import Quantized
 from laconic.model.anatomy import Call, Tap, capture_calls, head_input, linear_at, rounds
 from laconic.model.checkpoint import open_shard
 from laconic.model.experts import all_tokens
+from laconic.model.half import quicken
 from laconic.model.layout import arrange, to_file
 from laconic.model.linear import QLinear
 from laconic.model.links import without
@@ -86,9 +88,11 @@ def walk(
     flow = walker.embed(windows) if windows is not None and not workspace.done(len(names)) else None
     for i, name in enumerate(names):
         report({"event": "block", "block": i, "blocks": len(names)})
-        walker.block(i, name, flow)
+        with span(f"block {i}"):
+            walker.block(i, name, flow)
     if not workspace.done(len(names)):
-        walker.rest(len(names), flow)
+        with span("outside of blocks"):
+            walker.rest(len(names), flow)
 
 
 @dataclass(frozen=True)
@@ -186,12 +190,14 @@ class _Walker:
             tensors = stored(block, name)
             if flow and self.plan.calibrates_cache:
                 tensors |= self._calibrate_cache(block, i, name, flow)
-            self.workspace.write_shard(i, to_file(self.source.checkpoint, tensors), events)
+            with span("write"):
+                self.workspace.write_shard(i, to_file(self.source.checkpoint, tensors), events)
         if flow and self._read_after(i):
-            if not passed_on:
-                advance(block, flow.calls[i], flow.stream, self.settings.device)
-            if original:
-                original.finish()
+            with span("pass on"):
+                if not passed_on:
+                    advance(block, flow.calls[i], flow.stream, self.settings.device)
+                if original:
+                    original.finish()
         _forget(block)
 
     def rest(self, i: int, flow: _Flow | None) -> None:
@@ -233,13 +239,15 @@ class _Walker:
                 read_again = any(s.cross and isinstance(s, LinearStage) for s, _, _ in work[k + 1 :])
                 taught = original.output(read_again=read_again) if original and stage.cross else None
                 moved = original.moved if original else {}
-                events += self._compress_block(block, i, name, stage, linears, flow, taught, moved, through)
+                with span(stage.method):
+                    events += self._compress_block(block, i, name, stage, linears, flow, taught, moved, through)
             else:
                 assert isinstance(stage, LinearStage)
                 last = k == len(work) - 1
-                found, finished = self._compress_linears(
-                    block, i, name, stage, linears, shares, flow, original, at_once, through, last
-                )
+                with span(stage.method):
+                    found, finished = self._compress_linears(
+                        block, i, name, stage, linears, shares, flow, original, at_once, through, last
+                    )
                 events += found
                 passed_on |= finished
             passed_on |= through
@@ -276,7 +284,7 @@ class _Walker:
             for together in rounds(taps) if sequential else [taps]:
                 moments: dict[Tap, Moments] = {}
                 if passes:
-                    with self._showing(block, original.module if original else None):
+                    with span("observe"), self._showing(block, original.module if original else None):
                         moved = original.moved if original else {}
                         moments = observe(
                             passes, together, gram=stage.gram, original=others, moved=moved, through=through
@@ -285,10 +293,12 @@ class _Walker:
                 for tap in together:
                     events += self._tokens_seen(name, tap, moments.get(tap))
                     targeted = [n for n in tap.linears if n in linears]
-                    events += self._compress_tap(block, name, targeted, stage, shares, moments.get(tap))
+                    with span(f"compress {', '.join(n.rpartition('.')[2] for n in targeted)}"):
+                        events += self._compress_tap(block, name, targeted, stage, shares, moments.get(tap))
             finished = passes is not None and passes.held and last and self._passes_on(i)
             if passes and finished:
-                passes.finish()
+                with span("pass on"):
+                    passes.finish()
         return events, finished
 
     def _calibrate_cache(self, block: nn.Module, i: int, name: str, flow: _Flow) -> dict[str, Tensor]:
@@ -462,7 +472,9 @@ class _Walker:
         read_back(block, name, shard, self.plan.schemes, self.source.dtype, self.settings.device)
 
     def _materialise(self, module: nn.Module, prefix: str) -> None:
-        materialise(module, prefix, self.source.checkpoint, self.settings.device)
+        with span("read"):
+            materialise(module, prefix, self.source.checkpoint, self.settings.device)
+        quicken(module)
 
     def _outside(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules that are in no block and are not the head: embeddings and norms."""

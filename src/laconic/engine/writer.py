@@ -28,6 +28,8 @@ from laconic.model.kv_reading import KV_CACHE
 RECIPE, LOG, SURVEY = "recipe.yaml", "log.jsonl", "survey.json"
 _REPLACED, _CALIBRATION, _SCRATCH = ".replaced", "calibration", "scratch"
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+# A model card is a person's too, and outlives the weights that it was written for.
+_OUTLIVE = ("README.md", "cards/facts.json")
 _NOT_COPIED = {"config.json", INDEX, SURVEY, "training_log.json"}
 
 
@@ -137,9 +139,16 @@ class Workspace:
                 found |= {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}  # noqa: SIM118 - not a dict
         return found
 
-    def finish(self, config: Mapping[str, Any], source: Path, carried: Path | None = None) -> Path:
+    def finish(
+        self,
+        config: Mapping[str, Any],
+        source: Path,
+        carried: Path | None = None,
+        describe: Callable[[Path], None] = lambda _: None,
+    ) -> Path:
         """Write the index and the config, copy the tokenizer, give the folder its name. carried: the artifact of the
-        step before, whose log comes first, and whose folders go with this one."""
+        step before, whose log comes first, and whose folders go with this one. describe: writes the cards into the
+        folder, which has all the rest by then."""
         if carried:
             own = [e for e in read_log(self.folder) if "shard" not in e and "step" not in e]
             log = [{k: v for k, v in e.items() if k != "shard"} for e in read_log(carried)]
@@ -151,10 +160,15 @@ class Workspace:
             for file in source.glob(pattern):
                 if file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
                     _copy(file, self.folder / file.name)
+        for name in _OUTLIVE:
+            if (file := self.output / name).is_file():
+                (self.folder / name).parent.mkdir(exist_ok=True)
+                _copy(file, self.folder / name)
         write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         for junk in [*self.folder.rglob("*.writing"), *self.folder.glob(f"{_CALIBRATION}-*")]:
             junk.unlink()
         shutil.rmtree(scratch_of(self.folder), ignore_errors=True)
+        describe(self.folder)
         self._publish()
         return self.output
 
@@ -320,6 +334,16 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
         return {path: value}
     items = value.items() if isinstance(value, Mapping) else enumerate(value)
     return {p: leaf for key, v in items for p, leaf in _leaves(v, f"{path}.{key}" if path else str(key)).items()}
+
+
+@contextmanager
+def turn(what: Path) -> Iterator[None]:
+    """Wait for the process that makes `what` to be done with it, or to end, however it ends. WHAT.lock is left."""
+    what.parent.mkdir(parents=True, exist_ok=True)
+    with what.with_name(f"{what.name}.lock").open("w") as file:
+        with suppress(OSError):  # a filesystem without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def lock(folder: Path) -> int:

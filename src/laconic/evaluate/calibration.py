@@ -62,7 +62,8 @@ def of_choices(log_likelihoods: Sequence[Sequence[float]], labels: Sequence[int]
         p /= p.sum()
         best = int(np.argmax(lls))
         found[i] = p[best], best == label, (p**2).sum() - 2 * p[label] + 1
-    return Predictions(*found.T.copy(), np.arange(len(labels)), (len(labels),))
+    confidence, right, brier = found.T.copy()
+    return Predictions(confidence, right, brier, np.arange(len(labels)), (len(labels),))
 
 
 def pooled(tasks: Sequence[Predictions]) -> Predictions:
@@ -83,7 +84,8 @@ def reliability(predictions: Predictions, bins: int = BINS) -> list[Bin]:
     they are on average, so that the order of predictions does not matter."""
     order, starts = _sorted(predictions)
     columns = (np.ones(len(order)), predictions.confidence[order], predictions.right[order])
-    sums = zip(*_bin_sums(*(np.add.reduceat(c, starts) for c in columns), bins), strict=True)
+    ones, confidence, right = (np.add.reduceat(c, starts) for c in columns)
+    sums = zip(*_bin_sums(ones, confidence, right, bins), strict=True)
     return [Bin(round(n), float(c / n), float(a / n)) for n, c, a in sums if n > 0]
 
 
@@ -120,8 +122,8 @@ def ece_of(predictions: Predictions, bins: int = BINS) -> Statistic:
         else:
             sums = [counts @ table for table in tables]
         found = np.empty(len(counts))
-        for i, row in enumerate(zip(*sums, strict=True)):
-            n, c, a = _bin_sums(*row, bins)
+        for i, (ones, sure, hits) in enumerate(zip(*sums, strict=True)):
+            n, c, a = _bin_sums(ones, sure, hits, bins)
             found[i] = np.abs(c - a).sum() / n.sum()
         return found
 

@@ -17,7 +17,7 @@ from laconic.provenance import versions
 
 
 def read_domains(asked: Sequence[str]) -> dict[str, str]:
-    """By name, the texts of `--domain NAME=FILE`. Raises: ValueError for one without a name or a text, or named twice."""
+    """By name, the texts of `--domain NAME=FILE`. Raises: ValueError for one without a name or text, or named twice."""
     found: dict[str, str] = {}
     for given in asked:
         name, equals, text = given.partition("=")

@@ -64,8 +64,8 @@ class Tokens:
     def predictions(self) -> Predictions:
         """As calibration reads them; windows are what is drawn again."""
         n, tokens = self.nll.shape
-        columns = (t.double().flatten().numpy() for t in (self.confidence, self.right, self.brier))
-        return Predictions(*columns, np.repeat(np.arange(n), tokens), (n,))
+        confidence, right, brier = (t.double().flatten().numpy() for t in (self.confidence, self.right, self.brier))
+        return Predictions(confidence, right, brier, np.repeat(np.arange(n), tokens), (n,))
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from laconic.evaluate.cache_cost import memory_by_length, speed_by_length
 from laconic.evaluate.caches import caches_for, slug
 from laconic.evaluate.context_perplexity import perplexity_by_position
 from laconic.evaluate.needle import FORMS, find_needles, make_prompt
-from laconic.evaluate.run import HUB_TEXTS
-from laconic.model.data import evaluation_windows, prefix_of, read_documents
+from laconic.model.data import HUB_TEXTS, evaluation_windows, prefix_of, read_documents
 from laconic.model.load import load_tokenizer, model_folder
 from laconic.model.reading import load
 from laconic.provenance import versions

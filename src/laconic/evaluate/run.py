@@ -17,16 +17,11 @@ from laconic.evaluate.bootstrap import SEED, method_of
 from laconic.evaluate.calibration import calibration_of
 from laconic.evaluate.fidelity import Observed, observe
 from laconic.evaluate.samples import write_samples
-from laconic.evaluate.size import measure_size
-from laconic.model.data import evaluation_windows, read_documents
+from laconic.model.data import HUB_TEXTS, evaluation_windows, read_documents
 from laconic.model.load import load_tokenizer, model_folder
 from laconic.model.reading import load
+from laconic.model.size import measure_size
 from laconic.provenance import versions
-
-HUB_TEXTS = {
-    "wikitext2": {"dataset": "Salesforce/wikitext", "config": "wikitext-2-raw-v1", "split": "test"},
-    "c4": {"dataset": "allenai/c4", "config": "en", "split": "validation"},
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ def figures(seen: Observed) -> dict[str, Any]:
     """What a result says of a text: quality, its intervals, calibration of next tokens."""
     quality = seen.quality()
     names = ("perplexity", "nll_stderr", "baseline_perplexity", "kl_mean", "kl_p99", "top1_agreement")
-    theirs = seen.theirs and seen.theirs.predictions()
+    theirs = None if seen.theirs is None else seen.theirs.predictions()
     return {
         **{name: getattr(quality, name) for name in names},
         **seen.intervals(),

@@ -13,7 +13,7 @@ def read_predictions(results: Mapping[str, Any], tasks: Mapping[str, Any]) -> di
     document has several right choices, or none, are left out. tasks: the tasks themselves, by name."""
     found = {}
     for name, task in tasks.items():
-        if task.OUTPUT_TYPE != "multiple_choice":
+        if task.OUTPUT_TYPE != "multiple_choice" or not hasattr(task, "multiple_input"):
             continue
         # A task with several filters logs its documents once for each.
         chosen = results["samples"][name][0]["filter"] if results["samples"][name] else None

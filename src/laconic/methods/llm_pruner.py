@@ -23,6 +23,7 @@ from laconic.model.groups import Group, Kind, find_groups, narrow
 from laconic.model.load import Source
 from laconic.model.reading import load
 from laconic.model.rebuild import empty, parts_of, rebuilt
+from laconic.model.stream_width import by_channel, kept_channels, narrower, stream_axes, without_channels
 from laconic.model.widths import WIDTHS, with_widths
 from laconic.solvers.saliency import Aggregation, Pooling, cut, of_units, pooled, taylor
 
@@ -43,17 +44,18 @@ class Targeted:
 
 class LlmPruner(ModelStage):
     """sparsity: share of the parameters of the targeted groups that goes. groups: of `attention` (key-value heads with
-    their query heads) and `mlp` (channels). importance: `first` or `second` order of the loss's Taylor series; `weight`
-    (squares of weights) and `random` are baselines, and need no calibration text. aggregation, pooling: how the
-    importance of an `element` or a `vector` becomes a matrix's, and those of matrices a unit's. keep_first, keep_last:
-    blocks that stay whole; an eighth and a sixteenth of them when not given. uniform: the same widths in all blocks,
-    which a stock config can say. heads: how many query heads stay in a block, instead of as many as importance says.
-    multiple_of: of what an MLP's width is a multiple; by its width when not given. batch_size: samples a gradient is
-    taken of. dtype: in which gradients are computed. gradient_checkpointing: less memory for a second forward pass."""
+    their query heads) and `mlp` (channels); or `hidden` alone, channels of the residual stream. importance: `first` or
+    `second` order of the loss's Taylor series; `weight` (squares of weights) and `random` are baselines, and need no
+    calibration text. aggregation, pooling: how the importance of an `element` or a `vector` becomes a matrix's, and
+    those of matrices a unit's. keep_first, keep_last: blocks that stay whole; an eighth and a sixteenth of them when
+    not given. uniform: the same widths in all blocks, which a stock config can say. heads: how many query heads stay in
+    a block, instead of as many as importance says. multiple_of: of what an MLP's or the hidden width is a multiple; by
+    the width when not given. batch_size: samples a gradient is taken of. dtype: in which gradients are computed.
+    gradient_checkpointing: less memory for a second forward pass."""
 
     method: Literal["llm_pruner"] = "llm_pruner"
     sparsity: float = Field(0.2, ge=0, lt=1)
-    groups: tuple[Kind, ...] = Field(("attention", "mlp"), min_length=1)
+    groups: tuple[Kind | Literal["hidden"], ...] = Field(("attention", "mlp"), min_length=1)
     importance: Literal["first", "second", "weight", "random"] = "first"
     aggregation: Aggregation = "element"
     pooling: Pooling = "sum"
@@ -75,9 +77,26 @@ class LlmPruner(ModelStage):
     def _consistent(self) -> LlmPruner:
         if self.uniform and (self.keep_first or self.keep_last):
             raise ValueError("uniform gives all blocks the same widths; leave out keep_first and keep_last")
+        if self.hidden and len(self.groups) > 1:
+            raise ValueError(
+                "a hidden channel is part of every head and MLP: give groups: [hidden] a stage of its own, and the "
+                "others another"
+            )
+        if self.hidden and (self.keep_first or self.keep_last):
+            raise ValueError("a hidden channel reaches through all blocks; leave out keep_first and keep_last")
         if self.heads and "attention" not in self.groups:
             raise ValueError("heads counts those of attention; add attention to groups, or leave heads out")
         return self
+
+    @property
+    def hidden(self) -> bool:
+        """Whether channels of the residual stream are what goes."""
+        return "hidden" in self.groups
+
+    @property
+    def blockwise(self) -> tuple[Kind, ...]:
+        """The kinds of groups that lie within a block."""
+        return tuple(kind for kind in self.groups if kind != "hidden")
 
     @property
     def observes(self) -> bool:
@@ -88,6 +107,9 @@ class LlmPruner(ModelStage):
         return True
 
     def check(self, source: Source, model: PreTrainedModel, *, quantized: bool) -> None:
+        if self.hidden:
+            stream_axes(model, read_json(source.folder / "config.json"))
+            return
         targeted = self._target(model, dissect(model))
         if self.uniform:
             self._uniform_counts(read_json(source.folder / "config.json"), model, targeted)
@@ -99,6 +121,8 @@ class LlmPruner(ModelStage):
             work.folder, device=work.device, dtype=_DTYPES[self.dtype], trust_remote_code=work.trust_remote_code
         )
         anatomy = dissect(model)
+        if self.hidden:
+            return self._without_hidden(work, model, anatomy, raw)
         targeted = self._target(model, anatomy)
         importance = self._weigh(work, model, anatomy, targeted)
         sizes = [_unit_size(model, anatomy, i, group) for i, group in targeted.flat]
@@ -118,6 +142,25 @@ class LlmPruner(ModelStage):
         result = {"method": self.method, **sizes_of(model, made), "blocks": events}
         return Remade(made, config, events, {"pruning": result})
 
+    def _without_hidden(self, work: Work, model: PreTrainedModel, anatomy: Anatomy, raw: Mapping[str, Any]) -> Remade:
+        axes = stream_axes(model, raw)
+        hidden = model.config.get_text_config().hidden_size
+        # One of each that is tied.
+        names = [n for n, _ in model.named_parameters() if n in axes]
+        if self.importance == "random":
+            importance = torch.rand(hidden, generator=torch.Generator().manual_seed(work.seed))
+        else:
+            found = self._gradients(work, model, anatomy, names)
+            vector = self.aggregation == "vector"
+            parts = [by_channel(self._changes(model, name, found), axes[name], vector=vector) for name in names]
+            importance = pooled(parts, self.pooling).cpu()
+        mask = kept_channels(importance, self.sparsity, self._channel_step(hidden))
+        config = narrower(raw, int(mask.sum()))
+        made = rebuilt({**raw, **config}, without_channels(parts_of(model), axes, mask), _DTYPES[self.dtype])
+        event = {"event": "pruned", "group": "hidden", "channels": int(mask.sum()), "of": hidden}
+        result = {"method": self.method, **sizes_of(model, made), "blocks": [event]}
+        return Remade(made, {k: v for k, v in config.items() if raw.get(k) != v}, [event], {"pruning": result})
+
     def _target(self, model: PreTrainedModel, anatomy: Anatomy) -> Targeted:
         """Raises: ValueError when nothing could be pruned, or not what was asked for."""
         kind, count = model.config.model_type, len(anatomy.taps)
@@ -133,11 +176,11 @@ class LlmPruner(ModelStage):
             raise ValueError(
                 f"keep_first {first} and keep_last {last} protect all {count} blocks; lower them, or set uniform: true"
             )
-        groups = find_groups(model, anatomy, self.groups)
+        groups = find_groups(model, anatomy, self.blockwise)
         inside = {i: groups[i] for i in range(first, count - last)}
-        for asked in self.groups:
+        for asked in self.blockwise:
             if not any(g.kind == asked for own in inside.values() for g in own):
-                other = [k for k in self.groups if k != asked and any(g.kind == k for g in inside[first])]
+                other = [k for k in self.blockwise if k != asked and any(g.kind == k for g in inside[first])]
                 fix = f"set groups: [{other[0]}]" if other else "use depth, which drops whole blocks"
                 raise ValueError(
                     f"the {asked} of '{kind}' cannot be made narrower: its config has no key for that, or it has one "
@@ -149,8 +192,11 @@ class LlmPruner(ModelStage):
         """How many units go at once."""
         if group.kind == "attention":
             return 1
+        return self._channel_step(group.units)
+
+    def _channel_step(self, width: int) -> int:
         # A sixteenth of the width, but a power of two up to 128, so that groups of later codes still fit.
-        return self.multiple_of or min(128, 2 ** max(0, int(math.log2(max(1, group.units / 16)))))
+        return self.multiple_of or min(128, 2 ** max(0, int(math.log2(max(1, width / 16)))))
 
     def _fixed(self, targeted: Targeted) -> int | None:
         """How many key-value heads stay, where it is said how many query heads do.
@@ -175,31 +221,37 @@ class LlmPruner(ModelStage):
         if self.importance == "random":
             # A unit is the more likely to stay the larger it is, so that neither kind goes first.
             return [torch.rand(g.units, generator=random) * _unit_size(model, anatomy, i, g) for i, g in targeted.flat]
-        found = Gradients({}, {})
-        if self.observes:
-            assert work.windows is not None
-            names = {
-                f"{anatomy.block_name(i)}.{part.linear}.weight" for i, group in targeted.flat for part in group.slices
-            }
-            found = gradients(
-                model,
-                sorted(names),
-                work.windows,
-                batch_size=self.batch_size,
-                squares=self.importance == "second",
-                checkpointing=self.gradient_checkpointing,
-                blocks=list(model.get_submodule(anatomy.blocks).children()),
-                report=work.report,
-            )
+        names = {f"{anatomy.block_name(i)}.{part.linear}.weight" for i, group in targeted.flat for part in group.slices}
+        found = self._gradients(work, model, anatomy, sorted(names))
         return [self._of_group(model, anatomy.block_name(i), group, found) for i, group in targeted.flat]
+
+    def _gradients(self, work: Work, model: PreTrainedModel, anatomy: Anatomy, names: Sequence[str]) -> Gradients:
+        """Of the loss on the calibration text; none where weights alone are asked."""
+        if not self.observes:
+            return Gradients({}, {})
+        assert work.windows is not None
+        return gradients(
+            model,
+            names,
+            work.windows,
+            batch_size=self.batch_size,
+            squares=self.importance == "second",
+            checkpointing=self.gradient_checkpointing,
+            blocks=list(model.get_submodule(anatomy.blocks).children()),
+            report=work.report,
+        )
+
+    @torch.no_grad()
+    def _changes(self, model: PreTrainedModel, name: str, found: Gradients) -> Tensor:
+        """What the loss changes by without each of a parameter's weights; their squares where no gradient was asked."""
+        w = model.get_parameter(name).float()
+        return taylor(w, found.mean[name], found.square.get(name)) if found.mean else w.square()
 
     @torch.no_grad()
     def _of_group(self, model: PreTrainedModel, block: str, group: Group, found: Gradients) -> Tensor:
         parts = []
         for part in group.slices:
-            name = f"{block}.{part.linear}.weight"
-            w = model.get_parameter(name).float()
-            changes = taylor(w, found.mean[name], found.square.get(name)) if found.mean else w.square()
+            changes = self._changes(model, f"{block}.{part.linear}.weight", found)
             parts.append(of_units(changes, part.axis, part.channels, self.aggregation))
         return pooled(parts, self.pooling).cpu()
 
@@ -261,7 +313,7 @@ class LlmPruner(ModelStage):
         return {**widths[0], **d}
 
     def warnings(self, source: Source) -> Iterator[str]:
-        if not self.uniform and self.sparsity:
+        if not self.uniform and not self.hidden and self.sparsity:
             yield (
                 "llm_pruner without uniform gives each block its own widths: transformers opens that after 'import "
                 "laconic', vLLM with laconic installed beside it"

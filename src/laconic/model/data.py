@@ -14,6 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from laconic.model.checkpoint import reason
 
+# Texts that perplexity is measured on, by the names they go by.
+HUB_TEXTS = {
+    "wikitext2": {"dataset": "Salesforce/wikitext", "config": "wikitext-2-raw-v1", "split": "test"},
+    "c4": {"dataset": "allenai/c4", "config": "en", "split": "validation"},
+}
 _SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
 

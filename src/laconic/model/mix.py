@@ -23,7 +23,8 @@ from laconic.model.instructions import Turned, read_turns
 
 class Part(BaseModel):
     """One dataset of a mix. weight: its share of the sequences, as a ratio to the other parts'. answers_only: of
-    instructions, learn what the assistant says alone. limit: take no more sequences than these."""
+    instructions, learn what the assistant says alone. limit: take no more sequences than these. license, source,
+    domain: for the data card."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,6 +35,9 @@ class Part(BaseModel):
     config: str | None = None
     answers_only: bool = True
     limit: int | None = Field(None, ge=1)
+    license: str | None = None
+    source: str | None = None
+    domain: str | None = None
 
 
 @dataclass(frozen=True)

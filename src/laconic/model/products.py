@@ -12,9 +12,14 @@ from torch.nn import functional as F
 
 from laconic.formats import Outliers, Params, decode, encode, fit
 from laconic.formats.schemes import Activations
+from laconic.kernels.half_linear import half_linear
 
 # Sums of so many products of int8 stay below 2^24, where float32 counts exactly.
 _EXACT = 1024
+
+# Rows of an integer product made at once on a CPU: few enough that what lies between codes and result stays in cache,
+# and that memory holds no float32 copy of the whole.
+_ROWS = 512
 
 
 def round_activations(x: Tensor, acts: Activations, calibrated: Params, exempt: Tensor | None = None) -> Tensor:
@@ -39,9 +44,10 @@ def simulated_linear(
     bias: Tensor | None,
 ) -> Tensor:
     """x (..., in) by a decoded weight (out, in), in float32 where activations are rounded. Returns: in x's dtype."""
-    compute = torch.float32 if acts else x.dtype
-    rounded = round_activations(x, acts, calibrated, exempt) if acts else x
-    return F.linear(rounded, weight.to(compute), None if bias is None else bias.to(compute)).to(x.dtype)
+    if acts is None:
+        return half_linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    rounded = round_activations(x, acts, calibrated, exempt)
+    return F.linear(rounded, weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 def integer_linear(
@@ -58,17 +64,32 @@ def integer_linear(
     scale: of the weight, (1,) or (out, 1). Returns: (..., out) in x's dtype.
     """
     flat = x.reshape(-1, x.shape[-1])
-    exempt = None if outliers is None else outliers.indices
-    rest = _without(flat.float(), exempt)
+    y = x.new_empty(flat.shape[0], codes.shape[0])
+    # A scale is of a token or of all inputs, so that rows need not know of each other.
+    size = max(1, flat.shape[0]) if x.is_cuda else _ROWS
+    for rows, made in zip(flat.split(size), y.split(size), strict=True):
+        made.copy_(_integer_rows(rows, codes, scale, acts, calibrated, outliers, bias))
+    return y.view(*x.shape[:-1], codes.shape[0])
+
+
+def _integer_rows(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    acts: Activations,
+    calibrated: Params,
+    outliers: Outliers | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """`integer_linear` of x (tokens, in), in float32."""
+    rest = _without(x.float(), None if outliers is None else outliers.indices)
     params = _activation_params(rest, acts, calibrated)
     # What codes stand in outlier columns does not count: the input is zero there.
     y = int8_product(encode(acts.format, rest, params), codes).float()
-    y = y * params["scale"].float() * scale.float().reshape(1, -1)
+    y.mul_(params["scale"].float()).mul_(scale.float().reshape(1, -1))
     if outliers is not None:
-        y = y + _wide_product(flat[:, outliers.indices.long()], outliers.weight.to(x.dtype))
-    if bias is not None:
-        y = y + bias.float()
-    return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+        y.add_(_wide_product(x[:, outliers.indices.long()], outliers.weight.to(x.dtype)))
+    return y if bias is None else y.add_(bias.float())
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def long_plots(result: Mapping[str, Any]) -> list[str]:
 
 def needle_map(result: Mapping[str, Any], cache: str) -> str:
     """The share of needles that was found through a cache, depth by length."""
-    cells = {(c["depth"], c["length"]): c for c in result["needle"][cache]}
+    cells: dict[tuple[float, int], Mapping[str, Any]] = {(c["depth"], c["length"]): c for c in result["needle"][cache]}
     depths = list(dict.fromkeys(depth for depth, _ in cells))
     lengths = list(dict.fromkeys(length for _, length in cells))
 

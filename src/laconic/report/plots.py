@@ -128,7 +128,7 @@ def error_map(entry: Evaluated) -> str:
         errors,
         lambda v: (math.log(v) - low) / (high - low) if v > 0 and high > low else 0.0,
         lambda v: f"{v:.2e}",
-        f"blocks; darker: a larger relative {kind} error",
+        f"blocks; stronger: a larger relative {kind} error",
     )
 
 

@@ -43,18 +43,16 @@ def feedback(H: Tensor, dampening_frac: float = 0.01, order: Tensor | None = Non
         raise ValueError("the activations hold NaN or infinity; check the model and the calibration text")
     if mean == 0:
         return Feedback(torch.zeros_like(H), torch.ones_like(H[0]), dampening_frac)
-    # With both axes reversed, the lower Cholesky factor is R, the upper factor of H = R R^T.
-    damped = _reversed(H, order)
-    diagonal = damped.diagonal().clone()
     for attempt in range(attempts):
         frac = min(dampening_frac * 10**attempt, 1.0) if attempt else dampening_frac
-        damped.diagonal().copy_(diagonal + frac * mean)
-        L, info = torch.linalg.cholesky_ex(damped)
-        if info == 0 and torch.isfinite(L.diagonal()).all():
-            R_T, n = damped, len(damped)
-            for i in range(0, n, _PANEL):
-                j = min(i + _PANEL, n)
-                R_T[i:j] = L[:, n - j : n - i].flip(0, 1).T
+        # With both axes reversed, the lower Cholesky factor is R, the upper factor of H = R R^T.
+        R_T = _reversed(H, order)
+        R_T.diagonal().add_(frac * mean)
+        # What LAPACK would put there column by column is the transpose as we look at it: the factor takes H's place.
+        info = torch.empty((), dtype=torch.int32, device=H.device)
+        torch.linalg.cholesky_ex(R_T.mT, out=(R_T.mT, info))
+        if info == 0 and torch.isfinite(R_T.diagonal()).all():
+            _turn_round(R_T)
             roots = R_T.diagonal().clone()
             A = R_T.div_(roots[:, None])
             A.diagonal().zero_()
@@ -72,6 +70,17 @@ def _reversed(H: Tensor, order: Tensor | None) -> Tensor:
     for rows, into in zip(last_first.split(_PANEL), out.split(_PANEL), strict=True):
         torch.index_select(H[rows], 1, last_first, out=into)
     return out
+
+
+def _turn_round(M: Tensor) -> None:
+    """Reverse both axes in place, a few numbers from either end at a time."""
+    flat = M.view(-1)
+    n, step = len(flat), _PANEL * M.shape[1]
+    for i in range(0, n // 2, step):
+        j = min(i + step, n // 2)
+        head = flat[i:j].flip(0)
+        flat[i:j] = flat[n - j : n - i].flip(0)
+        flat[n - j : n - i] = head
 
 
 class Rounder(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,22 @@ from laconic.sweep.runs import Run
 from laconic.sweep.study import Resources
 from laconic.sweep.work import remember_failure, work
 
+Begin = Callable[[Run], None]
+Tell = Callable[[Run, Mapping[str, Any]], None]
+
 
 def work_on_ray(
-    runs: Sequence[Run], folder: Path, resources: Resources, address: str | None, begin: Callable[[Run], None]
+    runs: Sequence[Run], folder: Path, resources: Resources, address: str | None, begin: Begin, tell: Tell
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
     """Work runs on a cluster, or on a Ray of this machine; yields each with its result, as they are done.
 
     folder: absolute, and with the models and texts on a disk that every node sees. begin: called when a run is seen to
-    have begun. A worker that dies loses the run in flight, which is tried once more and then remembered as failed.
-    Raises: ValueError when no cluster answers.
+    have begun. tell: called with a `block` event when more of its blocks are seen to be done. A worker that dies, or
+    its node, loses the run in flight, which is gone on with once more and then remembered as failed.
+    Raises: ValueError when no cluster answers, or no node of it has what a run takes.
     """
-    local: dict[str, Any] = {} if address else {"include_dashboard": False}
+    # What tasks give back is small: without a word Ray would take a third of the memory to keep it in.
+    local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 128 * 2**20}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
     except (ConnectionError, ValueError, RuntimeError) as e:
@@ -36,12 +41,11 @@ def work_on_ray(
         # Options are settled when tasks are made: a decorator could not know them.
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(_task)
         left = {task.remote(run, folder, Path.cwd(), sys.argv, resources.cpus): run for run in runs}
+        seen: dict[str, int] = {}
         while left:
             done, _ = ray.wait(list(left), timeout=0.5)
             for run in left.values():
-                target = run.artifact(folder)
-                if target.exists() or partial_of(target).exists():
-                    begin(run)
+                _look(run, folder, seen, begin, tell)
             for reference in done:
                 run = left.pop(reference)
                 try:
@@ -51,6 +55,19 @@ def work_on_ray(
                 yield run, result
     finally:
         ray.shutdown()
+
+
+def _look(run: Run, folder: Path, seen: dict[str, int], begin: Begin, tell: Tell) -> None:
+    """Tell what of a run is on the disk and was not yet told. seen: shards, by run."""
+    target = run.artifact(folder)
+    partial = partial_of(target)
+    if run.id not in seen and (target.exists() or partial.exists()):
+        seen[run.id] = 0
+        begin(run)
+    shards = sorted(partial.glob("model-*-of-*.safetensors"))
+    if len(shards) > seen.get(run.id, 0):
+        seen[run.id] = len(shards)
+        tell(run, {"event": "block", "block": len(shards), "blocks": int(shards[0].stem.rpartition("-")[2])})
 
 
 def _task(run: Run, folder: Path, at: Path, command: list[str], cpus: int | None) -> dict[str, Any]:
@@ -67,7 +84,12 @@ def _share(resources: Resources) -> tuple[int, float]:
     there = any(node.get("GPU") for node in nodes)
     gpus = resources.gpus if resources.gpus is not None else float(there)
     whole = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
-    return resources.cpus or (1 if gpus else whole), gpus
+    cpus = resources.cpus or (1 if gpus else whole)
+    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        raise ValueError(
+            f"a run takes {cpus} cores and {gpus:g} GPUs, and no node of this Ray has as many; lower 'resources'"
+        )
+    return cpus, gpus
 
 
 def _first_line(error: Exception) -> str:

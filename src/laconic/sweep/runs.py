@@ -77,6 +77,12 @@ def plan_runs(study: Study, *, yes: bool = False) -> list[Run]:
     return [run for _, run in runs.values()]
 
 
+def texts_of(stage: Any) -> tuple[Any, ...]:
+    """What a stage reads beside the calibration set."""
+    protect = getattr(stage, "protect", None)
+    return (*(getattr(stage, "data", None) or ()), *([protect] if protect else ()))
+
+
 def words(values: Mapping[str, Any]) -> str:
     """What axes chose, in one line; keys by their last part, where that says enough."""
     lasts = [key.rpartition(".")[2] for key in values]
@@ -115,6 +121,7 @@ def _identified(study: Study, point: Point, recipe: Recipe, source: Source) -> R
     made_of = identify(recipe, source, None)
     texts = [recipe.calibration.dataset] if recipe.calibration else []
     texts += [e.text for e in study.evaluations]
+    texts += [text.dataset for stage in recipe.stages for text in texts_of(stage)]
     told = {
         **made_of,
         "evaluations": [e.model_dump() for e in study.evaluations],

@@ -24,11 +24,14 @@ class _Strict(BaseModel):
 
 
 class Evaluation(_Strict):
-    """What `laconic eval` takes: a text, tokens a window, how many windows, the dtype to compute in."""
+    """What `laconic eval` takes: a text, tokens a window, how many windows, the dtype to compute in. chunk: read
+    through the artifact's own key-value cache, so many tokens at a time, as `laconic eval --suite long` does; without
+    it a window is read at once, and what a cache stores is not looked at."""
 
     text: str = "wikitext2"
     context_length: int | None = Field(None, ge=2)
     windows: int | None = Field(None, ge=1)
+    chunk: int | None = Field(None, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 

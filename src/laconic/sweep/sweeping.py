@@ -4,7 +4,9 @@ where it is not."""
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from laconic.engine.writer import lock
 from laconic.sweep.runs import Run, foretell, plan_runs
 from laconic.sweep.study import Resources, Study
 from laconic.sweep.table import rows_of, write_table
-from laconic.sweep.work import read_result, work
+from laconic.sweep.texts import check_texts
+from laconic.sweep.work import LOCKS, STEPS, read_result, work
 
 Watch = Callable[[Mapping[str, Any]], None]
 
@@ -41,6 +44,7 @@ def sweep(
     try:
         results = {run.id: result for run in runs if (result := read_result(run, folder))}
         left = [run for run in runs if results.get(run.id, {}).get("status") != "done"]
+        check_texts(left)
         watch({"event": "sweep", "runs": len(runs), "done": len(runs) - len(left)})
         try:
             for run, result in _worked(left, folder, study.resources, address, watch):
@@ -49,6 +53,9 @@ def sweep(
         finally:
             rows = rows_of(runs, results)
             write_table(rows, folder / "results.parquet")
+            shutil.rmtree(folder / LOCKS, ignore_errors=True)
+        if all(result["status"] == "done" for result in results.values()):
+            shutil.rmtree(folder / STEPS, ignore_errors=True)
         return rows
     finally:
         os.close(held)
@@ -63,6 +70,7 @@ def dry_run(study: Study, folder: str | Path, *, yes: bool = False) -> list[dict
     folder = Path(folder).expanduser().resolve()
     runs = plan_runs(study, yes=yes)
     results = {run.id: read_result(run, folder) for run in runs}
+    check_texts(run for run in runs if (results[run.id] or {}).get("status") != "done")
     took = [r["seconds"] for r in results.values() if r and r["status"] == "done"]
     listed = []
     for run in runs:
@@ -80,17 +88,16 @@ def dry_run(study: Study, folder: str | Path, *, yes: bool = False) -> list[dict
 def _worked(
     runs: Sequence[Run], folder: Path, resources: Resources, address: str | None, watch: Watch
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
-    begun: set[str] = set()
-
     def begin(run: Run) -> None:
-        if run.id not in begun:
-            begun.add(run.id)
-            watch({"event": "run", "run": run.id, "name": run.name, "state": "begun"})
+        watch({"event": "run", "run": run.id, "name": run.name, "state": "begun"})
+
+    def tell(run: Run, event: Mapping[str, Any]) -> None:
+        watch({**event, "run": run.id})
 
     if runs and _ray_is_there():
         from laconic.sweep.on_ray import work_on_ray
 
-        yield from work_on_ray(runs, folder, resources, address, begin)
+        yield from work_on_ray(runs, folder, resources, address, begin, tell)
         return
     threads = torch.get_num_threads()
     try:
@@ -98,7 +105,7 @@ def _worked(
             torch.set_num_threads(resources.cpus)
         for run in runs:
             begin(run)
-            yield run, work(run, folder, lambda event, run=run: watch({**event, "run": run.id}))  # type: ignore[misc]
+            yield run, work(run, folder, partial(tell, run))
     finally:
         torch.set_num_threads(threads)
 

@@ -30,6 +30,8 @@ _MEASURED: dict[str, Any] = {
     "context_length": pa.int64(),
     "windows": pa.int64(),
     "tokens": pa.int64(),
+    "chunk": pa.int64(),
+    "kv_bits": pa.float64(),
     "dtype": pa.string(),
     "perplexity": pa.float64(),
     "nll_stderr": pa.float64(),

@@ -9,30 +9,40 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from laconic.cards.writing import refresh_cards
 from laconic.compression import compress
 from laconic.engine.artifact import Artifact
-from laconic.engine.writer import begun_with, write_text
-from laconic.evaluate.run import evaluate
+from laconic.engine.writer import begun_with, turn, write_text
 from laconic.provenance import forget_peak_memory
+from laconic.sweep.measure import measure
 from laconic.sweep.runs import Run
 
 Report = Callable[[Mapping[str, Any]], None]
+# Of a sweep's folder: first steps that runs have in common, by a hash of what each is made of.
+STEPS = "steps"
+LOCKS = "locks"
 
 
 def work(run: Run, folder: Path, report: Report = lambda _: None) -> dict[str, Any]:
     """Make and measure the artifact of a run, and keep the result under `results/` of the sweep's folder.
 
     An artifact that is there is measured as it is; one that was begun is gone on with. Whatever fails is in the result,
-    under `error`. Returns the result.
+    under `error`. A worker of a sweep that was killed may be at it for a moment yet, and is waited for. Returns the
+    result.
     """
+    with turn(folder / LOCKS / run.id):
+        result = read_result(run, folder)
+        return result if result and result["status"] == "done" else _work(run, folder, report)
+
+
+def _work(run: Run, folder: Path, report: Report) -> dict[str, Any]:
     begun = time.monotonic()
     counted = forget_peak_memory()
     try:
-        artifact = _compress(run, run.artifact(folder), report)
-        measured = [
-            evaluate(artifact.path, baseline=run.recipe.model if run.baseline else None, **evaluation.model_dump())
-            for evaluation in run.evaluations
-        ]
+        artifact = _compress(run, folder, report)
+        baseline = run.recipe.model if run.baseline else None
+        measured = [measure(artifact.path, asked, baseline) for asked in run.evaluations]
+        refresh_cards(artifact.path)
     except Exception as e:
         return remember_failure(run, folder, e)
     made = dict(artifact.results["compress"])
@@ -69,11 +79,12 @@ def read_result(run: Run, folder: Path) -> dict[str, Any] | None:
     raise ValueError(f"{file} is not the result of run {run.id}; delete it, and the sweep measures that run again")
 
 
-def _compress(run: Run, target: Path, report: Report) -> Artifact:
+def _compress(run: Run, folder: Path, report: Report) -> Artifact:
+    target = run.artifact(folder)
     # A folder has its final name only once it is whole.
     if begun_with(target):
         return Artifact(target)
-    return compress(recipe=run.recipe, output=target, report=report)
+    return compress(recipe=run.recipe, output=target, steps=folder / STEPS, report=report)
 
 
 def _remember(run: Run, folder: Path, **result: Any) -> dict[str, Any]:

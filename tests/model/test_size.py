@@ -9,7 +9,7 @@ import torch
 
 from artifacts import gptq, press, recipe, rtn, tensors
 from laconic.compression import prepare
-from laconic.evaluate.size import measure_size
+from laconic.model.size import measure_size
 from tiny import VOCABULARY, make_model
 
 # The tiny Llama: two blocks, hidden 64, intermediate 128, 4 heads of 16 of which 2 hold keys and values.

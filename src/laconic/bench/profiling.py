@@ -1,0 +1,110 @@
+"""A compression or a generation under torch's profiler: a Chrome trace, in which the stretches of work have names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd.profiler import emit_nvtx
+from torch.profiler import ProfilerActivity, profile
+
+from laconic.compression import Composed, run
+from laconic.engine.artifact import Artifact
+from laconic.engine.span import span
+from laconic.model.reading import load
+from laconic.walking import Prepared
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+def profile_compress(
+    prepared: Prepared | Composed,
+    trace: Path,
+    *,
+    blocks: int = 2,
+    nvtx: bool = False,
+    overwrite: bool = False,
+    report: Report,
+) -> Artifact:
+    """Compress, and write what the first `blocks` blocks of it took to `trace`; the rest runs without the profiler.
+
+    nvtx: name ranges for Nsight instead, and leave tracing to it.
+    """
+    with _profiler(trace, nvtx) as stop:
+
+        def watching(event: Mapping[str, Any]) -> None:
+            if event["event"] == "block" and event["block"] == blocks:
+                stop()
+            report(event)
+
+        return run(prepared, overwrite=overwrite, report=watching)
+
+
+@torch.inference_mode()
+def profile_generation(
+    model: str, trace: Path, *, prompt: int = 128, tokens: int = 16, batch: int = 1, nvtx: bool = False
+) -> None:
+    """Read a prompt of random tokens and write more, greedily, into a trace. prompt, tokens: how many."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    held: Any = load(model, device=device)
+    config = held.config.get_text_config()
+    room = getattr(config, "max_position_embeddings", None)
+    if room and prompt + tokens > room:
+        raise ValueError(f"--prompt {prompt} and --tokens {tokens} are more than the model's context of {room}")
+    _name_blocks(held)
+    ids = torch.randint(0, config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    limits = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
+    with span("warm up"):
+        held.generate(ids, max_new_tokens=1, min_new_tokens=1, **limits)
+    with _profiler(trace, nvtx), span("generate"):
+        held.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **limits)
+
+
+def _name_blocks(model: torch.nn.Module) -> None:
+    """Have every block, and what is directly in it, show under its name."""
+    from laconic.model.anatomy import find_blocks
+
+    def named(module: torch.nn.Module, name: str) -> None:
+        forward = module.forward
+
+        def shown(*args: Any, **kwargs: Any) -> Any:
+            with span(name):
+                return forward(*args, **kwargs)
+
+        module.forward = shown
+
+    for i, block in enumerate(model.get_submodule(find_blocks(model)).children()):
+        for leaf, child in block.named_children():
+            named(child, leaf)
+        named(block, f"block {i}")
+
+
+@contextmanager
+def _profiler(trace: Path, nvtx: bool) -> Iterator[Callable[[], None]]:
+    """Profile until the end, or until what is given is called; the trace is there in any case, but for NVTX."""
+    if nvtx:
+        if not torch.cuda.is_available():
+            raise ValueError("--nvtx names ranges for Nsight, which needs a CUDA device; leave it out")
+        with emit_nvtx():
+            yield lambda: None
+        return
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    profiler, stopped = profile(activities=activities, profile_memory=True), list[bool]()
+
+    def stop() -> None:
+        if not stopped:
+            stopped.append(True)
+            profiler.stop()
+            partial = trace.with_name(f".{trace.name}.writing")
+            profiler.export_chrome_trace(str(partial))
+            partial.replace(trace)
+
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    profiler.start()
+    try:
+        yield stop
+    finally:
+        stop()

@@ -1,0 +1,145 @@
+"""What was measured of an artifact, as a card tells it: in the Hub's `model-index`, and in tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from laconic.model.data import HUB_TEXTS
+
+Results = Mapping[str, Mapping[str, Any]]
+_TEXT_METRICS = {
+    "perplexity": ("perplexity", "Perplexity"),
+    "kl_mean": ("kl_divergence", "Mean KL to the original, per token"),
+    "top1_agreement": ("top1_agreement", "Same most likely token as the original"),
+}
+
+
+def model_index(results: Results) -> list[EvalResult]:
+    """Every perplexity, distance to the original and task score that was measured."""
+    return [*_text_scores(results), *_tasks(results)]
+
+
+def measured_on(results: Results) -> list[str]:
+    """The texts and tasks, by the names that `--against` and a card have for them."""
+    texts = [Path(str(r["text"])).name for r in _texts(results)]
+    tasks = [row["task"] for name, r in results.items() if name.startswith("tasks-") for row in r["rows"]]
+    return list(dict.fromkeys([*texts, *tasks]))
+
+
+def tables(results: Results) -> list[str]:
+    """Markdown, one table of texts and one of tasks."""
+    texts = _texts(results)
+    tasks = [(r, row) for name, r in results.items() if name.startswith("tasks-") for row in r["rows"]]
+    lines: list[str] = []
+    if texts:
+        lines += [
+            "| text | windows x tokens | computed in | perplexity | original | KL mean / p99 | same top-1 |",
+            "|---|---:|---|---:|---:|---:|---:|",
+            *map(_text_row, texts),
+            "",
+        ]
+    if tasks:
+        lines += [
+            "| task | metric | documents | compressed | original | difference |",
+            "|---|---|---:|---:|---:|---:|",
+            *(_task_row(row) for _, row in tasks),
+            "",
+            "±: one standard error, of differences paired by document.",
+            "",
+        ]
+    return lines
+
+
+def commands(results: Results) -> list[str]:
+    """The commands that gave all this, the compression first."""
+    first = [results["compress"]] if "compress" in results else []
+    rest = [r for name, r in results.items() if name != "compress"]
+    return list(dict.fromkeys(str(r["command"]) for r in [*first, *rest] if r.get("command")))
+
+
+def _texts(results: Results) -> list[Mapping[str, Any]]:
+    """What was measured on one text each, alone or as one domain of several."""
+    found: list[Mapping[str, Any]] = [r for name, r in results.items() if name.startswith("eval-")]
+    for name, result in results.items():
+        if name.startswith("domains-"):
+            found += [{**result, **row} for row in result["domains"]]
+    return found
+
+
+def _text_scores(results: Results) -> Iterator[EvalResult]:
+    for result in _texts(results):
+        text = str(result["text"])
+        known = HUB_TEXTS.get(text, {"dataset": Path(text).name})
+        how = {key: result[key] for key in ("context_length", "windows", "dtype")}
+        for key, (metric, title) in _TEXT_METRICS.items():
+            value = result.get(key)
+            if value is not None and math.isfinite(value):
+                yield EvalResult(
+                    task_type="text-generation",
+                    dataset_type=known["dataset"],
+                    dataset_name=Path(text).name,
+                    dataset_config=known.get("config"),
+                    dataset_split=known.get("split"),
+                    metric_type=metric,
+                    metric_name=f"{title} ({result['context_length']} tokens)",
+                    metric_value=value,
+                    metric_args=dict(how),  # YAML would write one mapping once, and then point at it
+                )
+
+
+def _tasks(results: Results) -> Iterator[EvalResult]:
+    for name, result in results.items():
+        if not name.startswith("tasks-"):
+            continue
+        for row in result["rows"]:
+            how = {
+                "documents": row["documents"],
+                "stderr": row["stderr"],
+                "num_fewshot": result["shots"].get(row["task"]),
+            }
+            if math.isfinite(row["value"]):
+                yield EvalResult(
+                    task_type="text-generation",
+                    dataset_type=row["task"],
+                    dataset_name=row["task"],
+                    metric_type=row["metric"],
+                    metric_value=row["value"],
+                    metric_name=row["metric"],
+                    metric_args={k: v for k, v in how.items() if v is not None},
+                )
+
+
+def _text_row(result: Mapping[str, Any]) -> str:
+    compared = result["kl_mean"] is not None
+    cells = [
+        Path(str(result["text"])).name + (f" ({result['domain']})" if "domain" in result else ""),
+        f"{result['windows']} x {result['context_length']}",
+        result["dtype"],
+        f"{result['perplexity']:.3f}",
+        f"{result['baseline_perplexity']:.3f}" if compared else "not measured",
+        f"{result['kl_mean']:.4f} / {result['kl_p99']:.3f}" if compared else "not measured",
+        f"{result['top1_agreement']:.1%}" if compared else "not measured",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _task_row(row: Mapping[str, Any]) -> str:
+    compared = row.get("baseline") is not None
+    cells = [
+        row["task"],
+        row["metric"] + ("" if row["higher_is_better"] else " (low is good)"),
+        f"{row['documents']:,}",
+        _with_error(row["value"], row["stderr"]),
+        _with_error(row["baseline"], row["baseline_stderr"]) if compared else "not measured",
+        _with_error(row["difference"], row["difference_stderr"], "+") if compared else "not measured",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _with_error(value: float, stderr: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
