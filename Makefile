@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 VLLM   := .venv-vllm
 
-.PHONY: demo test test-slow test-vllm lint clean
+.PHONY: demo test test-slow test-vllm test-browser lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python scripts/stdlib_text.py train build/train.txt --max-bytes 3000000
@@ -14,10 +14,17 @@ demo: $(VENV)/ready
 	$(BIN)/laconic report out/demo-gptq-w4a16 --output out/report.html
 
 test: $(VENV)/ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not vllm" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not vllm and not browser" tests
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m "slow and not vllm" tests
+
+# Chromium by apt where there is none and that can be done; otherwise the tests say why they are skipped.
+test-browser: $(VENV)/ready
+	@which chromium chromium-browser google-chrome >/dev/null 2>&1 || test -n "$$LACONIC_CHROMIUM" \
+	  || (apt-get update -qq && apt-get install -y -qq chromium) >/dev/null 2>&1 \
+	  || echo "no Chromium is here and apt could not install one: install it, or name one in LACONIC_CHROMIUM"
+	$(BIN)/python -m pytest -q -m browser tests
 
 test-vllm: $(VENV)/ready $(VLLM)/ready
 	LACONIC_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -q -m vllm tests

@@ -17,7 +17,7 @@ from test_pareto import Reader
 
 from commands import Laconic
 from laconic.report.chart import Axis, Mark, Series, chart, standalone, ticks_between
-from laconic.report.criteria import judged
+from laconic.report.criteria import checklist, judged
 from laconic.report.gathered import Evaluated, gather
 from laconic.report.headline_table import beaten, headline_rows
 from laconic.report.page import write_page
@@ -244,6 +244,53 @@ def test_a_cache_is_judged_at_long_contexts_alone(length: int, status: str) -> N
     found = verdicts(entry(long=[long]))
     assert found["the cache in half the memory at 32-64k tokens"][0] == status
     assert found["1.3 times the throughput at 32-64k tokens"][0] == status
+
+
+def test_a_checklist_names_who_has_which_figure() -> None:
+    two = [entry(name="a", evaluations=[evaluation()]), entry(name="b", evaluations=[evaluation(file_bytes=2000)])]
+    lines = dict(checklist(two))
+    assert lines["weights in a quarter of BF16's memory, or less"] == [
+        ("met", "a: 4.20x less, files against BF16"), ("missed", "b: 2.10x less, files against BF16")
+    ]  # fmt: skip
+    assert lines["98 % of the original over tasks, or more"] == [("not measured", "no tasks beside the original")]
+
+
+# --- what can be compared ---
+
+
+def artifact(folder: Path, *evaluations: dict[str, Any], sha: str = "a") -> Path:
+    (folder / "results").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "recipe.yaml").write_text(f"source: {{sha256: {sha}}}")
+    for i, result in enumerate(evaluations):
+        (folder / "results" / f"eval-{i}.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_a_picture_shows_what_was_measured_alike(tmp_path: Path) -> None:
+    here, there = evaluation(0.1), evaluation(0.2, text="other.txt")
+    folders = [
+        artifact(tmp_path / "both", there, here),
+        artifact(tmp_path / "one", here),
+        artifact(tmp_path / "odd", there | {"dtype": "bfloat16", "kl_mean": 0.001}),
+    ]
+    entries = gather(folders)
+    assert [e.quality and e.quality["kl_mean"] for e in entries] == [0.1, 0.1, 0.001]
+    assert size_front(entries).count("data-told") == 2
+    assert beaten(entries) == [False] * 3
+    write_page(entries, tmp_path / "p.html")
+    assert "measured on something else: odd." in (tmp_path / "p.html").read_text()
+    assert len(list(csv.DictReader((tmp_path / "p.csv").open()))) == 4, "a row an evaluation"
+
+
+def test_artifacts_of_different_models_are_not_drawn_together(tmp_path: Path, laconic: Laconic) -> None:
+    folders = [
+        artifact(tmp_path / "a", evaluation()),
+        artifact(tmp_path / "b", evaluation(baseline="other"), sha="b"),
+    ]
+    said = laconic("report", *folders, "-o", tmp_path / "p.html").complaint
+    assert "are of different models" in said
+    assert not (tmp_path / "p.html").exists()
 
 
 # --- the page ---

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
-WIDTH = 640
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 40, 56
-_LETTER = 7
+# Narrow enough that its words can be read on a phone, where it is drawn at three quarters of its size.
+WIDTH = 480
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 40, 50
+_LETTER, _LINE = 7, 20
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,17 @@ def chart(title: str, series: Sequence[Series], x: Axis, y: Axis, height: int = 
         return ""
     across = _scale([m.x for m in marks], x, _LEFT, WIDTH - _RIGHT)
     ends = [v for m in marks for v in (m.low, m.high) if v is not None and (v > 0 or not y.log)]
-    bottom = height - _BOTTOM
+    legend, lines = _legend(shown, height)
+    # Long names of categories stand aslant, below one another's beginnings.
+    longest = max((len(n) for n in x.names), default=0)
+    crowded = longest * _LETTER * len(x.names) > WIDTH - _LEFT - _RIGHT
+    bottom = height - _BOTTOM - (min(90, longest * 4) if crowded else 0)
     up = _scale([*(m.y for m in marks), *ends], y, bottom, _TOP)
-    parts = [*_grid(x, y, across, up, bottom), _text(_LEFT, 18, title, "start", "title")]
+    parts = [*_grid(x, y, across, up, bottom, height, crowded), _text(0, 18, _cut(title, 56), "start", "title")]
     # What is faint lies below the rest.
     for number, one in sorted(enumerate(shown), key=lambda pair: not any(m.faint for m in pair[1].marks)):
         parts += _drawn(one, one.colour if one.colour is not None else number, across, up)
-    parts += _legend(shown, height)
-    return svg(title, height, parts)
+    return svg(title, height + lines * _LINE, [*parts, *legend])
 
 
 def heat(
@@ -101,13 +105,13 @@ def heat(
 ) -> str:
     """A map of cells. shade: of a row and a column, from 0 to 1, None where there is no cell. said: what hovering
     tells; words: what stands in the cell."""
-    left = min(220, 16 + _LETTER * max(len(r) for r in rows))
+    left = min(170, 16 + _LETTER * max(len(r) for r in rows))
     wide = max(4.0, min(64.0, (WIDTH - left - _RIGHT) / len(columns)))
     tall = 22
-    parts = [_text(0, 18, title, "start", "title")]
+    parts = [_text(0, 18, _cut(title, 56), "start", "title")]
     for i, row in enumerate(rows):
         top = _TOP + i * tall
-        parts.append(_text(left - 8, top + 15, row, "end"))
+        parts.append(_text(left - 8, top + 15, _cut(row, (left - 8) // _LETTER), "end"))
         for j in range(len(columns)):
             level = shade(i, j)
             if level is not None:
@@ -149,7 +153,8 @@ def stacked(pictures: Sequence[str]) -> str:
     parts, top = [], 0.0
     for picture in pictures:
         height = float(picture.partition(f'viewBox="0 0 {WIDTH} ')[2].partition('"')[0])
-        parts.append(f'<svg y="{top:g}" width="{WIDTH}" height="{height:g}"{picture.removeprefix("<svg")}')
+        inside = picture.removeprefix('<svg class="chart"')
+        parts.append(f'<svg y="{top:g}" width="{WIDTH}" height="{height:g}"{inside}')
         top += height
     return svg("", top, parts)
 
@@ -195,7 +200,7 @@ def _ticks(axis: Axis, scale: Scale) -> list[tuple[float, str]]:
     return [(v, axis.show(v)) for v in ticks_between(scale.low, scale.high)]
 
 
-def _grid(x: Axis, y: Axis, across: Scale, up: Scale, bottom: float) -> list[str]:
+def _grid(x: Axis, y: Axis, across: Scale, up: Scale, bottom: float, height: float, crowded: bool) -> list[str]:
     parts = []
     for value, said in _ticks(y, up):
         place = up(value)
@@ -204,10 +209,14 @@ def _grid(x: Axis, y: Axis, across: Scale, up: Scale, bottom: float) -> list[str
     last = -math.inf
     for value, said in _ticks(x, across):
         place, half = across(value), _LETTER * len(said) / 2
-        if place - half > last:
+        if crowded:
+            words = escape(_cut(said, 24))
+            turned = f'transform="translate({place + 4:.1f} {bottom + 14:g}) rotate(-35)" text-anchor="end"'
+            parts.append(f"<text {turned}>{words}</text>")
+        elif place - half > last:
             parts.append(_text(place, bottom + 18, said, "middle"))
             last = place + half + 4
-    parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, bottom + 36, x.title, "middle", "axis"))
+    parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, height - 10, x.title, "middle", "axis"))
     parts.append(
         f'<text class="axis" transform="translate(14 {(_TOP + bottom) / 2:g}) rotate(-90)" text-anchor="middle">'
         f"{escape(y.title)}</text>"
@@ -237,20 +246,27 @@ def _drawn(series: Series, number: int, across: Scale, up: Scale) -> list[str]:
     return parts
 
 
-def _legend(series: Sequence[Series], height: float) -> list[str]:
+def _legend(series: Sequence[Series], top: float) -> tuple[list[str], int]:
+    """Names beside their colours, and in how many lines; none where there is one name or less."""
     named = [(n, s) for n, s in enumerate(series) if s.name and s.marks]
     if len(named) < 2:
-        return []
-    parts, x = [], float(_LEFT)
+        return [], 0
+    parts, x, line = [], 8.0, 1
     for number, one in named:
         colour = f"s{(one.colour if one.colour is not None else number) % 8}"
-        wide = _LETTER * len(one.name) + 30
-        if x + wide > WIDTH and x > _LEFT:
-            break
-        parts.append(f'<circle class="mark {colour}" cx="{x + 5:g}" cy="{height - 9:g}" r="5"/>')
-        parts.append(_text(x + 15, height - 5, one.name, "start"))
+        name = _cut(one.name, 58)
+        wide = _LETTER * len(name) + 30
+        if x + wide > WIDTH and x > 8:
+            x, line = 8.0, line + 1
+        down = top + line * _LINE - 8
+        parts.append(f'<circle class="mark {colour}" cx="{x + 5:g}" cy="{down - 4:g}" r="5"/>')
+        parts.append(_text(x + 15, down, name, "start"))
         x += wide
-    return parts
+    return parts, line
+
+
+def _cut(said: str, letters: int) -> str:
+    return said if len(said) <= letters else said[: max(1, letters - 1)] + "…"
 
 
 def _hover(drawn: str, said: str) -> str:

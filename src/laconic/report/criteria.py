@@ -32,6 +32,21 @@ def judged(entry: Evaluated) -> list[tuple[str, Verdict]]:
     return [(criterion.title, criterion.judge(entry)) for criterion in CRITERIA]
 
 
+def checklist(entries: Sequence[Evaluated]) -> list[tuple[str, list[tuple[Status, str]]]]:
+    """Every bar, and under each status who has it by which figure; names are left out where all have one figure."""
+    orders: tuple[Status, ...] = ("met", "missed", "not measured")
+    verdicts = [(entry.name, dict(judged(entry))) for entry in entries]
+    listed = []
+    for title in (criterion.title for criterion in CRITERIA):
+        by: dict[Verdict, list[str]] = {}
+        for name, found in verdicts:
+            by.setdefault(found[title], []).append(name)
+        said = {v: v.figure if len(by) == 1 else f"{', '.join(names)}: {v.figure}" for v, names in by.items()}
+        lines = [(status, "; ".join(words for v, words in said.items() if v.status == status)) for status in orders]
+        listed.append((title, [(status, words) for status, words in lines if words]))
+    return listed
+
+
 def _at_least(value: float | None, bar: float, shape: str, missing: str) -> Verdict:
     if value is None:
         return Verdict("not measured", missing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,15 +56,30 @@ class Evaluated:
         return next(iter(compared or self.evaluations), None)
 
     @property
+    def source(self) -> str | None:
+        """The fingerprint of what it was made from."""
+        return (self.recipe or {}).get("source", {}).get("sha256")
+
+    @property
+    def original(self) -> str | None:
+        """The name of the model that it was compared with."""
+        return next((r["baseline"] for r in self.everything if r.get("baseline")), None)
+
+    @property
+    def decoding(self) -> Result | None:
+        """What was timed of decoding, by the better kernels: speedup, tokens_per_second."""
+        timed = [row["decode"] for r in self.speeds for row in r.get("models", ())[1:]]
+        return max(timed, key=lambda d: float(d["speedup"])) if timed else None
+
+    @property
     def speed(self) -> float | None:
-        """How many times as fast as the original it decodes, by the better kernels."""
-        timed = [row["decode"]["speedup"] for r in self.speeds for row in r.get("models", ())[1:]]
-        return max(timed) if timed else None
+        """How many times as fast as the original it decodes."""
+        return None if self.decoding is None else float(self.decoding["speedup"])
 
     @property
     def recovery(self) -> float | None:
-        """The share of the original's scores over tasks that is kept."""
-        return next((t["mean_recovery"] for t in self.tasks if t.get("mean_recovery") is not None), None)
+        """The share of the original's scores over tasks that is kept; of several sets of tasks the least."""
+        return min((t["mean_recovery"] for t in self.tasks if t.get("mean_recovery") is not None), default=None)
 
 
 def gather(folders: Sequence[Path]) -> list[Evaluated]:
@@ -76,6 +92,8 @@ def gather(folders: Sequence[Path]) -> list[Evaluated]:
         found += _runs(folder) if is_study(folder) else [_artifact(folder)]
     if not any(a.measured for a in found):
         raise ValueError("none of these artifacts was evaluated; run 'laconic eval DIR --baseline MODEL' first")
+    check_one_original({a.path: (a.source, a.original) for a in found if a.original and not a.values})
+    found = _aligned(found)
     short = [a.name for a in found]
     return found if len(set(short)) == len(short) else [_named(a, str(a.path)) for a in found]
 
@@ -88,6 +106,55 @@ def is_study(folder: Path) -> bool:
 def axes_of(entries: Sequence[Evaluated]) -> list[str]:
     """The axes of the study that these are of."""
     return list(dict.fromkeys(key for e in entries for key in e.values))
+
+
+def ground(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What an evaluation was made on; only those of one ground can be compared."""
+    keys = ("baseline", "text", "context_length", "windows", "dtype")
+    return tuple(plain_name(r) if k == "baseline" and (r := result.get(k)) else result.get(k) for k in keys)
+
+
+def grounds(entries: Sequence[Evaluated]) -> list[tuple[Any, ...]]:
+    """Every ground on which some were compared with the original, the most common first."""
+    counted = Counter(g for e in entries for g in dict.fromkeys(ground(r) for r in e.evaluations if compared(r)))
+    return [g for g, _ in counted.most_common()]
+
+
+def on_ground(entries: Sequence[Evaluated], where: tuple[Any, ...]) -> list[Evaluated]:
+    """Those that were measured there, with that evaluation alone."""
+    found = []
+    for e in entries:
+        here = [r for r in e.evaluations if compared(r) and ground(r) == where]
+        if here:
+            found.append(replace(e, evaluations=here[:1]))
+    return found
+
+
+def check_one_original(bases: Mapping[Path, tuple[str | None, str]]) -> None:
+    """bases: of each artifact the fingerprint of its source, where it is known, and the name of its original.
+
+    Raises: ValueError when they are of several models, which no picture can compare.
+    """
+    sources = {source for source, _ in bases.values()}
+    if len({plain_name(name) for _, name in bases.values()}) > 1 and (len(sources) > 1 or None in sources):
+        of = ", ".join(f"{folder} of {name}" for folder, (_, name) in bases.items())
+        raise ValueError(f"these artifacts are of different models ({of}); draw those of one model at a time")
+
+
+def plain_name(name: str) -> str:
+    """A local folder as one name, however it was written."""
+    return str(Path(name).resolve()) if Path(name).exists() else name.rstrip("/")
+
+
+def _aligned(entries: Sequence[Evaluated]) -> list[Evaluated]:
+    """With the evaluation that most of them have first, so that `quality` is of one ground where it can be."""
+    most = next(iter(grounds(entries)), None)
+    return [replace(e, evaluations=sorted(e.evaluations, key=lambda r: ground(r) != most)) for e in entries]
+
+
+def compared(result: Mapping[str, Any]) -> bool:
+    """Whether an evaluation was made beside the original."""
+    return result.get("kl_mean") is not None
 
 
 def _artifact(folder: Path) -> Evaluated:

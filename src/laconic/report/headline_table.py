@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from laconic.report.gathered import Evaluated, axes_of
+from laconic.report.gathered import Evaluated, axes_of, compared, ground, grounds
 from laconic.report.pareto import dominated
 
 Rows = list[dict[str, str]]
@@ -22,8 +23,9 @@ def headline_rows(entries: Sequence[Evaluated]) -> Rows:
 
 def beaten(entries: Sequence[Evaluated]) -> list[bool]:
     """Of each, whether another is no worse in KL, size and (where all were timed) speed, and better in one. What was
-    not compared with the original beats nothing and is not beaten."""
-    places = [i for i, e in enumerate(entries) if e.quality and e.quality["kl_mean"] is not None]
+    not compared with the original on the same ground as most beats nothing and is not beaten."""
+    where = next(iter(grounds(entries)), None)
+    places = [i for i, e in enumerate(entries) if e.quality and compared(e.quality) and ground(e.quality) == where]
     timed = all(entries[i].speed is not None for i in places)
     costs = []
     for i in places:
@@ -34,10 +36,32 @@ def beaten(entries: Sequence[Evaluated]) -> list[bool]:
     return [out.get(i, False) for i in range(len(entries))]
 
 
+def task_matrix(entries: Sequence[Evaluated]) -> Rows:
+    """Formatted cells: a row the original and an artifact, a column a task by the metric that stands for it."""
+    measured = [(e, [r for t in e.tasks for r in t["rows"] if r.get("main")]) for e in entries]
+    columns = list(dict.fromkeys(f"{r['task']}, {r['metric']}" for _, rows in measured for r in rows))
+    if not columns:
+        return []
+    theirs: dict[str, str] = {}
+    made = []
+    for e, rows in measured:
+        ours = {}
+        for r in rows:
+            column, kept = f"{r['task']}, {r['metric']}", r.get("recovery")
+            ours[column] = _with_error(r["value"], r["stderr"]) + ("" if kept is None else f" ({kept:.1%})")
+            if r.get("baseline") is not None:
+                theirs.setdefault(column, _with_error(r["baseline"], r["baseline_stderr"]))
+        if rows:
+            made.append({"artifact": e.name} | {c: ours.get(c, "-") for c in columns})
+    first = [{"artifact": "original"} | {c: theirs.get(c, "-") for c in columns}] if theirs else []
+    return first + made
+
+
 def as_csv(entries: Sequence[Evaluated]) -> str:
-    """The figures of the table, unrounded."""
+    """The figures of the table, unrounded: a row an evaluation, where there are several of an artifact."""
     axes = axes_of(entries)
-    rows = [_numbers(e, axes) for e in entries]
+    each = [replace(e, evaluations=[r] if r else []) for e in entries for r in e.evaluations or [None]]
+    rows = [_numbers(e, axes) for e in each]
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -54,6 +78,7 @@ def _numbers(entry: Evaluated, axes: Sequence[str]) -> dict[str, Any]:
         **{axis: entry.values.get(axis) for axis in axes},
         **measured,
         "task_recovery": entry.recovery,
+        "decoding_tokens_per_second": (entry.decoding or {}).get("tokens_per_second"),
         "decoding_speedup": entry.speed,
         "compress_seconds": made.get("seconds"),
         "compress_peak_bytes": made.get("peak_memory_bytes"),
@@ -62,11 +87,11 @@ def _numbers(entry: Evaluated, axes: Sequence[str]) -> dict[str, Any]:
 
 
 def _cells(entry: Evaluated, axes: Sequence[str]) -> dict[str, str]:
-    q, made = entry.quality, entry.compression or {}
+    q, made, timed = entry.quality, entry.compression or {}, entry.decoding
     cells = {axis: _word(entry.values.get(axis, "-")) for axis in axes} if entry.values else {"artifact": entry.name}
     if entry.error:
         cells[next(iter(cells))] += f" (failed: {entry.error})"
-    compared = q is not None and q["kl_mean"] is not None
+    beside = q is not None and compared(q)
     theirs = q.get("baseline_file_bytes") if q else None
     return cells | {
         "schemes": _schemes(q) if q else "-",
@@ -74,15 +99,15 @@ def _cells(entry: Evaluated, axes: Sequence[str]) -> dict[str, str]:
         if q
         else "-",
         "bits/weight": f"{q['bits_per_weight']:.2f}" if q else "-",
-        "perplexity": (f"{q['perplexity']:.3f}" + (f" (was {q['baseline_perplexity']:.3f})" if compared else ""))
+        "perplexity": (f"{q['perplexity']:.3f}" + (f" (was {q['baseline_perplexity']:.3f})" if beside else ""))
         if q
         else "-",
-        "KL mean / p99": f"{q['kl_mean']:.4f} / {q['kl_p99']:.3f}" if q and compared else "-",
-        "same top-1": f"{q['top1_agreement']:.1%}" if q and compared else "-",
+        "KL mean / p99": f"{q['kl_mean']:.4f} / {q['kl_p99']:.3f}" if q and beside else "-",
+        "same top-1": f"{q['top1_agreement']:.1%}" if q and beside else "-",
         "tasks kept": "-" if entry.recovery is None else f"{entry.recovery:.1%}",
-        "decoding": "-" if entry.speed is None else f"{entry.speed:.2f}x",
+        "tokens/s": "-" if timed is None else f"{timed['tokens_per_second']:.4g} ({timed['speedup']:.2f}x)",
         "compressed in": f"{made['seconds']:.1f} s" if made.get("seconds") is not None else "-",
-        "its peak": f"{made['peak_memory_bytes'] / 1e9:.2f} GB" if made.get("peak_memory_bytes") else "-",
+        "peak memory of that": f"{made['peak_memory_bytes'] / 1e9:.2f} GB" if made.get("peak_memory_bytes") else "-",
     }
 
 
@@ -93,3 +118,7 @@ def _schemes(q: dict[str, Any]) -> str:
 
 def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _with_error(value: float, stderr: float | None) -> str:
+    return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")

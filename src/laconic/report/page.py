@@ -12,14 +12,14 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from laconic.engine.writer import write_text
 from laconic.report.bench_table import markdown
-from laconic.report.criteria import judged
+from laconic.report.criteria import checklist
 from laconic.report.gathered import Evaluated
-from laconic.report.headline_table import as_csv, beaten, headline_rows
+from laconic.report.headline_table import as_csv, beaten, headline_rows, task_matrix
 from laconic.report.interval_table import interval_caption, interval_rows
 from laconic.report.long_plots import long_plots
 from laconic.report.long_table import long_caption, long_rows
 from laconic.report.loss_curve import loss_curve
-from laconic.report.plots import ablations, bit_map, error_map, size_front, speed_front
+from laconic.report.plots import ablations, bit_map, comparable, error_map, size_front, speed_front
 from laconic.report.reliability import reliability_diagrams
 from laconic.report.table import caption
 from laconic.report.task_table import task_rows, tasks_caption
@@ -47,8 +47,10 @@ def write_page(entries: Sequence[Evaluated], file: Path) -> list[Path]:
             several=len(entries) > 1,
             caption=caption([r for e in entries for r in e.evaluations]),
             plots=[p for p in (size_front(entries), speed_front(entries), *ablations(entries)) if p],
+            task_table=task_matrix(entries),
+            left_out=_left_out(entries),
             chosen=chosen,
-            judged=judged,
+            checklist=checklist([e for e in entries if e.measured]),
             maps=[m for e in chosen for m in (bit_map(e), error_map(e)) if m],
             samples=_samples(chosen),
             details=[e for e in entries if e.measured] if len(entries) <= _SHOWN else chosen,
@@ -71,7 +73,11 @@ def write_page(entries: Sequence[Evaluated], file: Path) -> list[Path]:
     table, numbers = file.with_suffix(".md"), file.with_suffix(".csv")
     write_text(file, html)
     commands = "```\n" + "\n".join(_commands(entries)) + "\n```"
-    write_text(table, f"{markdown(rows)}\n\n{caption([r for e in entries for r in e.evaluations])}.\n\n{commands}\n")
+    measured_on = caption([r for e in entries for r in e.evaluations]) + "."
+    bars = checklist([e for e in entries if e.measured])
+    reached = "\n".join(f"- {title}: {'; '.join(f'**{s}**, {said}' for s, said in lines)}" for title, lines in bars)
+    tasks = [markdown(rows) for rows in [task_matrix(entries)] if rows]
+    write_text(table, "\n\n".join([markdown(rows), measured_on, *tasks, reached, commands]) + "\n")
     write_text(numbers, as_csv(entries))
     return [file, table, numbers]
 
@@ -90,6 +96,12 @@ def _chosen(entries: Sequence[Evaluated], out: Sequence[bool]) -> list[Evaluated
         return [e for e, _ in measured]
     kept = [e for e, b in measured if not b]
     return sorted(kept, key=lambda e: (e.quality or {}).get("kl_mean") or 0.0)[:_SHOWN]
+
+
+def _left_out(entries: Sequence[Evaluated]) -> list[str]:
+    """Artifacts that were compared, but not on what most were."""
+    shown = {e.name for e in comparable(entries)}
+    return [e.name for e in entries if shown and e.quality and e.name not in shown]
 
 
 def _commands(entries: Sequence[Evaluated]) -> list[str]:

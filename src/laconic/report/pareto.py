@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from laconic.engine.artifact import Artifact
+from laconic.report.gathered import check_one_original, plain_name
 
 ORIGINAL = "original"
 
@@ -68,7 +69,7 @@ def gather_points(folders: Sequence[Path]) -> tuple[list[Point], dict[str, Any]]
             missing.append(f"laconic bench sparsity {folder} --baseline {original} --measure models")
         if quality and speed:
             found[folder] = quality[0], speed[0]
-            bases[folder] = source.get("sha256"), _normal(original)
+            bases[folder] = source.get("sha256"), plain_name(original)
     if missing:
         raise ValueError(f"results are missing; run {'; '.join(missing)}")
     _check_same(found, bases)
@@ -169,10 +170,7 @@ def _check_same(
     found: Mapping[Path, tuple[dict[str, Any], dict[str, Any]]], bases: Mapping[Path, tuple[str | None, str]]
 ) -> None:
     """What cannot be drawn in one picture."""
-    sources = {source for source, _ in bases.values()}
-    if len({name for _, name in bases.values()}) > 1 and (len(sources) > 1 or None in sources):
-        of = ", ".join(f"{folder} of {name}" for folder, (_, name) in bases.items())
-        raise ValueError(f"these artifacts are of different models ({of}); draw those of one model at a time")
+    check_one_original(bases)
     for part, keys, command in (
         (0, ("text", "context_length", "windows"), "laconic eval"),
         (1, ("device_name", "threads", "prompt", "sequences"), "laconic bench sparsity"),
@@ -182,11 +180,6 @@ def _check_same(
             if len(set(values.values())) > 1:
                 said = ", ".join(f"{folder}: {value}" for folder, value in values.items())
                 raise ValueError(f"these artifacts differ in '{key}' ({said}); run '{command}' on all of them alike")
-
-
-def _normal(name: str) -> str:
-    """A local folder as one name, however it was written."""
-    return str(Path(name).resolve()) if Path(name).exists() else name.rstrip("/")
 
 
 def _names(folders: Sequence[Path]) -> dict[Path, str]:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from laconic.report.chart import Axis, Mark, Series, chart, heat
-from laconic.report.gathered import Evaluated, axes_of
+from laconic.report.gathered import Evaluated, axes_of, grounds, on_ground
 from laconic.report.pareto import dominated
 
 _KL = Axis("KL to the original (nats a token)", zero=True)
 _FIGURES = {"kl_mean": "KL to the original (nats a token)", "perplexity": "perplexity"}
 
 
+def comparable(entries: Sequence[Evaluated]) -> list[Evaluated]:
+    """Those that were compared with one original on one text, most of them: what one picture can show."""
+    where = next(iter(grounds(entries)), None)
+    return [] if where is None else on_ground(entries, where)
+
+
 def size_front(entries: Sequence[Evaluated]) -> str:
     """Bits per weight against KL; what another beats in both is grey."""
-    compared = [(e, e.quality) for e in entries if e.quality and e.quality["kl_mean"] is not None]
+    compared = [(e, e.quality) for e in comparable(entries)]
     points = [(e.name, q["bits_per_weight"], q["kl_mean"]) for e, q in compared if q]
     x = Axis("bits per weight, whole model")
     return _front("Size and quality", points, [(b, kl) for _, b, kl in points], x, "{:.2f} bits per weight")
@@ -25,7 +32,7 @@ def size_front(entries: Sequence[Evaluated]) -> str:
 
 def speed_front(entries: Sequence[Evaluated]) -> str:
     """Decoding speed over the original's against KL; what another beats in both is grey."""
-    compared = [(e, e.quality, e.speed) for e in entries if e.quality and e.quality["kl_mean"] is not None]
+    compared = [(e, e.quality, e.speed) for e in comparable(entries)]
     points = [(e.name, speed, q["kl_mean"]) for e, q, speed in compared if q and speed is not None]
     x = Axis("decoding speed over the original's", show=lambda v: f"{v:g}x")
     return _front("Speed and quality", points, [(-s, kl) for _, s, kl in points], x, "{:.2f} times as fast")
@@ -62,16 +69,20 @@ def ablations(entries: Sequence[Evaluated]) -> list[str]:
     the mean over seeds, with bars from the lowest to the highest."""
     done = [e for e in entries if e.quality and e.values]
     axes = axes_of(done)
-    compared = all((e.quality or {}).get("kl_mean") is not None for e in done)
-    figure = "kl_mean" if compared else "perplexity"
+    found = grounds(done)
+    # A line for each text that the study measures, or the one that it does without an original.
+    parts = [(w[1], on_ground(done, w), "kl_mean") for w in found] if found else [("", done, "perplexity")]
     made = []
-    for axis in axes:
-        if axis != "seed" and len({str(e.values.get(axis)) for e in done if axis in e.values}) > 1:
-            made.append(_ablation(done, axis, [a for a in axes if a not in (axis, "seed")], figure))
+    for text, part, figure in parts[:4]:
+        for axis in axes:
+            if axis != "seed" and len({str(e.values.get(axis)) for e in part if axis in e.values}) > 1:
+                others = [a for a in axes if a not in (axis, "seed")]
+                title = f"By {axis}" + (f", on {Path(text).name}" if len(found) > 1 else "")
+                made.append(_ablation(title, part, axis, others, figure))
     return [m for m in made if m]
 
 
-def _ablation(entries: Sequence[Evaluated], axis: str, others: Sequence[str], figure: str) -> str:
+def _ablation(title: str, entries: Sequence[Evaluated], axis: str, others: Sequence[str], figure: str) -> str:
     within = [e for e in entries if axis in e.values]
     values = list(dict.fromkeys(_word(e.values[axis]) for e in within))
     numbers = all(isinstance(e.values[axis], int | float) and not isinstance(e.values[axis], bool) for e in within)
@@ -91,7 +102,7 @@ def _ablation(entries: Sequence[Evaluated], axis: str, others: Sequence[str], fi
     x = Axis(axis, log=wide, ticks=positions) if numbers else Axis(axis, names=values)
     ys = [m.y for s in series for m in s.marks]
     y = Axis(_FIGURES[figure], log=min(ys) > 0 and max(ys) > 30 * min(ys))
-    return chart(f"By {axis}", series, x, y, height=360)
+    return chart(title, series, x, y, height=360)
 
 
 def _averaged(line: str, value: str, found: Sequence[float], at: float, axis: str) -> Mark:
@@ -113,10 +124,11 @@ def error_map(entry: Evaluated) -> str:
     low, high = math.log(min(positive)), math.log(max(positive))
     kind = "output" if any("output_error" in e for e in events.values()) else "weight"
     return _linears(
-        f"{entry.name}: relative {kind} error of each linear (darker is more)",
+        f"{entry.name}: error of each linear",
         errors,
         lambda v: (math.log(v) - low) / (high - low) if v > 0 and high > low else 0.0,
         lambda v: f"{v:.2e}",
+        f"blocks; stronger: a larger relative {kind} error",
     )
 
 
@@ -146,6 +158,7 @@ def _linears(
     values: Mapping[tuple[int, str], float],
     level: Callable[[float], float],
     said: Callable[[float], str],
+    across: str = "blocks",
     words: bool = False,
 ) -> str:
     blocks = sorted({block for block, _ in values})
@@ -161,7 +174,7 @@ def _linears(
         lambda i, j: None if (v := value(i, j)) is None else level(v),
         lambda i, j: f"block {blocks[j]}, {kinds[i]}: {said(value(i, j) or 0.0)}",
         words=(lambda i, j: f"{v:g}" if (v := value(i, j)) is not None else "") if words else lambda _i, _j: "",
-        across="blocks",
+        across=across,
     )
 
 

@@ -17,3 +17,5 @@ for (const mark of document.querySelectorAll(".told")) {
   mark.addEventListener("blur", () => (told.hidden = true));
 }
 addEventListener("scroll", () => (told.hidden = true), true);
+// Paper has no way to open what is closed.
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => (d.open = true)));

@@ -1,0 +1,160 @@
+"""The page in a real browser: on a phone and on a desk, light and dark, without a network and without a complaint.
+
+Needs the package playwright and some Chromium: that of LACONIC_CHROMIUM, of the path, or playwright's own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_page import entry, evaluation, linear, study, tasks
+
+from laconic.report.gathered import gather
+from laconic.report.page import write_page
+
+pytestmark = pytest.mark.browser
+PHONE, DESK = 390, 1440
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install 'laconic[browser]'"
+    )
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = os.environ.get("LACONIC_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    with api.sync_playwright() as playwright:
+        if found is None and not Path(playwright.chromium.executable_path).exists():
+            pytest.skip("no Chromium is on the path, in LACONIC_CHROMIUM, or of playwright's own")
+        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module", params=["artifacts", "study"])
+def page_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    if request.param == "study":
+        entries = gather([study(folder / "s")])
+    else:
+        sample = {"prompt": "Once", "original": " upon a time there was", "written": " upon a time there is"}
+        row = tasks(-0.01)["rows"][0]
+        full = {"main": True, "value": 0.5, "stderr": 0.01, "baseline": 0.51, "baseline_stderr": 0.01, "recovery": 0.98}
+        told = {"higher_is_better": True, "tasks": 1, "documents": 500}
+        how = {"model": "a", "shots": {"mmlu": 5}, "data": "d", "dtype": "float32", "limit": None, "command": "laconic"}
+        log = [
+            linear(f"{i}.{name}_proj", 0.1 / (i + 1), f"W{4 + i % 2 * 4}A16")
+            for i in range(32)
+            for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+        ]
+        entries = [
+            entry(
+                name=name,
+                log=log,
+                evaluations=[evaluation(kl, file_bytes=nbytes, bits_per_weight=nbytes / 250)],
+                tasks=[tasks(-0.01) | how | {"rows": [row | full | told]}],
+                samples=[{"baseline": "base", "samples": [sample], "command": "laconic eval --generate 1"}],
+                speeds=[
+                    {"models": [{}, {"decode": {"speedup": fast, "tokens_per_second": 99.0}}], "command": "laconic"}
+                ],
+                recipe={"stages": [{"method": "gptq", "targets": ["x" * 200]}]},
+            )
+            for name, kl, nbytes, fast in (
+                ("llama-gptq-w4a16", 0.1, 1000, 1.4),
+                ("llama-awq-w3a16-of-a-long-name", 0.3, 800, 1.2),
+                ("worse", 0.4, 1100, 0.9),
+            )
+        ]
+    write_page(entries, folder / "page.html")
+    return folder / "page.html"
+
+
+def opened(browser: Any, file: Path, width: int, scheme: str = "light") -> tuple[Any, list[str], list[str]]:
+    """The page, what it complained of, and what it asked for."""
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    kept = os.environ.get("LACONIC_SCREENSHOTS")
+    if kept:
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=Path(kept) / f"{file.parent.name}-{width}-{scheme}.png", full_page=True)
+    return page, said, asked
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_it_is_whole_and_quiet_and_fits(browser: Any, page_file: Path, width: int, scheme: str) -> None:
+    page, said, asked = opened(browser, page_file, width, scheme)
+    assert said == []
+    assert asked == [page_file.as_uri()], "nothing is asked for but the page"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    boxes = page.evaluate("[...document.querySelectorAll('svg.chart')].map(s => s.getBoundingClientRect().toJSON())")
+    assert len(boxes) >= 3
+    for box in boxes:
+        assert box["left"] >= 0
+        assert box["right"] <= width
+        assert box["height"] > 100
+    # Letters of a chart are drawn with it, and must still be letters.
+    drawn = page.evaluate("[...document.querySelectorAll('svg.chart text')].map(t => t.getBoundingClientRect().height)")
+    assert min(drawn) >= 9
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_stand_out_from_the_paper(browser: Any, page_file: Path, scheme: str) -> None:
+    page, _, _ = opened(browser, page_file, DESK, scheme)
+    paper = luminance(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert (paper > 0.5) == (scheme == "light")
+    for what, least in (("body", 7.0), (".lead", 4.5), (".caption", 3.0), ("svg.chart text", 3.0)):
+        key = "fill" if "svg" in what else "color"
+        ink = luminance(page.evaluate(f"getComputedStyle(document.querySelector('{what}')).{key}"))
+        assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= least, what
+    page.close()
+
+
+def luminance(colour: str) -> float:
+    """Relative, of `rgb(r, g, b)`, as WCAG 2 defines it."""
+    parts = [float(p) / 255 for p in colour.partition("(")[2].rstrip(")").split(",")[:3]]
+    linear_parts = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear_parts, strict=True))
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_a_mark_says_what_it_is(browser: Any, page_file: Path, width: int) -> None:
+    page, _, _ = opened(browser, page_file, width)
+    tip = page.locator(".tip")
+    assert tip.is_hidden()
+    # The last one lies above the others.
+    mark = page.locator("svg.chart").first.locator(".told").last
+    mark.scroll_into_view_if_needed()
+    mark.locator("circle, rect").first.hover()
+    assert tip.is_visible()
+    assert tip.inner_text() == mark.get_attribute("data-told")
+    box = tip.bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
+    page.mouse.move(1, 1)
+    assert tip.is_hidden()
+    mark.focus()
+    assert tip.is_visible(), "by the keyboard too"
+    page.close()
+
+
+def test_on_paper_everything_is_open(browser: Any, page_file: Path, tmp_path: Path) -> None:
+    page, said, _ = opened(browser, page_file, DESK)
+    assert page.locator("details").count() > 0
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details:not([open])").count() == 0
+    page.pdf(path=tmp_path / "page.pdf")
+    assert (tmp_path / "page.pdf").stat().st_size > 5000
+    assert said == []
+    page.close()
