@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import (  # type: ignore[attr-defined]
+from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
@@ -22,7 +22,7 @@ from laconic.engine.writer import partial_of
 from laconic.model.checkpoint import open_checkpoint, reason
 
 # Of the HTTP library that huggingface_hub goes by, which is not the same in all its versions.
-_HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".msgpack", ".h5")
 _LEFT_OUT = {".git", ".cache", ".huggingface", "__pycache__"}
 

@@ -58,7 +58,8 @@ class Evaluated:
     @property
     def source(self) -> str | None:
         """The fingerprint of what it was made from."""
-        return (self.recipe or {}).get("source", {}).get("sha256")
+        found: str | None = (self.recipe or {}).get("source", {}).get("sha256")
+        return found
 
     @property
     def original(self) -> str | None:

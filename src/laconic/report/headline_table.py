@@ -57,10 +57,14 @@ def task_matrix(entries: Sequence[Evaluated]) -> Rows:
     return first + made
 
 
+def _one_by_one(entry: Evaluated) -> list[Evaluated]:
+    return [replace(entry, evaluations=[r]) for r in entry.evaluations] or [entry]
+
+
 def as_csv(entries: Sequence[Evaluated]) -> str:
     """The figures of the table, unrounded: a row an evaluation, where there are several of an artifact."""
     axes = axes_of(entries)
-    each = [replace(e, evaluations=[r] if r else []) for e in entries for r in e.evaluations or [None]]
+    each = [e for one in entries for e in _one_by_one(one)]
     rows = [_numbers(e, axes) for e in each]
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
