@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parents[1] / "models" / "demo")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="at least 5, of which the first are not timed")
     parser.add_argument("--layers", type=int, default=22)
     args = parser.parse_args()
     model = make_model(args.folder / "model", args.tokenizer, args.layers)

@@ -398,7 +398,7 @@ def test_hidden_channels_from_which_more_follows_are_told(laconic: Laconic, tmp_
     said = laconic("compress", file, "-o", tmp_path / "out").complaint
     assert said == (
         "stages.0 (llm_pruner): the hidden channels of 'opt' cannot be pruned: more follows from its hidden size; "
-        "take hidden out of groups"
+        "set groups: [mlp], or use depth"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, VaultGemmaConfig
 
 from laconic.model.rebuild import rebuilt
 from laconic.model.stream_width import kept_channels, narrower, stream_axes, without_channels
@@ -58,6 +58,17 @@ def test_what_follows_from_the_hidden_size_is_refused(arch: str, tmp_path: Path)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match="more follows from its hidden size"):
         stream_axes(model, json.loads((folder / "config.json").read_text()))
+
+
+def test_embeddings_scaled_by_the_hidden_size_are_noticed(tmp_path: Path) -> None:
+    """In the model's own forward, under a name that no list has."""
+    config = VaultGemmaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=16,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="hidden channels of 'vaultgemma' cannot be pruned"):
+        stream_axes(model, config.to_dict())
 
 
 def test_a_multiple_of_the_step_stays() -> None:

@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from laconic.model.anatomy import capture_calls, find_blocks
 from laconic.model.rebuild import empty
 from laconic.model.widths import make_config
-
-# Kinds of models that multiply embeddings by sqrt(hidden_size).
-_SCALED = ("gemma",)
 
 
 def narrower(raw: Mapping[str, Any], hidden: int) -> dict[str, Any]:
@@ -44,15 +42,13 @@ def stream_axes(model: PreTrainedModel, raw: Mapping[str, Any]) -> dict[str, int
     """
     kind = raw.get("laconic_base", raw["model_type"])
     refused = ValueError(
-        f"the hidden channels of '{kind}' cannot be pruned: more follows from its hidden size; "
-        "take hidden out of groups"
+        f"the hidden channels of '{kind}' cannot be pruned: more follows from its hidden size; set groups: [mlp], or "
+        "use depth"
     )
     hidden = model.config.get_text_config().hidden_size
-    if any(kind.startswith(scaled) for scaled in _SCALED):
-        raise refused
     # Half, so that whatever must divide it still does.
     try:
-        other = empty({**raw, **narrower(raw, hidden // 2)}, model.dtype)
+        whole, other = empty(raw, model.dtype), empty({**raw, **narrower(raw, hidden // 2)}, model.dtype)
     except ValueError as e:
         raise refused from e
     shapes = {n: p.shape for n, p in other.named_parameters(remove_duplicate=False)}
@@ -64,7 +60,19 @@ def stream_axes(model: PreTrainedModel, raw: Mapping[str, Any]) -> dict[str, int
             raise refused
         if changed:
             axes[name] = changed[0]
+    if not torch.equal(_entering(whole), _entering(other)):
+        raise refused
     return axes
+
+
+def _entering(model: PreTrainedModel) -> Tensor:
+    """What a channel of the stream is where it begins, if all embeddings are one: another number where they are scaled
+    by how many there are."""
+    embed = model.get_input_embeddings()
+    shape = embed.weight.shape
+    embed.weight = nn.Parameter(torch.ones((), dtype=torch.float32).expand(shape), requires_grad=False)
+    hidden, _ = capture_calls(model, find_blocks(model), input_ids=torch.zeros(1, 2, dtype=torch.long))
+    return hidden[..., 0].float()
 
 
 def without_channels(tensors: Mapping[str, Tensor], axes: Mapping[str, int], kept: Tensor) -> dict[str, Tensor]:
