@@ -189,6 +189,12 @@ def tasks(difference: float, recovery: float = 0.99) -> dict[str, Any]:
     return {"baseline": "base", "rows": [row], "mean_recovery": recovery}
 
 
+def told(recovery: float, stderr: float) -> dict[str, Any]:
+    """A task whose original has 0.5."""
+    row = {"task": "piqa", "metric": "acc", "main": True, "baseline": 0.5, "difference_stderr": stderr}
+    return {"baseline": "base", "rows": [row], "mean_recovery": recovery}
+
+
 @pytest.mark.parametrize(
     ("keys", "title", "expected"),
     [
@@ -219,6 +225,13 @@ def tasks(difference: float, recovery: float = 0.99) -> dict[str, Any]:
             ("not measured", "MMLU was not run beside the original"),
         ),
         ({"tasks": [tasks(0, 0.97)]}, "98 %", ("missed", "97.0% kept")),
+        ({"tasks": [tasks(0, 0.99), told(1.14, 0.08)]}, "98 %", ("met", "99.0% kept")),
+        (
+            {"tasks": [told(1.14, 0.08)]},
+            "98 %",
+            ("not measured", "114.0% ± 16.0% kept, too few documents to tell"),
+        ),
+        ({"tasks": [told(0.96, 0.004)]}, "98 %", ("missed", "96.0% ± 0.8% kept")),
         (
             {"speeds": [{"models": [{"decode": {"speedup": 1.0}}, {"decode": {"speedup": 1.9}}]}]},
             "1.8 times",

@@ -80,7 +80,14 @@ class Evaluated:
     @property
     def recovery(self) -> float | None:
         """The share of the original's scores over tasks that is kept; of several sets of tasks the least."""
-        return min((t["mean_recovery"] for t in self.tasks if t.get("mean_recovery") is not None), default=None)
+        worst = self.worst_tasks
+        return None if worst is None else float(worst["mean_recovery"])
+
+    @property
+    def worst_tasks(self) -> Result | None:
+        """The set of tasks of which the least is kept."""
+        found = [t for t in self.tasks if t.get("mean_recovery") is not None]
+        return min(found, key=lambda t: float(t["mean_recovery"]), default=None)
 
 
 def gather(folders: Sequence[Path]) -> list[Evaluated]:
