@@ -61,7 +61,7 @@ def test_the_command_says_it_and_the_report_shows_it(
         assert word in ran.out
     drawn = ElementTree.parse(tmp_path / "map.svg").getroot()
     # A background, and of two caches two lengths at two depths.
-    assert sum(e.tag.endswith("rect") for e in drawn) == 1 + 2 * 2 * 2
+    assert sum(e.tag.endswith("rect") for e in drawn.iter()) == 1 + 2 * 2 * 2
     page = tmp_path / "page.html"
     assert laconic("report", artifact.path, "-o", page).code == 0
     html = page.read_text()

@@ -64,12 +64,10 @@ def integer_linear(
     scale: of the weight, (1,) or (out, 1). Returns: (..., out) in x's dtype.
     """
     flat = x.reshape(-1, x.shape[-1])
-    y = x.new_empty(flat.shape[0], codes.shape[0])
     # A scale is of a token or of all inputs, so that rows need not know of each other.
-    size = max(1, flat.shape[0]) if x.is_cuda else _ROWS
-    for rows, made in zip(flat.split(size), y.split(size), strict=True):
-        made.copy_(_integer_rows(rows, codes, scale, acts, calibrated, outliers, bias))
-    return y.view(*x.shape[:-1], codes.shape[0])
+    runs = flat.split(max(1, flat.shape[0]) if x.is_cuda else _ROWS)
+    y = [_integer_rows(rows, codes, scale, acts, calibrated, outliers, bias).to(x.dtype) for rows in runs]
+    return torch.cat(y).view(*x.shape[:-1], codes.shape[0])
 
 
 def _integer_rows(
