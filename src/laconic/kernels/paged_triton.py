@@ -102,7 +102,7 @@ def paged_history(
     return (sums * shares[..., None]).sum(-2), whole
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _half(at, here):  # type: ignore[no-untyped-def]
     """A float16 from two bytes that lie anywhere."""
     low, high = tl.load(at, here, 0).to(tl.int16), tl.load(at + 1, here, 0).to(tl.int16)
