@@ -1,4 +1,4 @@
-"""Attention over pages of packed keys and values, in plain torch: the reference for kernels that read the same bytes.
+"""Attention over pages of packed keys and values, in plain torch, or by a kernel that reads the same bytes.
 
 A page is (heads, tokens, bytes); a cache is pages, and a sequence is a row of page numbers. A token sees itself exactly
 and every earlier token as it is stored, so what comes out does not depend on how a text was cut into steps, on what
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from laconic.formats.kv import Static, decode_kv, encode_kv
+from laconic.formats.kv import KvFormat, Static, decode_kv, encode_kv
 from laconic.formats.kv_scheme import HeadGroup, tokens_at_once
 from laconic.formats.kv_slot import SlotLayout, slot_layout
+from laconic.kernels.kv_attention import runs_on
 from laconic.model.places import turn, turn_back
 from laconic.solvers.rotate import hadamard
 
@@ -272,6 +273,17 @@ def attend(
         out = hadamard(out)
     if layer.rotates_queries:
         q = hadamard(q)
+    if kernel_reads(layer, scoring, cache.device):
+        if layer.sinks:
+            there, some_k, some_v = _sinks(layer, cache, part)
+            seen = (there < first_of_unit[:, :, None]).expand(-1, -1, layer.sinks)
+            scores = torch.einsum("bhgnd,bhtd->bhgnt", q, some_k)
+            take(scores, at[:, :, None] - there, seen, partial(torch.einsum, "bhtd,bhgnt->bhgnd", some_v))
+        made, weight = _history(layer, cache, part, q, scoring)
+        now = torch.maximum(top, weight)
+        kept, share = torch.exp(top - now), torch.exp(weight - now)
+        out = (out * kept + made * share) / (total * kept + share)
+        return (hadamard(out) if layer.rotated else out).permute(0, 3, 1, 2, 4).flatten(2, 3)
     first = 0
     if scoring.window is not None:
         first = max(0, int(at[:, 0].min()) + 1 - scoring.window) // per_page
@@ -287,6 +299,58 @@ def attend(
     if layer.rotated:
         out = hadamard(out)
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def kernel_reads(layer: PackedLayer, scoring: Scoring, device: torch.device) -> bool:
+    """Whether the kernel reads a layer's pages: there is Triton and a GPU (or its interpreter), all heads are stored
+    alike, in whole codes with ranges of their own, keys after their rotary embedding; no softcap, no slopes."""
+    if not runs_on(device) or len(layer.groups) > 1 or layer.angles is not None:
+        return False
+    if scoring.softcap or scoring.slopes is not None:
+        return False
+    from laconic.kernels.paged_triton import fits_pages
+
+    return all(fits_pages(fmt, layer.channels) for fmt in (layer.groups[0].keys, layer.groups[0].values))
+
+
+def _history(layer: PackedLayer, cache: Tensor, part: Part, q: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    """By the kernel: `paged_history` of what `layer` says of its pages."""
+    from laconic.kernels.paged_triton import Side, paged_history
+
+    layout, group = layer.layouts[0], layer.groups[0]
+
+    def side(of: str, fmt: KvFormat) -> Side:
+        found = {f.name: f.start for f in (*layout.fields, *layout.shared) if f.of == of}
+        return Side(fmt, found["codes"], found["scale"], found.get("offset", -1))
+
+    return paged_history(
+        q,
+        cache,
+        part.table,
+        part.lengths,
+        part.longest,
+        side("keys", group.keys),
+        side("values", group.values),
+        scale=scoring.scale,
+        slot=layer.slot,
+        width=layer.nbytes - layer.slot,
+        shared_at=layer.sinks * layer.exact,
+        shared=layer.shared,
+        unit=layer.unit,
+        sinks=layer.sinks,
+        window=scoring.window,
+    )
+
+
+def _sinks(layer: PackedLayer, cache: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_read`, of the exact first tokens alone."""
+    there = torch.arange(layer.sinks, device=cache.device)
+    tails = cache[part.table[:, 0].long()][..., layer.slot : layer.nbytes].flatten(2)
+    kept = tails[..., : layer.sinks * layer.exact].unflatten(2, (layer.sinks, layer.exact))
+    missing = (there >= (part.lengths // layer.unit * layer.unit)[:, None])[:, None, :, None]
+    keys, values = from_exactly(layer, kept.masked_fill(missing, 0))
+    keys = hadamard(keys) if layer.rotates_queries else keys
+    return there, keys, hadamard(values) if layer.rotated else values
 
 
 def _read(

@@ -1,0 +1,76 @@
+"""The kernel over packed pages, by Triton's interpreter or a GPU, against the same attention in plain torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from laconic.formats.kv import KvFormat
+from laconic.formats.kv_scheme import HeadGroup
+from laconic.serving import paged
+from laconic.serving.paged import PackedLayer, Part, Scoring, attend, kernel_reads, write
+from laconic.serving.paged_units import write_units
+
+HEADS, CHANNELS, PER_PAGE = 2, 32, 16
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BY_CHANNEL = KvFormat(2, axis="channel", group_size=8)
+CASES: list[tuple[KvFormat, KvFormat, dict[str, Any], int | None]] = [
+    (KvFormat(4), KvFormat(3), {}, None),
+    (KvFormat(8, group_size=16), KvFormat(2, group_size=16), {"rotated": True}, 9),
+    (KvFormat(3, symmetric=True), KvFormat(4), {"sinks": 3, "per_page": PER_PAGE}, None),
+    (BY_CHANNEL, KvFormat(2), {"sinks": 5, "per_page": PER_PAGE, "rotated": True}, None),
+    (KvFormat(3, axis="channel", group_size=16), BY_CHANNEL, {"per_page": PER_PAGE}, 20),
+]
+
+
+def check(case: int, seed: int) -> None:
+    keys, values, rest, window = CASES[case]
+    random = torch.Generator().manual_seed(seed)
+    layer = PackedLayer([HeadGroup(keys, values)], {}, heads=HEADS, channels=CHANNELS, dtype=torch.float32, **rest)
+    batch, new, each = (int(torch.randint(1, most, (), generator=random)) for most in (4, 8, 5))
+    lengths = torch.randint(new, 70, (batch,), generator=random)
+    cache = torch.full((24, HEADS, PER_PAGE, layer.nbytes + 3), 0xFF, dtype=torch.uint8, device=DEVICE)
+    table = torch.randperm(24, generator=random)[: batch * 6].view(batch, 6).to(DEVICE)
+    store = write_units if layer.unit > 1 else write
+    k, v = (torch.randn(batch, 70, HEADS, CHANNELS, generator=random).to(DEVICE) for _ in range(2))
+    for b, length in enumerate(lengths.tolist()):
+        for begin, end in pairwise(sorted({0, (length - new) // 2, length - new})):
+            part = Part(table[b : b + 1], torch.tensor([end], device=DEVICE), end, torch.arange(end - begin)[None])
+            store(layer, cache, part, k[b : b + 1, begin:end], v[b : b + 1, begin:end])
+    part = Part(table, lengths.to(DEVICE), int(lengths.max()), torch.arange(batch * new).view(batch, new))
+    at = part.positions.to(DEVICE)[..., None, None].expand(-1, -1, HEADS, CHANNELS)
+    q = torch.randn(batch, new, HEADS * each, CHANNELS, generator=random).to(DEVICE)
+    last = q, k.gather(1, at), v.gather(1, at)
+    units = store(layer, cache, part, *last[1:])
+    scoring = Scoring(0.2, window=window)
+    assert kernel_reads(layer, scoring, DEVICE)
+    found = attend(layer, cache, part, last, scoring, units)
+    theirs = paged.kernel_reads
+    try:
+        paged.kernel_reads = lambda *_: False
+        plain = attend(layer, cache, part, last, scoring, units)
+    finally:
+        paged.kernel_reads = theirs
+    near = 1e-2 if DEVICE.type == "cuda" else 1e-4  # TF32 on a GPU
+    torch.testing.assert_close(found, plain, atol=near, rtol=near)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_kernel_is_the_reference(case: int) -> None:
+    """In a process of its own: Triton asks for its interpreter once, when it is imported."""
+    code = f"import test_paged_kernel as t\nfor seed in range(3): t.check({case}, seed)"
+    env = {**os.environ, "TRITON_INTERPRET": "0" if DEVICE.type == "cuda" else "1"}
+    env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
+@pytest.mark.parametrize("fmt", [KvFormat(4, outlier_ratio=0.1), KvFormat(16), KvFormat(5)])
+def test_what_the_kernel_does_not_read_is_left_to_torch(fmt: KvFormat) -> None:
+    layer = PackedLayer([HeadGroup(fmt, fmt)], {}, heads=HEADS, channels=CHANNELS, dtype=torch.float32)
+    assert not kernel_reads(layer, Scoring(1.0), DEVICE)
