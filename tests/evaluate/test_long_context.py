@@ -66,8 +66,8 @@ def test_the_command_says_it_and_the_report_shows_it(
     assert laconic("report", artifact.path, "-o", page).code == 0
     html = page.read_text()
     assert NAME in html
-    assert html.count('"type":"heatmap"') == 2
-    assert html.count("Plotly.newPlot") > 4
+    assert html.count('aria-label="Needles found, ') == 2
+    assert html.count('<svg class="chart"') > 4
     assert "Perplexity by position" in html
 
 

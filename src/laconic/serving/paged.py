@@ -10,6 +10,7 @@ tokens share, and the exact tokens that still wait for the rest of their unit (`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -304,6 +305,9 @@ def attend(
 def kernel_reads(layer: PackedLayer, scoring: Scoring, device: torch.device) -> bool:
     """Whether the kernel reads a layer's pages: there is Triton and a GPU (or its interpreter), all heads are stored
     alike, in whole codes with ranges of their own, keys after their rotary embedding; no softcap, no slopes."""
+    # On a GPU it has to be asked for: it was run in Triton's interpreter alone.
+    if device.type == "cuda" and os.environ.get("LACONIC_PAGED_KERNEL") != "1":
+        return False
     if not runs_on(device) or len(layer.groups) > 1 or layer.angles is not None:
         return False
     if scoring.softcap or scoring.slopes is not None:
