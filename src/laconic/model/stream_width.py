@@ -68,9 +68,9 @@ def stream_axes(model: PreTrainedModel, raw: Mapping[str, Any]) -> dict[str, int
 def _entering(model: PreTrainedModel) -> Tensor:
     """What a channel of the stream is where it begins, if all embeddings are one: another number where they are scaled
     by how many there are."""
-    embed = model.get_input_embeddings()
-    shape = embed.weight.shape
-    embed.weight = nn.Parameter(torch.ones((), dtype=torch.float32).expand(shape), requires_grad=False)
+    embed: Any = model.get_input_embeddings()
+    ones = torch.ones((), dtype=torch.float32).expand(embed.weight.shape)
+    embed.weight = nn.Parameter(ones, requires_grad=False)
     hidden, _ = capture_calls(model, find_blocks(model), input_ids=torch.zeros(1, 2, dtype=torch.long))
     return hidden[..., 0].float()
 
