@@ -119,7 +119,9 @@ def heat(
                 cell = f'<rect class="cell" {place} style="--level:{min(1.0, max(0.0, level)):.3f}"/>'
                 inside = words(i, j)
                 if inside:
-                    cell += _text(left + (j + 0.5) * wide, top + 15, inside, "middle", "inside")
+                    cell += _text(
+                        left + (j + 0.5) * wide, top + 15, inside, "middle", "inside on" if level > 0.5 else "inside"
+                    )
                 parts.append(_hover(cell, said(i, j)))
     bottom = _TOP + len(rows) * tall
     step = max(1, math.ceil(len(columns) * (_LETTER * max(len(c) for c in columns) + 8) / (WIDTH - left - _RIGHT)))
