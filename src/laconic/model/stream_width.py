@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from laconic.model.anatomy import capture_calls, find_blocks
 from laconic.model.rebuild import empty
-from laconic.model.widths import make_config
+from laconic.model.widths import BASE, make_config
 
 
 def narrower(raw: Mapping[str, Any], hidden: int) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def stream_axes(model: PreTrainedModel, raw: Mapping[str, Any]) -> dict[str, int
 
     Raises: ValueError when the hidden size of this kind of model cannot change alone.
     """
-    kind = raw.get("laconic_base", raw["model_type"])
+    kind = raw.get(BASE, raw["model_type"])
     refused = ValueError(
         f"the hidden channels of '{kind}' cannot be pruned: more follows from its hidden size; set groups: [mlp], or "
         "use depth"

@@ -198,7 +198,7 @@ def _runs(folder: Path) -> list[Evaluated]:
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
             values, path, recipe = result["values"], folder / result["artifact"], {"recipe": result["recipe"]}
-            name = ", ".join(_word(v) for v in values.values()) or result["run"][:6]
+            name = ", ".join(spelled(v) for v in values.values()) or result["run"][:6]
             if result["status"] != "done":
                 found.append(Evaluated(path, recipe, [], None, [], values=values, name=name, error=result["error"]))
                 continue
@@ -225,5 +225,6 @@ def _named(entry: Evaluated, name: str) -> Evaluated:
     return replace(entry, name=name)
 
 
-def _word(value: Any) -> str:
+def spelled(value: Any) -> str:
+    """A value of an axis as tables and names have it."""
     return f"{value:g}" if isinstance(value, float) else str(value)

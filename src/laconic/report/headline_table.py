@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from laconic.report.gathered import Evaluated, axes_of, compared, ground, grounds
+from laconic.report.gathered import Evaluated, axes_of, compared, ground, grounds, spelled
 from laconic.report.pareto import dominated
 
 Rows = list[dict[str, str]]
@@ -92,7 +92,7 @@ def _numbers(entry: Evaluated, axes: Sequence[str]) -> dict[str, Any]:
 
 def _cells(entry: Evaluated, axes: Sequence[str]) -> dict[str, str]:
     q, made, timed = entry.quality, entry.compression or {}, entry.decoding
-    cells = {axis: _word(entry.values.get(axis, "-")) for axis in axes} if entry.values else {"artifact": entry.name}
+    cells = {axis: spelled(entry.values.get(axis, "-")) for axis in axes} if entry.values else {"artifact": entry.name}
     if entry.error:
         cells[next(iter(cells))] += f" (failed: {entry.error})"
     beside = q is not None and compared(q)
@@ -118,10 +118,6 @@ def _cells(entry: Evaluated, axes: Sequence[str]) -> dict[str, str]:
 def _schemes(q: dict[str, Any]) -> str:
     said = ", ".join(f"{n} x {s}" for s, n in q.get("schemes", {}).items()) or "none"
     return said + (" (simulated)" if q.get("simulated") else "")
-
-
-def _word(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _with_error(value: float, stderr: float | None) -> str:

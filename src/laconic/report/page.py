@@ -33,8 +33,7 @@ def write_page(entries: Sequence[Evaluated], file: Path) -> list[Path]:
 
     Returns: all three. Raises: ValueError for a file that is no page.
     """
-    if file.suffix not in (".html", ".htm"):
-        raise ValueError(f"the report is a page of HTML; give {file} a name that ends in .html")
+    check_page(file)
     rows, out = headline_rows(entries), beaten(entries)
     chosen = _chosen(entries, out)
     html = (
@@ -80,6 +79,12 @@ def write_page(entries: Sequence[Evaluated], file: Path) -> list[Path]:
     write_text(table, "\n\n".join([markdown(rows), measured_on, *tasks, reached, commands]) + "\n")
     write_text(numbers, as_csv(entries))
     return [file, table, numbers]
+
+
+def check_page(file: Path) -> None:
+    """Raises: ValueError for a file that is no page."""
+    if file.suffix not in (".html", ".htm"):
+        raise ValueError(f"the report is a page of HTML; give {file} a name that ends in .html")
 
 
 def environment() -> Environment:

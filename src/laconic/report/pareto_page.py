@@ -12,7 +12,7 @@ from rich.table import Table
 from laconic.engine.writer import write_text
 from laconic.report.bench_table import markdown
 from laconic.report.chart import Axis, Mark, Series, chart
-from laconic.report.page import environment
+from laconic.report.page import check_page, environment
 from laconic.report.pareto import Point, as_csv, pareto_caption, pareto_rows
 
 
@@ -21,8 +21,7 @@ def write_pareto(points: Sequence[Point], how: Mapping[str, Any], file: Path) ->
 
     Returns: all three. Raises: ValueError for a file that is no page.
     """
-    if file.suffix not in (".html", ".htm"):
-        raise ValueError(f"the report is a page of HTML; give {file} a name that ends in .html")
+    check_page(file)
     rows = pareto_rows(points)
     html = (
         environment()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from laconic.report.chart import Axis, Mark, Series, chart, heat
-from laconic.report.gathered import Evaluated, axes_of, grounds, on_ground
+from laconic.report.gathered import Evaluated, axes_of, grounds, on_ground, spelled
 from laconic.report.pareto import dominated
 
 _KL = Axis("KL to the original (nats a token)", zero=True)
@@ -84,13 +84,13 @@ def ablations(entries: Sequence[Evaluated]) -> list[str]:
 
 def _ablation(title: str, entries: Sequence[Evaluated], axis: str, others: Sequence[str], figure: str) -> str:
     within = [e for e in entries if axis in e.values]
-    values = list(dict.fromkeys(_word(e.values[axis]) for e in within))
+    values = list(dict.fromkeys(spelled(e.values[axis]) for e in within))
     numbers = all(isinstance(e.values[axis], int | float) and not isinstance(e.values[axis], bool) for e in within)
     lines: dict[str, dict[str, list[float]]] = {}
     for e in within:
-        line = ", ".join(_word(e.values[o]) for o in others if o in e.values)
+        line = ", ".join(spelled(e.values[o]) for o in others if o in e.values)
         assert e.quality is not None
-        lines.setdefault(line, {}).setdefault(_word(e.values[axis]), []).append(e.quality[figure])
+        lines.setdefault(line, {}).setdefault(spelled(e.values[axis]), []).append(e.quality[figure])
     place: Callable[[str], float] = float if numbers else values.index
     shown = {name: by for name, by in lines.items() if len(by) > 1} or lines
     series = [
@@ -176,7 +176,3 @@ def _linears(
         words=(lambda i, j: f"{v:g}" if (v := value(i, j)) is not None else "") if words else lambda _i, _j: "",
         across=across,
     )
-
-
-def _word(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
