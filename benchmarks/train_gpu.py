@@ -3,13 +3,15 @@
     python benchmarks/train_gpu.py FOLDER --text TEXT [--gpus 2] [--steps 20]
 
 Each way is a launch of its own of `laconic compress` with one `lora` stage, of as many sequences a step in all; printed
-are target tokens a second over the training alone, the peak memory of each GPU, and the losses, which should agree.
+are target tokens a second over the training alone, the peak memory of each GPU, and the losses. Returns 1 where a way fails,
+or where a loss is more than one per cent from that of one GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,7 +25,7 @@ import torch
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--num_machines", "1"]
 
 
-def main() -> None:
+def main() -> int:
     """Make the model, train it each way, print a row each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -33,6 +35,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="at least 5, of which the first are not timed")
     parser.add_argument("--layers", type=int, default=22)
     args = parser.parse_args()
+    if args.steps < 5:
+        parser.error("--steps: at least 5, of which the first are not timed")
+    if args.gpus > 1 and 8 % args.gpus:
+        parser.error(f"--gpus: a step's 8 sequences cannot be shared evenly by {args.gpus}")
     model = make_model(args.folder / "model", args.tokenizer, args.layers)
     ways = {"one GPU": (1, [])}
     if args.gpus > 1:
@@ -41,8 +47,14 @@ def main() -> None:
         ways |= {f"copies on {args.gpus}": (args.gpus, several), f"cut among {args.gpus}": (args.gpus, cut)}
     print("| way | tokens/s | s a step | peak GB of each | first loss | last loss |")
     print("|---|---:|---:|---:|---:|---:|")
+    found: list[list[float]] = []
     for way, (count, launch) in ways.items():
-        print(train(model, args, way, count, launch), flush=True)
+        row, losses = train(model, args, way, count, launch)
+        print(row, flush=True)
+        found.append(losses)
+    agree = all(math.isclose(a, b, rel_tol=0.01) for own in found for a, b in zip(own, found[0], strict=False))
+    print("\nlosses agree" if agree and all(found) else "\nlosses do NOT agree, or a way failed")
+    return int(not (agree and all(found)))
 
 
 def make_model(folder: Path, tokenizer: Path, layers: int) -> Path:
@@ -68,8 +80,8 @@ def make_model(folder: Path, tokenizer: Path, layers: int) -> Path:
     return folder
 
 
-def train(model: Path, args: argparse.Namespace, way: str, count: int, launch: list[str]) -> str:
-    """One launch. Returns: its row."""
+def train(model: Path, args: argparse.Namespace, way: str, count: int, launch: list[str]) -> tuple[str, list[float]]:
+    """One launch. Returns: its row, and its first and last loss; none where it failed."""
     output = args.folder / way.replace(" ", "-")
     stage = {
         "method": "lora",
@@ -89,15 +101,18 @@ def train(model: Path, args: argparse.Namespace, way: str, count: int, launch: l
     peaks = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("PEAK ")]
     result = output / "results" / "training-lora.json"
     if run.returncode or not result.exists():
-        print(run.stdout[-2000:], run.stderr[-4000:], file=sys.stderr)
-        return f"| {way} | failed: {(run.stderr.strip().splitlines() or ['?'])[-1][:160]} |"
+        said = args.folder / f"{output.name}.log"
+        said.write_text(run.stdout + run.stderr)
+        errors = [line for line in run.stderr.splitlines() if "Error" in line and "ChildFailed" not in line]
+        return f"| {way} | failed, see {said}: {(errors or ['it said nothing'])[0][:300]} |", []
     told = json.loads(result.read_text())
     times = [float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("STEP ")]
     # The first steps meet cold caches.
     seconds = (times[-1] - times[2]) / (len(times) - 3)
     tokens = sum(step["tokens"] for step in told["curve"]) / len(told["curve"])
-    losses = f"{told['curve'][0]['loss']:.4f} | {told['curve'][-1]['loss']:.4f}"
-    return f"| {way} | {tokens / seconds:.0f} | {seconds:.3f} | {', '.join(peaks)} | {losses} |"
+    first, last = (told["curve"][i]["loss"] for i in (0, -1))
+    row = f"| {way} | {tokens / seconds:.0f} | {seconds:.3f} | {', '.join(peaks)} | {first:.4f} | {last:.4f} |"
+    return row, [first, last]
 
 
 def worker(recipe: str, output: str) -> None:
@@ -119,4 +134,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         worker(*sys.argv[2:])
     else:
-        main()
+        sys.exit(main())

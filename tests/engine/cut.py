@@ -2,7 +2,7 @@
 
     torchrun cut.py MODEL OUTPUT STOP
 
-accelerate cuts weights on GPUs alone; this does what it would. STOP: end after so many steps, as if killed.
+accelerate cuts weights on GPUs alone; this has it do so on a CPU. STOP: end after so many steps, as if killed.
 """
 
 from __future__ import annotations
@@ -10,29 +10,34 @@ from __future__ import annotations
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from laconic.engine.finetune import Course, finetune
 from laconic.engine.losses import language_loss
-from laconic.model.adapters import adapt
+from laconic.model.adapters import Nf4Linear, adapt
 from laconic.model.mix import Example, Mix
 from laconic.model.reading import load
 
 
 class Cutting(Accelerator):
-    """Cuts each block, and then the rest."""
+    """Cuts the model as `accelerate launch --use_fsdp --fsdp_version 2` has it cut."""
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
         order = [n for n, p in model.named_parameters() if p.requires_grad]
-        for block in model.model.layers:
-            fully_shard(block)
-        fully_shard(model)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, cpu_ram_efficient_loading=True, auto_wrap_policy="transformer_based_wrap"
+        )
+        state = SimpleNamespace(fsdp_plugin=plugin)
+        told = {"mixed_precision": "no", "device": self.device, "is_main_process": self.is_main_process}
+        fsdp2_prepare_model(SimpleNamespace(state=state, **told), model)  # type: ignore[arg-type]
         parameters = dict(model.named_parameters())
         assert all(isinstance(parameters[n], DTensor) for n in order)
         optimizer.param_groups[0]["params"] = [parameters[n] for n in order]
@@ -62,7 +67,11 @@ def train(model_folder: str, output: Path, accelerator: Accelerator, batch: int,
         W = linear.weight.data
         W[W.abs() < W.abs().median()] = 0
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-    adapt(model, names, rank=2, alpha=4, dropout=0, masked=True, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    down = [n for n in names if n.endswith("down_proj")]
+    adapt(model, down, rank=2, alpha=4, dropout=0, masked=False, generator=generator, hold=Nf4Linear)
+    rest = [n for n in names if n not in down]
+    adapt(model, rest, rank=2, alpha=4, dropout=0, masked=True, generator=generator)
     mix = Mix((examples(48, 0),), (1.0,), examples(6, 1), 0)
     course = Course(6, batch, 2, 1e-2, 0.0, "cosine", 0.01, 1.0, 2, None, 2, False, 0)
 

@@ -35,7 +35,8 @@ class Nf4Linear(nn.Module):
         held = quantize_nf4(linear.weight.detach())
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         for name in ("codes", "scales", "coarse", "mean"):
-            self.register_buffer(name, getattr(held, name))
+            # Not part of the state: accelerate would cut it among processes, as it cuts weights (FSDP).
+            self.register_buffer(name, getattr(held, name), persistent=False)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The weight, (out, in)."""
@@ -70,7 +71,7 @@ class Adapted(nn.Module):
             assert isinstance(base, nn.Linear)
             free = base.weight.detach() != 0
             keep = None if free.all() else _pack(free)
-        self.register_buffer("keep", keep)
+        self.register_buffer("keep", keep, persistent=False)
 
     def begin(self, generator: torch.Generator) -> None:
         """Values before any training: A as a linear's own would be drawn, B zero, so that nothing changes yet."""
