@@ -3,8 +3,8 @@
     python benchmarks/train_gpu.py FOLDER --text TEXT [--gpus 2] [--steps 20]
 
 Each way is a launch of its own of `laconic compress` with one `lora` stage, of as many sequences a step in all; printed
-are target tokens a second over the training alone, the peak memory of each GPU, and the losses. Returns 1 where a way fails,
-or where a loss is more than one per cent from that of one GPU.
+are target tokens a second over the training alone, the peak memory of each GPU, and the losses. Returns 1 where a way
+fails, or where a loss is more than one per cent from that of one GPU.
 """
 
 from __future__ import annotations
