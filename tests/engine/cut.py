@@ -18,9 +18,10 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from laconic.engine.finetune import Course, finetune
+from laconic.engine.finetune import Course, cut_by_block, finetune
 from laconic.engine.losses import language_loss
 from laconic.model.adapters import Nf4Linear, adapt
 from laconic.model.mix import Example, Mix
@@ -32,12 +33,12 @@ class Cutting(Accelerator):
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
         order = [n for n, p in model.named_parameters() if p.requires_grad]
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, cpu_ram_efficient_loading=True, auto_wrap_policy="transformer_based_wrap"
-        )
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=True)
+        cut_by_block(plugin, model.model.layers[0])
         state = SimpleNamespace(fsdp_plugin=plugin)
         told = {"mixed_precision": "no", "device": self.device, "is_main_process": self.is_main_process}
         fsdp2_prepare_model(SimpleNamespace(state=state, **told), model)  # type: ignore[arg-type]
+        assert all(isinstance(block, FSDPModule) for block in model.model.layers)
         parameters = dict(model.named_parameters())
         assert all(isinstance(parameters[n], DTensor) for n in order)
         optimizer.param_groups[0]["params"] = [parameters[n] for n in order]

@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.checkpoint import checkpoint
 
 from laconic.engine.losses import Loss
@@ -208,6 +210,14 @@ def _measured(
     if mean <= min(m["loss"] for m in progress.held_out):
         progress = replace(progress, best_step=progress.step, best_parameters=state_of(parameters))
     return progress
+
+
+def cut_by_block(plugin: FullyShardedDataParallelPlugin, block: nn.Module) -> None:
+    """Have FSDP cut a model block by block, unless the launch says how: cut as one it would be gathered whole for each
+    pass."""
+    if plugin.auto_wrap_policy is None:
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+        plugin.transformer_cls_names_to_wrap = [type(block).__name__]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laconic.engine.adapter_files import ADAPTER, check_peft, read_adapter, write_adapter
-from laconic.engine.finetune import Course, Diverged, Trained, finetune, recomputed
+from laconic.engine.finetune import Course, Diverged, Trained, cut_by_block, finetune, recomputed
 from laconic.engine.losses import Loss, distillation_loss, language_loss
 from laconic.engine.model_stage import ModelStage, Remade, Work
 from laconic.engine.plan import find_targets
@@ -129,6 +129,8 @@ class Recovery(ModelStage):
             # No token may have been routed to an expert.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=mixture)],
         )
+        if accelerator.distributed_type == DistributedType.FSDP:
+            cut_by_block(accelerator.state.fsdp_plugin, next(shape.get_submodule(anatomy.blocks).children()))
         with ExitStack() as during:
             model = self._open_quantized(work, names, course, accelerator, during) if quantized else None
             model = model or self._open(work, anatomy.blocks, names, course, accelerator)
