@@ -11,9 +11,9 @@ import typer
 from rich import box
 from rich.table import Table
 
-from laconic.console import err, in_bytes, out, print_json
+from laconic.cli.console import err, in_bytes, out, print_json
+from laconic.cli.options import Json
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of a finished artifact.")]
 
 

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from laconic.console import Walking, err, out, print_json, warn
+from laconic.cli.console import Walking, err, out, print_json, warn
+from laconic.cli.options import Json, Sets
 
 profile = typer.Typer(no_args_is_help=True, help="Where time and memory go, as a Chrome trace and a table.")
 Trace = Annotated[Path, typer.Option("--trace", help="The Chrome trace to write (open it in ui.perfetto.dev).")]
 Nvtx = Annotated[bool, typer.Option("--nvtx", help="Name ranges for Nsight, under which this runs, and trace nothing.")]
 Each = Annotated[bool, typer.Option("--each", help="A line for each block, rather than for all blocks together.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
 
 @profile.command("compress")
@@ -22,7 +22,7 @@ def profile_compress(
     source: Annotated[str, typer.Argument(metavar="RECIPE.yaml | MODEL")],
     recipe: Annotated[str | None, typer.Option(help="A gallery name or a recipe file, for MODEL.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the artifact.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Vary a recipe's key.")] = None,
+    set_: Sets = None,
     blocks: Annotated[int, typer.Option(min=1, help="So many blocks are traced; the rest runs without.")] = 2,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing output, once the new one is whole.")] = False,
     trace: Trace = Path("laconic-trace.json"),
