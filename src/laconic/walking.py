@@ -17,7 +17,8 @@ from laconic.engine.artifact import Artifact
 from laconic.engine.engines import quantization_config
 from laconic.engine.masking import Protect, PruningStage
 from laconic.engine.plan import Forecast, Plan, check_experts, forecast, make_plan
-from laconic.engine.walk import Settings, walk
+from laconic.engine.settings import Settings
+from laconic.engine.walk import walk
 from laconic.engine.writer import Workspace, check_begun
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import as_stored

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from laconic.engine.block import Block
 from laconic.engine.plan import Plan, make_plan
+from laconic.engine.settings import Settings
 from laconic.engine.stage import BlockStage, LinearStage, Outcome, Stage
-from laconic.engine.walk import Settings, walk
+from laconic.engine.walk import walk
 from laconic.engine.writer import Workspace
 from laconic.model.anatomy import dissect
 from laconic.model.load import arranged, open_source, skeleton
