@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import resource
+import shlex
 import sys
 import time
 from importlib.metadata import version
@@ -51,11 +52,16 @@ def account(
         "peak_memory_bytes": max(_peak_memory(device), before["peak_memory_bytes"]),
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "seed": seed,
         "versions": versions(),
         **more,
     }
+
+
+def command_line() -> str:
+    """What was typed, so that a shell takes it again as it was."""
+    return shlex.join(sys.argv)
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,7 +31,7 @@ from laconic.bench.zeros import to_2_of_4, to_unstructured, to_zero_blocks
 from laconic.engine.artifact import Artifact
 from laconic.model.load import model_folder
 from laconic.model.reading import load
-from laconic.provenance import versions
+from laconic.provenance import command_line, versions
 
 PARTS = ("linears", "models")
 BATCHES = (1, 16, 64, 256, 1024, 4096)
@@ -135,7 +134,7 @@ def bench_sparsity(
         "rounds": rounds,
         "seed": 0,
         "seconds": round(time.monotonic() - begun, 2),
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "versions": versions(),
     }
     if "models" in chosen and not made_up:

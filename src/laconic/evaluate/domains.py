@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from laconic.engine.artifact import Artifact
 from laconic.evaluate.bootstrap import SEED, method_of
 from laconic.evaluate.fidelity import observe
 from laconic.evaluate.run import figures, open_pair, windows_of
-from laconic.provenance import versions
+from laconic.provenance import command_line, versions
 
 
 def read_domains(asked: Sequence[str]) -> dict[str, str]:
@@ -72,7 +71,7 @@ def evaluate_domains(
         "seconds": round(time.monotonic() - begun, 2),
         "device": opened.place,
         "seed": SEED,
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "versions": versions(),
     }
     artifact = Artifact(opened.folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -30,7 +29,7 @@ from laconic.model.checkpoint import reason
 from laconic.model.kv_open import use_by_default
 from laconic.model.load import load_tokenizer, model_folder, read_config
 from laconic.model.reading import load
-from laconic.provenance import versions
+from laconic.provenance import command_line, versions
 
 # lm-eval's own defaults, said here because they belong to a result.
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
@@ -125,7 +124,7 @@ def evaluate_tasks(
         "seeds": SEEDS,
         "task_versions": runs[0].versions,
         "seconds": round(time.monotonic() - begun, 2),
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "versions": versions() | {"lm-eval": version("lm-eval")},
     }
     artifact = Artifact(folders[0])

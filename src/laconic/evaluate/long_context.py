@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from laconic.evaluate.needle import FORMS, find_needles, make_prompt
 from laconic.model.data import HUB_TEXTS, evaluation_windows, prefix_of, read_documents
 from laconic.model.load import load_tokenizer, model_folder
 from laconic.model.reading import load
-from laconic.provenance import versions
+from laconic.provenance import command_line, versions
 
 PARTS = ("perplexity", "needle", "memory", "speed")
 LENGTHS = (512, 2048, 8192)
@@ -133,7 +132,7 @@ def evaluate_long(
         "threads": torch.get_num_threads(),
         "seed": seed,
         "seconds": round(time.monotonic() - begun, 2),
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "versions": versions(),
     }
     artifact = Artifact(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from laconic.model.data import HUB_TEXTS, evaluation_windows, read_documents
 from laconic.model.load import load_tokenizer, model_folder
 from laconic.model.reading import load
 from laconic.model.size import measure_size
-from laconic.provenance import versions
+from laconic.provenance import command_line, versions
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def evaluate(
         "seconds": round(time.monotonic() - begun, 2),
         "device": opened.place,
         "seed": SEED,
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "versions": versions(),
     }
     if baseline:
