@@ -13,12 +13,17 @@ from typing import Any
 
 import pytest
 from test_page import entry, evaluation, linear, study, tasks
+from test_pareto import artifact
 
 from laconic.report.gathered import gather
 from laconic.report.page import write_page
+from laconic.report.pareto import gather_points
+from laconic.report.pareto_page import write_pareto
 
 pytestmark = pytest.mark.browser
 PHONE, DESK = 390, 1440
+# Of each page, charts at least.
+PAGES = {"artifacts": 3, "study": 3, "pareto": 2}
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +41,17 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.fixture(scope="module", params=["artifacts", "study"])
+@pytest.fixture(scope="module", params=PAGES)
 def page_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("page")
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "pareto":
+        folders = [
+            artifact(folder / "wanda-2of4-of-a-long-name", kl=0.1, nbytes=900, sparse=1.5),
+            artifact(folder / "beaten", kl=0.25, nbytes=950, speed=0.9),
+            artifact(folder / "small", kl=0.4, nbytes=500, speed=1.2, sparse=1.3),
+        ]
+        write_pareto(*gather_points(folders), folder / "page.html")
+        return folder / "page.html"
     if request.param == "study":
         entries = gather([study(folder / "s")])
     else:
@@ -98,15 +111,70 @@ def test_it_is_whole_and_quiet_and_fits(browser: Any, page_file: Path, width: in
     assert asked == [page_file.as_uri()], "nothing is asked for but the page"
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     boxes = page.evaluate("[...document.querySelectorAll('svg.chart')].map(s => s.getBoundingClientRect().toJSON())")
-    assert len(boxes) >= 3
+    assert len(boxes) >= PAGES[kind_of(page_file)]
     for box in boxes:
         assert box["left"] >= 0
         assert box["right"] <= width
         assert box["height"] > 100
-    # Letters of a chart are drawn with it, and must still be letters.
+    # Letters of a chart are drawn with it, and must still be letters, and none be cut off.
     drawn = page.evaluate("[...document.querySelectorAll('svg.chart text')].map(t => t.getBoundingClientRect().height)")
     assert min(drawn) >= 9
+    assert page.evaluate(CUT_OFF) == []
     page.close()
+
+
+CUT_OFF = """[...document.querySelectorAll('svg.chart text')].filter(t => {
+  const [own, whole] = [t, t.ownerSVGElement].map(e => e.getBoundingClientRect());
+  return own.left < whole.left - 1 || own.right > whole.right + 1 || own.bottom > whole.bottom + 1;
+}).map(t => t.textContent)"""
+
+
+def kind_of(file: Path) -> str:
+    """Which of `PAGES` it is."""
+    return file.parent.name.rstrip("0123456789")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [PHONE, DESK])
+@pytest.mark.parametrize("page_file", ["pareto"], indirect=True)
+def test_every_mark_of_the_pareto_page_is_shown_and_told(
+    browser: Any, page_file: Path, width: int, scheme: str
+) -> None:
+    page, said, _ = opened(browser, page_file, width, scheme)
+    tip = page.locator(".tip")
+    marks = [chart.locator(".told").all() for chart in page.locator("svg.chart").all()]
+    # Four models by what is gone; by speed four with dense kernels, and two with sparse ones as well.
+    assert [len(found) for found in marks] == [4, 6]
+    for mark in [m for found in marks for m in found]:
+        circle = mark.locator("circle")
+        assert circle.bounding_box()["width"] >= 5
+        colours = circle.evaluate("c => [getComputedStyle(c).stroke, getComputedStyle(document.body).backgroundColor]")
+        inks = sorted(map(luminance, colours))
+        assert (inks[1] + 0.05) / (inks[0] + 0.05) >= 3
+        circle.scroll_into_view_if_needed()
+        for point_at, leave in ((circle.hover, lambda: page.mouse.move(1, 1)), (mark.focus, mark.blur)):
+            point_at()
+            assert tip.is_visible()
+            assert tip.inner_text() == mark.get_attribute("data-told")
+            box = tip.bounding_box()
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= width
+            leave()
+            assert tip.is_hidden()
+    assert page.evaluate(COVERED) == []
+    assert said == []
+    page.close()
+
+
+# Numbers of the axis below that a mark lies upon; the box of a text has room above its digits.
+COVERED = """[...document.querySelectorAll('svg.chart')].flatMap(svg => {
+  const numbers = [...svg.querySelectorAll('text[text-anchor=middle]:not(.axis)')];
+  return numbers.filter(t => [...svg.querySelectorAll('circle.mark')].some(c => {
+    const [x, y, top] = [t.x, t.y].map(v => v.baseVal[0].value).concat(parseFloat(getComputedStyle(t).fontSize) * 0.73);
+    const reach = c.r.baseVal.value + 1, half = t.getBBox().width / 2;
+    return Math.abs(c.cx.baseVal.value - x) < reach + half && c.cy.baseVal.value + reach > y - top;
+  })).map(t => t.textContent);
+})"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -149,6 +217,7 @@ def test_a_mark_says_what_it_is(browser: Any, page_file: Path, width: int) -> No
     page.close()
 
 
+@pytest.mark.parametrize("page_file", ["artifacts", "study"], indirect=True)
 def test_on_paper_everything_is_open(browser: Any, page_file: Path, tmp_path: Path) -> None:
     page, said, _ = opened(browser, page_file, DESK)
     assert page.locator("details").count() > 0

@@ -15,6 +15,8 @@ from importlib.resources import files
 WIDTH = 480
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 40, 50
 _LETTER, _LINE = 7, 20
+# Of a row's name, which has the edge beside it: letters are larger on a phone.
+_LARGE = 8
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,13 @@ def heat(
 ) -> str:
     """A map of cells. shade: of a row and a column, from 0 to 1, None where there is no cell. said: what hovering
     tells; words: what stands in the cell."""
-    left = min(170, 16 + _LETTER * max(len(r) for r in rows))
+    left = min(170, 16 + _LARGE * max(len(r) for r in rows))
     wide = max(4.0, min(64.0, (WIDTH - left - _RIGHT) / len(columns)))
     tall = 22
     parts = [_text(0, 18, _cut(title, 56), "start", "title")]
     for i, row in enumerate(rows):
         top = _TOP + i * tall
-        parts.append(_text(left - 8, top + 15, _cut(row, (left - 8) // _LETTER), "end"))
+        parts.append(_text(left - 8, top + 15, _cut(row, (left - 8) // _LARGE), "end"))
         for j in range(len(columns)):
             level = shade(i, j)
             if level is not None:
@@ -216,7 +218,8 @@ def _grid(x: Axis, y: Axis, across: Scale, up: Scale, bottom: float, height: flo
             turned = f'transform="translate({place + 4:.1f} {bottom + 14:g}) rotate(-35)" text-anchor="end"'
             parts.append(f"<text {turned}>{words}</text>")
         elif place - half > last:
-            parts.append(_text(place, bottom + 18, said, "middle"))
+            # Clear of the largest mark that lies on the axis.
+            parts.append(_text(place, bottom + 23, said, "middle"))
             last = place + half + 4
     parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, height - 10, x.title, "middle", "axis"))
     parts.append(
