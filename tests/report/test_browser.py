@@ -227,3 +227,50 @@ def test_on_paper_everything_is_open(browser: Any, page_file: Path, tmp_path: Pa
     assert (tmp_path / "page.pdf").stat().st_size > 5000
     assert said == []
     page.close()
+
+
+@pytest.mark.parametrize("page_file", ["pareto"], indirect=True)
+def test_a_mark_that_the_keyboard_brings_into_view_is_told(browser: Any, page_file: Path) -> None:
+    page, _, _ = opened(browser, page_file, DESK)
+    page.set_viewport_size({"width": DESK, "height": 500})
+    tip, places = page.locator(".tip"), []
+    for mark in page.locator(".told").all():
+        page.keyboard.press("Tab")
+        settle(page)
+        assert mark.evaluate("m => m === document.activeElement")
+        assert tip.is_visible()
+        assert tip.inner_text() == mark.get_attribute("data-told")
+        (own, above), places = (m.bounding_box() for m in (mark, tip)), [*places, page.evaluate("scrollY")]
+        assert 0 <= above["y"] < own["y"] < 500
+        assert own["y"] - above["y"] - above["height"] == pytest.approx(8, abs=3) or above["y"] == 8
+    assert len(set(places)) > 2, "some were off the screen"
+    page.evaluate("scrollBy(0, -20)")
+    settle(page)
+    assert tip.is_visible(), "its mark is still in view"
+    page.evaluate("scrollTo(0, 1e6)")
+    settle(page)
+    assert tip.is_hidden(), "its mark is not"
+    page.close()
+
+
+@pytest.mark.parametrize("page_file", ["pareto"], indirect=True)
+def test_what_the_pointer_had_told_goes_when_the_page_moves(browser: Any, page_file: Path) -> None:
+    page, _, _ = opened(browser, page_file, DESK)
+    tip, (first, other) = page.locator(".tip"), page.locator(".told").all()[:2]
+    first.locator("circle").hover()
+    assert tip.is_visible()
+    other.focus()
+    assert tip.inner_text() == other.get_attribute("data-told")
+    page.mouse.move(1, 1)
+    assert tip.is_visible(), "the pointer left a mark that was told no more"
+    other.blur()
+    first.locator("circle").hover()
+    page.evaluate("scrollBy(0, 5)")
+    settle(page)
+    assert tip.is_hidden()
+    page.close()
+
+
+def settle(page: Any) -> None:
+    """Scrolling is told of with the next picture."""
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
