@@ -109,6 +109,11 @@ def test_the_base_is_a_gallery_name_a_file_or_a_mapping(tmp_path: Path) -> None:
         ({"axes": [axis("seed", 1, wen={})]}, "unknown key 'axes.0.wen'; did you mean 'when'?"),
         ({"evaluations": [{"windows": 0}]}, "evaluations.0.windows should be greater than or equal to 1, not 0"),
         ({"evaluations": [{"txt": "a"}]}, "unknown key 'evaluations.0.txt'; did you mean 'text'?"),
+        ({"evaluations": [{"generate": 0}]}, "evaluations.0.generate should be greater than or equal to 1, not 0"),
+        (
+            {"evaluations": [{"chunk": 8, "generate": 1}]},
+            "evaluations.0: 'generate' goes with a text that is read at once; leave out 'chunk', or 'generate'",
+        ),
         ({"evaluations": EVALUATIONS * 2}, "two evaluations are the same; leave out one"),
         ({"axes": [axis("output", "a")]}, "'output' cannot be varied: each run has a folder of its own"),
         ({"axes": [axis("seed", 1)], "seeds": [0]}, "'seed' is varied by 'seeds'; leave out one of the two"),
@@ -180,11 +185,12 @@ def test_a_run_is_known_by_what_its_result_depends_on(llama: Path, tmp_path: Pat
         id_of(),
         id_of(base={"stages": [RTN | {"group_size": 64}]}),
         id_of(evaluations=[{"text": str(text), "windows": 3}]),
+        id_of(evaluations=[{"text": str(text), "generate": 3}]),
         id_of(baseline=False),
         id_of(seeds=[1]),
     ]
     text.write_text("two!")
-    assert len({*ids, id_of()}) == 6
+    assert len({*ids, id_of()}) == 7
     # None of these matters: not how it was asked for, not what it may take.
     same = {id_of(), id_of(base={"stages": [RTN], "device": "cpu"}), id_of(resources={"cpus": 1})}
     assert same | {id_of(axes=[axis("stages.0.group_size", 32)])} == {id_of()}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from html import unescape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,40 @@ def test_the_table_holds_what_the_results_say(tmp_path: Path, study: Study) -> N
         else:
             assert read["perplexity"] is None
     assert "group_size 128 does not divide the 64 inputs" in table[1]["error"]
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["artifacts", "results alone"])
+def test_what_each_run_writes_stands_side_by_side_on_the_page(
+    laconic: Laconic, llama: Path, text: Path, tmp_path: Path, asked: dict[str, Any], kept: bool
+) -> None:
+    asked["axes"][0]["values"] = ["W8A16", "W2A16"]
+    asked["base"]["stages"] = [RTN | {"group_size": 32}]
+    asked["evaluations"][0]["generate"] = 2
+    out = tmp_path / "out"
+    rows = sweep(load_study(asked), out)
+    written = {}
+    for row, scheme in zip(rows, ("W8A16", "W2A16"), strict=True):
+        (measured,) = json.loads((out / "results" / f"{row['run']}.json").read_text())["evaluations"]
+        made = press(llama, tmp_path / scheme, RTN | {"scheme": scheme, "group_size": 32}).path
+        how = {"text": str(text), "context_length": 32, "windows": 4, "dtype": "float32", "generate": 2}
+        assert measured["samples"] == evaluate(made, baseline=str(llama), **how)["samples"]
+        assert len(measured["samples"]) == 2
+        written[scheme] = measured["samples"]
+    if not kept:
+        shutil.rmtree(out / "runs")
+    assert laconic("report", out, "-o", tmp_path / "page.html").code == 0
+    shown = read_figures((tmp_path / "page.html").read_text())
+    expected = [
+        [("original", eight["original"]), ("W8A16", eight["written"]), ("W2A16", two["written"])]
+        for eight, two in zip(*written.values(), strict=True)
+    ]
+    assert shown == [each for row in expected for each in row]
+
+
+def read_figures(html: str) -> list[tuple[str, str]]:
+    """Of each continuation on a page, who wrote it, and what."""
+    found = re.findall(r"<figure><figcaption>(.*?)</figcaption>(.*?)</figure>", html, re.DOTALL)
+    return [(unescape(who), unescape(what)) for who, what in found]
 
 
 def test_axes_of_mixed_kinds_fit_into_a_column(tmp_path: Path, asked: dict[str, Any]) -> None:
@@ -167,6 +204,10 @@ def test_a_corrupt_result_is_told_and_kept(tmp_path: Path, study: Study, damage:
     [
         (["evaluations.0.text=nowhere.txt"], "evaluations.0: no text file 'nowhere.txt'; check the path"),
         (["evaluations.0.text=short.txt"], "evaluations.0: the evaluation text has "),
+        (
+            ["evaluations.0.generate=5"],
+            "evaluations.0: generate 5 is more than the 4 windows of the text; ask for fewer",
+        ),
         (["evaluations.0.context_length=99999"], "evaluations.0: context_length 99999 is longer than the model's "),
         (["base.calibration.dataset=nowhere.txt"], "run with scheme=W8A16: no text file 'nowhere.txt'; check the path"),
         (["base.calibration.dataset=short.txt"], "run with scheme=W8A16: the calibration text has "),

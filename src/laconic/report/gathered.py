@@ -206,8 +206,11 @@ def _runs(folder: Path) -> list[Evaluated]:
             own = Artifact(path)
             there = (path / "config.json").exists()
             plain = _of(own, name, own.results) if there else Evaluated(path, None, [], None, [], name=name)
-            told = {"recipe": recipe, "compression": result["compress"], "evaluations": result["evaluations"]}
-            found.append(replace(plain, values=values, **told))
+            measured = result["evaluations"]
+            told = {"recipe": recipe, "compression": result["compress"], "evaluations": measured}
+            written = [r for r in measured if "samples" in r]
+            written += [r for r in plain.samples if r["samples"] not in [w["samples"] for w in written]]
+            found.append(replace(plain, values=values, samples=written, **told))
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{file} is no result of a sweep; delete it, and run 'laconic sweep' again") from e
     order = _order(folder)

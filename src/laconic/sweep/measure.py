@@ -16,7 +16,8 @@ from laconic.sweep.study import Evaluation
 def measure(artifact: Path, asked: Evaluation, baseline: str | None) -> dict[str, Any]:
     """What `laconic eval` says of it. Raises: ValueError for what the caller can mend."""
     if asked.chunk is None:
-        return evaluate(artifact, baseline=baseline, **asked.model_dump(exclude={"chunk"}))
+        read = asked.model_dump(exclude={"chunk", "generate"})
+        return evaluate(artifact, baseline=baseline, generate=asked.generate or 0, **read)
     return _through_cache(artifact, asked)
 
 

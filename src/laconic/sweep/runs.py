@@ -124,7 +124,8 @@ def _identified(study: Study, point: Point, recipe: Recipe, source: Source) -> R
     texts += [text.dataset for stage in recipe.stages for text in texts_of(stage)]
     told = {
         **made_of,
-        "evaluations": [e.model_dump() for e in study.evaluations],
+        # Runs that were measured before there was a 'generate' are the same without it.
+        "evaluations": [e.model_dump(exclude=set() if e.generate else {"generate"}) for e in study.evaluations],
         "baseline": study.baseline,
         "texts": {text: _content(text) for text in texts},
     }

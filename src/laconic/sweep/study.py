@@ -26,13 +26,21 @@ class _Strict(BaseModel):
 class Evaluation(_Strict):
     """What `laconic eval` takes: a text, tokens a window, how many windows, the dtype to compute in. chunk: read
     through the artifact's own key-value cache, so many tokens at a time, as `laconic eval --suite long` does; without
-    it a window is read at once, and what a cache stores is not looked at."""
+    it a window is read at once, and what a cache stores is not looked at. generate: how many openings of the text the
+    artifact continues, and the original where it is measured."""
 
     text: str = "wikitext2"
     context_length: int | None = Field(None, ge=2)
     windows: int | None = Field(None, ge=1)
     chunk: int | None = Field(None, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    generate: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluation:
+        if self.generate and self.chunk:
+            raise ValueError("'generate' goes with a text that is read at once; leave out 'chunk', or 'generate'")
+        return self
 
 
 class Axis(_Strict):

@@ -10,14 +10,15 @@ from laconic.model.data import HUB_TEXTS, evaluation_windows, read_documents, re
 from laconic.model.load import Source, load_tokenizer, open_source
 from laconic.recipe import Recipe
 from laconic.sweep.runs import Run, texts_of
+from laconic.sweep.study import Evaluation
 from laconic.walking import calibration_ids
 
 
 def check_texts(runs: Iterable[Run]) -> None:
-    """Read as much of every text as fills one window, with the tokenizer of the model that is to read it.
+    """Read as much of every text as is needed to know, with the tokenizer of the model that is to read it.
 
-    Raises: ValueError, with the key of the study, for a text that cannot be read or is too short, and for windows that
-    are longer than a model's context.
+    Raises: ValueError, with the key of the study, for a text that cannot be read or is too short, for windows that are
+    longer than a model's context, and for more openings to continue than there are windows.
     """
     seen: set[Any] = set()
     open_once = cache(open_source)
@@ -25,10 +26,10 @@ def check_texts(runs: Iterable[Run]) -> None:
         assert run.recipe.model is not None
         source = open_once(run.recipe.model)
         for number, asked in enumerate(run.evaluations):
-            key: Any = (run.recipe.model, asked.text, asked.context_length)
+            key: Any = (run.recipe.model, asked.text, asked.context_length, asked.windows, asked.generate)
             if key not in seen:
                 seen.add(key)
-                _said_of(f"evaluations.{number}", _evaluated, source, asked.text, asked.context_length)
+                _said_of(f"evaluations.{number}", _evaluated, source, asked)
         if (shortest := _calibrated(run.recipe)) is not None:
             key = (run.recipe.model, shortest.calibration)
             if key not in seen:
@@ -41,13 +42,15 @@ def check_texts(runs: Iterable[Run]) -> None:
                     _said_of(f"run with {run.name}: {stage.method}", _opened, text)
 
 
-def _evaluated(source: Source, text: str, context_length: int | None) -> None:
+def _evaluated(source: Source, asked: Evaluation) -> None:
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None) or 2048
-    length = min(2048, limit) if context_length is None else context_length
+    length = min(2048, limit) if asked.context_length is None else asked.context_length
     if length > limit:
         raise ValueError(f"context_length {length} is longer than the model's context of {limit}; lower it")
-    documents = read_documents(**HUB_TEXTS.get(text, {"dataset": text}))
-    evaluation_windows(documents, load_tokenizer(source.folder), length=length, limit=1)
+    documents = read_documents(**HUB_TEXTS.get(asked.text, {"dataset": asked.text}))
+    found = len(evaluation_windows(documents, load_tokenizer(source.folder), length=length, limit=asked.windows))
+    if asked.generate and asked.generate > found:
+        raise ValueError(f"generate {asked.generate} is more than the {found} windows of the text; ask for fewer")
 
 
 def _opened(text: Any) -> None:
