@@ -273,6 +273,91 @@ def test_answers_are_generated_with_the_cache_asked_for(
     assert made[-1].effective_bits() < 8
 
 
+def request(kind: Any, task: str, document: int, *asked: Any) -> Any:
+    from lm_eval.api.instance import Instance
+
+    return Instance(kind, {}, asked, 0, (task, document, 1))
+
+
+def test_prompts_are_cut_as_lm_eval_cuts_them_and_counted(roomy: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from laconic.evaluate.lm import OpenedLM
+
+    model, tokenizer = original(roomy, torch.float32), load_tokenizer(roomy)
+    ours = OpenedLM(model, tokenizer, context_length=24, batch_size=3)
+    theirs = HFLM(original(roomy, torch.float32), tokenizer=tokenizer, max_length=24, batch_size=3)
+    # From prompts that just fit to such as do not by far; of the last the answer fills the context by itself.
+    prompts = [(phrase(i, 2 + i % 9), " " + LETTERS[i : i + 3 + i % 5]) for i in range(20)] + [
+        (LETTERS[:9], LETTERS[:24])
+    ]
+    likely = [request("loglikelihood", "a", i, *prompt) for i, prompt in enumerate(prompts)]
+    found = ours.loglikelihood(likely, disable_tqdm=True)
+    expected = theirs.loglikelihood(likely, disable_tqdm=True)
+    assert [ll for ll, _ in found] == pytest.approx([ll for ll, _ in expected], rel=1e-5)
+    assert [first for _, first in found] == [first for _, first in expected]
+    how = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
+    written = [request("generate_until", "b", i // 2, prompt, how) for i, (prompt, _) in enumerate(prompts)]
+    assert ours.generate_until(written, disable_tqdm=True) == theirs.generate_until(written, disable_tqdm=True)
+    # What is read: a BOS, the prompt, and the answer but for its last token.
+    tokens = [len(tokenizer(a + b).input_ids) - 1 for a, b in prompts]
+    assert 24 in tokens
+    beside = {i // 2 for i, (prompt, _) in enumerate(prompts) if len(tokenizer(prompt).input_ids) + 6 > 24}
+    assert ours.cut == {"a": sum(n > 24 for n in tokens), "b": len(beside)}
+    assert 0 < ours.cut["a"] < len(prompts)
+    assert 0 < ours.cut["b"] < len(prompts) / 2
+    assert ours.refused == {}
+
+
+def test_a_task_that_does_not_fit_is_named_and_the_others_are_kept(
+    laconic: Laconic, llama: Path, tmp_path: Path
+) -> None:
+    data, made = tmp_path / "data", press(llama, tmp_path / "w8", rtn("W8A16"))
+    data.mkdir()
+    write(data / "piqa.jsonl", multiple_choice(4, choices=2))
+    write(data / "gsm8k_test.jsonl", [{"question": phrase(0, 2), "answer": "#### 4"}])
+    told = ("--tasks-data", data, "--fewshot", "0", "--baseline", llama)
+    assert laconic("eval", made.path, "--tasks", "piqa", *told).code == 0
+    alone = made.results["tasks-piqa-0shot"]
+    ran = laconic("eval", made.path, "--tasks", "gsm8k,piqa", *told)
+    kept = made.results["tasks-gsm8k+piqa-0shot"]
+    assert [kept[key] for key in ("rows", "calibration", "shots")] == [
+        alone[key] for key in ("rows", "calibration", "shots")
+    ]
+    assert list(kept["refused"]) == ["gsm8k"]
+    assert alone["refused"] == {}
+    assert ran.code == 2
+    (line,) = ran.err.splitlines()
+    assert line.startswith(
+        "laconic: 1 of 2 tasks not measured (the others are), the first: the task 'gsm8k' has answers"
+    )
+    assert "without gsm8k, whose answers leave no room for a prompt in 256 tokens" in " ".join(ran.out.split())
+
+
+def test_a_group_of_which_a_task_does_not_fit_gives_way_to_the_others(roomy: Path, tmp_path: Path) -> None:
+    for name, words in {"blimp_adjunct_island": 9, "blimp_inchoative": 3}.items():
+        pairs = [{"sentence_good": phrase(5 * i, words), "sentence_bad": phrase(5 * i + 2, words)} for i in range(6)]
+        write(tmp_path / f"{name}.jsonl", pairs)
+    result = evaluate_tasks(roomy, tasks=["blimp"], data=tmp_path, context_length=32, quiet=True)
+    assert list(result["refused"]) == ["blimp_adjunct_island"]
+    assert [row["task"] for row in result["rows"]] == ["blimp_inchoative"]
+    assert result["subtasks"] == []
+    assert list(result["shots"]) == ["blimp_inchoative"]
+    assert [row["task"] for row in result["calibration"]] == ["blimp_inchoative"]
+
+
+def test_the_table_says_how_many_prompts_were_cut(laconic: Laconic, llama: Path, tmp_path: Path) -> None:
+    rows = multiple_choice(6)
+    for row in rows[:2]:
+        row["question"] = phrase(0, 12)
+    write(tmp_path / "arc_easy.jsonl", rows)
+    write(tmp_path / "mmlu.jsonl", [row | {"subject": "anatomy" if i else "virology"} for i, row in enumerate(rows)])
+    ran = laconic("eval", llama, "--tasks", "arc_easy,mmlu", "--tasks-data", tmp_path, "--context-length", "90")
+    assert ran.code == 0, ran.err
+    said = " ".join(ran.out.split())
+    assert "prompts that lost their beginning, to fit 90 tokens: mmlu 6 of 6, arc_easy 2 of 6" in said
+
+
 def test_a_result_is_kept_with_all_that_it_depends_on(artifact: Artifact, roomy: Path, tmp_path: Path) -> None:
     write(tmp_path / "piqa.jsonl", multiple_choice(5, choices=2))
     how = {"baseline": str(roomy), "tasks": ["piqa"], "data": tmp_path, "limit": 3, "context_length": 200}
@@ -359,14 +444,17 @@ def test_names_of_the_hub_are_opened_with_their_groups_and_tags(
             "--context-length 4096 is not between 2 and the model's context of 256",
         ),
         (
-            ["--tasks", "arc_easy", "--context-length", "20"],
-            "the task 'arc_easy' needs 51 tokens, more than the context of 20; lower --fewshot",
+            ["--tasks", "arc_easy", "--context-length", "5"],
+            "the task 'arc_easy' has answers of up to 8 tokens, which leave no room for a prompt in a context of 5;",
         ),
         (
             ["--tasks", "arc_easy", "--fewshot", "2"],
             "the task 'arc_easy' with 2 examples in a prompt finds 0 in {data}/arc_easy_train.jsonl; add some",
         ),
-        (["--tasks", "gsm8k", "--fewshot", "0"], "the task 'gsm8k' needs 281 tokens, more than the context of 256"),
+        (
+            ["--tasks", "gsm8k", "--fewshot", "0"],
+            "the task 'gsm8k' has answers of up to 256 tokens, which leave no room for a prompt in a context of 256;",
+        ),
         (["--limit", "3"], "--tasks-data, --limit and --fewshot go with --tasks"),
     ],
     ids=lambda p: " ".join(p) if isinstance(p, list) else "",

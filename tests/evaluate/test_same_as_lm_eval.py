@@ -121,7 +121,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "roomy", max_position_embeddings=1024)
 
 
-def lm_evals_own(model: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> Row:
+def lm_evals_own(model: Path, task: str, monkeypatch: pytest.MonkeyPatch, context: int | None) -> Row:
     """What lm-eval says of its task by itself, the Hub played by rows in its form."""
     import datasets
     import lm_eval.tasks
@@ -135,17 +135,27 @@ def lm_evals_own(model: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> Row
         patched.setattr(datasets, "load_dataset", lambda *_, **__: splits)
         home = Path(lm_eval.tasks.__file__).parent / HOMES.get(task, task)
         manager = lm_eval.tasks.TaskManager(include_path=str(home), include_defaults=False)
-        lm = HFLM(original(model, torch.float32), tokenizer=AutoTokenizer.from_pretrained(model), batch_size=3)
+        lm = HFLM(
+            original(model, torch.float32),
+            tokenizer=AutoTokenizer.from_pretrained(model),
+            batch_size=3,
+            max_length=context,
+        )
         found: Any = evaluator.simple_evaluate(lm, tasks=[task], task_manager=manager, bootstrap_iters=0)
     return {key.partition(",")[0]: v for key, v in found["results"][task].items() if isinstance(v, float)}
 
 
+@pytest.mark.parametrize("context", [None, 24], ids=["whole", "cut"])
 @pytest.mark.parametrize("task", PAIRS)
-def test_a_local_task_is_lm_evals_own(task: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_task_is_lm_evals_own(
+    task: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, context: int | None
+) -> None:
     file, pairs = PAIRS[task]
     write(tmp_path / f"{file}.jsonl", [local for local, _ in pairs])
-    result = evaluate_tasks(model, tasks=[task], data=tmp_path, dtype="float32", quiet=True)
-    theirs = lm_evals_own(model, task, monkeypatch)
+    result = evaluate_tasks(model, tasks=[task], data=tmp_path, dtype="float32", context_length=context, quiet=True)
+    theirs = lm_evals_own(model, task, monkeypatch, context)
+    # A text without a question is read in windows, which lose nothing.
+    assert bool(result["cut"]) == (context is not None and task not in ("c4", "wikitext"))
     assert result["rows"]
     for row in result["rows"]:
         assert row["value"] == pytest.approx(theirs[row["metric"]], rel=1e-5), row["metric"]

@@ -122,15 +122,7 @@ def evaluate(
             quiet=json_ or not err.is_terminal,
         )
         _draw_reliability(result, reliability)
-        if json_:
-            print_json(result)
-            return
-        from laconic.report.interval_table import interval_tables
-        from laconic.report.task_table import tasks_table
-
-        out.print(tasks_table(result))
-        for table in interval_tables(result):
-            out.print(table)
+        _show_tasks(result, json_)
         return
     if kv:
         raise ValueError("--kv goes with --suite long, or with --tasks for one cache to generate with")
@@ -162,6 +154,22 @@ def evaluate(
         out.print(samples_table(result["samples"]))
     for table in interval_tables(result):
         out.print(table)
+
+
+def _show_tasks(result: dict[str, Any], json_: bool) -> None:
+    """Raises: ValueError, when all is shown, where there are tasks that could not be measured."""
+    if json_:
+        print_json(result)
+    else:
+        from laconic.report.interval_table import interval_tables
+        from laconic.report.task_table import tasks_table
+
+        out.print(tasks_table(result))
+        for table in interval_tables(result):
+            out.print(table)
+    if refused := list(result["refused"].values()):
+        tasks = len(refused) + len(result["shots"])
+        raise ValueError(f"{len(refused)} of {tasks} tasks not measured (the others are), the first: {refused[0]}")
 
 
 def _draw_reliability(result: dict[str, Any], file: Path | None) -> None:

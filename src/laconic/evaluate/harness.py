@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -56,12 +56,13 @@ def evaluate_tasks(
     tasks: lm-eval's names of tasks, groups or tags, or patterns of them; or suite: `standard`, the tasks of
     `suites.STANDARD`, of which those that `data` has no file for are left out, and named. data: a folder of local JSONL
     files to take the documents from, in place of the Hub. limit: the first so many documents of each task. fewshot:
-    examples in a prompt (the task's own number when not given). context_length: tokens a prompt may have (the model's
-    context when not given). dtype: to compute in (the checkpoint's own when not given). kv: one cache, as `caches_for`
-    reads it, that the artifact generates with, in place of its own if it has one. quiet: without lm-eval's progress
-    bars.
+    examples in a prompt (the task's own number when not given). context_length: tokens a prompt and its answer may have
+    (the model's context when not given); a longer prompt loses its beginning. dtype: to compute in (the checkpoint's
+    own when not given). kv: one cache, as `caches_for` reads it, that the artifact generates with, in place of its own
+    if it has one. quiet: without lm-eval's progress bars.
 
-    Returns what is written to `results/` of the artifact. Raises: ValueError for what the caller can mend.
+    Returns what is written to `results/` of the artifact. Of tasks whose answers do not fit the context there are no
+    rows, and `refused` says why. Raises: ValueError for what the caller can mend; where no task fits, too.
     """
     for what, value, least in (("--limit", limit, 1), ("--fewshot", fewshot, 0), ("--batch-size", batch_size, 1)):
         if value is not None and value < least:
@@ -97,8 +98,11 @@ def evaluate_tasks(
             # One model in memory at a time.
             del ours, lm
             gc.collect()
+    refused = runs[0].refused
+    if refused and not runs[0].scores:
+        raise ValueError(next(iter(refused.values())))
     rows = compare(runs[0].scores, runs[1].scores if baseline else None)
-    inner = _members(opened)
+    inner = _members(opened, {row["task"] for row in rows})
     top = [row for row in rows if row["task"] not in inner]
     calibration = compare_calibration(runs[0].predictions, runs[1].predictions if baseline else None)
     result: dict[str, Any] = {
@@ -111,6 +115,8 @@ def evaluate_tasks(
         "limit": limit,
         "fewshot": fewshot,
         "shots": runs[0].shots,
+        "refused": refused,
+        "cut": runs[0].cut,
         "rows": top,
         "subtasks": [row for row in rows if row["task"] in inner],
         "calibration": [row for row in calibration if row["task"] not in inner],
@@ -146,10 +152,15 @@ def _generate_with(model: PreTrainedModel, kv: Sequence[str]) -> str | None:
 
 @dataclass(frozen=True)
 class _Run:
+    """cut: by task or group, of how many documents a prompt lost its beginning. refused: as `OpenedLM` has it; there is
+    nothing else of these tasks, nor of groups that they belong to."""
+
     scores: list[Score]
     predictions: dict[str, Predictions]
     shots: dict[str, int]
     versions: dict[str, Any]
+    cut: dict[str, int]
+    refused: dict[str, str]
 
 
 def _run(lm: Any, opened: list[Any], manager: Any, limit: int | None, fewshot: int | None) -> _Run:
@@ -170,12 +181,18 @@ def _run(lm: Any, opened: list[Any], manager: Any, limit: int | None, fewshot: i
             **SEEDS,
         )
     loaded = manager.load(opened)
-    leaves = read_scores(results, loaded["tasks"])
+    tasks = {name: task for name, task in loaded["tasks"].items() if name not in lm.refused}
+    members = {name: [task.task_name for task in group.get_all_tasks()] for name, group in loaded["groups"].items()}
+    groups = {name: loaded["groups"][name] for name, within in members.items() if not lm.refused.keys() & set(within)}
+    leaves = read_scores(results, tasks)
+    cut = {name: sum(lm.cut[task] for task in members.get(name, [name])) for name in [*groups, *tasks]}
     return _Run(
-        read_groups(results, loaded["groups"], leaves) + leaves,
-        with_groups(read_predictions(results, loaded["tasks"]), loaded["groups"]),
-        {name: results["n-shot"][name] for name in loaded["tasks"]},
-        {name: results["versions"][name] for name in loaded["tasks"]},
+        read_groups(results, groups, leaves) + leaves,
+        with_groups(read_predictions(results, tasks), groups),
+        {name: results["n-shot"][name] for name in tasks},
+        {name: results["versions"][name] for name in tasks},
+        {name: documents for name, documents in cut.items() if documents},
+        dict(lm.refused),
     )
 
 
@@ -226,9 +243,10 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _members(opened: Sequence[Any]) -> set[str]:
-    """Names of the tasks and groups for which a group stands that has a value of its own."""
-    groups = [item for item in opened if getattr(item, "has_aggregation", False)]
+def _members(opened: Sequence[Any], shown: Set[str]) -> set[str]:
+    """Names of the tasks and groups for which a group stands that has a value of its own, and is among `shown`."""
+    found = [g for item in opened if hasattr(item, "get_all_groups") for g in (item, *item.get_all_groups())]
+    groups = [group for group in found if group.has_aggregation and group.name in shown]
     inner = {task.task_name for group in groups for task in group.get_all_tasks()}
     return inner | {below.name for group in groups for below in group.get_all_groups()}
 

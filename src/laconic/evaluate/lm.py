@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class OpenedLM(HFLM):  # type: ignore[misc]
-    """lm-eval's transformers model around one that is open already, which refuses where lm-eval would go on: prompts
-    that do not fit the context (it cuts their beginning) and logits that are no numbers (it picks an answer)."""
+    """lm-eval's transformers model around one that is open already. A prompt that does not fit the context loses its
+    beginning, as there. Otherwise than there such prompts are counted; a task whose answers leave no room for a prompt
+    is refused by itself, and does not end the run; logits that are no numbers do end it, where lm-eval picks an answer.
+
+    cut: by task, documents of which a prompt lost its beginning. refused: by task, why it could not be measured; its
+    requests get answers that mean nothing.
+    """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, context_length: int, batch_size: int
@@ -27,32 +33,57 @@ class OpenedLM(HFLM):  # type: ignore[misc]
             # In 16 bit two answers are often exactly as likely, and the first of them wins.
             softmax_dtype=torch.float32,
         )
-        # Of the requests being run; windows of a rolling likelihood have none, but they fit.
-        self._names: Sequence[str] = ()
+        self.cut: Counter[str] = Counter()
+        self.refused: dict[str, str] = {}
+        # Requests being run; windows of a rolling likelihood are of none, but they fit.
+        self._asked: Sequence[Any] = ()
         model.register_forward_hook(_check_finite)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-        self._names = [r.task_name for r in requests]
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        self._asked = requests
+        try:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._asked = ()
 
     def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **how: Any) -> Any:
+        if not self._asked:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **how)
+        answers = [len(answer) for _, _, answer in requests]
         # The last token is only predicted, never read.
-        self._check_fit([len(context) + len(continuation) - 1 for _, context, continuation in requests])
-        return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **how)
+        needed = [len(context) + n - 1 for (_, context, _), n in zip(requests, answers, strict=True)]
+        measured = self._measured(self._asked, answers, needed, least=0)
+        left = [r for r, kept in zip(requests, measured, strict=True) if kept]
+        said = iter(super()._loglikelihood_tokens(left, disable_tqdm=disable_tqdm, **how) if left else ())
+        return [next(said) if kept else (0.0, False) for kept in measured]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-        self._names = [r.task_name for r in requests]
-        room = [normalize_gen_kwargs(r.args[1], self.max_gen_toks)["max_gen_toks"] for r in requests]
-        self._check_fit([len(self.tok_encode(r.args[0])) + n for r, n in zip(requests, room, strict=True)])
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        answers = [normalize_gen_kwargs(r.args[1], self.max_gen_toks)["max_gen_toks"] for r in requests]
+        needed = [len(self.tok_encode(r.args[0])) + n for r, n in zip(requests, answers, strict=True)]
+        measured = self._measured(requests, answers, needed, least=1)
+        left = [r for r, kept in zip(requests, measured, strict=True) if kept]
+        said = iter(super().generate_until(left, disable_tqdm=disable_tqdm) if left else ())
+        return [next(said) if kept else "" for kept in measured]
 
-    def _check_fit(self, lengths: Sequence[int]) -> None:
-        worst = max(range(len(lengths)), key=lambda i: lengths[i])
-        if lengths[worst] > self.max_length:
-            raise ValueError(
-                f"the task '{self._names[worst]}' needs {lengths[worst]} tokens, more than the context of "
-                f"{self.max_length}; lower --fewshot, raise --context-length if the model has more, or leave it out"
-            )
+    def _measured(
+        self, requests: Sequence[Any], answers: Sequence[int], needed: Sequence[int], *, least: int
+    ) -> list[bool]:
+        """Which requests are of tasks that can be measured; those that are cut are counted. answers: tokens of each
+        request's; needed: with its prompt. least: tokens that have to be there beside an answer."""
+        longest: dict[str, int] = {}
+        for request, n in zip(requests, answers, strict=True):
+            longest[request.task_name] = max(n, longest.get(request.task_name, 0))
+        for task, n in longest.items():
+            if n + least > self.max_length:
+                self.refused[task] = (
+                    f"the task '{task}' has answers of up to {n} tokens, which leave no room for a prompt in a context "
+                    f"of {self.max_length}; raise --context-length if the model has more, or leave the task out"
+                )
+        measured = [request.task_name not in self.refused for request in requests]
+        found = zip(requests, needed, measured, strict=True)
+        long = {(r.task_name, r.doc_id) for r, n, kept in found if kept and n > self.max_length}
+        self.cut.update(task for task, _ in long)
+        return measured
 
 
 def _check_finite(model: PreTrainedModel, _: Any, output: Any) -> None:

@@ -55,6 +55,13 @@ def tasks_caption(result: Mapping[str, Any]) -> str:
         said += f"; without {', '.join(result['left_out'])} of the standard suite, which have no file there"
     if result["limit"]:
         said += f", the first {result['limit']} of each task"
+    room = f"{result.get('context_length')} tokens"
+    if result.get("refused"):
+        said += f"; without {', '.join(result['refused'])}, whose answers leave no room for a prompt in {room}"
+    documents = {row["task"]: row["documents"] for row in result["rows"]}
+    if cut := {task: n for task, n in result.get("cut", {}).items() if task in documents}:
+        told = ", ".join(f"{task} {n} of {documents[task]}" for task, n in cut.items())
+        said += f"; prompts that lost their beginning, to fit {room}: {told}"
     if result["mean_recovery"] is not None:
         said += (
             f"; mean recovery {result['mean_recovery']:.1%} (a task counts once: acc_norm, else acc, else exact_match)"
