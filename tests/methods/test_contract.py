@@ -16,7 +16,7 @@ from torch import Tensor
 import laconic
 from artifacts import Stage, inputs, press, quantized_linears, same_bytes, tensors, windows
 from laconic import Artifact
-from laconic.engine import walk
+from laconic.engine import treatment
 from laconic.engine.beside import attach, compress_tap
 from laconic.engine.model_stage import ModelStage
 from laconic.engine.stage import BlockStage, Outcome, QuantizingStage
@@ -162,8 +162,8 @@ def test_the_file_decodes_to_what_was_chosen(
 
         return choose_and_keep
 
-    monkeypatch.setattr(walk, "compress_tap", watched(compress_tap))
-    monkeypatch.setattr(walk, "attach", watched(attach))
+    monkeypatch.setattr(treatment, "compress_tap", watched(compress_tap))
+    monkeypatch.setattr(treatment, "attach", watched(attach))
     path = press(llama, tmp_path / "watched", stage, text=text).path
     found = linears_in(path, [e["linear"] for e in artifact.log])
     assert torch.equal(torch.cat([w.flatten() for w in found]), torch.cat([w.flatten() for w in chosen]))
