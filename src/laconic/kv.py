@@ -21,13 +21,15 @@ def kv_cache(model: PreTrainedModel, method: str = "kivi", **options: Any) -> Kv
     method, options: as a stage of a recipe has them. Raises: ValueError for what a recipe would refuse, for a method
     that needs calibration, and for a model that cannot have such a cache.
     """
+    if not hasattr(model, "get_decoder"):
+        raise ValueError(f"kv_cache wants an open model, as laconic.load(...) gives it, not {type(model).__name__}")
     return make_cache(model, kv_scheme(model.config, {"method": method, **options}))
 
 
 def kv_scheme(config: Any, stage: Mapping[str, Any]) -> KvScheme:
     """The scheme that a stage, given as a mapping, gives the cache of a model of this config. Raises: ValueError."""
     kinds: dict[str, Any] = {m.model_fields["method"].default: m for m in METHODS if issubclass(m, CacheStage)}
-    kind: type[CacheStage] | None = kinds.get(stage.get("method", ""))
+    kind: type[CacheStage] | None = kinds.get(str(stage.get("method")))
     if kind is None:
         raise ValueError(f"no cache method '{stage.get('method')}'; choose one of {', '.join(kinds)}")
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
 import laconic
 from artifacts import original
@@ -101,14 +101,16 @@ def test_keys_lose_their_rotary_embedding_and_get_it_back(family: str, tmp_path:
 
 
 @every_way
-def test_padding_on_the_left_changes_nothing(way: dict[str, Any], model: PreTrainedModel) -> None:
-    short, pads = ids(1, 20), 7
+@pytest.mark.parametrize("chunk", [4, 30])
+def test_padding_on_the_left_changes_nothing(way: dict[str, Any], chunk: int, model: PreTrainedModel) -> None:
+    # Padding is known from the first pass on, be it all padding (4) or all of the prompt (30), with more to follow.
+    short, pads = ids(1, 33), 7
     padded = torch.cat([torch.full((1, pads), 1), short], 1)
-    both = torch.cat([padded, ids(1, 27, 1)])
+    both = torch.cat([padded, ids(1, 40, 1)])
     mask = torch.ones_like(both)
     mask[0, :pads] = 0
     alone = through(model, cache_of(model, SIXTEEN, **way), short, 4)
-    found = through(model, cache_of(model, SIXTEEN, **way), both, 4, mask)[:1, pads:]
+    found = through(model, cache_of(model, SIXTEEN, **way), both, chunk, mask)[:1, pads:]
     assert close(found, alone, 1e-4)
 
 
@@ -263,11 +265,45 @@ def test_a_plain_model_in_two_lines(model: PreTrainedModel) -> None:
         ("kivi", {"group_size": 12}, "does not divide"),
         ("kvquant", {}, "is calibrated"),
         ("kivi", {"residual_length": -1}, "residual_length"),
+        ("kivi", {"group_size": 512}, "would store nothing in the model's context of 256 tokens: 512 are stored tog"),
+        ("kivi", {"group_size": 16, "residual_length": 256}, "16 are stored together, and 256 recent ones and 0 first"),
+        ("kv_per_token", {"sinks": 10**9}, "1000000000 first ones stay in 16 bit; lower group_size, residual_length"),
+        (["kivi"], {}, r"no cache method '\['kivi'\]'; choose one of kivi, "),
     ],
 )
 def test_nonsense_is_refused(method: str, options: dict[str, Any], told: str, model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=told):
         laconic.kv_cache(model, method, **options)
+
+
+def test_what_is_no_model_is_told(llama: Path) -> None:
+    with pytest.raises(ValueError, match="kv_cache wants an open model, as "):
+        laconic.kv_cache(llama, "kivi")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [-21, -300, 5])
+def test_a_crop_that_cannot_be_leaves_the_cache_as_it_is(count: int, model: PreTrainedModel) -> None:
+    cache, tokens = cache_of(model, EIGHT, residual_length=3), ids(1, 20)
+    through(model, cache, tokens, 5)
+    before = [t.clone() for layer in cache.packed for t in layer.tensors()]
+    with pytest.raises(ValueError, match=r"crop\("):
+        cache.crop(count)
+    assert cache.get_seq_length() == 20
+    assert all(map(torch.equal, before, (t for layer in cache.packed for t in layer.tensors())))
+
+
+def test_a_cache_of_another_batch_or_model_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    cache = cache_of(model)
+    through(model, cache, ids(1, 8), 8)
+    with pytest.raises(ValueError, match="holds 1 texts and is given 3; make a new one for each batch"):
+        through(model, cache, ids(3, 8), 8)
+    assert cache.get_seq_length() == 8
+    deeper = original(make_model(tmp_path / "deeper", num_hidden_layers=3), torch.float32)
+    with pytest.raises(ValueError, match="has 2 layers and the model more"):
+        through(deeper, cache_of(model), ids(1, 8), 8)
+    same = original(make_model(tmp_path / "same"), torch.float32)
+    with pytest.raises(ValueError, match="was not told where tokens are, so it was made for another model"):
+        through(same, cache_of(model, pre_rope=True), ids(1, 16), 8)
 
 
 def test_keys_without_a_rotary_embedding_are_refused(tmp_path: Path) -> None:
@@ -278,7 +314,13 @@ def test_keys_without_a_rotary_embedding_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("keys", "told"),
-    [({"kv_lora_rank": 8}, "latent vectors"), ({"layer_types": ["linear_attention"] * 2}, "state-space")],
+    [
+        ({"kv_lora_rank": 8}, "latent vectors"),
+        ({"layer_types": ["linear_attention"] * 2}, "state-space"),
+        ({"mamba_d_state": 16}, "state-space"),
+        ({"layer_types": ["folded_attention"] * 2}, "'llama' has a cache of its own"),
+        ({"is_encoder_decoder": True}, "an encoder and a decoder"),
+    ],
 )
 def test_models_that_cache_something_else_are_refused(keys: dict[str, Any], told: str, llama: Path) -> None:
     config = original(llama).config
@@ -286,6 +328,17 @@ def test_models_that_cache_something_else_are_refused(keys: dict[str, Any], told
         vars(config)[name] = value
     with pytest.raises(ValueError, match=told):
         kv_shape(config)
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "t5", "falcon_h1", "deepseek_v3", "mamba2", "jamba"])
+def test_kinds_that_cache_something_else_are_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"'{kind}' "):
+        kv_shape(AutoConfig.for_model(kind))
+
+
+def test_one_key_value_head_for_all_is_seen() -> None:
+    assert kv_shape(AutoConfig.for_model("gpt_bigcode")).heads == 1
+    assert kv_shape(AutoConfig.for_model("dbrx", attn_config={"kv_n_heads": 4})).heads == 4
 
 
 def test_another_models_calibration_is_refused(model: PreTrainedModel) -> None:

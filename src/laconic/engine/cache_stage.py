@@ -95,9 +95,16 @@ class CacheStage(BaseModel):
     def scheme(self, shape: KvShape, layers: Sequence[Layer] | None = None) -> KvScheme:
         """The cache's scheme, with these layers where calibration chose them.
 
-        Raises: ValueError when the model's heads cannot be stored so.
+        Raises: ValueError when the model's heads cannot be stored so, or its context is too short for it.
         """
         keys, values = self.formats(shape)
+        unit = max(keys.tokens_at_once, values.tokens_at_once)
+        if shape.context is not None and self.sinks + self.residual_length + unit > shape.context:
+            raise ValueError(
+                f"{self.method} would store nothing in the model's context of {shape.context} tokens: {unit} are stored"
+                f" together, and {self.residual_length} recent ones and {self.sinks} first ones stay in 16 bit; lower "
+                "group_size, residual_length or sinks"
+            )
         chosen = tuple(layers) if layers else ((HeadGroup(keys, values),),) * shape.layers
         scheme = KvScheme(self.method, chosen, self.residual_length, self.sinks, self.rotation, pre_rope=self.pre_rope)
         scheme.check(shape.layers, shape.heads, shape.channels)

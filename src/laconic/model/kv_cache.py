@@ -50,9 +50,34 @@ class KvCache(Cache):
         super().__init__(layers=list(self.packed))
         self.scheme, self.places = scheme, places
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Forget the last tokens. What is cut out of an encoded group of tokens goes back to the window, decoded."""
-        super().crop(*args, **kwargs)
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take in a layer's new tokens (batch, heads, tokens, channels); return all that attention may look at.
+
+        Raises: ValueError when they are of another model's layer, or of another batch.
+        """
+        if layer_idx >= len(self.packed):
+            raise ValueError(
+                f"this cache has {len(self.packed)} layers and the model more, so it was made for another one; make "
+                "one for each, by laconic.kv_cache"
+            )
+        rows = self.packed[layer_idx].rows
+        if rows not in (None, key_states.shape[0]):
+            raise ValueError(
+                f"this cache holds {rows} texts and is given {key_states.shape[0]}; make a new one for each batch"
+            )
+        seen: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return seen
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, so many below zero. What is cut out of an encoded group of tokens goes back to the
+        window, decoded. Raises: ValueError for more than there are, or a number above zero."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the tokens to forget as a number below zero")
+        if -tokens_to_remove > self.get_seq_length():
+            raise ValueError(f"crop({tokens_to_remove}): the cache has {self.get_seq_length()} tokens")
+        super().crop(tokens_to_remove)
         self.places.cut(self.get_seq_length())
 
     def reset(self) -> None:
@@ -354,6 +379,11 @@ class PackedLayer(CacheLayerMixin):
     def length_kept(self) -> int:
         """Tokens kept."""
         return self.length - self.begin
+
+    @property
+    def rows(self) -> int | None:
+        """Texts of the batch; None while there are no tokens."""
+        return None if self.keys is None else int(self.keys.shape[0])
 
     @property
     def row_numbers(self) -> int:

@@ -9,26 +9,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from laconic.formats.kv_scheme import KvScheme
+from laconic.model.checkpoint import reason
 from laconic.model.kv_attend import reads_packed
 from laconic.model.kv_cache import Calibrated, KvCache
 from laconic.model.places import places_of
 from laconic.model.widths import WIDTHS
 
-_OTHER_STATE = ("mamba", "linear_attention", "recurrent", "conv")
+_OTHER_STATE = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "xlstm")
 
 
 @dataclass(frozen=True)
 class KvShape:
     """layers; heads: key-value heads a layer; channels: of a head; windows: how many tokens each layer attends to
-    (None: all)."""
+    (None: all). context: the most tokens of a text, where the config tells."""
 
     layers: int
     heads: int
     channels: int
     windows: tuple[int | None, ...]
+    context: int | None = None
 
 
 def kv_shape(config: Any) -> KvShape:
@@ -38,15 +40,37 @@ def kv_shape(config: Any) -> KvShape:
     """
     text = config.get_text_config()
     kind = getattr(text, "model_type", "?")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"'{kind}' is an encoder and a decoder, and a quantized cache is for decoders alone")
+    try:
+        shape = _shape(text, kind)
+        # What transformers itself would keep of it tells of what no name does.
+        own = [type(layer).__name__ for layer in DynamicCache(config=config).layers]
+    except KeyError as e:
+        raise ValueError(f"'{kind}' has a cache of its own ({reason(e)}), which a quantized one is not for") from e
+    except (AttributeError, RuntimeError) as e:
+        # The latter is transformers' for what is another number in each layer.
+        raise ValueError(f"'{kind}' does not tell of one shape for all its layers' keys and values: {reason(e)}") from e
+    if any("LinearAttention" in name for name in own):
+        raise ValueError(f"'{kind}' has state-space or recurrent layers, which a quantized cache is not for")
+    return shape
+
+
+def _shape(text: Any, kind: str) -> KvShape:
     if getattr(text, "kv_lora_rank", None):
         raise ValueError(f"'{kind}' caches latent vectors (MLA), not keys and values; a quantized cache is not for it")
     # Where types are not said, a window is every layer's (Mistral).
     kind_of_all = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
     types = getattr(text, "layer_types", None) or [kind_of_all] * text.num_hidden_layers
-    if any(word in t for t in (*types, kind) for word in _OTHER_STATE):
+    beside = any(name.startswith("mamba_") for name in vars(text))
+    if beside or any(word in t for t in (*types, kind) for word in _OTHER_STATE):
         raise ValueError(f"'{kind}' has state-space or recurrent layers, which a quantized cache is not for")
     queries = text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or queries
+    if kind == "gpt_bigcode" and text.multi_query:
+        heads = 1
+    if kind == "dbrx":
+        heads = text.attn_config.kv_n_heads
     if kind == "falcon":
         heads = text.num_kv_heads if text.new_decoder_architecture else 1 if text.multi_query else queries
     own = {w.get("num_key_value_heads", heads) for w in getattr(text, WIDTHS, None) or ()}
@@ -59,7 +83,8 @@ def kv_shape(config: Any) -> KvShape:
     channels = getattr(text, "head_dim", None) or text.hidden_size // queries
     window = getattr(text, "sliding_window", None)
     windows = tuple(window if "sliding" in t or "chunked" in t else None for t in types)
-    return KvShape(text.num_hidden_layers, heads, channels, windows)
+    context = getattr(text, "max_position_embeddings", None)
+    return KvShape(text.num_hidden_layers, heads, channels, windows, context)
 
 
 def make_cache(model: PreTrainedModel, scheme: KvScheme, calibrated: Calibrated | None = None) -> KvCache:

@@ -38,6 +38,8 @@ class Places:
     def begin(self, seen: int, tokens: int, positions: Tensor | None, mask: Tensor | None) -> None:
         """A forward pass of so many tokens begins, after those seen. positions: (rows or 1, tokens). mask: (rows, seen
         + tokens), zero for padding."""
+        # A new text forgets the padding of the one before, whose own is told right below.
+        self.cut(seen)
         self._known.clear()
         # While only padding was seen, more of it may follow.
         plain = mask is None or mask.dim() == 2
@@ -51,7 +53,6 @@ class Places:
             return
         if positions is None:
             positions = torch.arange(seen, seen + tokens)[None]
-        self.cut(seen)
         new = positions.to(torch.int32)
         if self.positions is None:
             self.positions = new
@@ -106,7 +107,11 @@ class Places:
 
     def _angles(self, keys: Tensor, start: int, layer: int) -> tuple[Tensor, Tensor]:
         assert self.rotary is not None
-        assert self.positions is not None
+        if self.positions is None:
+            raise ValueError(
+                "this cache was not told where tokens are, so it was made for another model; make one for each, by "
+                "laconic.kv_cache"
+            )
         stop = start + keys.shape[2]
         kind = self.layer_types[layer] if self.layer_types else None
         if (kind, start, stop) not in self._known:
