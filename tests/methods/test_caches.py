@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import laconic
 from artifacts import Stage, original, press, same_bytes, tensors, tokens
+from commands import Laconic
 from laconic.engine.cache_stage import CacheStage
+from laconic.evaluate.run import evaluate
 from laconic.formats.kv import decode_kv, encode_kv
 from laconic.methods import METHODS
 from laconic.model.kv_open import make_cache
 from laconic.model.kv_reading import KV_CACHE, KV_CONFIG, read_kv_scheme
+from laconic.model.size import measure_size
 from tiny import make_model
 
 NAMES = [m.model_fields["method"].default for m in METHODS if issubclass(m, CacheStage)]
@@ -125,6 +130,45 @@ def test_fixed_ranges_are_those_of_the_models_own_keys(llama: Path, text: Path, 
             fmt, static = getattr(kept[0].layers[i][0], which), kept[1][i][f"{which}.0"]
             back = decode_kv(fmt, encode_kv(fmt, x, static), x.shape[-1], static)
             assert float((back - x).abs().max()) < scale
+
+
+@pytest.mark.parametrize("weights", [[], [{"method": "rtn", "scheme": "W4A16", "group_size": 32}]])
+def test_an_artifact_of_fp8_is_measured_as_any_other(
+    weights: list[dict[str, Any]], llama: Path, text: Path, tmp_path: Path
+) -> None:
+    artifact = press(llama, tmp_path / "fp8", *weights, {"method": "kv_fp8"}, text=text)
+    plain = press(llama, tmp_path / "plain", *weights).path if weights else llama
+    found, expected = measure_size(artifact.path), measure_size(plain)
+    assert (found.parameters, found.schemes, found.covered) == (expected.parameters, expected.schemes, expected.covered)
+    assert evaluate(artifact.path, text=str(text), context_length=64, windows=2)["perplexity"] > 1
+    assert (artifact.path / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda file: file.write_bytes(b""), "cannot be read (Error while deserializing header: "),
+        (lambda file: file.write_bytes(file.read_bytes()[:-9]), "cannot be read (Error while deserializing header: "),
+        (lambda file: rewrite(file, lambda t: t.pop("1.values.0.levels")), "lacks '1.values.0.levels'; copy it"),
+        (lambda file: rewrite(file, lambda t: t.update({"7.keys.0.scale": t["0.keys.0.levels"]})), "cannot be read ("),
+        (lambda file: rewrite(file, lambda t: t.update({"scale": t["0.keys.0.levels"]})), "cannot be read ("),
+    ],
+)
+def test_a_damaged_file_of_what_is_fixed_is_told(
+    harm: Callable[[Path], None], told: str, laconic: Laconic, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    artifact = press(llama, tmp_path / "kvquant", {"method": "kvquant"}, text=text, length=64)
+    file = artifact.path / KV_CACHE
+    harm(file)
+    said = laconic("eval", artifact.path, "--suite", "long", "--measure", "memory", "--lengths", "64").complaint
+    assert said.startswith(f"{file} {told}")
+    assert said.endswith("or compress again")
+
+
+def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    kept = load_file(file)
+    change(kept)
+    save_file({name: t.clone() for name, t in kept.items()}, file)
 
 
 def test_fp8_is_told_to_engines_in_their_words(llama: Path, text: Path, tmp_path: Path) -> None:

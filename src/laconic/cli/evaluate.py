@@ -61,7 +61,8 @@ def evaluate(
     prompt: Annotated[str | None, typer.Option(help="How needles are said: needle, comment, passkey.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens that go through the cache at once; 32 by default.")] = None,
     parts: Annotated[
-        str | None, typer.Option("--measure", metavar="NAME,...", help="Of perplexity, needle, memory, speed; all.")
+        str | None,
+        typer.Option("--measure", metavar="NAME,...", help="Of perplexity, needle, memory, speed (all), longbench."),
     ] = None,
     heat_map: Annotated[Path | None, typer.Option(metavar="SVG", help="Draw the needles found into this file.")] = None,
     json_: Json = False,
@@ -70,13 +71,13 @@ def evaluate(
     several kinds of text; or, with --tasks or --suite standard, standard tasks; or, with --suite long, what a quantized
     cache costs and saves."""
     check_dtype(dtype)
-    long = {
+    long: dict[str, Any] = {
         "lengths": None if lengths is None else numbers("--lengths", lengths),
         "depths": depths,
         "trials": trials,
         "prompt": prompt,
         "chunk": chunk,
-        "parts": None if parts is None else parts.split(","),
+        "parts": None if parts is None else _names(parts),
     }
     asked = {name: value for name, value in long.items() if value is not None}
     if domain and (suite, tasks) != (None, None):
@@ -90,10 +91,19 @@ def evaluate(
     if suite == "long":
         if reliability:
             raise ValueError("--reliability draws texts and tasks; leave it out with --suite long")
-        if (baseline, tasks, tasks_data, limit, fewshot, context_length) != (None,) * 6:
+        if (baseline, fewshot, context_length) != (None,) * 3:
             raise ValueError(
-                "--suite long compares caches of one model; leave out --baseline, --context-length and the tasks"
+                "--suite long compares caches of one model; leave out --baseline, --context-length and --fewshot"
             )
+        of_tasks: dict[str, Any] = {
+            "tasks": None if tasks is None else _names(tasks),
+            "data": tasks_data,
+            "limit": limit,
+        }
+        given = {name: value for name, value in of_tasks.items() if value is not None}
+        if given and "longbench" not in asked.get("parts", ()):
+            raise ValueError("--tasks, --tasks-data and --limit of --suite long go with --measure longbench")
+        asked |= given
         if windows is not None:
             asked["windows"] = windows
         _evaluate_long(model, json_, heat_map, kv=kv or (), text=text, dtype=dtype, batch_size=batch_size, **asked)
@@ -154,6 +164,10 @@ def evaluate(
         out.print(samples_table(result["samples"]))
     for table in interval_tables(result):
         out.print(table)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _show_tasks(result: dict[str, Any], json_: bool) -> None:

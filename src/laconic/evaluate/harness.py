@@ -21,10 +21,11 @@ from laconic.engine.artifact import Artifact
 from laconic.evaluate.bootstrap import method_of
 from laconic.evaluate.caches import read_stage, resolve, slug, title
 from laconic.evaluate.calibration import Predictions
+from laconic.evaluate.longbench import is_longbench
 from laconic.evaluate.recovery import Score, compare, mean_recovery, read_groups, read_scores
 from laconic.evaluate.suites import standard_tasks
 from laconic.evaluate.task_calibration import compare_calibration, read_predictions, with_groups
-from laconic.evaluate.task_files import open_local, suggest
+from laconic.evaluate.task_files import explain, open_local, suggest
 from laconic.model.checkpoint import reason
 from laconic.model.kv_open import use_by_default
 from laconic.model.load import load_tokenizer, model_folder, read_config
@@ -77,23 +78,20 @@ def evaluate_tasks(
         raise ValueError("--tasks names no task; name some, as in --tasks hellaswag,arc_easy")
     folders = [model_folder(str(m)) for m in (model, baseline) if m]
     length = _common_context(folders, context_length, baseline)
-    try:
-        from laconic.evaluate.lm import OpenedLM
-    except ImportError as e:
-        raise ValueError(
-            f"tasks are measured by lm-eval, which cannot be imported ({reason(e)}); pip install 'laconic[eval]'"
-        ) from e
+    require_lm_eval()
+    from laconic.evaluate.lm import OpenedLM
+
     begun = time.monotonic()
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    with _silence() if quiet else nullcontext():
-        opened, manager = open_local(names, Path(data), fewshot) if data else _open_standard(names)
+    with silence() if quiet else nullcontext():
+        opened, manager = open_local(names, Path(data), fewshot) if data else open_hub(names)
         runs, cache = [], None
         for i, folder in enumerate(folders):
             ours = load(folder, device=place, dtype=getattr(torch, dtype) if dtype else None)
             if i == 0:
                 cache = _generate_with(ours, kv)
             lm = OpenedLM(ours, load_tokenizer(folder), context_length=length, batch_size=batch_size)
-            runs.append(_run(lm, opened, manager, limit, fewshot))
+            runs.append(run_tasks(lm, opened, manager, limit, fewshot))
             precision = str(ours.dtype).removeprefix("torch.")
             # One model in memory at a time.
             del ours, lm
@@ -139,6 +137,16 @@ def evaluate_tasks(
     return result
 
 
+def require_lm_eval() -> None:
+    """Raises: ValueError where it cannot be imported."""
+    try:
+        import laconic.evaluate.lm  # noqa: F401
+    except ImportError as e:
+        raise ValueError(
+            f"tasks are measured by lm-eval, which cannot be imported ({reason(e)}); pip install 'laconic[eval]'"
+        ) from e
+
+
 def _generate_with(model: PreTrainedModel, kv: Sequence[str]) -> str | None:
     """Have a model generate with the cache asked for; says which it has, None for transformers' own. Only answers that
     are generated go through a cache; likelihoods are read in one pass, without."""
@@ -151,9 +159,9 @@ def _generate_with(model: PreTrainedModel, kv: Sequence[str]) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """cut: by task or group, of how many documents a prompt lost its beginning. refused: as `OpenedLM` has it; there is
-    nothing else of these tasks, nor of groups that they belong to."""
+class TaskRun:
+    """What one model made of the tasks. cut: by task or group, of how many documents a prompt was cut. refused: as
+    `OpenedLM` has it; there is nothing else of these tasks, nor of groups that they belong to."""
 
     scores: list[Score]
     predictions: dict[str, Predictions]
@@ -163,8 +171,8 @@ class _Run:
     refused: dict[str, str]
 
 
-def _run(lm: Any, opened: list[Any], manager: Any, limit: int | None, fewshot: int | None) -> _Run:
-    """One model through all tasks."""
+def run_tasks(lm: Any, opened: list[Any], manager: Any, limit: int | None, fewshot: int | None) -> TaskRun:
+    """One model through tasks that are open. limit, fewshot: as `evaluate_tasks` has them."""
     from lm_eval import evaluator
 
     # lm-eval asks git about the current folder, whose complaint where there is none would land on the terminal.
@@ -186,7 +194,7 @@ def _run(lm: Any, opened: list[Any], manager: Any, limit: int | None, fewshot: i
     groups = {name: loaded["groups"][name] for name, within in members.items() if not lm.refused.keys() & set(within)}
     leaves = read_scores(results, tasks)
     cut = {name: sum(lm.cut[task] for task in members.get(name, [name])) for name in [*groups, *tasks]}
-    return _Run(
+    return TaskRun(
         read_groups(results, groups, leaves) + leaves,
         with_groups(read_predictions(results, tasks), groups),
         {name: results["n-shot"][name] for name in tasks},
@@ -196,11 +204,14 @@ def _run(lm: Any, opened: list[Any], manager: Any, limit: int | None, fewshot: i
     )
 
 
-def _open_standard(names: Sequence[str]) -> tuple[list[Any], Any]:
+def open_hub(names: Sequence[str]) -> tuple[list[Any], Any]:
     """lm-eval's tasks and groups of these names, with their data sets from the Hub (or its cache), and the manager."""
-    from lm_eval.tasks import TaskManager
+    import lm_eval.tasks
 
-    manager = TaskManager()
+    # LongBench alone is a folder of its own; reading all of lm-eval's configs takes ten seconds.
+    folder = str(Path(lm_eval.tasks.__file__).parent / "longbench")
+    own = {"include_path": folder, "include_defaults": False} if all(map(is_longbench, names)) else {}
+    manager = lm_eval.tasks.TaskManager(**own)
     opened: list[Any] = []
     for pattern in names:
         found = manager.match_tasks([pattern])
@@ -210,10 +221,10 @@ def _open_standard(names: Sequence[str]) -> tuple[list[Any], Any]:
             try:
                 loaded = manager.load(name)
             except Exception as e:
-                raise ValueError(
-                    f"the task '{name}' could not be opened ({reason(e)}); its data set comes from the Hub: "
-                    "go online, or give local files with --tasks-data DIR"
-                ) from e
+                said = explain(name, e)
+                if not isinstance(e, ImportError):
+                    said += "; its data set comes from the Hub: go online, or give local files with --tasks-data DIR"
+                raise ValueError(said) from e
             # A tag is only a list of tasks; a group has a value of its own.
             group = loaded["groups"].get(name)
             opened.extend([group] if group else loaded["tasks"].values())
@@ -237,7 +248,7 @@ def _common_context(folders: Sequence[Path], asked: int | None, baseline: str | 
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Nothing of lm-eval's on the terminal: its bars cannot all be turned off otherwise."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         yield

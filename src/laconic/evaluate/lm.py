@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +12,17 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from laconic.evaluate.longbench import is_longbench
+
 
 class OpenedLM(HFLM):  # type: ignore[misc]
     """lm-eval's transformers model around one that is open already. A prompt that does not fit the context loses its
-    beginning, as there. Otherwise than there such prompts are counted; a task whose answers leave no room for a prompt
-    is refused by itself, and does not end the run; logits that are no numbers do end it, where lm-eval picks an answer.
+    beginning, as there; one of LongBench loses its middle, as its authors have it (arXiv 2308.14508), since what is
+    asked stands at both ends. Otherwise than there such prompts are counted; a task whose answers leave no room for a
+    prompt is refused by itself, and does not end the run; logits that are no numbers do end it, where lm-eval picks an
+    answer.
 
-    cut: by task, documents of which a prompt lost its beginning. refused: by task, why it could not be measured; its
+    cut: by task, documents of which a prompt was cut. refused: by task, why it could not be measured; its
     requests get answers that mean nothing.
     """
 
@@ -61,9 +66,25 @@ class OpenedLM(HFLM):  # type: ignore[misc]
         answers = [normalize_gen_kwargs(r.args[1], self.max_gen_toks)["max_gen_toks"] for r in requests]
         needed = [len(self.tok_encode(r.args[0])) + n for r, n in zip(requests, answers, strict=True)]
         measured = self._measured(requests, answers, needed, least=1)
-        left = [r for r, kept in zip(requests, measured, strict=True) if kept]
+        found = zip(requests, answers, measured, strict=True)
+        left = [self._without_middle(r, self.max_length - n) for r, n, kept in found if kept]
         said = iter(super().generate_until(left, disable_tqdm=disable_tqdm) if left else ())
         return [next(said) if kept else "" for kept in measured]
+
+    def _without_middle(self, request: Any, room: int) -> Any:
+        """A request of LongBench with a prompt of at most so many tokens; any other as it is."""
+        ids = self.tok_encode(request.args[0])
+        if len(ids) <= room or not is_longbench(request.task_name):
+            return request
+        kept = room
+        while kept >= 2:
+            half = kept // 2
+            text = self.tok_decode(ids[:half]) + self.tok_decode(ids[-half:])
+            # Where the halves meet, the text may be of a few tokens more.
+            if (over := len(self.tok_encode(text)) - room) <= 0:
+                return replace(request, arguments=(text, *request.args[1:]))
+            kept -= over
+        return request
 
     def _measured(
         self, requests: Sequence[Any], answers: Sequence[int], needed: Sequence[int], *, least: int

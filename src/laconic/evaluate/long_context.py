@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from laconic.engine.artifact import Artifact
 from laconic.evaluate.cache_cost import memory_by_length, speed_by_length
 from laconic.evaluate.caches import caches_for, slug
 from laconic.evaluate.context_perplexity import perplexity_by_position
+from laconic.evaluate.long_tasks import check_names, open_longbench, score_by_cache
 from laconic.evaluate.needle import FORMS, find_needles, make_prompt
 from laconic.model.data import HUB_TEXTS, evaluation_windows, prefix_of, read_documents
 from laconic.model.load import load_tokenizer, model_folder
@@ -21,6 +23,7 @@ from laconic.model.reading import load
 from laconic.provenance import command_line, versions
 
 PARTS = ("perplexity", "needle", "memory", "speed")
+LONGBENCH = "longbench"
 LENGTHS = (512, 2048, 8192)
 
 
@@ -34,7 +37,10 @@ def evaluate_long(
     trials: int = 4,
     windows: int = 4,
     prompt: str = "needle",
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] | None = None,
+    tasks: Sequence[str] = (LONGBENCH,),
+    data: str | Path | None = None,
+    limit: int | None = None,
     chunk: int = 32,
     batch_size: int = 8,
     seed: int = 0,
@@ -47,10 +53,13 @@ def evaluate_long(
     kv: caches to measure beside the artifact's own, each as `caches_for` reads it. text: for perplexity, and the hay.
     lengths: of contexts, in tokens; perplexity is measured in windows of the longest. depths, trials: of needles; a
     cell of the heat map is so many trials. prompt: of `needle.FORMS`. windows: of text, at most. chunk: tokens of one
-    forward pass. batch_size: prompts read at once, and requests of a batch whose bytes are counted.
+    forward pass. batch_size: prompts read at once, and requests of a batch whose bytes are counted. parts: of `PARTS`,
+    all when not given, and `longbench`, which has to be named. tasks, data, limit: of LongBench, the tasks by lm-eval's
+    names, a folder of local files in place of the Hub, the first so many documents of each.
     report: told in a few words what is going on.
 
-    Returns what is written to `results/` of the artifact. Raises: ValueError for what the caller can mend.
+    Returns what is written to `results/` of the artifact; where LongBench was not run, it says why.
+    Raises: ValueError for what the caller can mend.
     """
     for what, number in (
         ("--depths", depths),
@@ -61,16 +70,36 @@ def evaluate_long(
     ):
         if number < 1:
             raise ValueError(f"{what} {number} is less than 1")
-    _check_names("--measure", parts, PARTS)
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit} is less than 1")
+    named = parts is not None
+    parts = PARTS if parts is None else parts
+    if not parts:
+        raise ValueError(f"--measure names nothing; name some of {', '.join((*PARTS, LONGBENCH))}")
+    _check_names("--measure", parts, (*PARTS, LONGBENCH))
+    check_names(tasks)
     _check_names("--prompt", [prompt], tuple(FORMS))
     begun = time.monotonic()
     folder = model_folder(str(model))
     tokenizer = load_tokenizer(folder)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     ours = load(folder, device=place, dtype=getattr(torch, dtype) if dtype else None)
-    chosen = _lengths(lengths, getattr(ours.config.get_text_config(), "max_position_embeddings", None))
+    context = getattr(ours.config.get_text_config(), "max_position_embeddings", None)
+    chosen = _lengths(lengths, context)
     caches = caches_for(ours, kv)
     found: dict[str, Any] = {}
+    opened = None
+    room = chosen[-1] if lengths or context is None else context
+    if LONGBENCH in parts:
+        try:
+            opened = open_longbench(tasks, data, room)
+        except ValueError as e:
+            if set(parts) == {LONGBENCH}:
+                raise
+            # What else was asked for is worth having.
+            found[LONGBENCH] = {"not_run": str(e)}
+    elif not named:
+        found[LONGBENCH] = {"not_run": "it has to be named, as in --measure longbench"}
     ids, hay = None, []
     if {"perplexity", "needle"} & set(parts):
         ids = evaluation_windows(
@@ -113,6 +142,11 @@ def evaluate_long(
         report("tokens a second")
         speed = speed_by_length(ours, caches, chosen)
         found["speed"] = {name: [asdict(s) for s in row] for name, row in speed.items()}
+    if opened is not None:
+        report("LongBench")
+        how: dict[str, Any] = {"context_length": room, "limit": limit}
+        scored = score_by_cache(ours, tokenizer, caches, opened, chunk=chunk, batch_size=batch_size, **how)
+        found[LONGBENCH] = {"tasks": list(tasks), "data": str(data) if data else "Hub", **how, **scored}
     result: dict[str, Any] = {
         "model": str(model),
         "suite": "long",
@@ -133,11 +167,13 @@ def evaluate_long(
         "seed": seed,
         "seconds": round(time.monotonic() - begun, 2),
         "command": command_line(),
-        "versions": versions(),
+        "versions": versions() | ({} if opened is None else {"lm-eval": version("lm-eval")}),
     }
     artifact = Artifact(folder)
     if artifact.recipe is not None:
-        measured = "" if set(parts) == set(PARTS) else "-" + "+".join(p for p in PARTS if p in parts)
+        measured = "" if set(parts) == set(PARTS) else "-" + "+".join(p for p in (*PARTS, LONGBENCH) if p in parts)
+        if LONGBENCH in parts:
+            measured += "".join(f"-{task}" for task in tasks if task != LONGBENCH) + (f"-{limit}" if limit else "")
         name = f"long-{Path(text).stem}-{chosen[-1]}" + (f"-{prompt}" if "needle" in parts else "") + measured
         artifact.save_result(name + slug(kv), result)
     return result

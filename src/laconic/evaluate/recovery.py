@@ -30,7 +30,7 @@ _LINEAR: Mapping[str, Callable[[Values], Values]] = {
     "bits_per_byte": lambda pairs: -_excess(pairs) / math.log(2),
 }
 # A task of several metrics counts once in the mean recovery, by the first of these that it has.
-_MAIN = ("acc_norm", "acc", "exact_match")
+_MAIN = ("acc_norm", "acc", "exact_match", "score")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from laconic.evaluate.longbench import as_lm_eval, fields_of, is_extended, is_longbench
+from laconic.model.checkpoint import reason
+
 Row = Mapping[str, Any]
 Fields = dict[str, Any]
 
@@ -44,7 +47,7 @@ def open_local(names: Sequence[str], folder: Path, fewshot: int | None) -> tuple
     if not folder.is_dir():
         raise ValueError(f"no folder '{folder}' with the data of the tasks; check --tasks-data")
     kinds = _kinds(folder)
-    chosen = {name: _members(name, kinds, folder) for name in names}
+    chosen = {name: _named(name, kinds, folder) for name in names}
     wanted = list(dict.fromkeys(member for members in chosen.values() for member in members))
     tasks, manager = _build(wanted, kinds, folder)
     for name, task in tasks.items():
@@ -54,7 +57,8 @@ def open_local(names: Sequence[str], folder: Path, fewshot: int | None) -> tuple
         if name not in _GROUPS:
             opened.extend(tasks[m] for m in members)
             continue
-        how = {"metric": "acc", "aggregation": "mean", "weight_by_size": _GROUPS[name]}
+        metric, by_size = _GROUPS[name]
+        how = {"metric": metric, "aggregation": "mean", "weight_by_size": by_size}
         group = Group.from_config({"group": name, "aggregate_metric_list": [how]})
         for member in members:
             group.add(tasks[member])
@@ -65,7 +69,7 @@ def open_local(names: Sequence[str], folder: Path, fewshot: int | None) -> tuple
 def documents_of(name: str, folder: Path) -> Path | None:
     """The file of a folder that has the documents of a task, or of one of a group; None where there is none."""
     kinds = _kinds(folder)
-    for member in [k for k in kinds if fnmatchcase(k, f"{name}_*" if name in _GROUPS else name)]:
+    for member in _members(name, kinds):
         file = folder / f"{kinds[member].file}.jsonl"
         if file.exists():
             return file
@@ -83,15 +87,32 @@ def _kinds(folder: Path) -> dict[str, _Kind]:
     kinds = dict(_SINGLE)
     for file in sorted(folder.glob("blimp_*.jsonl")):
         kinds[file.stem] = _Kind("blimp", file.stem, _PAIR, _fields(_PAIR))
+    for file in sorted(folder.glob("longbench_*.jsonl")):
+        kinds[file.stem] = _Kind("longbench", file.stem, fields_of(file.stem), as_lm_eval)
     if (folder / "mmlu.jsonl").exists():
         subjects = {str(row.get("subject")) for _, row in _rows(folder / "mmlu.jsonl")}
         kinds |= {f"mmlu_{subject}": _MMLU for subject in sorted(subjects)}
     return kinds
 
 
-def _members(name: str, kinds: Mapping[str, _Kind], folder: Path) -> list[str]:
+def explain(name: str, error: Exception) -> str:
+    """Why lm-eval cannot open a task, and what to do where packages are missing."""
+    if not isinstance(error, ImportError):
+        return f"the task '{name}' could not be opened ({reason(error)})"
+    wanted = "pip install 'laconic[longbench]'" if is_longbench(name) else f"it says: {reason(error)}"
+    return f"the task '{name}' needs packages that are not installed; {wanted}"
+
+
+def _members(name: str, kinds: Mapping[str, _Kind]) -> list[str]:
+    """The tasks of a group, or those that a pattern names."""
+    if name not in _GROUPS:
+        return [k for k in kinds if fnmatchcase(k, name)]
+    return [k for k in kinds if k.startswith(f"{name}_") and not is_extended(k)]
+
+
+def _named(name: str, kinds: Mapping[str, _Kind], folder: Path) -> list[str]:
     name = _ALIASES.get(name, name)
-    members = [k for k in kinds if fnmatchcase(k, f"{name}_*" if name in _GROUPS else name)]
+    members = _members(name, kinds)
     if not members and name in _GROUPS:
         raise ValueError(f"{folder} has no {name}*.jsonl for the task '{name}'")
     if not members:
@@ -130,7 +151,12 @@ def _build(names: Sequence[str], kinds: Mapping[str, _Kind], folder: Path) -> tu
             }
         )
     # A group inherits the registered config of each member, which a task given as a dict does not.
-    return manager.load({"group": "local", "task": configs})["tasks"], manager
+    try:
+        return manager.load({"group": "local", "task": configs})["tasks"], manager
+    except ImportError as e:
+        # lm-eval asks for packages when it reads a config that names a function.
+        name = next((n for n in names if is_longbench(n)), names[0])
+        raise ValueError(explain(name, e)) from e
 
 
 def _splits(name: str, kind: _Kind, folder: Path) -> dict[str, Any]:
@@ -304,5 +330,5 @@ _SINGLE = {
     "c4": _Kind("c4", "c4", {"text": str}, _fields({"text": str})),
 }
 _ALIASES = {"lambada": "lambada_openai"}
-# Whether lm-eval's group of that name weighs its tasks by their documents.
-_GROUPS = {"blimp": False, "mmlu": True}
+# The metric that lm-eval's group of that name has, and whether it weighs its tasks by their documents.
+_GROUPS = {"blimp": ("acc", False), "mmlu": ("acc", True), "longbench": ("score", False)}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from laconic.formats.kv_scheme import KvScheme
 from laconic.model.checkpoint import reason
@@ -108,18 +111,43 @@ def make_cache(model: PreTrainedModel, scheme: KvScheme, calibrated: Calibrated 
 def use_by_default(model: PreTrainedModel, scheme: KvScheme, calibrated: Calibrated | None) -> None:
     """Have `generate` make such a cache where it is given none."""
     make_cache(model, scheme, calibrated)  # says what is wrong now rather than then
+    _hand_out(model, partial(make_cache, model, scheme, calibrated))
+    vars(model)["kv_scheme"], vars(model)["kv_calibrated"] = scheme, calibrated
+
+
+@contextmanager
+def generating_with(model: PreTrainedModel, new_cache: Callable[[], Cache], *, chunk: int) -> Iterator[None]:
+    """Have `generate` make this cache, and not the model's own, where it is given none, and read prompts so many tokens
+    at a time."""
+    own, config = vars(model).get(_PREPARE), model.generation_config
+    assert config is not None
+    at_once = config.prefill_chunk_size
+    _hand_out(model, new_cache)
+    config.prefill_chunk_size = chunk
+    try:
+        yield
+    finally:
+        config.prefill_chunk_size = at_once
+        del vars(model)[_PREPARE]
+        if own is not None:
+            vars(model)[_PREPARE] = own
+
+
+_PREPARE = "_prepare_cache_for_generation"
+
+
+def _hand_out(model: PreTrainedModel, new_cache: Callable[[], Cache]) -> None:
     parameters = inspect.signature(type(model).forward).parameters
     name = "cache" if "cache" in parameters else "past_key_values"
-    prepare: Any = getattr(model, "_prepare_cache_for_generation")  # noqa: B009 - typed as a tensor
+    prepare: Any = getattr(model, _PREPARE)
 
     def prepare_ours(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
         if wanted and model_kwargs.get(name) is None:
-            model_kwargs[name] = make_cache(model, scheme, calibrated)
+            model_kwargs[name] = new_cache()
         return prepare(generation_config, model_kwargs, *args, **kwargs)
 
-    vars(model)["_prepare_cache_for_generation"] = prepare_ours
-    vars(model)["kv_scheme"], vars(model)["kv_calibrated"] = scheme, calibrated
+    vars(model)[_PREPARE] = prepare_ours
 
 
 def fingerprint(embeddings: Tensor) -> str:

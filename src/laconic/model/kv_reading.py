@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from laconic.formats.kv_scheme import KvScheme
+from laconic.model.checkpoint import reason
 from laconic.model.kv_cache import Calibrated
 
 KV_CONFIG, KV_CACHE = "laconic_kv_cache", "kv_cache.safetensors"
@@ -28,7 +30,34 @@ def read_kv_scheme(folder: Path, config: Mapping[str, Any]) -> tuple[KvScheme, C
     file = folder / KV_CACHE
     if not file.exists():
         raise ValueError(f"{folder} has no {KV_CACHE}, which its cache needs; copy it there, or compress again")
-    return scheme, by_layer(load_file(file), len(scheme.layers))
+    try:
+        fixed = by_layer(load_file(file), len(scheme.layers))
+    except (SafetensorError, ValueError, IndexError) as e:
+        raise ValueError(f"{file} cannot be read ({reason(e)}); copy it again, or compress again") from e
+    if lacking := _lacking(scheme, fixed):
+        raise ValueError(f"{file} lacks '{lacking}'; copy it again, or compress again")
+    return scheme, fixed
+
+
+def linears_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What config.json says of quantized linears; of a cache of ours it tells other engines there, too."""
+    told = config.get("quantization_config")
+    if not told or KV_CONFIG not in config:
+        return told
+    return {key: value for key, value in told.items() if key != "kv_cache_scheme"}
+
+
+def _lacking(scheme: KvScheme, fixed: Calibrated) -> str | None:
+    """The name of a tensor that is not there."""
+    for i, layer in enumerate(scheme.layers):
+        for g, group in enumerate(layer):
+            for which, fmt in (("keys", group.keys), ("values", group.values)):
+                wanted = ["scale"] if fmt.calibrated and fmt.group_size is None else []
+                wanted += ["levels"] if fmt.calibrated and fmt.datatype == "table" else []
+                for leaf in wanted:
+                    if leaf not in fixed[i].get(f"{which}.{g}", {}):
+                        return f"{i}.{which}.{g}.{leaf}"
+    return None
 
 
 def by_layer(fixed: Mapping[str, Tensor], layers: int) -> Calibrated:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from laconic.model.anatomy import linears_of
 from laconic.model.checkpoint import open_checkpoint
 from laconic.model.kv_open import use_by_default
-from laconic.model.kv_reading import KV_CONFIG, read_kv_scheme
+from laconic.model.kv_reading import linears_quantization, read_kv_scheme
 from laconic.model.layout import arrange, names_for_engines
 from laconic.model.linear import QLinear, replace_linear
 from laconic.model.load import main_dtype, materialise, model_folder, read_config, skeleton
@@ -37,16 +37,13 @@ def load(
     raw, config = read_config(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
     dtype = dtype or main_dtype(checkpoint)
-    quantization = raw.get("quantization_config")
+    quantization = linears_quantization(raw)
     if quantization:
         if not is_ours(quantization):
             raise ValueError(
                 f"{folder} is quantized by '{quantization.get('quant_method')}', which Laconic cannot read"
             )
         del config.quantization_config
-        if KV_CONFIG in raw:
-            # Said for other engines: our own key says it too.
-            quantization = {k: v for k, v in quantization.items() if k != "kv_cache_scheme"}
     model = skeleton(config, dtype, trust_remote_code=trust_remote_code)
     checkpoint = arrange(checkpoint, model)
     if quantization:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from laconic.model.anatomy import linears_of
 from laconic.model.checkpoint import count_elements, open_checkpoint
+from laconic.model.kv_reading import linears_quantization
 from laconic.model.layout import arrange, names_for_engines
 from laconic.model.load import main_dtype, read_config, skeleton
 from laconic.model.quant_config import count_schemes, is_ours, schemes_of
@@ -35,7 +36,7 @@ def measure_size(folder: Path) -> Size:
     raw, config = read_config(folder)
     stored = checkpoint.tensors
     tensor_bytes = sum(count_elements(s.shape) * _BYTES.get(s.dtype, 1) for s in stored.values())
-    quantization = raw.get("quantization_config")
+    quantization = linears_quantization(raw)
     if quantization:
         del config.quantization_config
     model = skeleton(config, main_dtype(checkpoint))

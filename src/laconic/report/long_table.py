@@ -18,7 +18,9 @@ def long_tables(result: Mapping[str, Any]) -> list[Table]:
         table = Table(box=box.SIMPLE, pad_edge=False)
         for j, column in enumerate(rows[0]):
             # Names of caches are long, and break between their words.
-            table.add_column(column, justify="right" if j else "left", no_wrap=j > 0, min_width=0 if j else 18)
+            # So do those that head the columns of LongBench.
+            one_line = j > 0 and column not in result["caches"]
+            table.add_column(column, justify="right" if j else "left", no_wrap=one_line, min_width=0 if j else 18)
         for row in rows:
             table.add_row(*row.values())
         made.append(table)
@@ -34,6 +36,8 @@ def long_rows(result: Mapping[str, Any]) -> list[Rows]:
         tables.append([_found(name, result["needle"][name]) for name in result["caches"]])
     if "memory" in result or "speed" in result:
         tables.append([_taken(name, result) for name in result["caches"]])
+    if "rows" in result.get("longbench", {}):
+        tables.append(_scores(result))
     return tables
 
 
@@ -52,11 +56,32 @@ def _summary(result: Mapping[str, Any], name: str) -> dict[str, str]:
         cells["same top-1"] = f"{whole['top1_agreement']:.1%}"
     if "needle" in result:
         cells["needles"] = _share(result["needle"][name])
+    if "rows" in result.get("longbench", {}):
+        scores = [row["value"] for row in result["longbench"]["rows"][name] if row["main"] and row["tasks"] == 1]
+        cells["LongBench"] = f"{sum(scores) / len(scores):.3f}"
     if "speed" in result:
         cells[f"tokens/s at {_count(result['speed'][name][-1]['length'])}"] = (
             f"{result['speed'][name][-1]['tokens_per_second']:.1f}"
         )
     return cells
+
+
+def _scores(result: Mapping[str, Any]) -> Rows:
+    """LongBench, a row a task or group: the score of each cache, and its difference to 16 bit."""
+    rows = []
+    for at, plain in enumerate(result["longbench"]["rows"][result["caches"][0]]):
+        if not plain["main"]:
+            continue
+        cells = {"LongBench": plain["task"] + (f" ({plain['tasks']} tasks)" if plain["tasks"] > 1 else "")}
+        cells["n"] = str(plain["documents"])
+        for name in result["caches"]:
+            row = result["longbench"]["rows"][name][at]
+            cells[name] = f"{row['value']:.3f}"
+            if name != result["caches"][0]:
+                error = row["difference_stderr"]
+                cells[name] += f" ({row['difference']:+.3f}" + ("" if error is None else f" ± {error:.3f}") + ")"
+        rows.append(cells)
+    return rows
 
 
 def _by_position(name: str, buckets: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -114,4 +139,12 @@ def long_caption(result: Mapping[str, Any]) -> str:
         said += f"; needles ('{result['prompt']}') at {result['depths']} depths, {result['trials']} each"
     if "memory" in result:
         said += "; bytes of all that a cache keeps, beside keys and values of 16 bit"
+    longbench = result.get("longbench", {})
+    if "rows" in longbench:
+        said += f"; LongBench's documents from {longbench['data']}"
+        said += f", the first {longbench['limit']} of each task" if longbench["limit"] else ""
+        said += f", prompts and answers of at most {longbench['context_length']} tokens"
+        said += f" ({sum(longbench['cut'].values())} lost their middle), ±: one standard error, paired by document"
+    if "not_run" in longbench:
+        said += f"; LongBench was not run: {longbench['not_run']}"
     return said

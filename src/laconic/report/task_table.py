@@ -61,10 +61,12 @@ def tasks_caption(result: Mapping[str, Any]) -> str:
     documents = {row["task"]: row["documents"] for row in result["rows"]}
     if cut := {task: n for task, n in result.get("cut", {}).items() if task in documents}:
         told = ", ".join(f"{task} {n} of {documents[task]}" for task, n in cut.items())
-        said += f"; prompts that lost their beginning, to fit {room}: {told}"
+        where = "beginning (LongBench's, their middle)" if any("longbench" in task for task in cut) else "beginning"
+        said += f"; prompts that lost their {where}, to fit {room}: {told}"
     if result["mean_recovery"] is not None:
         said += (
-            f"; mean recovery {result['mean_recovery']:.1%} (a task counts once: acc_norm, else acc, else exact_match)"
+            f"; mean recovery {result['mean_recovery']:.1%} (a task counts once: acc_norm, else acc, else exact_match, "
+            "else score)"
         )
     elif result["baseline"] is not None:
         said += "; no mean recovery, since an original is 0"
