@@ -255,6 +255,10 @@ def test_the_command_in_json(laconic: Laconic, tmp_path: Path) -> None:
         (["--kinds", "1:2"], "--kinds 1:2 is not one of structured, unstructured, block, 2:4"),
         (["--measure", "energy"], "--measure energy is not one of linears, models"),
         (["--measure", "models"], "name models to measure: folders, or one of llama-3-8b, llama-3.2-1b"),
+        (["--seconds", "-1"], "--seconds -1 is no time to measure in; give 0 or more"),
+        (["--seconds", "nan"], "--seconds nan is no time to measure in; give 0 or more"),
+        (["--baseline", "x"], "--baseline goes with a model; name one before it"),
+        (["--shapes", "4x4", "--scaled", "64"], "--scaled goes with a model; name one before it"),
         (["--dtype", "int8"], "--dtype int8 is not one of float32, bfloat16, float16"),
         (
             ["gone", "--shapes", "4x4"],
@@ -280,3 +284,44 @@ def test_mistakes_about_a_model(laconic: Laconic, llama: Path) -> None:
     assert wide.complaint == "--scaled 100 is no multiple of 32, a group of heads of this model"
     long = laconic("bench", "sparsity", llama, "--prompt", 256, "--measure", "models")
     assert long.complaint == "--prompt 256 leaves no room in the context of 256 of llama; lower it"
+
+
+def test_what_is_wrong_with_a_model_is_told_before_anything_is_measured(
+    laconic: Laconic, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: Any, **__: Any) -> Any:
+        raise AssertionError("measured already")
+
+    monkeypatch.setattr("laconic.bench.sparsity.bench_linears", measured)
+    monkeypatch.setattr("laconic.bench.sparsity._opened", measured)
+    artifact = press(llama, tmp_path / "w8", rtn("W8A16")).path
+    shutil.rmtree(artifact / "results")
+    (artifact / "results").write_text("in the way")
+    (tmp_path / "file").touch()
+    for arguments, complaint in (
+        ([llama, "gone"], "no model folder 'gone'; give a folder with config.json, or a Hub name like owner/model"),
+        ([llama, "--prompt", 256], "--prompt 256 leaves no room in the context of 256 of llama; lower it"),
+        (
+            [llama, "--scaled", 96],
+            "--block 64 does not divide the 48 x 96 of a linear of this model; take a smaller one, another --scaled, "
+            "or leave block out of --kinds",
+        ),
+        ([llama, "--scaled", 128, "--sparsity", 0.01], "a share of 0.01 cannot be cut from 4 groups of heads and 256 "),
+        (
+            [llama, artifact],
+            f"{artifact}/results/result.json cannot be written: {artifact}/results is no folder that you may write to",
+        ),
+        (
+            [llama, "-o", tmp_path / "file" / "b.md"],
+            f"{tmp_path}/file/b.md cannot be written: {tmp_path}/file is no folder that you may write to",
+        ),
+    ):
+        given = [] if "--prompt" in arguments else ["--prompt", 8]
+        assert laconic("bench", "sparsity", *arguments, *given).complaint.startswith(complaint)
+
+
+def test_an_artifact_that_is_its_own_original_keeps_nothing(llama: Path, tmp_path: Path) -> None:
+    alone = press(llama, tmp_path / "w8", rtn("W8A16"))
+    result = bench_sparsity([str(alone.path)], prompt=8, parts=["models"], **QUICK)
+    assert "is its own original here, so nothing is kept in it; name the original by --baseline" in result["said"][-1]
+    assert alone.results.keys() == {"compress"}

@@ -224,3 +224,58 @@ def test_no_artifact_and_no_page(tmp_path: Path, laconic: Laconic) -> None:
     broken = artifact(tmp_path / "b")
     (broken / "results" / "eval-t-32.json").write_text("{")
     assert "is not valid JSON" in laconic("report", "--pareto", broken).complaint
+
+
+def _row(**keys: Any) -> dict[str, Any]:
+    phase = {"tokens_per_second": 100.0, "speedup": 1.0}
+    return {"name": "a", "gone": 0.5, "prefill": phase, "decode": phase} | keys
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"kl_mean": "low"}, "eval-t-32.json: kl_mean should be a valid number; leave that artifact out, or delete "),
+        ({"kl_mean": float("nan")}, "eval-t-32.json: kl_mean should be a finite number"),
+        ({"file_bytes": 0}, "eval-t-32.json: file_bytes should be greater than 0"),
+        ({"baseline_perplexity": None}, "eval-t-32.json: baseline_perplexity should be a valid number"),
+        ({"device_name": None}, "bench-sparsity-cpu.json: device_name should be a valid string"),
+        ({"models": 5}, "bench-sparsity-cpu.json: models should be a valid list"),
+        ({"models": [_row(), _row(decode=None)]}, "bench-sparsity-cpu.json: models.1.decode should be"),
+        ({"models": [_row(), _row(gone="half")]}, "bench-sparsity-cpu.json: models.1.gone should be a valid number"),
+        (
+            {"models": [_row(), _row(decode={"tokens_per_second": 1.0, "speedup": 0})]},
+            "bench-sparsity-cpu.json: models.1.decode.speedup should be greater than 0",
+        ),
+        ({"models": [_row()]}, "results are missing; run laconic bench sparsity "),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_a_result_that_was_changed_is_told(
+    laconic: Laconic, tmp_path: Path, keys: dict[str, Any], complaint: str
+) -> None:
+    good, bad = artifact(tmp_path / "good"), artifact(tmp_path / "bad", **keys)
+    said = laconic("report", "--pareto", good, bad, "-o", tmp_path / "p.html").complaint
+    assert complaint in said
+    assert str(bad) in said
+    assert not (tmp_path / "p.html").exists()
+
+
+@pytest.mark.parametrize("flags", [["--pareto"], []], ids=["pareto", "page"])
+@pytest.mark.parametrize(
+    ("file", "content", "complaint"),
+    [
+        ("results/eval-t-32.json", b"[]", "results/eval-t-32.json holds no keys and values; delete it, measure again"),
+        ("results/eval-t-32.json", b"\xff\xfe", "is not valid JSON; delete it and measure again"),
+        ("recipe.yaml", b"[1", "recipe.yaml cannot be read; copy the artifact again, or compress again"),
+        ("recipe.yaml", b"- 1", "recipe.yaml cannot be read; copy the artifact again, or compress again"),
+        ("recipe.yaml", b"\xff\xfe", "recipe.yaml cannot be read; copy the artifact again, or compress again"),
+        ("log.jsonl", b"{", "log.jsonl cannot be read; copy the artifact again, or compress again"),
+    ],
+    ids=lambda v: str(v)[:24],
+)
+def test_a_file_of_an_artifact_that_is_broken_is_told(
+    laconic: Laconic, tmp_path: Path, flags: list[str], file: str, content: bytes, complaint: str
+) -> None:
+    broken = artifact(tmp_path / "broken")
+    (broken / file).write_bytes(content)
+    assert complaint in laconic("report", *flags, broken, "-o", tmp_path / "p.html").complaint

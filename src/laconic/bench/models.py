@@ -153,9 +153,7 @@ def bench_models(
     """
     device = next(iter(models.values())).device
     for name, model in models.items():
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and prompt >= limit:
-            raise ValueError(f"--prompt {prompt} leaves no room in the context of {limit} of {name}; lower it")
+        check_prompt(name, model.config, prompt)
     times: dict[str, dict[str, Times]] = {}
     tokens = {"prefill": sequences * prompt, "decode": sequences}
     calls = {phase: {n: _call(phase, m, sequences, prompt) for n, m in models.items()} for phase in PHASES}
@@ -193,6 +191,13 @@ def bench_models(
                     row[phase]["energy_from"] = spent.source
         rows.append(row)
     return rows
+
+
+def check_prompt(name: str, config: PretrainedConfig, prompt: int) -> None:
+    """Raises: ValueError for a prompt longer than a model's context."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and prompt >= limit:
+        raise ValueError(f"--prompt {prompt} leaves no room in the context of {limit} of {name}; lower it")
 
 
 def _graphed(call: Call, device: torch.device, graph: bool) -> Call:

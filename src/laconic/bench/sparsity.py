@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from laconic.bench.checks import PARTS, check_asked, check_folders, check_made_up
 from laconic.bench.forms import KINDS
 from laconic.bench.linears import bench_linears
 from laconic.bench.models import (
@@ -33,7 +34,6 @@ from laconic.model.load import model_folder
 from laconic.model.reading import load
 from laconic.provenance import command_line, versions
 
-PARTS = ("linears", "models")
 BATCHES = (1, 16, 64, 256, 1024, 4096)
 DEFAULT = "llama-3-8b"
 SPARSE = "sparse kernels"
@@ -74,7 +74,7 @@ def bench_sparsity(
     caller can mend.
     """
     chosen = tuple(parts) if parts is not None else (PARTS if models else ("linears",))
-    _check(chosen, models, sparsities, kinds, batches, block, prompt, sequences, scaled_to, baseline)
+    check_asked(chosen, models, sparsities, kinds, batches, block, prompt, sequences, scaled_to, baseline, seconds)
     begun = time.monotonic()
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     precision = getattr(torch, dtype) if dtype else (torch.bfloat16 if place.type == "cuda" else torch.float32)
@@ -84,6 +84,11 @@ def bench_sparsity(
     config = config_of(asked[0]) if asked and (made_up or needs_shapes) else None
     if config is not None and scaled_to is not None:
         config = scaled(config, scaled_to)
+    if "models" in chosen and made_up:
+        assert config is not None
+        check_made_up(models[0], config, prompt, sparsities, block, kinds)
+    elif "models" in chosen:
+        check_folders(asked, prompt)
     result: dict[str, Any] = {"model": models[0] if models else shapes or DEFAULT, "baseline": baseline}
     if "linears" in chosen:
         result["linears"] = bench_linears(
@@ -139,6 +144,10 @@ def bench_sparsity(
     }
     if "models" in chosen and not made_up:
         _keep(result, asked)
+        if len({*asked}) == 1 and Artifact(model_folder(asked[0])).recipe is not None:
+            result["said"].append(
+                f"{asked[0]} is its own original here, so nothing is kept in it; name the original by --baseline"
+            )
     return result
 
 
@@ -151,8 +160,6 @@ def _opened(asked: Sequence[str], place: torch.device, dtype: torch.dtype | None
         fast, used = with_sparse_kernels(model)
         if used:
             built[f"{name}, {SPARSE}"] = fast, count(fast, used)
-    if len({m.config.get_text_config().vocab_size for m, _ in built.values()}) > 1:
-        raise ValueError("these models have different vocabularies; name one original and artifacts made of it")
     return built
 
 
@@ -193,10 +200,10 @@ def _with_kernels(
 
 
 def _keep(result: dict[str, Any], asked: Sequence[str]) -> None:
-    """Each artifact keeps the original's rows and its own."""
+    """Each artifact keeps the original's rows and its own; one that is the original itself, none."""
     short = names(asked)
     original = result["models"][0]["name"]
-    for folder in dict.fromkeys(asked):
+    for folder in list(dict.fromkeys(asked))[1:]:
         artifact = Artifact(model_folder(folder))
         if artifact.recipe is None:
             continue
@@ -221,38 +228,3 @@ def _processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _check(
-    parts: Sequence[str],
-    models: Sequence[str],
-    sparsities: Sequence[float],
-    kinds: Sequence[str],
-    batches: Sequence[int],
-    block: int,
-    prompt: int,
-    sequences: int,
-    scaled_to: int | None,
-    baseline: str | None,
-) -> None:
-    for part in parts:
-        if part not in PARTS:
-            raise ValueError(f"--measure {part} is not one of {', '.join(PARTS)}")
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(f"--kinds {kind} is not one of {', '.join(KINDS)}")
-    for s in sparsities:
-        if not 0 < s < 1:
-            raise ValueError(f"--sparsity {s} is not between 0 and 1; give the share that is gone, as in 0.5")
-    for option, number in (("--batch", min(batches, default=0)), ("--prompt", prompt), ("--sequences", sequences)):
-        if number < 1:
-            raise ValueError(f"{option} {number} is less than 1")
-    if block < 16 or block & (block - 1):
-        raise ValueError(f"--block {block} is no power of two from 16 on; take 32, 64 or 128")
-    if "models" in parts and not models:
-        raise ValueError(f"name models to measure: folders, or one of {', '.join(PRESETS)}")
-    presets = [m for m in models if m in PRESETS]
-    if (presets or scaled_to is not None) and (len(models) > 1 or baseline):
-        raise ValueError(
-            "a preset, or a model with --scaled, has random weights and stands alone; name nothing beside it"
-        )

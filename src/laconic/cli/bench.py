@@ -50,6 +50,10 @@ def bench_sparsity(
     check_dtype(dtype)
     if output is not None and output.suffix not in (".md", ".json"):
         raise ValueError(f"--output {output} is neither Markdown nor JSON; give it a name that ends in .md or .json")
+    if output is not None:
+        from laconic.engine.writer import check_place
+
+        check_place(output)
     from laconic.bench.sparsity import bench_sparsity as measure
     from laconic.report.bench_table import bench_tables, write_bench
 

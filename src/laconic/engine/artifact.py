@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from laconic.engine.writer import RECIPE, read_log, write_text
+from laconic.engine.writer import LOG, RECIPE, begun_with, check_place, read_log, write_text
 from laconic.model.checkpoint import read_json
 
 # What a result has to share with an older one to take its place.
@@ -48,15 +48,30 @@ class Artifact:
     def measured(cls, folder: Path) -> tuple[Artifact, dict[str, Any]]:
         """An artifact that is to be reported, and its results.
 
-        Raises: ValueError for a folder that is none, or a result that cannot be read.
+        Raises: ValueError for a folder that is none, or a recipe, log or result that cannot be read.
         """
         if not (folder / "config.json").exists():
             raise ValueError(f"{folder} is no artifact: it has no config.json")
         artifact = cls(folder)
+        for file, known in ((RECIPE, begun_with), (LOG, read_log)):
+            try:
+                broken = known(folder) == {}
+            except ValueError:
+                broken = True
+            if broken:
+                raise ValueError(f"{folder / file} cannot be read; copy the artifact again, or compress again")
         try:
-            return artifact, artifact.results
+            results = artifact.results
         except ValueError as e:
             raise ValueError(f"a result in {folder / 'results'} is not valid JSON; delete it and measure again") from e
+        for name, result in results.items():
+            if not isinstance(result, dict):
+                raise ValueError(f"{folder / 'results' / name}.json holds no keys and values; delete it, measure again")
+        return artifact, results
+
+    def check_results(self) -> None:
+        """Raises: ValueError when no result can be kept here."""
+        check_place(self.path / "results" / "result.json")
 
     def save_result(self, name: str, result: dict[str, Any]) -> Path:
         """Keep a result under `results/NAME.json`; where one stands there that is of something else (another text,

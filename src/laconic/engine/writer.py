@@ -228,6 +228,15 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{partial}, where the work would go on, is something else; move it away")
 
 
+def check_place(file: Path) -> None:
+    """Raises: ValueError when no file can be written there."""
+    above = next(p for p in file.absolute().parents if p.exists())
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; choose another name")
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{file} cannot be written: {above} is no folder that you may write to")
+
+
 def check_begun(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
     """Raises: ValueError when `output` was begun with another recipe, and that was not said to be overwritten."""
     begun = begun_with(partial_of(output))

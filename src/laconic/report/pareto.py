@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from laconic.engine.artifact import Artifact
+from laconic.report.figures import Quality, Speed, check_figures
 from laconic.report.gathered import check_one_original, plain_name
 
 ORIGINAL = "original"
@@ -59,16 +60,21 @@ def gather_points(folders: Sequence[Path]) -> tuple[list[Point], dict[str, Any]]
     bases: dict[Path, tuple[str | None, str]] = {}
     for folder in dict.fromkeys(folders):
         artifact, results = Artifact.measured(folder)
-        quality = [r for n, r in results.items() if n.startswith("eval-") and r.get("kl_mean") is not None]
-        speed = [r for n, r in results.items() if n.startswith("bench-sparsity")]
-        source = (artifact.recipe or {}).get("source", {})
-        original = next((r["baseline"] for r in [*quality, *speed]), source.get("model", "ORIGINAL"))
+        quality = {n: r for n, r in results.items() if n.startswith("eval-") and r.get("kl_mean") is not None}
+        # An artifact that was timed alone was compared with nothing.
+        speed = {n: r for n, r in results.items() if n.startswith("bench-sparsity") and _beside(r.get("models"))}
+        source = (artifact.recipe or {}).get("source") or {}
+        known = [r.get("baseline") for r in (*quality.values(), *speed.values())]
+        original = next((str(b) for b in known if b), source.get("model", "ORIGINAL"))
         if not quality:
             missing.append(f"laconic eval {folder} --baseline {original} --text FILE")
         if not speed:
             missing.append(f"laconic bench sparsity {folder} --baseline {original} --measure models")
         if quality and speed:
-            found[folder] = quality[0], speed[0]
+            (of_text, first), (of_speed, timed) = next(iter(quality.items())), next(iter(speed.items()))
+            check_figures(folder / "results" / f"{of_text}.json", first, Quality, "laconic eval")
+            check_figures(folder / "results" / f"{of_speed}.json", timed, Speed, "laconic bench sparsity")
+            found[folder] = first, timed
             bases[folder] = source.get("sha256"), plain_name(original)
     if missing:
         raise ValueError(f"results are missing; run {'; '.join(missing)}")
@@ -141,6 +147,11 @@ def as_csv(points: Sequence[Point]) -> str:
     writer.writeheader()
     writer.writerows(vars(p) for p in points)
     return file.getvalue()
+
+
+def _beside(rows: Any) -> bool:
+    """Whether a model was timed beside another."""
+    return not isinstance(rows, list) or len(rows) > 1
 
 
 def _point(name: str, quality: Mapping[str, Any], timed: Mapping[str, Any]) -> Point:
