@@ -151,7 +151,11 @@ def test_text_of_a_chat_template_without_bos_loses_nothing(
         ("a.jsonl", b'"hello"', "{file}, line 1, has neither a 'text' string nor a list of 'messages'"),
         ("a.parquet", b"PAR1 no more PAR1", "{file} is not a readable Parquet file: "),
         ("a.parquet", b"", "{file} is not a readable Parquet file: "),
-        ("a.csv", b"text\nhello\n", "'{file}' is no dataset: use a .txt, .jsonl or .parquet file, or a Hub name"),
+        (
+            "a.csv",
+            b"text\nhello\n",
+            "'{file}' is no dataset: use a .txt, .jsonl, .json or .parquet file, or a Hub name",
+        ),
         ("folder.txt/a.txt", b"", "no text file '{file.parent}'; check the path"),
     ],
 )

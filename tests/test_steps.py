@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -37,9 +38,10 @@ class Louder(ModelStage):
     def takes_codes(self) -> bool:
         return self.after_codes
 
-    def check(self, source: Any, model: Any, *, quantized: bool) -> None:
+    def check(self, source: Any, model: Any, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
         if self.factor == 0:
             raise ValueError("a factor of 0 silences the model; use another")
+        return {}
 
     def remake(self, work: Work) -> Remade:
         (work.scratch / "begun").touch()
@@ -239,3 +241,97 @@ def test_a_model_stage_alone_is_a_plan_too(laconic: Laconic, llama: Path, text: 
     assert "depth on the whole model" in laconic(*arguments, "--dry-run").out
     assert laconic(*arguments).code == 0
     assert original(tmp_path / "out").config.num_hidden_layers == 1
+
+
+LORA: Stage = {"method": "lora", "max_steps": 1, "batch_size": 1, "max_seq_length": 32, "rank": 2}
+KIVI: Stage = {"method": "kivi"}
+KEPT = LORA | {"keep_adapters": True}
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        (
+            [KEPT, RTN],
+            "stages.1 (rtn) comes after stages.0, whose adapters stay beside the weights that they were trained for; "
+            "list it before that stage, or leave out keep_adapters there",
+        ),
+        ([KEPT, DEPTH], "stages.1 (depth) comes after stages.0, whose adapters stay beside the weights"),
+        ([KEPT, LORA], "stages.1 (lora) comes after stages.0, whose adapters stay beside the weights"),
+        (
+            [RTN, LORA, LORA],
+            "stages.2 (lora) comes after stages.1, whose adapters stay beside the weights that they were trained for; "
+            "list it before that stage",
+        ),
+        ([RTN, LORA, RTN], "stages.2 (rtn) comes after stages.1, whose adapters stay beside the weights"),
+        (
+            [KIVI, DEPTH],
+            "stages.1 (depth) changes the model whose cache stages.0 (kivi) looks at; list it before that stage",
+        ),
+        (
+            [SMOOTH, KIVI, LORA],
+            "stages.2 (lora) changes the model whose cache stages.1 (kivi) looks at; list it before ",
+        ),
+        ([KIVI, KEPT, KIVI], "stages.2 (kivi) comes after stages.1, whose adapters stay beside the weights"),
+    ],
+    ids=lambda v: "-".join(s["method"] for s in v) if isinstance(v, list) else "",
+)
+def test_an_order_that_makes_no_sense(
+    laconic: Laconic, llama: Path, text: Path, tmp_path: Path, stages: list[Stage], said: str
+) -> None:
+    stages = [s | {"data": [{"dataset": str(text)}]} if s["method"] == "lora" else s for s in stages]
+    calibration = {"dataset": str(text), "num_calibration_samples": 4, "max_seq_length": 32}
+    file = make_recipe(tmp_path / "recipe.yaml", *stages, model=str(llama), calibration=calibration)
+    assert laconic("compress", file, "-o", tmp_path / "out").complaint.startswith(said)
+    assert {f.name for f in tmp_path.iterdir()} == {"recipe.yaml"}
+
+
+@pytest.mark.parametrize("stages", [[DEPTH], [DEPTH, RTN]], ids=["one step", "two steps"])
+@pytest.mark.parametrize("what", ["a file", "a file in it", "a folder in it", "a step that is a file", "the model"])
+def test_nothing_of_anybodys_goes_with_the_steps(
+    laconic: Laconic, llama: Path, text: Path, tmp_path: Path, stages: list[Stage], what: str
+) -> None:
+    kept, model = tmp_path / "out.steps", llama
+    if what == "the model":
+        model = Path(shutil.copytree(llama, kept / "1"))
+        (model / "recipe.yaml").write_text("{}")
+    elif what == "a file":
+        kept.write_text("mine")
+    else:
+        file = kept / {"a file in it": "thesis.txt", "a folder in it": "1/thesis.txt"}.get(what, "2")
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+    calibration = {"dataset": str(text), "num_calibration_samples": 4, "max_seq_length": 32}
+    recipe = make_recipe(tmp_path / "recipe.yaml", *stages, model=str(model), calibration=calibration)
+    before = contents(tmp_path)
+    for flags in ([], ["--overwrite"]):
+        said = laconic("compress", recipe, "-o", tmp_path / "out", *flags).complaint
+        assert said == (
+            f"{kept}, where what earlier steps make is kept until the last is done, holds something else; move it "
+            "away, or choose another output"
+        )
+        assert contents(tmp_path) == before
+
+
+def test_adapters_that_were_kept_from_a_step_outlive_it(llama: Path, text: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "out.steps" / "2.last-good"
+    kept.mkdir(parents=True)
+    (kept / "adapter_config.json").write_text("{}")
+    compress(str(llama), recipe(DEPTH, RTN, text=text), tmp_path / "out")
+    assert [p.name for p in kept.parent.iterdir()] == ["2.last-good"]
+
+
+def test_pickles_are_for_walks(laconic: Laconic, llama: Path, text: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    torch.save(tensors(model), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    lora, walk = LORA | {"data": [{"dataset": str(text)}]}, {"method": "magnitude"}
+    told = "and reads no pickle weights; convert them to safetensors first (transformers' save_pretrained writes those)"
+    for stages, said in (
+        ([lora], f"stages.0 (lora) needs the model whole, {told}"),
+        ([walk, lora | {"loss": "kl"}], f"stages.1 (lora): loss: kl opens the original model too, {told}"),
+    ):
+        file = make_recipe(tmp_path / "recipe.yaml", *stages, model=str(model))
+        assert laconic("compress", file, "-o", tmp_path / "out", "--allow-pickle").complaint == said
+    file = make_recipe(tmp_path / "recipe.yaml", walk, lora, model=str(model))
+    assert laconic("compress", file, "-o", tmp_path / "out", "--allow-pickle").code == 0

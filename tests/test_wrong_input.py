@@ -138,6 +138,20 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
             "stages.0.ratios: the sparsity of 're:.*attn' should be at least 0 and less than 1, not 1",
         ),
         (
+            [{"method": "magnitude", "ratios": {"re:.*": 0.3, "re:.*mlp.*": 0.2}}],
+            "stages.0.ratios 're:.*mlp.*' never counts, since patterns before it fit all that it fits, and the first ",
+        ),
+        ([{"method": "magnitude", "ratios": {3: 0.5}}], "stages.0.ratios: a key should be a word, not 3"),
+        ([{"method": "magnitude", "ratios": [0.5]}], "stages.0.ratios should hold keys and values"),
+        (
+            [{"method": "wanda", "targets": "lm_head", "ignore": [], "allocation": "owl"}],
+            "stages.0.allocation looks at linears in blocks, and lm_head is in none; leave allocation out",
+        ),
+        (
+            [{"method": "magnitude", "targets": "re:.*mlp.*", "protect": {"dataset": "a.txt", "heads": 0.5}}],
+            "stages.0.protect leaves attention heads whole, and the stage prunes no linear of attention; leave it out",
+        ),
+        (
             [{"method": "magnitude", "ratios": {"re:(": 0.5}}],
             "stages.0.ratios: 're:(' is not a regular expression: ",
         ),

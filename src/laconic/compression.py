@@ -13,13 +13,14 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from laconic.cards.writing import write_cards
 from laconic.engine.artifact import Artifact
@@ -149,7 +150,7 @@ def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Repor
             made = begun_with(step.output) == step.identity
             before = step.output if made else _work(prepared, number, before, overwrite, report)
     if is_main() and not prepared.shared:
-        shutil.rmtree(_kept(prepared.output), ignore_errors=True)
+        _forget(_kept(prepared.output))
     return Artifact(prepared.output)
 
 
@@ -173,6 +174,8 @@ def _compose(
     recipe: Recipe, source: Source, output: Path, shared: Path | None, *, overwrite: bool, trust_remote_code: bool
 ) -> Composed:
     device_of(recipe)
+    if not shared and is_main():
+        _check_kept(output, source)
     needing = [getattr(s, "needing", s.method) for s in recipe.stages if s.observes or getattr(s, "surveys", False)]
     windows = None
     if needing:
@@ -180,30 +183,16 @@ def _compose(
     groups = _groups(recipe.stages)
     model = skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
     steps: list[Step] = []
-    quantized = False
+    before = _Before()
     for number, (first, stages) in enumerate(groups):
         upto = recipe.model_copy(update={"stages": recipe.stages[: first + len(stages)]})
-        identity = identify(upto, source, windows)
+        before = _in_order(first, stages[0], before, source, model)
+        identity = identify(upto, source, windows) | ({"texts": before.texts} if before.texts else {})
         last = number == len(groups) - 1
         kept = shared / _hash(identity) if shared else _kept(output) / f"{number + 1}"
         target = output if last else kept
         walk = None
-        if isinstance(stages[0], ModelStage):
-            if quantized and not stages[0].takes_codes:
-                raise ValueError(
-                    f"stages.{first} ({stages[0].method}) changes weights, and earlier stages have quantized them; "
-                    "list it before them"
-                )
-            try:
-                stages[0].check(source, model, quantized=quantized)
-            except ValueError as e:
-                raise ValueError(f"stages.{first} ({stages[0].method}): {e}") from e
-        else:
-            if quantized:
-                raise ValueError(
-                    f"stages.{first} ({stages[0].method}) comes after a stage that was quantized and then trained; "
-                    "list it before the training"
-                )
+        if not isinstance(stages[0], ModelStage):
             walk = prepare_walk(
                 recipe.model_copy(update={"stages": stages}),
                 source,
@@ -214,7 +203,8 @@ def _compose(
                 overwrite=overwrite,
                 trust_remote_code=trust_remote_code,
             )
-            quantized |= bool(walk.plan.schemes)
+            cache = f"stages.{first + len(stages) - 1} ({walk.plan.cache[0].method})" if walk.plan.cache else None
+            before = replace(before, quantized=before.quantized or bool(walk.plan.schemes), cache=cache)
             identity = walk.identity
         check_begun(target, identity, overwrite=overwrite)
         made = None if last else begun_with(target)
@@ -225,6 +215,60 @@ def _compose(
             )
         steps.append(Step(first, stages, walk, target, identity))
     return Composed(recipe, source, tuple(steps), windows, output, trust_remote_code, bool(shared))
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What earlier stages leave. quantized: codes. reshaped: another shape. adapters: which of them left some beside
+    the weights. cache: which of them says how the cache is stored. texts: what stages of their own read, as a hash, by
+    key of the recipe."""
+
+    quantized: bool = False
+    reshaped: bool = False
+    adapters: int | None = None
+    cache: str | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+def _in_order(first: int, stage: Any, before: _Before, source: Source, model: PreTrainedModel) -> _Before:
+    """Let a stage that begins a step say what it cannot do, and what it will leave. first: its number.
+
+    Raises: ValueError where it cannot come after those before it.
+    """
+    told = f"stages.{first} ({stage.method})"
+    if before.adapters is not None:
+        raise ValueError(
+            f"{told} comes after stages.{before.adapters}, whose adapters stay beside the weights that they were "
+            "trained for; list it before that stage"
+            + ("" if before.quantized else ", or leave out keep_adapters there")
+        )
+    if not isinstance(stage, ModelStage):
+        if before.quantized:
+            raise ValueError(
+                f"{told} comes after a stage that was quantized and then trained; list it before the training"
+            )
+        return before
+    if first == 0 and source.checkpoint.pickled:
+        raise ValueError(
+            f"{told} needs the model whole, and reads no pickle weights; convert them to safetensors first "
+            "(transformers' save_pretrained writes those)"
+        )
+    if before.quantized and not stage.takes_codes:
+        raise ValueError(f"{told} changes weights, and earlier stages have quantized them; list it before them")
+    kept = stage.leaves_adapters(quantized=before.quantized)
+    if before.cache and not kept:
+        raise ValueError(f"{told} changes the model whose cache {before.cache} looks at; list it before that stage")
+    try:
+        texts = stage.check(source, model, quantized=before.quantized, reshaped=before.reshaped)
+    except ValueError as e:
+        raise ValueError(f"{told}: {e}") from e
+    read = {f"stages.{first}.{key}": sha for key, sha in texts.items()}
+    return replace(
+        before,
+        reshaped=before.reshaped or stage.reshapes,
+        adapters=first if kept else None,
+        texts={**before.texts, **read},
+    )
 
 
 def _work(prepared: Composed, number: int, before: Path | None, overwrite: bool, report: Report) -> Path:
@@ -239,6 +283,7 @@ def _work(prepared: Composed, number: int, before: Path | None, overwrite: bool,
     original = prepared.source.folder
     return run_model_step(
         step.stages[0],
+        step.first,
         prepared.recipe,
         before or original,
         original,
@@ -300,3 +345,33 @@ def _hash(identity: Mapping[str, Any]) -> str:
 def _kept(output: Path) -> Path:
     """Where what earlier steps made is kept until the last one is done."""
     return output.with_name(output.name + ".steps")
+
+
+def _check_kept(output: Path, source: Source) -> None:
+    """Raises: ValueError unless everything in the folder of earlier steps is ours, since it goes in the end."""
+    kept, model = _kept(output), source.folder.resolve()
+    if not kept.exists():
+        return
+    ours = kept.is_dir() and all(_is_step(entry) or entry.suffix == ".last-good" for entry in kept.iterdir())
+    if not ours or kept in (model, *model.parents):
+        raise ValueError(
+            f"{kept}, where what earlier steps make is kept until the last is done, holds something else; move it "
+            "away, or choose another output"
+        )
+
+
+def _is_step(entry: Path) -> bool:
+    number, _, rest = entry.name.partition(".")
+    if not number.isdecimal() or rest not in ("", "partial") or not entry.is_dir() or entry.is_symlink():
+        return False
+    # One that was just begun is empty, but for a recipe that is being written.
+    return begun_with(entry) is not None or all(file.suffix == ".writing" for file in entry.iterdir())
+
+
+def _forget(kept: Path) -> None:
+    """Remove what earlier steps made, and nothing else."""
+    for entry in kept.iterdir() if kept.is_dir() else ():
+        if _is_step(entry):
+            shutil.rmtree(entry, ignore_errors=True)
+    with suppress(OSError):
+        kept.rmdir()

@@ -28,6 +28,7 @@ from laconic.walking import device_of
 
 def run_model_step(
     stage: ModelStage,
+    first: int,
     recipe: Recipe,
     folder: Path,
     original: Path,
@@ -41,9 +42,9 @@ def run_model_step(
     trust_remote_code: bool = False,
     describe: Callable[[Path], None] = lambda _: None,
 ) -> Artifact:
-    """Let `stage` remake the model in `folder`, and write it to `output`; only help with the former where this is not
-    the first process of a launch. before: the artifact of the step before, if there is one. describe: writes the cards
-    into the folder. The rest is as in `Work`.
+    """Let `stage`, number `first` of the recipe, remake the model in `folder`, and write it to `output`; only help with
+    the former where this is not the first process of a launch. before: the artifact of the step before, if there is
+    one. describe: writes the cards into the folder. The rest is as in `Work`.
     """
     begun = time.monotonic()
     torch.manual_seed(recipe.seed)
@@ -57,8 +58,11 @@ def run_model_step(
         stage.remake(work_in(partial_of(output), scratch_of(partial_of(output))))
         return Artifact(output)
     with Workspace(output, identity, 0, overwrite=overwrite) as workspace:
-        with span(stage.method):
-            made = stage.remake(work_in(workspace.folder, workspace.scratch))
+        try:
+            with span(stage.method):
+                made = stage.remake(work_in(workspace.folder, workspace.scratch))
+        except ValueError as e:
+            raise ValueError(f"stages.{first} ({stage.method}): {e}") from e
         if made.model is None:
             workspace.copy_weights(folder)
         else:

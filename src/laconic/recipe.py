@@ -186,10 +186,12 @@ def _describe(problem: ErrorDetails, noun: str, keys: Callable[[Loc], list[str]]
             return f"{path} should have at least one item"
         case "tuple_type":
             return f"{path} should be a list"
-        case "model_type" | "model_attributes_type":
+        case "model_type" | "model_attributes_type" | "dict_type" | "mapping_type":
             return f"{path} should hold keys and values"
         case "invalid_key":
             return f"{path}: a key should be a word"
+        case "string_type" if where[-1] == "[key]":
+            return f"{'.'.join(where[:-2])}: a key should be a word, not {_short(str(given))}"
         case kind:
             rule = problem["msg"].replace("Input should", "should")
             # What pydantic could make nothing of, it also says how.

@@ -28,7 +28,7 @@ from laconic.model.data import calibration_windows, read_documents
 from laconic.model.kv_open import fingerprint
 from laconic.model.kv_reading import KV_CONFIG
 from laconic.model.layout import names_for_engines
-from laconic.model.load import Source, arranged, check_complete, load_tokenizer, skeleton
+from laconic.model.load import Source, arranged, check_complete, check_tokens, load_tokenizer, skeleton
 from laconic.model.quant_config import NATIVE
 from laconic.provenance import account, identify, sha256
 from laconic.recipe import Calibration, Recipe
@@ -194,11 +194,7 @@ def _read(source: Source, text: Calibration | Protect, key: str, seed: int, trus
     windows = calibration_windows(
         documents, tokenizer, samples=text.num_calibration_samples, length=text.max_seq_length, seed=seed
     )
-    if (highest := int(windows.max())) >= (known := source.config.get_text_config().vocab_size):
-        raise ValueError(
-            f"the tokenizer in {source.folder} gives token {highest}, the model knows {known}; "
-            "copy the original model's tokenizer files there"
-        )
+    check_tokens(int(windows.max()), source.config.get_text_config().vocab_size, source.folder)
     return windows
 
 

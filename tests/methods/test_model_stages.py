@@ -20,6 +20,7 @@ from laconic.compression import compress
 from laconic.engine.gradients import gradients
 from laconic.methods.depth import block_influence
 from laconic.methods.reap import saliency
+from laconic.model.load import load_tokenizer
 from laconic.model.reading import load
 from test_resume import Killed, contents, is_whole
 from tiny import MIXTURES, make_model, make_recipe
@@ -318,6 +319,47 @@ WRONG = [
     ),
     (
         "llama",
+        {"method": "llm_pruner", "groups": ["mlp", "mlp"]},
+        "stages.0: groups names one twice (mlp, mlp); name each once",
+    ),
+    (
+        "llama",
+        {"method": "llm_pruner", "groups": ["heads"]},
+        "stages.0.groups.0 should be 'attention', 'mlp' or 'hidden', not heads",
+    ),
+    (
+        "llama",
+        PRUNER | {"multiple_of": 129},
+        "stages.0 (llm_pruner): multiple_of 129 is more than the 128 channels that there are; lower it",
+    ),
+    (
+        "llama",
+        {"method": "llm_pruner", "groups": "hidden", "multiple_of": 65},
+        "stages.0 (llm_pruner): multiple_of 65 is more than the 64 channels that there are; lower it",
+    ),
+    (
+        "llama",
+        # A key-value head of four stays, of 3,072 parameters each, and 8 channels of 128, of 192 each.
+        PRUNER | {"sparsity": 0.99},
+        "stages.0 (llm_pruner): sparsity 0.99 cannot be reached, since something of every group stays; at most 0.875 ",
+    ),
+    (
+        "llama",
+        {"method": "llm_pruner", "uniform": True, "sparsity": 0.99},
+        "stages.0 (llm_pruner): sparsity 0.99 cannot be reached, since something of every group stays; at most 0.875 ",
+    ),
+    (
+        "llama",
+        PRUNER | {"sparsity": 0.01},
+        "stages.0 (llm_pruner): sparsity 0.01 is less than one head, or step of channels; use 0.02",
+    ),
+    (
+        "llama",
+        {"method": "llm_pruner", "groups": "hidden", "sparsity": 0.01},
+        "stages.0 (llm_pruner): sparsity 0.01 is less than one head, or step of channels; use 0.0625 or more",
+    ),
+    (
+        "llama",
         PRUNER | {"groups": "hidden"},
         "stages.0: a hidden channel reaches through all blocks; leave out keep_first and keep_last",
     ),
@@ -417,3 +459,27 @@ def test_the_same_seed_gives_the_same_random_choice(models: dict[str, Path], tmp
     )
     assert same_bytes(one, two)
     assert not same_bytes(one, other)
+
+
+@pytest.mark.parametrize(
+    ("stage", "what"),
+    [("depth", "activations"), ("reap", "activations"), ("llm_pruner", "gradients"), ("uniform", "gradients"),
+     ("hidden", "gradients")],
+)  # fmt: skip
+def test_nothing_is_chosen_by_what_is_no_number(
+    laconic: Laconic, models: dict[str, Path], text: Path, tmp_path: Path, stage: str, what: str
+) -> None:
+    loud = original(model_for(stage, models))
+    for name, parameter in loud.named_parameters():
+        if ".mlp." in name and parameter.dim() > 1 and "gate.weight" not in name:
+            parameter.data.fill_(3e38)
+    loud.save_pretrained(tmp_path / "loud")
+    load_tokenizer(model_for(stage, models)).save_pretrained(tmp_path / "loud")
+    calibration = {"dataset": str(text), "num_calibration_samples": 4, "max_seq_length": 32}
+    file = make_recipe(tmp_path / "recipe.yaml", STAGES[stage], model=str(tmp_path / "loud"), calibration=calibration)
+    said = laconic("compress", file, "-o", tmp_path / "out").err.splitlines()[-1]
+    method = STAGES[stage]["method"]
+    assert said == (
+        f"laconic: stages.0 ({method}): the {what} hold NaN or infinity; check the model and the calibration text"
+    )
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -188,7 +189,7 @@ def test_changed_data_is_not_gone_on_with(pruned: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         laconic.compress(str(pruned), given, tmp_path / "a", report=kill)
     file.write_text(make_text(2000, seed=1))
-    with pytest.raises(ValueError, match="cannot go on: the data has changed since it began; put that back"):
+    with pytest.raises(ValueError, match=r"begun with another recipe \(different: texts.stages.0.data\)"):
         laconic.compress(str(pruned), given, tmp_path / "a")
 
 
@@ -231,8 +232,8 @@ def test_a_loss_that_turns_nan_ends_it_and_the_last_good_adapters_are_kept(
         press(pruned, tmp_path / "a", recover(texts))
     kept = tmp_path / "a.last-good"
     assert str(told.value) == (
-        f"the loss turned NaN or infinite in step 4; the adapters of step 2 are kept in {kept}: lower learning_rate "
-        f"(0.02), set start: {kept} to go on from them, and pass --overwrite"
+        f"stages.0 (lora): the loss turned NaN or infinite in step 4; the adapters of step 2 are kept in {kept}: lower "
+        f"learning_rate (0.02), set start: {kept} to go on from them, and pass --overwrite"
     )
     monkeypatch.setattr(loop, "_loss", calm)
     # What is kept is what a run of two steps would have come to; and training goes on from it.
@@ -272,7 +273,17 @@ def test_distilled_it_comes_nearer_to_its_teacher(
         ({"data": [{"dataset": "a.txt", "wieght": 1}]}, "unknown key 'stages.0.data.0.wieght'; did you mean 'weight'?"),
         ({"teacher": "."}, "teacher goes with loss: kl; set that, or leave it out"),
         ({"loss": "kl", "teacher": "no/where/at all"}, "no model folder 'no/where/at all'"),
-        ({"start": "nowhere"}, "nowhere/adapter_config.json is missing"),
+        (
+            {"start": "nowhere"},
+            "nowhere holds no LoRA adapter (adapter_model.safetensors, adapter_config.json); name a",
+        ),
+        ({"learning_rate": math.inf}, "stages.0.learning_rate should be a finite number, not .inf"),
+        ({"weight_decay": math.inf}, "stages.0.weight_decay should be a finite number, not .inf"),
+        (
+            {"data": [{"dataset": "a.txt", "weight": math.inf}]},
+            "stages.0.data.0.weight should be less than or equal to 1000000, not .inf",
+        ),
+        ({"patience": 1, "held_out": 0}, "patience counts measurements of the held-out loss; set held_out, or leave "),
         ({"method": "lora", "learning_rate": 0}, "stages.0.learning_rate should be greater than 0, not 0"),
     ],
 )
@@ -312,3 +323,104 @@ def test_two_processes_come_to_what_one_does_with_twice_the_batch(
         losses = [[m["loss"] for m in t[key]] for t in told]
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert not (tmp_path / "two.steps").exists()
+
+
+def test_a_tokenizer_of_another_model(texts: list[dict[str, Any]], tmp_path: Path) -> None:
+    small = make_model(tmp_path / "small", vocab_size=20)
+    with pytest.raises(ValueError, match=r"gives token \d+, the model knows 20; copy the original model's tokenizer"):
+        press(small, tmp_path / "a", recover(texts))
+    assert not (tmp_path / "a.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("loss", "whose"), [("lm", "the model and the data"), ("kl", "the model, the teacher and the")]
+)
+def test_a_model_that_computes_no_number_is_not_the_learning_rates_fault(
+    dense: Path, texts: list[dict[str, Any]], tmp_path: Path, loss: str, whose: str
+) -> None:
+    loud = original(dense)
+    for parameter in loud.model.layers[0].mlp.parameters():
+        parameter.data.fill_(3e38)
+    loud.save_pretrained(tmp_path / "loud")
+    load_tokenizer(dense).save_pretrained(tmp_path / "loud")
+    told = rf"^stages.0 \(lora\): the loss is NaN or infinite before anything is trained; check {whose}"
+    for held_out in (0.05, 0):
+        with pytest.raises(ValueError, match=told):
+            press(tmp_path / "loud", tmp_path / f"{held_out}", recover(texts, loss=loss, held_out=held_out))
+
+
+def test_good_adapters_that_cannot_be_kept_hide_no_loss(
+    pruned: Path, texts: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm, seen = loop._loss, [0]
+
+    def breaking(*args: Any) -> Tensor:
+        seen[0] += torch.is_grad_enabled()
+        return calm(*args) * (float("nan") if seen[0] == 4 else 1)
+
+    monkeypatch.setattr(loop, "_loss", breaking)
+    (tmp_path / "a.last-good").write_text("mine")
+    with pytest.raises(ValueError, match="NaN or infinite in step 4; the adapters of step 2 could not be kept in"):
+        press(pruned, tmp_path / "a", recover(texts))
+    assert (tmp_path / "a.last-good").read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_damaged_state_is_told(pruned: Path, texts: list[dict[str, Any]], tmp_path: Path, left: int) -> None:
+    given = {"stages": [recover(texts)]}
+
+    def kill(event: Mapping[str, Any]) -> None:
+        if event.get("step") == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        laconic.compress(str(pruned), given, tmp_path / "a", report=kill)
+    (state,) = (tmp_path / "a.partial").rglob("training.pt")
+    state.write_bytes(state.read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"training.pt is damaged; delete it, and run the same command"):
+        laconic.compress(str(pruned), given, tmp_path / "a")
+    state.unlink()
+    again = laconic.compress(str(pruned), given, tmp_path / "a")
+    assert same_bytes(again.path, press(pruned, tmp_path / "b", recover(texts)).path)
+
+
+def test_a_finished_training_is_not_taken_for_one_on_other_data(pruned: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text(make_text(2000))
+    given = {"stages": [recover([{"dataset": str(file)}]), rtn("W8A16")]}
+
+    def kill(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        laconic.compress(str(pruned), given, tmp_path / "a", report=kill)
+    file.write_text(make_text(2000, seed=1))
+    with pytest.raises(ValueError, match=r"steps/1 was made by another recipe \(different: texts.stages.0.data\)"):
+        laconic.compress(str(pruned), given, tmp_path / "a")
+
+
+def test_adapters_of_another_shape_are_no_start(pruned: Path, texts: list[dict[str, Any]], tmp_path: Path) -> None:
+    kept = press(pruned, tmp_path / "kept", recover(texts, keep_adapters=True)).path / "adapter"
+    wide = make_model(tmp_path / "wide", num_hidden_layers=1, intermediate_size=256)
+    for model, keys in ((wide, {}), (pruned, {"rank": 2, "alpha": 4})):
+        with pytest.raises(ValueError, match=r"are of other linears, or not of rank \d; set targets and rank as they"):
+            press(model, tmp_path / "a", recover(texts, start=str(kept), **keys))
+    assert not (tmp_path / "a.partial").exists()
+    (kept / "adapter_config.json").write_text('{"r": "four"}')
+    with pytest.raises(ValueError, match="does not say 'r' and 'lora_alpha' of an adapter"):
+        press(pruned, tmp_path / "a", recover(texts, start=str(kept)))
+
+
+def test_training_goes_on_from_adapters_of_a_model_that_was_cut_before(
+    texts: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Of the cut model's shape, which is not that of the original."""
+    model, depth = make_model(tmp_path / "model"), {"method": "depth", "blocks": 1}
+    text = Path(texts[0]["dataset"])
+    kept = press(model, tmp_path / "kept", depth, recover(texts, keep_adapters=True), text=text).path / "adapter"
+    again = press(model, tmp_path / "again", depth, recover(texts, start=str(kept)), text=text)
+    losses = [laconic.Artifact(p).results["training-lora"]["held_out"] for p in (kept.parent, again.path)]
+    assert losses[1][0]["loss"] < losses[0][0]["loss"]
+    with pytest.raises(ValueError, match="are of other linears, or not of rank 4"):
+        press(model, tmp_path / "whole", recover(texts, start=str(kept)))

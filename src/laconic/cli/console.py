@@ -189,7 +189,7 @@ def _add_forecast(table: Table, forecast: Any) -> None:
 
 def warn(prepared: Any) -> None:
     """Things a user would want to know that are no errors."""
-    for warning in _warnings(prepared):
+    for warning in dict.fromkeys(_warnings(prepared)):
         err.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from laconic.engine.writer import write_file
 from laconic.model.checkpoint import read_json, reading
@@ -60,11 +61,30 @@ def write_adapter(
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
     """The state that was written, and the factor of its products. Raises: ValueError where there is none."""
-    config = read_json(folder / _CONFIG)
     file = folder / _WEIGHTS
-    if not file.exists() or not isinstance(config, dict) or "r" not in config:
-        raise ValueError(f"{folder} holds no LoRA adapter ({_WEIGHTS}, {_CONFIG})")
+    if not file.is_file() or not (folder / _CONFIG).is_file():
+        raise ValueError(f"{folder} holds no LoRA adapter ({_WEIGHTS}, {_CONFIG}); name a folder that does")
+    config = read_json(folder / _CONFIG)
+    numbers = [config.get(key) for key in ("r", "lora_alpha")] if isinstance(config, dict) else [None]
+    if not all(isinstance(n, int | float) and n > 0 for n in numbers):
+        raise ValueError(f"{folder / _CONFIG} does not say 'r' and 'lora_alpha' of an adapter; name another folder")
     with reading(file):
         tensors = load_file(file)
     state = {n.removeprefix(_PREFIX).removesuffix(".weight"): t for n, t in tensors.items()}
     return state, float(config["lora_alpha"]) / float(config["r"])
+
+
+def check_adapter(folder: Path, linears: Mapping[str, nn.Linear] | None, rank: int, alpha: int) -> None:
+    """Raises: ValueError unless training can go on from what is in `folder`. linears: those beside which there are to
+    be adapters, by name, if they are known by now."""
+    state, scale = read_adapter(folder)
+    if linears is not None:
+        low = {f"{n}.lora_A": (rank, linear.in_features) for n, linear in linears.items()}
+        high = {f"{n}.lora_B": (linear.out_features, rank) for n, linear in linears.items()}
+        if {n: tuple(t.shape) for n, t in state.items()} != low | high:
+            raise ValueError(
+                f"the adapters in {folder} are of other linears, or not of rank {rank}; set targets and rank as they "
+                "were, or name others"
+            )
+    if not math.isclose(scale, alpha / rank):
+        raise ValueError(f"the adapters in {folder} have alpha {scale * rank:g}; set alpha to that")

@@ -71,11 +71,12 @@ class Trained:
 
 
 class Diverged(Exception):
-    """The loss, or its gradient, is NaN or infinity. parameters: the last good ones, of the step `good`."""
+    """The loss, or its gradient, is NaN or infinity. moved: steps that had been made by then. parameters: the last good
+    ones, of the step `good`."""
 
-    def __init__(self, step: int, parameters: State, good: int) -> None:
+    def __init__(self, step: int, moved: int, parameters: State, good: int) -> None:
         super().__init__(f"diverged in step {step}")
-        self.step, self.parameters, self.good = step, parameters, good
+        self.step, self.moved, self.parameters, self.good = step, moved, parameters, good
 
 
 def finetune(
@@ -116,7 +117,7 @@ def finetune(
         told = _step(wrapped, loss, batch, course, accelerator, optimizer, list(parameters.values()), step)
         if told is None:
             good = progress.best_step if progress.held_out else step - step % course.save_every
-            raise Diverged(step + 1, progress.best_parameters or progress.parameters, good)
+            raise Diverged(step + 1, step, progress.best_parameters or progress.parameters, good)
         progress = replace(progress, step=step + 1, curve=[*progress.curve, told])
         if progress.step % course.eval_every == 0 or progress.step == course.steps:
             progress = _measured(wrapped, loss, mix, course, accelerator, parameters, progress)
@@ -205,7 +206,9 @@ def _measured(
         module.training = True
     mean = float(accelerator.reduce(total, "sum")) / sum(e.targets for e in mix.held_out)
     if not math.isfinite(mean):
-        raise Diverged(progress.step, progress.best_parameters or state_of(parameters), progress.best_step)
+        raise Diverged(
+            progress.step, progress.step, progress.best_parameters or state_of(parameters), progress.best_step
+        )
     progress = replace(progress, held_out=[*progress.held_out, {"step": progress.step, "loss": mean}])
     if mean <= min(m["loss"] for m in progress.held_out):
         progress = replace(progress, best_step=progress.step, best_parameters=state_of(parameters))

@@ -54,6 +54,12 @@ def run_through(model: PreTrainedModel, windows: Tensor, batch_size: int, report
         report({"event": "work", "done": i + 1, "total": len(batches)})
 
 
+def check_finite(figures: Tensor, what: str) -> None:
+    """Raises: ValueError when a model, run over its calibration text, gave no numbers to choose by."""
+    if not bool(figures.isfinite().all()):
+        raise ValueError(f"{what} hold NaN or infinity; check the model and the calibration text")
+
+
 def sizes_of(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, int]:
     """How many parameters there were, and are, for `results/`."""
     models = {"parameters_before": before, "parameters_after": after}
@@ -83,12 +89,19 @@ class ModelStage(BaseModel):
         """Whether the stage works on a model that is quantized already."""
         return False
 
-    def check(self, source: Source, model: PreTrainedModel, *, quantized: bool) -> None:
-        """Look for what cannot work before anything is computed. model: a skeleton; where an earlier stage reshapes,
-        that of the original. quantized: whether earlier stages leave codes.
+    def leaves_adapters(self, *, quantized: bool) -> bool:
+        """Whether the weights stay as they are, and adapters stand beside them, after which no other stage can come.
+        quantized: as for `check`."""
+        return False
 
-        Raises: ValueError that names the fix.
+    def check(self, source: Source, model: PreTrainedModel, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
+        """Look for what cannot work before anything is computed. model: a skeleton; where an earlier stage reshapes
+        (`reshaped`), that of the original. quantized: whether earlier stages leave codes.
+
+        Returns: hashes of texts that the stage reads beside the recipe's calibration, by its key for them: with others,
+        an interrupted run does not go on. Raises: ValueError that names the fix.
         """
+        return {}
 
     def warnings(self, source: Source) -> Iterator[str]:
         """What a user would want to know that is no error."""

@@ -143,7 +143,7 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage |
                     "targets; list it before them, or leave it out"
                 )
         if isinstance(stage, Masking) and stage.prunes:
-            _check_masks(stage, number, names, shapes)
+            _check_masks(stage, number, names, shapes, anatomy.head)
             pruned |= dict.fromkeys(names, stage.method)
         touched.append(frozenset(names))
     for i, taps in enumerate(anatomy.taps):
@@ -153,11 +153,13 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage |
     links = find_links(model, anatomy) if any(isinstance(s, BlockStage) and s.links for s in stages) else ()
     _check_blocks(anatomy, stages, touched, links, shapes, first)
     shares = tuple(_shares(s, names, shapes) for s, names in zip(stages, touched, strict=True))
-    heads = _heads(model, anatomy, stages, shapes)
+    heads = _heads(model, anatomy, stages, touched, shapes, first)
     return Plan(anatomy, tuple(stages), tuple(touched), schemes, shapes, links, cache, shares, heads, first)
 
 
-def _check_masks(stage: Masking, number: int, names: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> None:
+def _check_masks(
+    stage: Masking, number: int, names: Sequence[str], shapes: Mapping[str, tuple[int, int]], head: str
+) -> None:
     """Raises: ValueError when a stage cannot prune these linears as it says."""
     for name in names:
         try:
@@ -170,15 +172,31 @@ def _check_masks(stage: Masking, number: int, names: Sequence[str], shapes: Mapp
             near = get_close_matches(pattern.removeprefix("re:").strip(".*$^\\"), leaves, 1, 0.4)
             hint = f"did you mean 're:.*{near[0]}'?" if near else f"they end in {', '.join(leaves)}"
             raise ValueError(f"stages.{number}.ratios '{pattern}' matches none of the linears of this stage; {hint}")
+    if isinstance(stage, PruningStage):
+        counted = {next((p for p in stage.ratios if matches(n, [p])), None) for n in names}
+        for pattern in (p for p in stage.ratios if p not in counted):
+            raise ValueError(
+                f"stages.{number}.ratios '{pattern}' never counts, since patterns before it fit all that it fits, and "
+                "the first that fits counts; list it before them"
+            )
+        if stage.allocation and all(n == head for n in names):
+            raise ValueError(
+                f"stages.{number}.allocation looks at linears in blocks, and {head} is in none; leave allocation out"
+            )
 
 
 def _heads(
-    model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage], shapes: Mapping[str, tuple[int, int]]
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    stages: Sequence[Stage],
+    touched: Sequence[Set[str]],
+    shapes: Mapping[str, tuple[int, int]],
+    first: int,
 ) -> tuple[Heads, ...]:
     """Of each block, where a stage protects some. Raises: ValueError where they cannot be told apart, or do not consist
     of what goes together."""
     found: tuple[Heads, ...] = ()
-    for number, stage in enumerate(stages):
+    for number, (stage, names) in enumerate(zip(stages, touched, strict=True), first):
         if not isinstance(stage, PruningStage) or stage.protect is None:
             continue
         try:
@@ -187,6 +205,12 @@ def _heads(
             found = tuple(heads_of(t, own, model.config) for t, own in zip(anatomy.taps, local, strict=True))
         except ValueError as e:
             raise ValueError(f"stages.{number}.protect: {e}; leave it out, and ignore linears instead") from e
+        held = {f"{anatomy.block_name(i)}.{n}" for i, own in enumerate(found) for n in (*own.rows, own.output)}
+        if not held & names:
+            raise ValueError(
+                f"stages.{number}.protect leaves attention heads whole, and the stage prunes no linear of attention; "
+                "leave it out, or widen targets"
+            )
         for length in (stage.structure.width, stage.structure.height):
             if found[0].size % length:
                 raise ValueError(

@@ -5,7 +5,6 @@ What the base is held in while adapters are trained is all in which such stages 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,11 +14,11 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.engine.adapter_files import ADAPTER, check_peft, read_adapter, write_adapter
+from laconic.engine.adapter_files import ADAPTER, check_adapter, check_peft, read_adapter, write_adapter
 from laconic.engine.finetune import Course, Diverged, Trained, cut_by_block, finetune, recomputed
 from laconic.engine.losses import Loss, distillation_loss, language_loss
 from laconic.engine.model_stage import ModelStage, Remade, Work
@@ -34,6 +33,7 @@ from laconic.model.experts import Experts
 from laconic.model.layout import TransposedLinear, arrange
 from laconic.model.load import (
     Source,
+    check_tokens,
     load_tokenizer,
     main_dtype,
     materialise,
@@ -59,7 +59,7 @@ class Recovery(ModelStage):
     dropout: float = Field(0.0, ge=0, lt=1)
     loss: Literal["lm", "kl"] = "lm"
     teacher: str | None = None
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False)
     warmup: float = Field(0.03, ge=0, le=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     epochs: int = Field(1, ge=1)
@@ -67,7 +67,7 @@ class Recovery(ModelStage):
     batch_size: int = Field(8, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
     max_seq_length: int = Field(1024, ge=2)
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     max_grad_norm: float | None = Field(1.0, gt=0)
     gradient_checkpointing: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -79,9 +79,18 @@ class Recovery(ModelStage):
     keep_adapters: bool = False
     start: str | None = None
 
+    @model_validator(mode="after")
+    def _measured(self) -> Recovery:
+        if self.patience is not None and not self.held_out:
+            raise ValueError("patience counts measurements of the held-out loss; set held_out, or leave patience out")
+        return self
+
     @property
     def takes_codes(self) -> bool:
         return True
+
+    def leaves_adapters(self, *, quantized: bool) -> bool:
+        return self.keep_adapters or quantized
 
     @property
     def packed(self) -> bool:
@@ -92,7 +101,7 @@ class Recovery(ModelStage):
         """How a frozen linear is held while its adapter is trained."""
         return linear
 
-    def check(self, source: Source, model: PreTrainedModel, *, quantized: bool) -> None:
+    def check(self, source: Source, model: PreTrainedModel, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
         kept = self.keep_adapters or quantized
         names = self._names(model, dissect(model), kept=kept)
         if kept:
@@ -104,15 +113,22 @@ class Recovery(ModelStage):
                     f"rank {self.rank} is more than {min(linear.weight.shape)}, the rank of {name} itself; lower it"
                 )
         if self.start:
-            self._check_start(names)
+            self._check_start(None if reshaped else model, names)
         if self.teacher:
             self._check_teacher(source)
+        elif self.loss == "kl" and source.checkpoint.pickled:
+            raise ValueError(
+                "loss: kl opens the original model too, and reads no pickle weights; convert them to safetensors first "
+                "(transformers' save_pretrained writes those)"
+            )
         limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
         if limit and self.max_seq_length > limit:
             raise ValueError(
                 f"max_seq_length {self.max_seq_length} is longer than the model's context of {limit}; lower it"
             )
-        self._steps(self._mix(source.folder, 0))
+        mix = self._mix(source.folder, source.config.get_text_config().vocab_size, 0)
+        self._steps(mix)
+        return {"data": mix.sha256}
 
     def remake(self, work: Work) -> Remade:
         begun = time.monotonic()
@@ -121,7 +137,9 @@ class Recovery(ModelStage):
         shape = skeleton(_plain(config), torch.bfloat16, trust_remote_code=work.trust_remote_code)
         anatomy = dissect(shape)
         names = self._names(shape, anatomy, kept=self.keep_adapters or quantized)
-        mix = self._mix(work.folder, work.seed, work.trust_remote_code)
+        if self.start:
+            self._check_start(shape, names)
+        mix = self._mix(work.folder, config.get_text_config().vocab_size, work.seed, work.trust_remote_code)
         course = self._course(mix, work)
         mixture = any(isinstance(m, Experts) for m in shape.modules())
         accelerator = Accelerator(
@@ -238,16 +256,14 @@ class Recovery(ModelStage):
                 f"teacher {self.teacher} knows {theirs} tokens, the model {ours}; name one of the same tokenizer"
             )
 
-    def _check_start(self, names: list[str]) -> None:
-        state, scale = read_adapter(Path(str(self.start)).expanduser())
-        ranks = {t.shape[0] for n, t in state.items() if n.endswith("lora_A")}
-        if {n.rpartition(".")[0] for n in state} != set(names) or ranks != {self.rank}:
-            raise ValueError(f"the adapters in {self.start} are of other linears, or not of rank {self.rank}")
-        if not math.isclose(scale, self.alpha / self.rank):
-            raise ValueError(f"the adapters in {self.start} have alpha {scale * self.rank:g}; set alpha to that")
+    def _check_start(self, model: nn.Module | None, names: list[str]) -> None:
+        """model: whose linears of these names are to be trained, if it is known by now."""
+        linears = {n: linears_of(model)[n] for n in names} if model else None
+        check_adapter(Path(str(self.start)).expanduser(), linears, self.rank, self.alpha)
 
-    def _mix(self, folder: Path, seed: int, trust_remote_code: bool = False) -> Mix:
-        return read_mix(
+    def _mix(self, folder: Path, known: int, seed: int, trust_remote_code: bool = False) -> Mix:
+        """known: how many tokens the model has."""
+        mix = read_mix(
             self.data,
             load_tokenizer(folder, trust_remote_code=trust_remote_code),
             length=self.max_seq_length,
@@ -255,6 +271,8 @@ class Recovery(ModelStage):
             held_out_samples=self.held_out_samples,
             seed=seed,
         )
+        check_tokens(mix.highest, known, folder)
+        return mix
 
     def _steps(self, mix: Mix) -> int:
         batch = self.batch_size * self.gradient_accumulation * world()
@@ -323,13 +341,22 @@ class Recovery(ModelStage):
 
     def _rescue(self, diverged: Diverged, work: Work, model: nn.Module) -> str:
         """Keep the last good adapters where the next run does not clear them away; what to say of it."""
+        if not diverged.moved:
+            whose = "the model, the teacher and the data" if self.loss == "kl" else "the model and the data"
+            return f"the loss is NaN or infinite before anything is trained; check {whose}"
         said = f"the loss turned NaN or infinite in step {diverged.step}"
         if not diverged.good:
             return f"{said}, before anything was gained; lower learning_rate ({self.learning_rate:g}), or raise warmup"
-        check_peft()
         kept = work.artifact.with_name(work.artifact.name.removesuffix(".partial") + ".last-good")
-        if is_main():
-            self._write(kept, diverged.parameters, model, str(work.folder))
+        try:
+            check_peft()
+            if is_main():
+                self._write(kept, diverged.parameters, model, str(work.folder))
+        except (ValueError, OSError) as e:
+            return (
+                f"{said}; the adapters of step {diverged.good} could not be kept in {kept} ({e}): lower learning_rate "
+                f"({self.learning_rate:g}), and pass --overwrite"
+            )
         return (
             f"{said}; the adapters of step {diverged.good} are kept in {kept}: lower learning_rate "
             f"({self.learning_rate:g}), set start: {kept} to go on from them, and pass --overwrite"

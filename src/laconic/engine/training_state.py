@@ -48,7 +48,10 @@ def read(folder: Path, identity: Mapping[str, Any]) -> Progress | None:
     file = folder / _FILE
     if not file.exists():
         return None
-    progress = Progress(**torch.load(file, map_location="cpu", weights_only=True))
+    try:
+        progress = Progress(**torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as e:  # whatever a damaged file trips torch over
+        raise ValueError(f"{file} is damaged; delete it, and run the same command: the training begins anew") from e
     differing = [key for key in identity if identity[key] != progress.identity.get(key)]
     if differing:
         what = "the data has changed" if "data" in differing else "it was launched on another number of processes"

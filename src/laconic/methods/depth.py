@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.engine.model_stage import ModelStage, Remade, Report, Work, run_through, sizes_of
+from laconic.engine.model_stage import ModelStage, Remade, Report, Work, check_finite, run_through, sizes_of
 from laconic.model.anatomy import find_blocks
 from laconic.model.checkpoint import read_json
 from laconic.model.load import Source
@@ -44,10 +44,11 @@ class Depth(ModelStage):
     def reshapes(self) -> bool:
         return True
 
-    def check(self, source: Source, model: PreTrainedModel, *, quantized: bool) -> None:
+    def check(self, source: Source, model: PreTrainedModel, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
         self._count(len(list(model.get_submodule(find_blocks(model)).children())))
         if model.config.get_text_config() is not model.config:
             raise ValueError(f"'{model.config.model_type}' is more than a language model; depth prunes plain ones")
+        return {}
 
     def remake(self, work: Work) -> Remade:
         assert work.windows is not None
@@ -86,7 +87,7 @@ def block_influence(
     report: Report = lambda _: None,
 ) -> Tensor:
     """1 - cos of what goes into a block and what comes out, the mean over tokens (arXiv 2403.03853, eq. 1), (blocks,)
-    float64. windows: token ids (samples, tokens)."""
+    float64. windows: token ids (samples, tokens). Raises: ValueError where it is no number."""
     alike = torch.zeros(len(blocks), dtype=torch.float64)
 
     def hook(i: int) -> Any:
@@ -103,7 +104,9 @@ def block_influence(
     finally:
         for handle in handles:
             handle.remove()
-    return 1 - alike / windows.numel()
+    influence = 1 - alike / windows.numel()
+    check_finite(influence, "the activations")
+    return influence
 
 
 def _shortened(raw: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:

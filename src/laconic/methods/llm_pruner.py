@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic.engine.gradients import Gradients, gradients
-from laconic.engine.model_stage import ModelStage, Remade, Work, sizes_of
+from laconic.engine.model_stage import ModelStage, Remade, Work, check_finite, sizes_of
 from laconic.model.anatomy import Anatomy, dissect
 from laconic.model.checkpoint import read_json
 from laconic.model.groups import Group, Kind, find_groups, narrow
@@ -25,6 +25,7 @@ from laconic.model.reading import load
 from laconic.model.rebuild import empty, parts_of, rebuilt
 from laconic.model.stream_width import by_channel, kept_channels, narrower, stream_axes, without_channels
 from laconic.model.widths import WIDTHS, with_widths
+from laconic.solvers.reach import Reach, check_reach
 from laconic.solvers.saliency import Aggregation, Pooling, cut, of_units, pooled, taylor
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,7 +56,7 @@ class LlmPruner(ModelStage):
 
     method: Literal["llm_pruner"] = "llm_pruner"
     sparsity: float = Field(0.2, ge=0, lt=1)
-    groups: tuple[Kind | Literal["hidden"], ...] = Field(("attention", "mlp"), min_length=1)
+    groups: tuple[Literal["attention", "mlp", "hidden"], ...] = Field(("attention", "mlp"), min_length=1)
     importance: Literal["first", "second", "weight", "random"] = "first"
     aggregation: Aggregation = "element"
     pooling: Pooling = "sum"
@@ -75,6 +76,8 @@ class LlmPruner(ModelStage):
 
     @model_validator(mode="after")
     def _consistent(self) -> LlmPruner:
+        if len({*self.groups}) < len(self.groups):
+            raise ValueError(f"groups names one twice ({', '.join(self.groups)}); name each once")
         if self.uniform and (self.keep_first or self.keep_last):
             raise ValueError("uniform gives all blocks the same widths; leave out keep_first and keep_last")
         if self.hidden and len(self.groups) > 1:
@@ -106,14 +109,13 @@ class LlmPruner(ModelStage):
     def reshapes(self) -> bool:
         return True
 
-    def check(self, source: Source, model: PreTrainedModel, *, quantized: bool) -> None:
+    def check(self, source: Source, model: PreTrainedModel, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
         if self.hidden:
             stream_axes(model, read_json(source.folder / "config.json"))
-            return
-        targeted = self._target(model, dissect(model))
-        if self.uniform:
-            self._uniform_counts(read_json(source.folder / "config.json"), model, targeted)
-        self._fixed(targeted)
+            check_reach(self.sparsity, [self._channels(model.config.get_text_config().hidden_size)])
+            return {}
+        self._ways(read_json(source.folder / "config.json"), model, dissect(model))
+        return {}
 
     def remake(self, work: Work) -> Remade:
         raw = read_json(work.folder / "config.json")
@@ -123,11 +125,9 @@ class LlmPruner(ModelStage):
         anatomy = dissect(model)
         if self.hidden:
             return self._without_hidden(work, model, anatomy, raw)
-        targeted = self._target(model, anatomy)
+        targeted, sizes, counts = self._ways(raw, model, anatomy)
         importance = self._weigh(work, model, anatomy, targeted)
-        sizes = [_unit_size(model, anatomy, i, group) for i, group in targeted.flat]
         if self.uniform:
-            counts = self._uniform_counts(raw, model, targeted)
             kept = [_best(v, counts[g.kind]) for v, (_, g) in zip(importance, targeted.flat, strict=True)]
         else:
             kept = self._cut(targeted, importance, sizes)
@@ -145,6 +145,7 @@ class LlmPruner(ModelStage):
     def _without_hidden(self, work: Work, model: PreTrainedModel, anatomy: Anatomy, raw: Mapping[str, Any]) -> Remade:
         axes = stream_axes(model, raw)
         hidden = model.config.get_text_config().hidden_size
+        check_reach(self.sparsity, [self._channels(hidden)])
         # One of each that is tied.
         names = [n for n, _ in model.named_parameters() if n in axes]
         if self.importance == "random":
@@ -154,6 +155,7 @@ class LlmPruner(ModelStage):
             vector = self.aggregation == "vector"
             parts = [by_channel(self._changes(model, name, found), axes[name], vector=vector) for name in names]
             importance = pooled(parts, self.pooling).cpu()
+            check_finite(importance, "the gradients" if self.observes else "the weights")
         mask = kept_channels(importance, self.sparsity, self._channel_step(hidden))
         config = narrower(raw, int(mask.sum()))
         made = rebuilt({**raw, **config}, without_channels(parts_of(model), axes, mask), _DTYPES[self.dtype])
@@ -187,6 +189,36 @@ class LlmPruner(ModelStage):
                     f"key-value head; {fix}"
                 )
         return Targeted(inside)
+
+    def _ways(
+        self, raw: Mapping[str, Any], model: PreTrainedModel, anatomy: Anatomy
+    ) -> tuple[Targeted, list[int], dict[Kind, int]]:
+        """What may become narrower; the parameters of a unit of each group; and where all blocks are to be alike, how
+        many units of each kind stay.
+
+        Raises: ValueError when nothing could be pruned, or not what was asked for.
+        """
+        targeted = self._target(model, anatomy)
+        sizes = [_unit_size(model, anatomy, i, group) for i, group in targeted.flat]
+        counts = self._uniform_counts(raw, model, targeted) if self.uniform else {}
+        fixed = self._fixed(targeted)
+        found = []
+        for size, (_, group) in zip(sizes, targeted.flat, strict=True):
+            if group.kind == "mlp":
+                found.append(replace(self._channels(group.units), size=size))
+            else:
+                found.append(Reach(size, group.units, fixed or 1, 1, fixed is not None))
+        check_reach(self.sparsity, found)
+        return targeted, sizes, counts
+
+    def _channels(self, width: int) -> Reach:
+        """Raises: ValueError when they can be no multiple of what they are to be one of."""
+        if self.multiple_of and self.multiple_of > width:
+            raise ValueError(
+                f"multiple_of {self.multiple_of} is more than the {width} channels that there are; lower it"
+            )
+        step = self._channel_step(width)
+        return Reach(1, width, step, step)
 
     def _step(self, group: Group) -> int:
         """How many units go at once."""
@@ -223,7 +255,9 @@ class LlmPruner(ModelStage):
             return [torch.rand(g.units, generator=random) * _unit_size(model, anatomy, i, g) for i, g in targeted.flat]
         names = {f"{anatomy.block_name(i)}.{part.linear}.weight" for i, group in targeted.flat for part in group.slices}
         found = self._gradients(work, model, anatomy, sorted(names))
-        return [self._of_group(model, anatomy.block_name(i), group, found) for i, group in targeted.flat]
+        weighed = [self._of_group(model, anatomy.block_name(i), group, found) for i, group in targeted.flat]
+        check_finite(torch.cat(weighed), "the gradients" if self.observes else "the weights")
+        return weighed
 
     def _gradients(self, work: Work, model: PreTrainedModel, anatomy: Anatomy, names: Sequence[str]) -> Gradients:
         """Of the loss on the calibration text; none where weights alone are asked."""

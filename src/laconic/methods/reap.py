@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.engine.model_stage import ModelStage, Remade, Report, Work, run_through, sizes_of
+from laconic.engine.model_stage import ModelStage, Remade, Report, Work, check_finite, run_through, sizes_of
 from laconic.model.checkpoint import read_json
 from laconic.model.experts import Experts, routers_of
 from laconic.model.load import Source
@@ -35,8 +35,9 @@ class Reap(ModelStage):
     def reshapes(self) -> bool:
         return True
 
-    def check(self, source: Source, model: PreTrainedModel, *, quantized: bool) -> None:
+    def check(self, source: Source, model: PreTrainedModel, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
         self._keys(read_json(source.folder / "config.json"), model)
+        return {}
 
     def remake(self, work: Work) -> Remade:
         assert work.windows is not None
@@ -135,13 +136,16 @@ def saliency(
 ) -> dict[str, Tensor]:
     """The mean over an expert's tokens of the weight that the router gives it times the L2 norm of its output
     (arXiv 2510.13999, eq. 9), of each layer (experts,) float64; zero where no token went. windows: token ids (samples,
-    tokens)."""
+    tokens). Raises: ValueError where it is no number."""
     layers = _layers(model)
     sums = {n: torch.zeros(len(experts), dtype=torch.float64) for n, experts in layers.items()}
     tokens = {n: torch.zeros(len(experts), dtype=torch.float64) for n, experts in layers.items()}
     with _watching(layers, sums, tokens):
         run_through(model, windows, batch_size, report)
-    return {n: sums[n] / tokens[n].clamp(min=1) for n in layers}
+    found = {n: sums[n] / tokens[n].clamp(min=1) for n in layers}
+    for scores in found.values():
+        check_finite(scores, "the activations")
+    return found
 
 
 @contextmanager

@@ -46,6 +46,11 @@ class Checkpoint:
     tensors: Mapping[str, Stored]
     paths: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def pickled(self) -> bool:
+        """Whether any of it is a pickle."""
+        return any(stored.file.suffix == ".bin" for stored in self.tensors.values())
+
     def load(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Read tensors, file by file.
 

@@ -42,7 +42,7 @@ def read_rows(dataset: str, *, split: str = "train", config: str | None = None) 
         if not path.is_file():
             raise ValueError(f"no text file '{dataset}'; check the path")
         if path.suffix not in _SUFFIXES:
-            raise ValueError(f"'{dataset}' is no dataset: use a .txt, .jsonl or .parquet file, or a Hub name")
+            raise ValueError(f"'{dataset}' is no dataset: use a .txt, .jsonl, .json or .parquet file, or a Hub name")
         return _read_file(path)
     return _read_hub(dataset, split, config)
 

@@ -164,6 +164,15 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         raise ValueError(f"the tokenizer in {folder} cannot be opened: {reason(e)}") from e
 
 
+def check_tokens(highest: int, known: int, folder: Path) -> None:
+    """Raises: ValueError when the tokenizer in `folder` gave a token that is none of the model's `known` ones."""
+    if highest >= known:
+        raise ValueError(
+            f"the tokenizer in {folder} gives token {highest}, the model knows {known}; "
+            "copy the original model's tokenizer files there"
+        )
+
+
 def model_folder(name: str, *, allow_pickle: bool = False) -> Path:
     """A local folder as it is; a Hub name downloaded (or from the cache). Raises: ValueError when there is neither."""
     path = Path(name).expanduser()

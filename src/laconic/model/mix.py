@@ -30,7 +30,7 @@ class Part(BaseModel):
 
     dataset: str
     format: Literal["text", "instruction"] = "text"
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=1e6)
     split: str = "train"
     config: str | None = None
     answers_only: bool = True
@@ -93,6 +93,11 @@ class Mix:
         return self.parts[place[0]][place[1]]
 
     @property
+    def highest(self) -> int:
+        """The highest token id."""
+        return max(int(e.ids.max()) for part in (*self.parts, self.held_out) for e in part)
+
+    @property
     def sha256(self) -> str:
         """Of every token, and what is wanted of it."""
         digest = hashlib.sha256(repr((self.shares, self.seed)).encode())
@@ -127,7 +132,8 @@ def read_mix(
         dropped += len(found) - len(examples)
         if not examples:
             raise ValueError(
-                f"data.{number}: {part.dataset} has no answer that begins within {length} tokens; raise max_seq_length"
+                f"data.{number}: {part.dataset} has no answer that begins within {length} tokens; raise "
+                "max_seq_length, or see whether an assistant says anything there"
             )
         count = 0
         if held_out:
