@@ -335,3 +335,25 @@ def test_pickles_are_for_walks(laconic: Laconic, llama: Path, text: Path, tmp_pa
         assert laconic("compress", file, "-o", tmp_path / "out", "--allow-pickle").complaint == said
     file = make_recipe(tmp_path / "recipe.yaml", walk, lora, model=str(model))
     assert laconic("compress", file, "-o", tmp_path / "out", "--allow-pickle").code == 0
+
+
+def test_an_artifact_with_a_cache_of_its_own_is_not_compressed_again(
+    laconic: Laconic, llama: Path, tmp_path: Path
+) -> None:
+    model = compress(str(llama), recipe(KIVI), tmp_path / "kivi").path
+    for stage in ({"method": "magnitude"}, LORA | {"data": [{"dataset": "a.txt"}]}):
+        file = make_recipe(tmp_path / "recipe.yaml", stage, model=str(model))
+        said = laconic("compress", file, "-o", tmp_path / "out").complaint
+        assert said.startswith(f"{model} says how its cache is stored (laconic_kv_cache in config.json)")
+        assert said.endswith("; start from the model that it was made of")
+
+
+def test_adapters_beside_a_model_are_left_out_with_a_warning(
+    laconic: Laconic, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    kept = compress(str(llama), recipe(KEPT | {"data": [{"dataset": str(text)}]}), tmp_path / "kept").path
+    file = make_recipe(tmp_path / "recipe.yaml", RTN, model=str(kept))
+    ran = laconic("compress", file, "-o", tmp_path / "out")
+    assert ran.code == 0
+    assert f"warning: the adapters in {kept}/adapter are no part of its weights, and are left out" in ran.err

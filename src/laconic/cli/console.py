@@ -195,6 +195,8 @@ def warn(prepared: Any) -> None:
 
 def _warnings(prepared: Any) -> Iterator[str]:
     asked, windows = prepared.recipe.calibration, prepared.windows
+    if (prepared.source.folder / "adapter" / "adapter_config.json").exists():
+        yield f"the adapters in {prepared.source.folder / 'adapter'} are no part of its weights, and are left out"
     if windows is not None and len(windows) < asked.num_calibration_samples:
         yield f"the calibration text fills {len(windows)} of {asked.num_calibration_samples} samples; using those"
     reshaped = False

@@ -21,6 +21,7 @@ from transformers import (
 
 from laconic.model.checkpoint import DTYPES, Checkpoint, open_checkpoint, read_json, reason
 from laconic.model.experts import unstack
+from laconic.model.kv_reading import KV_CONFIG
 from laconic.model.layout import arrange, unwrap_conv1d
 
 
@@ -45,6 +46,12 @@ def open_source(name: str, *, allow_pickle: bool = False, trust_remote_code: boo
     if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ValueError(f"{name} is already quantized ({method}); start from the original 16-bit model")
+    if KV_CONFIG in raw:
+        # What was found for its cache is of its weights, and of as many blocks and heads.
+        raise ValueError(
+            f"{name} says how its cache is stored ({KV_CONFIG} in config.json), which was found for it as it is; start "
+            "from the model that it was made of"
+        )
     checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
     return Source(name, folder, config, checkpoint, main_dtype(checkpoint))
 
