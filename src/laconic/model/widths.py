@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import configuration_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -56,7 +57,12 @@ def config_class(base: str) -> type[PretrainedConfig]:
     kind = type(f"{_PREFIX}{stock.__name__}", (stock,), {"model_type": MODEL_TYPE, "__module__": __name__})
     if stock in AutoModelForCausalLM._model_mapping:
         model: Any = AutoModelForCausalLM._model_mapping[stock]
-        AutoModelForCausalLM.register(kind, _model_class(model, kind))
+        own = _model_class(model, kind)
+        AutoModelForCausalLM.register(kind, own)
+        # Checkpoints have the names and stacks that transformers converts for the stock model.
+        conversions = get_checkpoint_conversion_mapping(model.__name__) or get_checkpoint_conversion_mapping(base)
+        if conversions:
+            register_checkpoint_conversion_mapping(own.__name__, conversions, overwrite=True)
     return kind
 
 
