@@ -14,13 +14,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import laconic
-from artifacts import Stage, logits, original, press, same_bytes, tensors, windows
+from artifacts import Stage, logits, matrix_of, original, press, same_bytes, tensors, windows
 from commands import Laconic
 from laconic.compression import compress
 from laconic.engine.gradients import gradients
 from laconic.methods.depth import block_influence
 from laconic.methods.reap import saliency
-from laconic.model.load import load_tokenizer
+from laconic.model.anatomy import dissect
+from laconic.model.groups import find_groups
+from laconic.model.load import load_tokenizer, skeleton
 from laconic.model.reading import load
 from test_resume import Killed, contents, is_whole
 from tiny import MIXTURES, make_model, make_recipe
@@ -87,6 +89,32 @@ def test_it_is_smaller_dense_and_opens_in_transformers(
     assert stock == (stage in ("uniform", "hidden", "hidden_of_experts", "depth", "reap"))
     # Every dtype is the source's.
     assert {t.dtype for t in tensors(artifact.path).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt", "gpt2", "gpt_neox", "falcon", "falcon_40b"])
+def test_transformers_computes_what_the_dense_model_does_without_these_units(arch: str, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", arch, num_hidden_layers=3)
+    asked = PRUNER | {"importance": "random", "sparsity": 0.5}
+    folder = press(source, tmp_path / "out", asked).path
+    masked, narrow = original(source, torch.float64), original(folder, torch.float64)
+    whole = skeleton(masked.config, torch.float64)
+    anatomy, gone = dissect(whole), dict.fromkeys(("attention", "mlp"), 0)
+    for i, groups in enumerate(find_groups(whole, anatomy)):
+        for group in groups:
+            reader = f"{anatomy.block_name(i)}.{group.slices[-1].linear}"
+            before, after = matrix_of(masked, reader), matrix_of(narrow, reader)
+            left = {tuple(column.tolist()) for column in after.T}
+            channels = group.slices[-1].channels
+            dropped = [c for c in channels if tuple(before[:, c[0]].tolist()) not in left]
+            assert (len(channels) - len(dropped)) * channels.shape[1] == after.shape[1]
+            before[:, torch.cat([*dropped, torch.tensor([], dtype=torch.long)])] = 0
+            gone[group.kind] += len(dropped)
+    assert all(gone.values())
+    expected = logits(masked)
+    assert (logits(narrow) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    ids = torch.tensor([[3, 4, 5]])
+    made = [m.generate(ids, max_new_tokens=6, do_sample=False) for m in (masked, narrow)]
+    assert torch.equal(*made)
 
 
 @pytest.mark.parametrize("squares", [False, True])
@@ -421,16 +449,33 @@ def test_what_cannot_be_done_is_told_in_one_line(
     assert {f.name for f in tmp_path.iterdir()} == {"recipe.yaml"}
 
 
-def test_attention_that_cannot_be_narrowed_is_told(laconic: Laconic, text: Path, tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model", "opt", num_hidden_layers=3)
+def test_attention_that_cannot_be_narrowed_is_told(laconic: Laconic, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "falcon", num_hidden_layers=3, alibi=True, multi_query=False)
     file = make_recipe(tmp_path / "recipe.yaml", PRUNER | {"importance": "random"}, model=str(model))
     said = laconic("compress", file, "-o", tmp_path / "out").complaint
     assert said == (
-        "stages.0 (llm_pruner): the attention of 'opt' cannot be made narrower: its config has no key for that, or it "
-        "has one key-value head; set groups: [mlp]"
+        "stages.0 (llm_pruner): the attention of 'falcon' cannot be made narrower: a part of it computes something "
+        "else, or no config says how wide it is; set groups: [mlp]"
     )
     assert laconic("compress", file, "-o", tmp_path / "out", "--set", "stages.0.groups=mlp").code == 0
-    assert original(tmp_path / "out").config.laconic_base == "opt"
+    assert original(tmp_path / "out").config.laconic_base == "falcon"
+
+
+def test_heads_that_only_their_own_block_can_lack_stay_in_a_stock_config(laconic: Laconic, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "opt", num_hidden_layers=3)
+    stage = {"method": "llm_pruner", "uniform": True, "importance": "random", "sparsity": 0.3}
+    config = press(model, tmp_path / "out", stage).config
+    assert (config["model_type"], config["hidden_size"], config["num_attention_heads"]) == ("opt", 64, 4)
+    assert config["ffn_dim"] < 128 * 0.7
+    for keys, said in (
+        (
+            {"groups": "attention"},
+            "a stock config of 'opt' cannot have fewer heads at this sparsity; leave out uniform",
+        ),
+        ({"heads": 3}, "a stock config of 'opt' cannot have 3 heads; leave out uniform"),
+    ):
+        file = make_recipe(tmp_path / "recipe.yaml", stage | keys, model=str(model))
+        assert laconic("compress", file, "-o", tmp_path / "no").complaint.startswith(f"stages.0 (llm_pruner): {said}")
 
 
 def test_hidden_channels_from_which_more_follows_are_told(laconic: Laconic, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from laconic.model.rebuild import parts_of, rebuilt
 from laconic.model.widths import with_widths
 from tiny import ARCHITECTURES, MIXTURES, make_model
 
-# Models whose config can say how many heads there are, whatever their width; and the linears of attention there.
+# Models whose config can say how many heads there are, whatever their width; how many units attention has elsewhere.
 HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+UNITS = {"opt": 4, "gpt2": 4, "gpt_neox": 4, "falcon": 4, "falcon_40b": 2}
 PLAIN = tuple(a for a in ARCHITECTURES if a not in MIXTURES)
 
 
@@ -43,7 +44,8 @@ def groups_of(folder: Path) -> tuple[tuple[Group, ...], ...]:
 def test_groups_are_what_the_architecture_has(model: tuple[str, Path]) -> None:
     arch, folder = model
     for groups in groups_of(folder):
-        assert [(g.kind, g.units) for g in groups] == [("attention", 4)] * (arch in HEADS) + [("mlp", 128)]
+        assert [(g.kind, g.units) for g in groups] == [("attention", UNITS.get(arch, 4)), ("mlp", 128)]
+        assert groups[0].stock == (arch in HEADS)
 
 
 def test_an_unmixed_llama_has_the_linears_that_everybody_knows(llama: Path) -> None:
@@ -66,10 +68,10 @@ def test_an_unmixed_llama_has_the_linears_that_everybody_knows(llama: Path) -> N
 def test_without_units_it_computes_what_it_does_with_them_at_zero(model: tuple[str, Path], data: st.DataObject) -> None:
     _, folder = model
     raw = json.loads((folder / "config.json").read_text())
-    dense = load(folder)
+    dense = load(folder, dtype=torch.float64)
     anatomy = dissect(dense)
     tensors, widths = parts_of(dense), list[dict[str, int]]()
-    zeroed: Any = load(folder)
+    zeroed: Any = load(folder, dtype=torch.float64)
     for i, groups in enumerate(groups_of(folder)):
         widths.append({})
         for group in groups:
@@ -85,15 +87,26 @@ def test_without_units_it_computes_what_it_does_with_them_at_zero(model: tuple[s
                 (linear.weight.data if part.axis == 0 else linear.weight.data.T)[gone] = 0
                 if part.axis == 0 and linear.bias is not None:
                     linear.bias.data[gone] = 0
-    narrower = rebuilt(with_widths(raw, widths), tensors, torch.float32)
+    narrower = rebuilt(with_widths(raw, widths), tensors, torch.float64)
     expected = logits(zeroed)
-    assert (logits(narrower) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    # Norms and softmaxes compute in float32 whatever the model's dtype.
+    assert (logits(narrower) - expected).abs().max() <= 1e-6 * expected.abs().max()
     # The zeroed model itself is the plain one of transformers but for the zeros.
     assert torch.allclose(logits(load(folder)), logits(original(folder)), atol=1e-4)
 
 
-def test_one_key_value_head_is_no_group(tmp_path: Path) -> None:
+def test_queries_of_one_key_value_head_are_units_of_their_own(tmp_path: Path) -> None:
     make_model(tmp_path / "model", num_key_value_heads=1)
+    for attention, _ in groups_of(tmp_path / "model"):
+        assert [(s.linear, tuple(s.channels.shape)) for s in attention.slices] == [
+            ("self_attn.q_proj", (4, 16)),
+            ("self_attn.o_proj", (4, 16)),
+        ]
+        assert attention.widths(3) == {"num_attention_heads": 3}
+
+
+def test_a_head_whose_place_matters_is_no_group(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "falcon", alibi=True, multi_query=False)
     assert [[g.kind for g in groups] for groups in groups_of(tmp_path / "model")] == [["mlp"], ["mlp"]]
 
 

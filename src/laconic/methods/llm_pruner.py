@@ -134,7 +134,7 @@ class LlmPruner(ModelStage):
         masks = {
             (i, group): mask
             for (i, group), mask in zip(targeted.flat, kept, strict=True)
-            if not bool(mask.all()) or self.uniform
+            if not bool(mask.all()) or (self.uniform and group.stock)
         }
         config = self._config(raw, len(anatomy.taps), masks)
         made = rebuilt({**raw, **config}, _narrowed(model, anatomy, masks), _DTYPES[self.dtype])
@@ -185,8 +185,8 @@ class LlmPruner(ModelStage):
                 other = [k for k in self.blockwise if k != asked and any(g.kind == k for g in inside[first])]
                 fix = f"set groups: [{other[0]}]" if other else "use depth, which drops whole blocks"
                 raise ValueError(
-                    f"the {asked} of '{kind}' cannot be made narrower: its config has no key for that, or it has one "
-                    f"key-value head; {fix}"
+                    f"the {asked} of '{kind}' cannot be made narrower: a part of it computes something else, or no "
+                    f"config says how wide it is; {fix}"
                 )
         return Targeted(inside)
 
@@ -238,7 +238,7 @@ class LlmPruner(ModelStage):
         if self.heads is None:
             return None
         group = next(g for _, g in targeted.flat if g.kind == "attention")
-        each = max(group.keys.values())
+        each = group.heads
         if self.heads % each or self.heads > each * group.units:
             near = max(each, min(each * group.units, self.heads // each * each))
             raise ValueError(
@@ -319,10 +319,15 @@ class LlmPruner(ModelStage):
             fixed = self._fixed(targeted)
             least = fixed if fixed is not None else max(1, math.ceil(group.units * (1 - self.sparsity)))
             choices = [least] if fixed is not None else range(least, group.units + 1)
-            accepted = [n for n in choices if _is_accepted({**raw, **group.widths(n)}, model.dtype)]
+            accepted = [n for n in choices if n == group.units or _is_said(raw, group, n, model.dtype)]
             if not accepted:
                 raise ValueError(
                     f"a stock config of '{raw['model_type']}' cannot have {self.heads} heads; leave out uniform"
+                )
+            if accepted[0] == group.units and self.sparsity and fixed is None and len(kinds) == 1:
+                raise ValueError(
+                    f"a stock config of '{raw['model_type']}' cannot have fewer heads at this sparsity; leave out "
+                    "uniform, or add mlp to groups"
                 )
             counts["attention"] = accepted[0]
             target -= (group.units - accepted[0]) * size
@@ -360,12 +365,13 @@ def _head_dim(raw: Mapping[str, Any]) -> int | None:
     return getattr(make_config(raw), "head_dim", None)
 
 
-def _is_accepted(raw: Mapping[str, Any], dtype: torch.dtype) -> bool:
+def _is_said(raw: Mapping[str, Any], group: Group, kept: int, dtype: torch.dtype) -> bool:
+    """Whether a stock config can say that all blocks have so many units."""
     try:
-        empty(raw, dtype)
+        empty({**raw, **group.widths(kept)}, dtype)
     except ValueError:
         return False
-    return True
+    return group.stock
 
 
 def _best(importance: Tensor, count: int) -> Tensor:
@@ -396,5 +402,4 @@ def _told(group: Group, mask: Tensor) -> dict[str, Any]:
     kept = int(mask.sum())
     if group.kind == "mlp":
         return {"group": "mlp", "channels": kept, "of": len(mask)}
-    each = max(group.keys.values())
-    return {"group": "attention", "heads": kept * each, "kv_heads": kept, "of": len(mask)}
+    return {"group": "attention", "heads": kept * group.heads, "kv_heads": kept * group.kv_heads or 1, "of": len(mask)}

@@ -1,18 +1,21 @@
 """Dependency groups: what of a block must go together, so that it can be narrower.
 
 A unit of an MLP is a channel: a row of gate and of up, a column of down. A unit of attention is a key-value head with
-the query heads that share it: rows of q, k and v, columns of o. Nothing is assumed: candidates are proposed by shape,
-and each is tried on the block with random weights. Without half of the units, and with the config's keys changed to
-match, transformers must build a block of just these shapes, and it must compute what the whole block does when the
-columns that read those units are zero.
+the query heads that share it: rows of q, k and v, columns of o; where all share one, a query head alone. Nothing is
+assumed: candidates are proposed by shape, and each is tried on the block with random weights. Without half of the
+units, and with the config's keys changed to match, transformers must build a block of just these shapes, and it must
+compute what the whole block does when the columns that read those units are zero.
+
+Where no key says how wide all heads are together, it is the hidden size: the attention alone is then told another
+(`model.widths`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 from typing import Any, Literal
 
 import torch
@@ -23,7 +26,7 @@ from transformers import PreTrainedModel
 from laconic.model.anatomy import Anatomy, Call, Tap, blank_embeddings, capture_calls, linear_at
 from laconic.model.layout import unwrap_conv1d
 from laconic.model.links import head_widths, randomised
-from laconic.model.widths import WIDTHS, OfBlock
+from laconic.model.widths import WIDTHS, build_block
 
 Kind = Literal["attention", "mlp"]
 KINDS: tuple[Kind, ...] = ("attention", "mlp")
@@ -40,13 +43,17 @@ class Slice:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """keys: of the config, and how much of each a unit has (`num_attention_heads: 4` of a head shared by four).
-    given: keys that must be said beside them, since they could no longer be told from the others."""
+    """keys: of the config, and how much of each a unit has (`num_attention_heads: 4` of a head shared by four); with a
+    part's name before it (`self_attn.hidden_size`) where only that part of the block is told. given: keys that must be
+    said beside them, since they could no longer be told from the others. heads, kv_heads: of a unit; no key-value head
+    where all units share one."""
 
     kind: Kind
     slices: tuple[Slice, ...]
     keys: Mapping[str, int]
     given: Mapping[str, int]
+    heads: int = 0
+    kv_heads: int = 0
 
     @property
     def units(self) -> int:
@@ -56,6 +63,11 @@ class Group:
     def widths(self, kept: int) -> dict[str, int]:
         """The config's keys when so many units are kept."""
         return {**{key: share * kept for key, share in self.keys.items()}, **self.given}
+
+    @property
+    def stock(self) -> bool:
+        """Whether a stock config can say the widths."""
+        return not any("." in key for key in self.keys)
 
 
 def find_groups(
@@ -117,10 +129,9 @@ class _Trial:
         """The block as transformers builds it with such widths, holding these tensors; None where they do not fit."""
         from accelerate import init_empty_weights
 
-        kind: Any = type(self.block)
         try:
             with init_empty_weights(include_buffers=False):
-                block = kind(OfBlock(self.config, {**self.own, **widths}), self.number)
+                block = build_block(type(self.block), self.config, {**self.own, **widths}, self.number)
         except Exception:  # whatever a model says of a width that it cannot have
             return None
         unwrap_conv1d(block)
@@ -129,97 +140,130 @@ class _Trial:
         for name, tensor in tensors.items():
             path, _, leaf = name.rpartition(".")
             setattr(block.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
-        return block.eval()  # type: ignore[no-any-return]
+        return block.eval()
 
-    def keys(self, values: set[int]) -> list[tuple[str, ...]]:
-        """Which keys of the config may say these: one, or two together. One that says nothing may stand for a
-        default."""
-        said = {**self.config.to_dict(), **self.own}
-        plain = [k for k, v in said.items() if isinstance(v, int) and not isinstance(v, bool) and v in values]
-        return [*((k,) for k in plain), *combinations(plain, 2), *((k,) for k, v in said.items() if v is None)]
+    def said(self, values: set[int], part: str = "") -> dict[str, int]:
+        """The keys of the config that say one of these, for the block or a part of it."""
+        own = {k.removeprefix(f"{part}."): v for k, v in self.own.items() if k.rpartition(".")[0] == part}
+        return {k: v for k, v in {**self.config.to_dict(), **own}.items() if type(v) is int and v in values}
+
+    def unsaid(self) -> list[str]:
+        """The keys of the config that say nothing: each may stand for a default."""
+        return [k for k, v in {**self.config.to_dict(), **self.own}.items() if v is None]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Slices that may be a group; the reader of its units is the last. heads, kv_heads: of a unit."""
+
+    slices: tuple[Slice, ...]
+    heads: int = 0
+    kv_heads: int = 0
 
 
 @torch.no_grad()
 def _group_of(kind: Kind, trial: _Trial, taps: Sequence[Tap]) -> Group | None:
     for number, tap in enumerate(taps):
         if len(tap.linears) == 1 and not tap.experts:
-            for slices, shares in _candidates(kind, trial, taps[:number], tap.linears[0]):
-                found = _tried(kind, trial, slices, shares)
+            for candidate in _candidates(kind, trial, taps[:number], tap.linears[0]):
+                found = _tried(kind, trial, candidate)
                 if found:
                     return found
     return None
 
 
-def _candidates(
-    kind: Kind, trial: _Trial, earlier: Sequence[Tap], reader: str
-) -> Iterator[tuple[tuple[Slice, ...], set[int]]]:
-    """Slices that may be a group, and how much of a config's key a unit of it may have."""
+def _candidates(kind: Kind, trial: _Trial, earlier: Sequence[Tap], reader: str) -> Iterator[_Candidate]:
     width = linear_at(trial.block, reader).in_features
     for tap in reversed(earlier):
         outs = {n: linear_at(trial.block, n).out_features for n in tap.linears}
         if kind == "attention":
-            yield from _heads(outs, reader, width, trial.heads)
+            # An MLP beside attention may read the same.
+            yield from _heads(
+                {n: out for n, out in outs.items() if _part(n) == _part(reader)}, reader, width, trial.heads
+            )
         elif not tap.experts:
             each = torch.arange(width)[:, None]
             columns = Slice(reader, 1, each)
             alike = [n for n, out in outs.items() if out == width]
             if 1 <= len(alike) <= 2:
-                yield (*(Slice(n, 0, each) for n in alike), columns), {1}
+                yield _Candidate((*(Slice(n, 0, each) for n in alike), columns))
             for both in (n for n, out in outs.items() if out == 2 * width):  # gate and up in one
-                yield (Slice(both, 0, torch.cat([each, width + each], 1)), columns), {1}
+                yield _Candidate((Slice(both, 0, torch.cat([each, width + each], 1)), columns))
 
 
-def _heads(
-    outs: Mapping[str, int], reader: str, width: int, head_dims: Sequence[int]
-) -> Iterator[tuple[tuple[Slice, ...], set[int]]]:
+def _heads(outs: Mapping[str, int], reader: str, width: int, head_dims: Sequence[int]) -> Iterator[_Candidate]:
+    """By the ways in which heads of queries, keys and values lie in three linears or in one."""
     for d in head_dims:
         if width % d or any(out % d for out in outs.values()):
             continue
         heads, counts = width // d, {n: out // d for n, out in outs.items()}
-        groups = min(counts.values())
-        if len(counts) == 3 and sorted(counts.values()) == sorted((heads, groups, groups)):
-            fits = heads % groups == 0
-            rows = {n: _runs(count, groups, d) for n, count in counts.items()} if fits else {}
-        elif len(counts) == 1 and groups > heads and (groups - heads) % 2 == 0:
-            # q, k and v in one: all of each after another.
-            (fused,), groups = counts, (groups - heads) // 2
-            fits = heads % groups == 0
-            starts = ((0, heads), (heads, groups), (heads + groups, groups))
-            parts = [start * d + _runs(count, groups, d) for start, count in starts] if fits else []
-            rows = {fused: torch.cat(parts, 1)} if fits else {}
-        else:
+        groups, rest = divmod(sum(counts.values()) - heads, 2)
+        apart = sorted(counts.values()) == sorted((heads, groups, groups))
+        if rest or groups < 1 or heads % groups or heads == 1 or not (apart or len(counts) == 1):
             continue
-        if fits and groups > 1:
-            columns = Slice(reader, 1, _runs(heads, groups, d))
-            yield (*(Slice(n, 0, channels) for n, channels in rows.items()), columns), {heads // groups, 1}
+        units = groups if groups > 1 else heads
+        if groups == 1:
+            # Their one key and value stay.
+            queries = next(n for n, count in counts.items() if count >= heads)
+            ways = [{queries: _runs(heads, units, d)}]
+        elif apart:
+            ways = [{n: _runs(count, units, d) for n, count in counts.items()}]
+        else:
+            (fused,) = counts
+            starts = ((0, heads), (heads, groups), (heads + groups, groups))
+            each_after_another = torch.cat([start * d + _runs(count, units, d) for start, count in starts], 1)
+            ways = [{fused: each_after_another}, {fused: _runs(heads + 2 * groups, units, d)}]
+        columns = Slice(reader, 1, _runs(heads, units, d))
+        for rows in ways:
+            slices = (*(Slice(n, 0, channels) for n, channels in rows.items()), columns)
+            yield _Candidate(slices, heads // units, int(groups > 1))
 
 
-def _runs(heads: int, groups: int, d: int) -> Tensor:
-    """The channels of so many heads of d, (groups, channels of a group)."""
-    return torch.arange(heads * d).view(groups, -1)
+def _runs(heads: int, units: int, d: int) -> Tensor:
+    """The channels of so many heads of d, (units, channels of a unit)."""
+    return torch.arange(heads * d).view(units, -1)
 
 
-def _tried(kind: Kind, trial: _Trial, slices: tuple[Slice, ...], shares: set[int]) -> Group | None:
-    units = len(slices[0].channels)
+def _tried(kind: Kind, trial: _Trial, candidate: _Candidate) -> Group | None:
+    units = len(candidate.slices[0].channels)
     # The first unit goes: what is left moves to other places.
     kept = torch.rand(units, generator=torch.Generator().manual_seed(0)) < 0.5
     kept[0], kept[-1] = False, True
-    left = int(kept.sum())
-    expected = trial.without(slices[-1], kept)
+    expected = trial.without(candidate.slices[-1], kept)
     if torch.equal(expected, trial.whole):
         return None
-    bare = Group(kind, slices, {}, {})
+    bare = Group(kind, candidate.slices, {}, {}, candidate.heads, candidate.kv_heads)
     tensors = narrow({n: p.data for n, p in trial.block.named_parameters()}, bare, kept)
-    said = {**trial.config.to_dict(), **trial.own}
-    d = len(slices[-1].channels[0]) // max(shares)
-    for some in trial.keys({share * units for share in shares}):
-        for given in ({}, {"head_dim": d}) if kind == "attention" else ({},):
-            # A key that says nothing stands for the default, which is what all units have.
-            group = Group(kind, slices, {k: (said[k] or units) // units for k in some}, given)
-            block = trial.built(group.widths(left), tensors)
-            if block is not None and _same(_output(trial, block), expected):
-                return group
+    for keys, given in _keys(trial, candidate, units):
+        group = replace(bare, keys=keys, given=given)
+        block = trial.built(group.widths(int(kept.sum())), tensors)
+        if block is not None and _same(_output(trial, block), expected):
+            return group
     return None
+
+
+def _keys(trial: _Trial, candidate: _Candidate, units: int) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    """Which keys may say how many units there are, with how much of each a unit has: one, or two together; and which
+    must be given beside them."""
+    values = {units, units * max(1, candidate.heads)}
+    said = trial.said(values)
+    # A key that says nothing stands for the default, which is what all units have.
+    for some in [*((k,) for k in said), *combinations(said, 2), *((k,) for k in trial.unsaid())]:
+        keys = {k: said.get(k, units) // units for k in some}
+        yield keys, {}
+        if candidate.heads:
+            yield keys, {"head_dim": candidate.slices[-1].channels.shape[1] // candidate.heads}
+    if candidate.heads and (part := _part(candidate.slices[-1].linear)):
+        channels = candidate.slices[-1].channels
+        said, wide = trial.said(values, part), trial.said({channels.numel()}, part)
+        for some, width in product([*((k,) for k in said), *combinations(said, 2)], wide):
+            keys = {f"{part}.{k}": said[k] // units for k in some}
+            yield {**keys, f"{part}.{width}": channels.shape[1]}, {}
+
+
+def _part(linear: str) -> str:
+    """The part of a block that a linear is in."""
+    return linear.rpartition(".")[0]
 
 
 def _output(trial: _Trial, block: nn.Module) -> Tensor | None:

@@ -19,7 +19,7 @@ from laconic.model.checkpoint import reason
 from laconic.model.kv_attend import reads_packed
 from laconic.model.kv_cache import Calibrated, KvCache
 from laconic.model.places import places_of
-from laconic.model.widths import WIDTHS
+from laconic.model.widths import BASE, block_configs
 
 _OTHER_STATE = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "xlstm")
 
@@ -68,26 +68,27 @@ def _shape(text: Any, kind: str) -> KvShape:
     beside = any(name.startswith("mamba_") for name in vars(text))
     if beside or any(word in t for t in (*types, kind) for word in _OTHER_STATE):
         raise ValueError(f"'{kind}' has state-space or recurrent layers, which a quantized cache is not for")
-    queries = text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or queries
-    if kind == "gpt_bigcode" and text.multi_query:
-        heads = 1
-    if kind == "dbrx":
-        heads = text.attn_config.kv_n_heads
-    if kind == "falcon":
-        heads = text.num_kv_heads if text.new_decoder_architecture else 1 if text.multi_query else queries
-    own = {w.get("num_key_value_heads", heads) for w in getattr(text, WIDTHS, None) or ()}
+    own = {_key_value_heads(block) for block in block_configs(text)}
     if len(own) > 1:
         raise ValueError(
             f"blocks of this model have {min(own)} to {max(own)} key-value heads, and a quantized cache has as many in "
             "all; prune with uniform: true, or with groups: [mlp]"
         )
-    heads = own.pop() if own else heads
-    channels = getattr(text, "head_dim", None) or text.hidden_size // queries
+    channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     window = getattr(text, "sliding_window", None)
     windows = tuple(window if "sliding" in t or "chunked" in t else None for t in types)
     context = getattr(text, "max_position_embeddings", None)
-    return KvShape(text.num_hidden_layers, heads, channels, windows, context)
+    return KvShape(text.num_hidden_layers, own.pop(), channels, windows, context)
+
+
+def _key_value_heads(config: Any) -> int:
+    count: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    kind = getattr(config, BASE, config.model_type)
+    if kind == "falcon":
+        return config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else count
+    if kind == "gpt_bigcode" and config.multi_query:
+        return 1
+    return int(config.attn_config.kv_n_heads) if kind == "dbrx" else count
 
 
 def make_cache(model: PreTrainedModel, scheme: KvScheme, calibrated: Calibrated | None = None) -> KvCache:

@@ -4,12 +4,15 @@
 the keys of the config that it has a value of its own for. Nothing here knows an architecture: the stock model is built,
 and then each of its blocks anew from the config that it would have alone. transformers opens such a model after
 `import laconic`.
+
+Where an attention is as wide as the residual stream by its class, a key is said to it alone (`self_attn.hidden_size`):
+that part of the block is built from a config with this key, and then reads and puts out the stream as it is.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import configuration_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 CONFIG_MAPPING_NAMES: Mapping[str, str] = vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
 MODEL_TYPE, BASE, WIDTHS, _PREFIX = "laconic", "laconic_base", "laconic_widths", "Laconic"
@@ -85,10 +89,52 @@ def with_widths(raw: Mapping[str, Any], widths: list[dict[str, int]]) -> dict[st
     }
 
 
-def block_config(config: Any, i: int) -> Any:
-    """The config by which block i of a model was built."""
-    widths = getattr(config, WIDTHS, None)
-    return OfBlock(config, widths[i]) if widths else config
+def build_block(kind: type[nn.Module], config: Any, widths: Mapping[str, int], i: int) -> nn.Module:
+    """Block i of a model, of this class, with widths of its own.
+
+    widths: by key of the config; by part and key (`self_attn.hidden_size`) where only a part of the block is told it.
+    The last linear of such a part is taken to put out the residual stream, and the others to read it.
+    """
+    make: Any = kind
+    own = {key: width for key, width in widths.items() if "." not in key}
+    block: nn.Module = make(OfBlock(config, own), i)
+    told: dict[str, dict[str, int]] = {}
+    for key in widths.keys() - own.keys():
+        path, _, leaf = key.rpartition(".")
+        told.setdefault(path, {})[leaf] = widths[key]
+    for path, inside in told.items():
+        part = make(OfBlock(config, own | inside), i).get_submodule(path)
+        _widen_to_stream(part, block.get_submodule(path))
+        parent, _, leaf = path.rpartition(".")
+        setattr(block.get_submodule(parent), leaf, part)
+    return block
+
+
+def block_configs(config: Any) -> list[Any]:
+    """The config that each block's attention is built from; one for all, where these do not differ."""
+    widths: Sequence[Mapping[str, int]] = getattr(config, WIDTHS, None) or ({},)
+    return [OfBlock(config, {key.rpartition(".")[2]: width for key, width in own.items()}) for own in widths]
+
+
+def _widen_to_stream(part: nn.Module, stock: nn.Module) -> None:
+    """Give the linears of a part the side that is the residual stream's, as wide as the stock part's."""
+    linears = [(name, m) for name, m in part.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    for name, linear in linears:
+        (inputs, outputs), (stock_inputs, stock_outputs) = _sides(linear), _sides(stock.get_submodule(name))
+        sides = (inputs, stock_outputs) if linear is linears[-1][1] else (stock_inputs, outputs)
+        parent, _, leaf = name.rpartition(".")
+        setattr(part.get_submodule(parent), leaf, _like(linear, *sides))
+
+
+def _sides(linear: nn.Module) -> tuple[int, int]:
+    """How many inputs and outputs a linear has."""
+    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)  # type: ignore[return-value]
+
+
+def _like(linear: nn.Linear | Conv1D, inputs: int, outputs: int) -> nn.Module:
+    if isinstance(linear, Conv1D):
+        return Conv1D(outputs, inputs)
+    return type(linear)(inputs, outputs, bias=linear.bias is not None)
 
 
 def _model_class(stock: type[Any], kind: type[PretrainedConfig]) -> type[Any]:
@@ -97,7 +143,7 @@ def _model_class(stock: type[Any], kind: type[PretrainedConfig]) -> type[Any]:
         count = len(getattr(config, WIDTHS))
         blocks: Any = next(m for m in self.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
         for i, block in enumerate(blocks):
-            blocks[i] = type(block)(block_config(config, i), i)
+            blocks[i] = build_block(type(block), config, getattr(config, WIDTHS)[i], i)
 
     name = f"{_PREFIX}{stock.__name__}"
     return type(name, (stock,), {"__init__": __init__, "config_class": kind, "__module__": __name__})
