@@ -14,6 +14,7 @@ from transformers import (
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -66,6 +68,30 @@ _CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
 }
 ARCHITECTURES = tuple(_CONFIGS)
 MIXTURES = ("mixtral", "qwen3_moe")
+# Mixtures with an expert that every token goes to: of a width of its own, and of twice that of the others.
+_SHARED: dict[str, tuple[type, dict[str, Any]]] = {
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 96,
+        },
+    ),
+    "glm4_moe": (
+        Glm4MoeConfig,
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "num_hidden_layers": 3,
+        },
+    ),
+}
+SHARED = tuple(_SHARED)
 
 
 def make_model(
@@ -79,7 +105,7 @@ def make_model(
     **config: Any,
 ) -> Path:
     """A model of `arch` with its tokenizer in `folder`. config: any key of its config.json, in place of ours."""
-    kind, own = _CONFIGS[arch]
+    kind, own = (_CONFIGS | _SHARED)[arch]
     keys = _SIZES | own | {"tie_word_embeddings": tied} | config
     model = AutoModelForCausalLM.from_config(kind(**{k: v for k, v in keys.items() if v is not None}), dtype=dtype)
     randomise(model, seed)

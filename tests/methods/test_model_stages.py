@@ -4,6 +4,7 @@ that the papers' plain loops give, and one clear line for what cannot be done.""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from laconic.model.groups import find_groups
 from laconic.model.load import load_tokenizer, skeleton
 from laconic.model.reading import load
 from test_resume import Killed, contents, is_whole
-from tiny import MIXTURES, make_model, make_recipe
+from tiny import ARCHITECTURES, MIXTURES, SHARED, make_model, make_recipe
 
 PRUNER: Stage = {"method": "llm_pruner", "keep_first": 1, "keep_last": 0}
 STAGES: dict[str, Stage] = {
@@ -33,6 +34,8 @@ STAGES: dict[str, Stage] = {
     "second": PRUNER | {"importance": "second", "aggregation": "vector", "pooling": "max"},
     "uniform": {"method": "llm_pruner", "uniform": True, "sparsity": 0.3},
     "random": PRUNER | {"importance": "random"},
+    "experts": PRUNER | {"sparsity": 0.4, "groups": "mlp"},
+    "uniform_experts": {"method": "llm_pruner", "uniform": True, "sparsity": 0.3},
     "hidden": {"method": "llm_pruner", "groups": "hidden", "sparsity": 0.25},
     "hidden_of_experts": {"method": "llm_pruner", "groups": "hidden", "sparsity": 0.25},
     "depth": {"method": "depth", "sparsity": 0.3},
@@ -50,7 +53,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def model_for(stage: str, models: Mapping[str, Path]) -> Path:
-    return models["mixtral" if stage in ("reap", "hidden_of_experts") else "llama"]
+    return models["mixtral" if stage == "reap" or "experts" in stage else "llama"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -86,34 +89,37 @@ def test_it_is_smaller_dense_and_opens_in_transformers(
     assert (logits(opened) - logits(ours)).abs().max() < 0.02 * logits(ours).abs().max()
     assert opened.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
     stock = type(before) is type(opened)
-    assert stock == (stage in ("uniform", "hidden", "hidden_of_experts", "depth", "reap"))
+    assert stock == (stage not in ("llm_pruner", "second", "random", "experts"))
     # Every dtype is the source's.
     assert {t.dtype for t in tensors(artifact.path).values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("arch", ["llama", "opt", "gpt2", "gpt_neox", "falcon", "falcon_40b"])
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, *SHARED])
 def test_transformers_computes_what_the_dense_model_does_without_these_units(arch: str, tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", arch, num_hidden_layers=3)
-    asked = PRUNER | {"importance": "random", "sparsity": 0.5}
-    folder = press(source, tmp_path / "out", asked).path
-    masked, narrow = original(source, torch.float64), original(folder, torch.float64)
+    heads = PRUNER | {"groups": "attention", "importance": "random", "sparsity": 0.5}
+    channels = PRUNER | {"groups": "mlp", "importance": "weight", "sparsity": 0.5}
+    folder = press(source, tmp_path / "out", heads, channels).path
+    # transformers has grouped products of experts in float32 at most.
+    keys = {"experts_implementation": "eager"} if arch in (*MIXTURES, *SHARED) else {}
+    masked, narrow = (
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64, **keys).eval() for f in (source, folder)
+    )
     whole = skeleton(masked.config, torch.float64)
-    anatomy, gone = dissect(whole), dict.fromkeys(("attention", "mlp"), 0)
+    anatomy, gone = dissect(whole), {"attention": 0, "mlp": 0}
     for i, groups in enumerate(find_groups(whole, anatomy)):
-        for group in groups:
-            reader = f"{anatomy.block_name(i)}.{group.slices[-1].linear}"
+        for kind, part in ((g.kind, part) for g in groups for part in g.slices if part.axis == 1):
+            reader = f"{anatomy.block_name(i)}.{part.linear}"
             before, after = matrix_of(masked, reader), matrix_of(narrow, reader)
-            left = {tuple(column.tolist()) for column in after.T}
-            channels = group.slices[-1].channels
-            dropped = [c for c in channels if tuple(before[:, c[0]].tolist()) not in left]
-            assert (len(channels) - len(dropped)) * channels.shape[1] == after.shape[1]
-            before[:, torch.cat([*dropped, torch.tensor([], dtype=torch.long)])] = 0
-            gone[group.kind] += len(dropped)
+            left = {tuple(column) for column in after.T.tolist()}
+            dropped = [c for c, column in enumerate(before.T.tolist()) if tuple(column) not in left]
+            assert before.shape[1] - len(dropped) == after.shape[1]
+            before[:, dropped] = 0
+            gone[kind] += len(dropped)
     assert all(gone.values())
     expected = logits(masked)
     assert (logits(narrow) - expected).abs().max() <= 1e-6 * expected.abs().max()
-    ids = torch.tensor([[3, 4, 5]])
-    made = [m.generate(ids, max_new_tokens=6, do_sample=False) for m in (masked, narrow)]
+    made = [m.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=6, do_sample=False) for m in (masked, narrow)]
     assert torch.equal(*made)
 
 
@@ -159,6 +165,40 @@ def test_channels_that_go_are_those_the_plain_sum_likes_least(
         kept = importance.argsort(descending=True)[:96].sort().values
         for n, axis in lines:
             assert torch.equal(after[n], before[n].index_select(1 - axis, kept))
+
+
+def test_each_expert_loses_the_channels_that_the_plain_sum_likes_least(
+    models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    asked = {"method": "llm_pruner", "uniform": True, "groups": "mlp", "sparsity": 0.25}
+    artifact = press(models["mixtral"], tmp_path / "out", asked, text=text)
+    before, after = original(models["mixtral"]), original(artifact.path)
+    plain = AutoModelForCausalLM.from_pretrained(models["mixtral"], dtype=torch.float64, experts_implementation="eager")
+    ids = windows(models["mixtral"], text)
+    for sample in ids:
+        (plain(input_ids=sample[None], labels=sample[None]).loss / len(ids)).backward()
+    for i in range(2):
+        experts, was, now = (m.model.layers[i].mlp.experts for m in (plain, before, after))
+        gate_up, down = ((p * p.grad).abs() for p in (experts.gate_up_proj, experts.down_proj))
+        worth = gate_up.sum(2).view(4, 2, 128).sum(1) + down.sum(1)
+        for e in range(4):
+            kept = worth[e].argsort(descending=True)[:96].sort().values
+            assert torch.equal(now.down_proj[e], was.down_proj[e][:, kept])
+            assert torch.equal(now.gate_up_proj[e], was.gate_up_proj[e].view(2, 128, -1)[:, kept].flatten(0, 1))
+    assert (after.config.model_type, after.config.intermediate_size) == ("mixtral", 96)
+
+
+def test_an_expert_without_tokens_is_told(laconic: Laconic, text: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "mixtral", num_local_experts=64)
+    calibration = {"dataset": str(text), "num_calibration_samples": 1, "max_seq_length": 8}
+    file = make_recipe(tmp_path / "recipe.yaml", PRUNER, model=str(model), calibration=calibration)
+    said = laconic("compress", file, "-o", tmp_path / "out")
+    assert said.code == 2
+    assert re.search(
+        r"no token of the calibration text was routed to model\.layers\.1\.mlp\.experts\.\d+; "
+        "use more samples, or importance: weight$",
+        said.err.strip(),
+    )
 
 
 def test_hidden_channels_that_go_are_those_the_plain_sum_likes_least(
@@ -309,7 +349,10 @@ def test_experts_that_weigh_least_go_with_their_rows(
     assert len(names) == 1
 
 
-def test_stacked_files_stay_stacked(text: Path, tmp_path: Path, models: dict[str, Path]) -> None:
+@pytest.mark.parametrize(("stage", "experts", "width"), [("reap", 3, 128), ("experts", 4, 80)])
+def test_stacked_files_stay_stacked(
+    stage: str, experts: int, width: int, text: Path, tmp_path: Path, models: dict[str, Path]
+) -> None:
     from safetensors.torch import save_file
 
     folder = tmp_path / "stacked"
@@ -319,12 +362,12 @@ def test_stacked_files_stay_stacked(text: Path, tmp_path: Path, models: dict[str
         if "experts" in name:
             kept[name] = tensor.clone()
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    artifact = press(folder, tmp_path / "out", {"method": "reap"}, text=text)
+    artifact = press(folder, tmp_path / "out", STAGES[stage], text=text)
     after = tensors(artifact.path)
-    assert after["model.layers.0.mlp.experts.gate_up_proj"].shape == (3, 256, 64)
-    assert after["model.layers.0.mlp.experts.down_proj"].shape == (3, 64, 128)
-    assert torch.equal(logits(original(artifact.path)), logits(original(press(
-        models["mixtral"], tmp_path / "apart", {"method": "reap"}, text=text).path)))  # fmt: skip
+    assert after["model.layers.1.mlp.experts.gate_up_proj"].shape == (experts, 2 * width, 64)
+    assert after["model.layers.1.mlp.experts.down_proj"].shape == (experts, 64, width)
+    apart = press(models["mixtral"], tmp_path / "apart", STAGES[stage], text=text)
+    assert torch.equal(logits(original(artifact.path)), logits(original(apart.path)))
 
 
 WRONG = [
@@ -403,8 +446,9 @@ WRONG = [
     ),
     (
         "mixtral",
-        PRUNER,
-        "stages.0 (llm_pruner): this is a mixture of experts; use reap, which drops whole experts",
+        PRUNER | {"multiple_of": 12},
+        "stages.0 (llm_pruner): multiple_of 12: transformers multiplies by experts whose width is a multiple of 8; "
+        "use 16",
     ),
     (
         "llama",

@@ -13,20 +13,26 @@ from hypothesis import strategies as st
 
 from artifacts import logits, original
 from laconic.model.anatomy import dissect
-from laconic.model.groups import Group, find_groups, narrow
+from laconic.model.groups import Group, find_groups, matched, narrow
 from laconic.model.load import open_source, skeleton
 from laconic.model.reading import load
 from laconic.model.rebuild import parts_of, rebuilt
 from laconic.model.widths import with_widths
-from tiny import ARCHITECTURES, MIXTURES, make_model
+from tiny import ARCHITECTURES, SHARED, make_model
 
 # Models whose config can say how many heads there are, whatever their width; how many units attention has elsewhere.
 HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
-UNITS = {"opt": 4, "gpt2": 4, "gpt_neox": 4, "falcon": 4, "falcon_40b": 2}
-PLAIN = tuple(a for a in ARCHITECTURES if a not in MIXTURES)
+UNITS = {"falcon_40b": 2, "mixtral": 2, "qwen3_moe": 2, "qwen2_moe": 2, "glm4_moe": 2}
+# Widths of MLPs and experts in the last block, where they are not one of 128; and how many parts these have.
+WIDTHS = {
+    "mixtral": [(128, 4)],
+    "qwen3_moe": [(64, 4)],
+    "qwen2_moe": [(96, 1), (64, 4)],
+    "glm4_moe": [(64, 5)],
+}
 
 
-@pytest.fixture(scope="module", params=PLAIN)
+@pytest.fixture(scope="module", params=(*ARCHITECTURES, *SHARED))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("groups") / request.param
     make_model(
@@ -43,9 +49,11 @@ def groups_of(folder: Path) -> tuple[tuple[Group, ...], ...]:
 
 def test_groups_are_what_the_architecture_has(model: tuple[str, Path]) -> None:
     arch, folder = model
-    for groups in groups_of(folder):
-        assert [(g.kind, g.units) for g in groups] == [("attention", UNITS.get(arch, 4)), ("mlp", 128)]
-        assert groups[0].stock == (arch in HEADS)
+    attention, *mlps = groups_of(folder)[-1]
+    assert (attention.kind, attention.units) == ("attention", UNITS.get(arch, 4))
+    assert attention.stock == (arch not in ("opt", "gpt2", "gpt_neox", "falcon", "falcon_40b"))
+    assert {g.kind for g in mlps} == {"mlp"}
+    assert [(g.units, len(g.parts)) for g in mlps] == WIDTHS.get(arch, [(128, 1)])
 
 
 def test_an_unmixed_llama_has_the_linears_that_everybody_knows(llama: Path) -> None:
@@ -76,6 +84,10 @@ def test_without_units_it_computes_what_it_does_with_them_at_zero(model: tuple[s
         widths.append({})
         for group in groups:
             kept = torch.zeros(group.units, dtype=torch.bool)
+            if len(group.parts) > 1:
+                # Which channels of one expert go with which of another is free.
+                channels = {n: own[0].channels.numel() for n, own in group.parts.items()}
+                group = matched(group, {n: torch.rand(count) for n, count in channels.items()})
             kept[data.draw(st.lists(st.integers(0, group.units - 1), min_size=1, unique=True))] = True
             prefix = f"{anatomy.block_name(i)}."
             inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -110,7 +122,15 @@ def test_a_head_whose_place_matters_is_no_group(tmp_path: Path) -> None:
     assert [[g.kind for g in groups] for groups in groups_of(tmp_path / "model")] == [["mlp"], ["mlp"]]
 
 
-@pytest.mark.parametrize("arch", MIXTURES)
-def test_experts_are_no_groups(arch: str, tmp_path: Path) -> None:
-    make_model(tmp_path / arch, arch)
-    assert groups_of(tmp_path / arch) == ((), ())
+def test_the_best_channels_of_every_part_are_matched(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "glm4_moe")
+    _, experts = groups_of(tmp_path / "model")[-1]
+    worth = {n: torch.rand(own[0].channels.numel()) for n, own in experts.parts.items()}
+    found = matched(experts, worth)
+    assert {n: own[0].channels.shape[1] for n, own in found.parts.items()} == {
+        **{f"mlp.experts.{i}": 1 for i in range(4)},
+        "mlp.shared_experts": 2,
+    }
+    for name, own in found.parts.items():
+        assert all(torch.equal(s.channels, own[0].channels) for s in own)
+        assert torch.equal(worth[name][own[0].channels].flatten(), worth[name].sort(descending=True).values)

@@ -19,15 +19,17 @@ from laconic.engine.gradients import Gradients, gradients
 from laconic.engine.model_stage import ModelStage, Remade, Work, check_finite, sizes_of
 from laconic.model.anatomy import Anatomy, dissect
 from laconic.model.checkpoint import read_json
-from laconic.model.groups import Group, Kind, find_groups, narrow
+from laconic.model.groups import Group, Kind, Slice, find_groups, matched, narrow
 from laconic.model.load import Source
 from laconic.model.reading import load
 from laconic.model.rebuild import empty, parts_of, rebuilt
 from laconic.model.stream_width import by_channel, kept_channels, narrower, stream_axes, without_channels
-from laconic.model.widths import WIDTHS, with_widths
+from laconic.model.widths import WIDTHS, make_config, with_widths
 from laconic.solvers.reach import Reach, check_reach
 from laconic.solvers.saliency import Aggregation, Pooling, cut, of_units, pooled, taylor
 
+# What widths of experts are a multiple of: products of all at once, in transformers, take rows of whole 16 bytes.
+_EXPERT_STEP = 8
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -45,14 +47,14 @@ class Targeted:
 
 class LlmPruner(ModelStage):
     """sparsity: share of the parameters of the targeted groups that goes. groups: of `attention` (key-value heads with
-    their query heads) and `mlp` (channels); or `hidden` alone, channels of the residual stream. importance: `first` or
-    `second` order of the loss's Taylor series; `weight` (squares of weights) and `random` are baselines, and need no
-    calibration text. aggregation, pooling: how the importance of an `element` or a `vector` becomes a matrix's, and
-    those of matrices a unit's. keep_first, keep_last: blocks that stay whole; an eighth and a sixteenth of them when
-    not given. uniform: the same widths in all blocks, which a stock config can say. heads: how many query heads stay in
-    a block, instead of as many as importance says. multiple_of: of what an MLP's or the hidden width is a multiple; by
-    the width when not given. batch_size: samples a gradient is taken of. dtype: in which gradients are computed.
-    gradient_checkpointing: less memory for a second forward pass."""
+    their query heads) and `mlp` (channels, of experts too); or `hidden` alone, channels of the residual stream.
+    importance: `first` or `second` order of the loss's Taylor series; `weight` (squares of weights) and `random` are
+    baselines, and need no calibration text. aggregation, pooling: how the importance of an `element` or a `vector`
+    becomes a matrix's, and those of matrices a unit's. keep_first, keep_last: blocks that stay whole; an eighth and a
+    sixteenth of them when not given. uniform: the same widths in all blocks, which a stock config can say. heads: how
+    many query heads stay in a block, instead of as many as importance says. multiple_of: of what an MLP's or the hidden
+    width is a multiple; by the width when not given. batch_size: samples a gradient is taken of. dtype: in which
+    gradients are computed. gradient_checkpointing: less memory for a second forward pass."""
 
     method: Literal["llm_pruner"] = "llm_pruner"
     sparsity: float = Field(0.2, ge=0, lt=1)
@@ -125,10 +127,11 @@ class LlmPruner(ModelStage):
         anatomy = dissect(model)
         if self.hidden:
             return self._without_hidden(work, model, anatomy, raw)
-        targeted, sizes, counts = self._ways(raw, model, anatomy)
-        importance = self._weigh(work, model, anatomy, targeted)
+        targeted, counts = self._ways(raw, model, anatomy)
+        targeted, importance = self._weigh(work, model, anatomy, targeted)
+        sizes = [group.unit_size(model.get_submodule(anatomy.block_name(i))) for i, group in targeted.flat]
         if self.uniform:
-            kept = [_best(v, counts[g.kind]) for v, (_, g) in zip(importance, targeted.flat, strict=True)]
+            kept = [_best(v, counts[tuple(g.keys)]) for v, (_, g) in zip(importance, targeted.flat, strict=True)]
         else:
             kept = self._cut(targeted, importance, sizes)
         masks = {
@@ -166,8 +169,6 @@ class LlmPruner(ModelStage):
     def _target(self, model: PreTrainedModel, anatomy: Anatomy) -> Targeted:
         """Raises: ValueError when nothing could be pruned, or not what was asked for."""
         kind, count = model.config.model_type, len(anatomy.taps)
-        if any(tap.experts for taps in anatomy.taps for tap in taps):
-            raise ValueError("this is a mixture of experts; use reap, which drops whole experts")
         if model.config.get_text_config() is not model.config:
             raise ValueError(f"'{kind}' is more than a language model; llm_pruner prunes plain ones")
         first = math.ceil(count / 8) if self.keep_first is None else self.keep_first
@@ -188,28 +189,38 @@ class LlmPruner(ModelStage):
                     f"the {asked} of '{kind}' cannot be made narrower: a part of it computes something else, or no "
                     f"config says how wide it is; {fix}"
                 )
+        if (
+            self.multiple_of
+            and self.multiple_of % _EXPERT_STEP
+            and any(len(g.parts) > 1 for own in inside.values() for g in own)
+        ):
+            raise ValueError(
+                f"multiple_of {self.multiple_of}: transformers multiplies by experts whose width is a multiple of "
+                f"{_EXPERT_STEP}; use {math.ceil(self.multiple_of / _EXPERT_STEP) * _EXPERT_STEP}"
+            )
         return Targeted(inside)
 
     def _ways(
         self, raw: Mapping[str, Any], model: PreTrainedModel, anatomy: Anatomy
-    ) -> tuple[Targeted, list[int], dict[Kind, int]]:
-        """What may become narrower; the parameters of a unit of each group; and where all blocks are to be alike, how
-        many units of each kind stay.
+    ) -> tuple[Targeted, dict[tuple[str, ...], int]]:
+        """What may become narrower; and where all blocks are to be alike, how many units stay of the groups that some
+        keys of the config say.
 
         Raises: ValueError when nothing could be pruned, or not what was asked for.
         """
         targeted = self._target(model, anatomy)
-        sizes = [_unit_size(model, anatomy, i, group) for i, group in targeted.flat]
         counts = self._uniform_counts(raw, model, targeted) if self.uniform else {}
         fixed = self._fixed(targeted)
         found = []
-        for size, (_, group) in zip(sizes, targeted.flat, strict=True):
+        for i, group in targeted.flat:
+            size = group.unit_size(model.get_submodule(anatomy.block_name(i)))
             if group.kind == "mlp":
-                found.append(replace(self._channels(group.units), size=size))
+                step = self._step(group)
+                found.append(replace(self._channels(group.units), size=size, stays=step, step=step))
             else:
                 found.append(Reach(size, group.units, fixed or 1, 1, fixed is not None))
         check_reach(self.sparsity, found)
-        return targeted, sizes, counts
+        return targeted, counts
 
     def _channels(self, width: int) -> Reach:
         """Raises: ValueError when they can be no multiple of what they are to be one of."""
@@ -224,7 +235,8 @@ class LlmPruner(ModelStage):
         """How many units go at once."""
         if group.kind == "attention":
             return 1
-        return self._channel_step(group.units)
+        step = self._channel_step(group.units)
+        return max(_EXPERT_STEP, step) if len(group.parts) > 1 and not self.multiple_of else step
 
     def _channel_step(self, width: int) -> int:
         # A sixteenth of the width, but a power of two up to 128, so that groups of later codes still fit.
@@ -247,17 +259,26 @@ class LlmPruner(ModelStage):
             )
         return self.heads // each
 
-    def _weigh(self, work: Work, model: PreTrainedModel, anatomy: Anatomy, targeted: Targeted) -> list[Tensor]:
-        """The importance of the units of every targeted group."""
+    def _weigh(
+        self, work: Work, model: PreTrainedModel, anatomy: Anatomy, targeted: Targeted
+    ) -> tuple[Targeted, list[Tensor]]:
+        """The groups with their units matched, and the importance of these."""
         random = torch.Generator().manual_seed(work.seed)
         if self.importance == "random":
             # A unit is the more likely to stay the larger it is, so that neither kind goes first.
-            return [torch.rand(g.units, generator=random) * _unit_size(model, anatomy, i, g) for i, g in targeted.flat]
+            drawn = [torch.rand(g.units, generator=random) for _, g in targeted.flat]
+            sizes = [g.unit_size(model.get_submodule(anatomy.block_name(i))) for i, g in targeted.flat]
+            return targeted, [v * size for v, size in zip(drawn, sizes, strict=True)]
         names = {f"{anatomy.block_name(i)}.{part.linear}.weight" for i, group in targeted.flat for part in group.slices}
         found = self._gradients(work, model, anatomy, sorted(names))
-        weighed = [self._of_group(model, anatomy.block_name(i), group, found) for i, group in targeted.flat]
-        check_finite(torch.cat(weighed), "the gradients" if self.observes else "the weights")
-        return weighed
+        blocks: dict[int, list[Group]] = {}
+        importance = []
+        for i, group in targeted.flat:
+            own, values = self._of_group(model, anatomy.block_name(i), group, found)
+            blocks.setdefault(i, []).append(own)
+            importance.append(values)
+        check_finite(torch.cat(importance), "the gradients" if self.observes else "the weights")
+        return Targeted(blocks), importance
 
     def _gradients(self, work: Work, model: PreTrainedModel, anatomy: Anatomy, names: Sequence[str]) -> Gradients:
         """Of the loss on the calibration text; none where weights alone are asked."""
@@ -279,15 +300,30 @@ class LlmPruner(ModelStage):
     def _changes(self, model: PreTrainedModel, name: str, found: Gradients) -> Tensor:
         """What the loss changes by without each of a parameter's weights; their squares where no gradient was asked."""
         w = model.get_parameter(name).float()
-        return taylor(w, found.mean[name], found.square.get(name)) if found.mean else w.square()
+        if not found.mean:
+            return w.square()
+        if name not in found.mean:
+            raise ValueError(
+                f"no token of the calibration text was routed to {name.rsplit('.', 2)[0]}; use more samples, or "
+                "importance: weight"
+            )
+        return taylor(w, found.mean[name], found.square.get(name))
 
     @torch.no_grad()
-    def _of_group(self, model: PreTrainedModel, block: str, group: Group, found: Gradients) -> Tensor:
-        parts = []
-        for part in group.slices:
+    def _of_group(self, model: PreTrainedModel, block: str, group: Group, found: Gradients) -> tuple[Group, Tensor]:
+        """The group with the best channels of every expert together, and the importance of its units."""
+
+        def of(part: Slice, channels: Tensor) -> Tensor:
             changes = self._changes(model, f"{block}.{part.linear}.weight", found)
-            parts.append(of_units(changes, part.axis, part.channels, self.aggregation))
-        return pooled(parts, self.pooling).cpu()
+            return of_units(changes, part.axis, channels, self.aggregation).cpu()
+
+        if len(group.parts) > 1:
+            singly = {
+                name: pooled([of(part, part.channels.view(-1, 1)) for part in own], self.pooling)
+                for name, own in group.parts.items()
+            }
+            group = matched(group, singly)
+        return group, pooled([of(part, part.channels) for part in group.slices], self.pooling)
 
     def _cut(self, targeted: Targeted, importance: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         flat, fixed = targeted.flat, self._fixed(targeted)
@@ -303,40 +339,52 @@ class LlmPruner(ModelStage):
         masks |= dict(zip(free, found, strict=True))
         return [masks[n] for n in range(len(flat))]
 
-    def _uniform_counts(self, raw: Mapping[str, Any], model: PreTrainedModel, targeted: Targeted) -> dict[Kind, int]:
-        """How many units of each kind stay in every block. Heads that a stock config cannot do without stay, and the
-        MLP makes up for them."""
+    def _uniform_counts(
+        self, raw: Mapping[str, Any], model: PreTrainedModel, targeted: Targeted
+    ) -> dict[tuple[str, ...], int]:
+        """How many units stay in every block, of the groups that some keys of the config say. Heads that a stock config
+        cannot do without stay, and the MLP makes up for them."""
         if WIDTHS in raw:
             raise ValueError("the blocks of this model differ in width already, which uniform cannot undo")
         anatomy = dissect(model)
-        kinds = {g.kind: (g, _unit_size(model, anatomy, i, g)) for i, g in targeted.flat}
-        if any(g.units != kinds[g.kind][0].units for _, g in targeted.flat):
+        alike: dict[tuple[str, ...], list[Group]] = {}
+        totals: dict[tuple[str, ...], int] = {}
+        for i, group in targeted.flat:
+            keys = tuple(group.keys)
+            alike.setdefault(keys, []).append(group)
+            totals[keys] = totals.get(keys, 0) + group.units * group.unit_size(
+                model.get_submodule(anatomy.block_name(i))
+            )
+        if any(g.units != groups[0].units for groups in alike.values() for g in groups):
             raise ValueError("the blocks of this model differ in width; leave out uniform")
-        target = self.sparsity * sum(g.units * size for g, size in kinds.values())
-        counts: dict[Kind, int] = {}
-        if "attention" in kinds:
-            group, size = kinds["attention"]
-            fixed = self._fixed(targeted)
-            least = fixed if fixed is not None else max(1, math.ceil(group.units * (1 - self.sparsity)))
-            choices = [least] if fixed is not None else range(least, group.units + 1)
-            accepted = [n for n in choices if n == group.units or _is_said(raw, group, n, model.dtype)]
-            if not accepted:
-                raise ValueError(
-                    f"a stock config of '{raw['model_type']}' cannot have {self.heads} heads; leave out uniform"
-                )
-            if accepted[0] == group.units and self.sparsity and fixed is None and len(kinds) == 1:
-                raise ValueError(
-                    f"a stock config of '{raw['model_type']}' cannot have fewer heads at this sparsity; leave out "
-                    "uniform, or add mlp to groups"
-                )
-            counts["attention"] = accepted[0]
-            target -= (group.units - accepted[0]) * size
-        if "mlp" in kinds:
-            group, size = kinds["mlp"]
-            step = self._step(group)
-            left = round((group.units - target / size) / step) * step
-            counts["mlp"] = min(group.units, max(step, left))
+        target = self.sparsity * sum(totals.values())
+        counts: dict[tuple[str, ...], int] = {}
+        for keys, (group, *_) in alike.items():
+            if group.kind == "attention":
+                counts[keys] = self._uniform_heads(raw, model, targeted, group)
+                target -= totals[keys] * (1 - counts[keys] / group.units)
+        if self.sparsity and all(counts.get(keys) == groups[0].units for keys, groups in alike.items()):
+            raise ValueError(
+                f"a stock config of '{raw['model_type']}' cannot have fewer heads at this sparsity; leave out "
+                "uniform, or add mlp to groups"
+            )
+        rest = [keys for keys in alike if keys not in counts]
+        for keys in rest:
+            group = alike[keys][0]
+            step, share = self._step(group), target / sum(totals[k] for k in rest)
+            counts[keys] = min(group.units, max(step, round(group.units * (1 - share) / step) * step))
         return counts
+
+    def _uniform_heads(self, raw: Mapping[str, Any], model: PreTrainedModel, targeted: Targeted, group: Group) -> int:
+        fixed = self._fixed(targeted)
+        least = fixed if fixed is not None else max(1, math.ceil(group.units * (1 - self.sparsity)))
+        choices = [least] if fixed is not None else range(least, group.units + 1)
+        accepted = [n for n in choices if n == group.units or _is_said(raw, group, n, model.dtype)]
+        if not accepted:
+            raise ValueError(
+                f"a stock config of '{raw['model_type']}' cannot have {self.heads} heads; leave out uniform"
+            )
+        return accepted[0]
 
     def _config(self, raw: Mapping[str, Any], count: int, masks: Mapping[tuple[int, Group], Tensor]) -> dict[str, Any]:
         """The keys of config.json that change."""
@@ -348,8 +396,8 @@ class LlmPruner(ModelStage):
             return {k: v for k, v in changed.items() if raw.get(k) != v}
         heads = any(group.kind == "attention" for _, group in masks)
         # A head's width is told by the number of heads where it is not given.
-        d = {"head_dim": raw.get("head_dim") or _head_dim(raw)} if heads and _head_dim(raw) else {}
-        return {**widths[0], **d}
+        d: dict[str, Any] = {"head_dim": raw.get("head_dim") or _head_dim(raw)} if heads and _head_dim(raw) else {}
+        return {key: value for own in widths for key, value in own.items()} | d
 
     def warnings(self, source: Source) -> Iterator[str]:
         if not self.uniform and not self.hidden and self.sparsity:
@@ -360,8 +408,6 @@ class LlmPruner(ModelStage):
 
 
 def _head_dim(raw: Mapping[str, Any]) -> int | None:
-    from laconic.model.widths import make_config
-
     return getattr(make_config(raw), "head_dim", None)
 
 
@@ -380,15 +426,6 @@ def _best(importance: Tensor, count: int) -> Tensor:
     return mask
 
 
-def _unit_size(model: PreTrainedModel, anatomy: Anatomy, i: int, group: Group) -> int:
-    """Parameters of a unit."""
-    block, size = model.get_submodule(anatomy.block_name(i)), 0
-    for part in group.slices:
-        weight = block.get_parameter(f"{part.linear}.weight")
-        size += part.channels.shape[1] * weight.shape[1 - part.axis]
-    return size
-
-
 def _narrowed(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[tuple[int, Group], Tensor]) -> dict[str, Tensor]:
     tensors = parts_of(model)
     for (i, group), mask in masks.items():
@@ -401,5 +438,6 @@ def _narrowed(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[tuple[int
 def _told(group: Group, mask: Tensor) -> dict[str, Any]:
     kept = int(mask.sum())
     if group.kind == "mlp":
-        return {"group": "mlp", "channels": kept, "of": len(mask)}
+        experts = {"experts": len(group.parts)} if len(group.parts) > 1 else {}
+        return {"group": "mlp", "channels": kept, "of": len(mask), **experts}
     return {"group": "attention", "heads": kept * group.heads, "kv_heads": kept * group.kv_heads or 1, "of": len(mask)}

@@ -114,6 +114,14 @@ def unstack(model: PreTrainedModel, where: Callable[[str], bool] = lambda _: Tru
         setattr(model.get_submodule(parent), leaf, Experts(module, names))
 
 
+def unstack_as(block: nn.Module, taken_apart: nn.Module) -> None:
+    """The same in a block that was built anew, as in one that is taken apart already."""
+    for path, experts in taken_apart.named_modules():
+        if isinstance(experts, Experts):
+            parent, _, leaf = path.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, Experts(block.get_submodule(path), experts.names))
+
+
 @contextmanager
 def all_tokens(*modules: nn.Module) -> Iterator[None]:
     """Show every token to every expert in these modules."""

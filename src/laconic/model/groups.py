@@ -1,7 +1,8 @@
 """Dependency groups: what of a block must go together, so that it can be narrower.
 
 A unit of an MLP is a channel: a row of gate and of up, a column of down. A unit of attention is a key-value head with
-the query heads that share it: rows of q, k and v, columns of o; where all share one, a query head alone. Nothing is
+the query heads that share it: rows of q, k and v, columns of o; where all share one, a query head alone. Experts are as
+wide as each other, so a unit of theirs is a channel of each: which of one with which of another is free. Nothing is
 assumed: candidates are proposed by shape, and each is tried on the block with random weights. Without half of the
 units, and with the config's keys changed to match, transformers must build a block of just these shapes, and it must
 compute what the whole block does when the columns that read those units are zero.
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from laconic.model.anatomy import Anatomy, Call, Tap, blank_embeddings, capture_calls, linear_at
+from laconic.model.experts import Experts, unstack_as
 from laconic.model.layout import unwrap_conv1d
 from laconic.model.links import head_widths, randomised
 from laconic.model.widths import WIDTHS, build_block
@@ -60,6 +62,19 @@ class Group:
         """How many there are."""
         return len(self.slices[0].channels)
 
+    def unit_size(self, block: nn.Module) -> int:
+        """How many weights a unit has."""
+        return sum(p.channels.shape[1] * linear_at(block, p.linear).weight.shape[1 - p.axis] for p in self.slices)
+
+    @property
+    def parts(self) -> dict[str, tuple[Slice, ...]]:
+        """The slices by the part of the block that they are in: one, or each expert."""
+        found: dict[str, tuple[Slice, ...]] = {}
+        for own in self.slices:
+            name = part_of(own.linear)
+            found[name] = (*found.get(name, ()), own)
+        return found
+
     def widths(self, kept: int) -> dict[str, int]:
         """The config's keys when so many units are kept."""
         return {**{key: share * kept for key, share in self.keys.items()}, **self.given}
@@ -83,9 +98,21 @@ def find_groups(
         like = (taps, tuple((n, type(m), m.extra_repr()) for n, m in block.named_modules()))
         if like not in known:
             trial = _Trial(model, i, block, call, hidden.shape[-1])
-            known[like] = tuple(g for kind in kinds if (g := _group_of(kind, trial, taps)))
+            known[like] = tuple(g for kind in kinds for g in _groups_of(kind, trial, taps))
         found.append(known[like])
     return tuple(found)
+
+
+def matched(group: Group, importance: Mapping[str, Tensor]) -> Group:
+    """The same group with other units: the most important channels of every part together, and so on.
+
+    importance: of the channels of each part, in the order in which its slices have them.
+    """
+    slices = []
+    for name, own in group.parts.items():
+        order = importance[name].argsort(descending=True, stable=True).cpu()
+        slices += [replace(s, channels=s.channels.flatten()[order].view_as(s.channels)) for s in own]
+    return replace(group, slices=tuple(slices))
 
 
 def narrow(tensors: Mapping[str, Tensor], group: Group, kept: Tensor) -> dict[str, Tensor]:
@@ -101,6 +128,11 @@ def narrow(tensors: Mapping[str, Tensor], group: Group, kept: Tensor) -> dict[st
     return out
 
 
+def part_of(linear: str) -> str:
+    """The part of a block that a linear of this name is in."""
+    return linear.rpartition(".")[0]
+
+
 class _Trial:
     """A block with random weights, and what it computes."""
 
@@ -114,16 +146,18 @@ class _Trial:
         with torch.no_grad():
             self.whole = self.call(self.block, self.hidden)
 
-    def without(self, reader: Slice, kept: Tensor) -> Tensor:
+    def without(self, slices: Sequence[Slice], kept: Tensor) -> Tensor:
         """What the block puts out when the columns that read units are zero."""
-        linear = linear_at(self.block, reader.linear)
-        before = linear.weight.data
-        linear.weight.data = before.clone()
-        linear.weight.data[:, reader.channels[~kept].flatten()] = 0
+        readers = {linear_at(self.block, part.linear): part for part in slices if part.axis == 1}
+        before = {linear: linear.weight.data for linear in readers}
+        for linear, part in readers.items():
+            linear.weight.data = before[linear].clone()
+            linear.weight.data[:, part.channels[~kept].flatten()] = 0
         try:
             return self.call(self.block, self.hidden)
         finally:
-            linear.weight.data = before
+            for linear, weight in before.items():
+                linear.weight.data = weight
 
     def built(self, widths: Mapping[str, int], tensors: Mapping[str, Tensor]) -> nn.Module | None:
         """The block as transformers builds it with such widths, holding these tensors; None where they do not fit."""
@@ -135,6 +169,7 @@ class _Trial:
         except Exception:  # whatever a model says of a width that it cannot have
             return None
         unwrap_conv1d(block)
+        unstack_as(block, self.block)
         if {n: p.shape for n, p in block.named_parameters()} != {n: t.shape for n, t in tensors.items()}:
             return None
         for name, tensor in tensors.items():
@@ -162,14 +197,17 @@ class _Candidate:
 
 
 @torch.no_grad()
-def _group_of(kind: Kind, trial: _Trial, taps: Sequence[Tap]) -> Group | None:
-    for number, tap in enumerate(taps):
-        if len(tap.linears) == 1 and not tap.experts:
-            for candidate in _candidates(kind, trial, taps[:number], tap.linears[0]):
-                found = _tried(kind, trial, candidate)
-                if found:
-                    return found
-    return None
+def _groups_of(kind: Kind, trial: _Trial, taps: Sequence[Tap]) -> Iterator[Group]:
+    """One of the block's own linears, and one of its experts."""
+    plain = [
+        candidate
+        for number, tap in enumerate(taps)
+        if len(tap.linears) == 1 and not tap.experts
+        for candidate in _candidates(kind, trial, taps[:number], tap.linears[0])
+    ]
+    for candidates in (plain, _experts(trial, plain) if kind == "mlp" else ()):
+        if found := next((g for c in candidates if (g := _tried(kind, trial, c))), None):
+            yield found
 
 
 def _candidates(kind: Kind, trial: _Trial, earlier: Sequence[Tap], reader: str) -> Iterator[_Candidate]:
@@ -178,9 +216,8 @@ def _candidates(kind: Kind, trial: _Trial, earlier: Sequence[Tap], reader: str) 
         outs = {n: linear_at(trial.block, n).out_features for n in tap.linears}
         if kind == "attention":
             # An MLP beside attention may read the same.
-            yield from _heads(
-                {n: out for n, out in outs.items() if _part(n) == _part(reader)}, reader, width, trial.heads
-            )
+            beside = {n: out for n, out in outs.items() if part_of(n) == part_of(reader)}
+            yield from _heads(beside, reader, width, trial.heads)
         elif not tap.experts:
             each = torch.arange(width)[:, None]
             columns = Slice(reader, 1, each)
@@ -189,6 +226,21 @@ def _candidates(kind: Kind, trial: _Trial, earlier: Sequence[Tap], reader: str) 
                 yield _Candidate((*(Slice(n, 0, each) for n in alike), columns))
             for both in (n for n, out in outs.items() if out == 2 * width):  # gate and up in one
                 yield _Candidate((Slice(both, 0, torch.cat([each, width + each], 1)), columns))
+
+
+def _experts(trial: _Trial, plain: Sequence[_Candidate]) -> Iterator[_Candidate]:
+    """All experts of a layer; and with an MLP that is as wide as one or several of them, where one key says both."""
+    for path, experts in trial.block.named_modules():
+        if isinstance(experts, Experts):
+            width, each = experts.intermediate, torch.arange(experts.intermediate)[:, None]
+            sides = [(experts.names.gate, 0), (experts.names.up, 0), (experts.names.down, 1)]
+            numbers = range(experts.num_experts)
+            own = tuple(Slice(f"{path}.{i}.{name}", axis, each) for i in numbers for name, axis in sides)
+            yield _Candidate(own)
+            for shared in plain:
+                if all(s.channels.shape[1] == 1 and len(s.channels) % width == 0 for s in shared.slices):
+                    beside = (replace(s, channels=s.channels.view(width, -1)) for s in shared.slices)
+                    yield _Candidate((*own, *beside))
 
 
 def _heads(outs: Mapping[str, int], reader: str, width: int, head_dims: Sequence[int]) -> Iterator[_Candidate]:
@@ -229,7 +281,7 @@ def _tried(kind: Kind, trial: _Trial, candidate: _Candidate) -> Group | None:
     # The first unit goes: what is left moves to other places.
     kept = torch.rand(units, generator=torch.Generator().manual_seed(0)) < 0.5
     kept[0], kept[-1] = False, True
-    expected = trial.without(candidate.slices[-1], kept)
+    expected = trial.without(candidate.slices, kept)
     if torch.equal(expected, trial.whole):
         return None
     bare = Group(kind, candidate.slices, {}, {}, candidate.heads, candidate.kv_heads)
@@ -253,17 +305,12 @@ def _keys(trial: _Trial, candidate: _Candidate, units: int) -> Iterator[tuple[di
         yield keys, {}
         if candidate.heads:
             yield keys, {"head_dim": candidate.slices[-1].channels.shape[1] // candidate.heads}
-    if candidate.heads and (part := _part(candidate.slices[-1].linear)):
+    if candidate.heads and (part := part_of(candidate.slices[-1].linear)):
         channels = candidate.slices[-1].channels
         said, wide = trial.said(values, part), trial.said({channels.numel()}, part)
         for some, width in product([*((k,) for k in said), *combinations(said, 2)], wide):
             keys = {f"{part}.{k}": said[k] // units for k in some}
             yield {**keys, f"{part}.{width}": channels.shape[1]}, {}
-
-
-def _part(linear: str) -> str:
-    """The part of a block that a linear is in."""
-    return linear.rpartition(".")[0]
 
 
 def _output(trial: _Trial, block: nn.Module) -> Tensor | None:
