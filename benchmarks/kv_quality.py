@@ -38,7 +38,7 @@ ROWS = [
     *(f"{{method: kivi, k_bits: {b}, v_bits: {b}, residual_length: 0, group_size: 64}}" for b in (3, 2)),
     *(f"{{method: kvquant, k_bits: {b}, v_bits: {b}}}" for b in (4, 3, 2)),
     "{method: kvquant, before_rope: false}",
-    "{method: kvquant, q_norm: false, k_bits: 2, v_bits: 2}",
+    *(f"{{method: kvquant, correction: {c}, k_bits: {b}, v_bits: {b}}}" for c in ("q_norm", "none") for b in (3, 2)),
     "{method: kvquant, datatype: int}",
     "{method: kvquant, outlier_ratio: 0}",
     "{method: kvquant, k_bits: 2, v_bits: 2, outlier_ratio: 0}",
@@ -47,7 +47,13 @@ ROWS = [
     *(f"{{method: kivi, k_bits: {k}, v_bits: {v}, residual_length: 0}}" for k, v in ((4, 2), (2, 4))),
     *(f"{{method: kvquant, k_bits: {k}, v_bits: {v}}}" for k, v in ((4, 2), (2, 4))),
     "{method: kivi, residual_length: 0, sinks: 4}",
-    "{method: kivi, residual_length: 0, rotation: hadamard}",
+    *(
+        f"{{method: kivi, k_bits: {b}, v_bits: {b}, residual_length: 0, rotation: {r}}}"
+        for b in (3, 2)
+        for r in ("hadamard", "attention")
+    ),
+    "{method: kvquant, k_bits: 2, v_bits: 2, rotation: attention}",
+    "{method: kv_per_token, k_bits: 2, v_bits: 2, rotation: attention}",
     "{method: kv_per_token, k_bits: 3, v_bits: 3, rotation: hadamard}",
     "{method: kvquant, budget_bits: 3}",
     "{method: kvquant, budget_bits: 3, per_head: true}",

@@ -29,6 +29,8 @@ STAGES: list[Stage] = [
     {"method": "kvquant", "group_size": 16},
     {"method": "kivi", "key_ranges": "static", "residual_length": 0},
     {"method": "kivi", "group_size": 4, "residual_length": 4, "sinks": 1, "rotation": "hadamard"},
+    {"method": "kivi", "group_size": 4, "residual_length": 4, "rotation": "attention"},
+    {"method": "kvquant", "group_size": 8, "rotation": "attention"},
     {"method": "kivi", "group_size": 4, "residual_length": 0, "budget_bits": 3},
     {"method": "kivi", "group_size": 4, "residual_length": 0, "budget_bits": 3.5, "per_head": True},
     {"method": "kvquant", "key_ranges": "static"},

@@ -29,6 +29,7 @@ from laconic.model.kv_cache import KvCache
 from laconic.model.kv_open import kv_shape, make_cache
 from laconic.model.kv_unread import History, Unread
 from tiny import make_model
+from turning import fixed_turns
 
 FOUR = (KvFormat(4, "channel", 16), KvFormat(4, "token", 16))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,7 +54,9 @@ def both_ways(folder: Path, way: Way, run: Callable[[PreTrainedModel, KvCache], 
     made = []
     for name in (NAME, "sdpa"):
         model: Any = original(folder, torch.float32).to(DEVICE)
-        cache = make_cache(model, scheme_of(kv_shape(model.config).layers, way))
+        shape = kv_shape(model.config)
+        fixed = fixed_turns(shape.layers, shape.heads, shape.channels) if way.get("rotation") == "attention" else None
+        cache = make_cache(model, scheme_of(shape.layers, way), fixed)
         assert model.config._attn_implementation == NAME
         model.config._attn_implementation = name
         for layer in cache.packed:
@@ -158,6 +161,7 @@ WAYS: list[Way] = [
     {},
     {"residual_length": 5, "sinks": 3},
     {"rotation": "hadamard", "sinks": 2, "residual_length": 3},
+    {"rotation": "attention", "sinks": 2, "residual_length": 3},
     {"by_head": True, "residual_length": 2},
     {"formats": (KvFormat(8), KvFormat(8, symmetric=True))},
     {"pre_rope": True, "residual_length": 2},

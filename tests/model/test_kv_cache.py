@@ -19,6 +19,7 @@ from laconic.formats.kv_scheme import HeadGroup, KvScheme, uniform
 from laconic.model.kv_cache import KvCache
 from laconic.model.kv_open import kv_shape, make_cache
 from tiny import make_model
+from turning import fixed_turns
 
 # Sixteen bits change nothing; eight change little.
 SIXTEEN = (KvFormat(16), KvFormat(16))
@@ -34,7 +35,9 @@ def model(llama: Path) -> PreTrainedModel:
 
 
 def cache_of(model: PreTrainedModel, formats: tuple[KvFormat, KvFormat] = EIGHT, **rest: Any) -> KvCache:
-    return make_cache(model, uniform("test", *formats, kv_shape(model.config).layers, **rest))
+    shape = kv_shape(model.config)
+    fixed = fixed_turns(shape.layers, shape.heads, shape.channels) if rest.get("rotation") == "attention" else None
+    return make_cache(model, uniform("test", *formats, shape.layers, **rest), fixed)
 
 
 def ids(rows: int, length: int, seed: int = 0) -> Tensor:
@@ -70,6 +73,8 @@ WAYS: list[dict[str, Any]] = [
     {"pre_rope": True, "residual_length": 2},
     {"rotation": "hadamard", "sinks": 1},
     {"rotation": "hadamard", "pre_rope": True, "sinks": 3, "residual_length": 4},
+    {"rotation": "attention", "sinks": 1, "residual_length": 2},
+    {"rotation": "attention", "pre_rope": True},
 ]
 every_way = pytest.mark.parametrize("way", WAYS, ids=str)
 

@@ -15,7 +15,8 @@ from laconic.formats.kv_slot import slot_layout
 from laconic.serving import paged
 from laconic.serving.paged import PackedLayer, Part, Scoring, attend, write
 from laconic.serving.paged_units import write_units
-from laconic.solvers.rotate import hadamard
+from laconic.solvers.rotate import turned, turns
+from turning import random_turns
 
 HEADS, QUERIES, CHANNELS, PER_PAGE = 2, 6, 32, 8
 LENGTHS, NEW = (37, 6, 24), 5
@@ -41,8 +42,9 @@ def stored(packed: PackedLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """All of a text as it is stored, once all of its units are whole."""
     at = torch.arange(len(k))[None]
     found_k, found_v = packed.decode(*packed.encode(k.transpose(0, 1)[None], v.transpose(0, 1)[None], at), at)
-    found_k = hadamard(found_k) if packed.rotates_queries else found_k
-    found_v = hadamard(found_v) if packed.rotated else found_v
+    if packed.turns:
+        found_k = turned(found_k, packed.turns[0].mT) if packed.rotates_queries else found_k
+        found_v = turned(found_v, packed.turns[1].mT)
     return found_k[0].transpose(0, 1), found_v[0].transpose(0, 1)
 
 
@@ -109,15 +111,17 @@ def test_attention_is_that_over_what_was_stored(
 
 
 @pytest.mark.parametrize("before_rotary", [False, True])
-@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("rotation", [None, "hadamard", "attention"])
 @pytest.mark.parametrize("made", LAYERS.values(), ids=LAYERS)
 def test_rotations_are_taken_back(
-    made: tuple[KvFormat, KvFormat, dict[str, Any]], rotated: bool, before_rotary: bool
+    made: tuple[KvFormat, KvFormat, dict[str, Any]], rotation: str | None, before_rotary: bool
 ) -> None:
-    turns = numbers(48, CHANNELS // 2).repeat(1, 2)
-    angles = (turns.cos() * 1.1, turns.sin() * 1.1) if before_rotary else None
+    phases = numbers(48, CHANNELS // 2).repeat(1, 2)
+    angles = (phases.cos() * 1.1, phases.sin() * 1.1) if before_rotary else None
+    keys_turn, values_turn = random_turns(HEADS, CHANNELS)
+    found = turns(rotation, {"keys": keys_turn, "values": values_turn}, (CHANNELS, CHANNELS))
     keys, values, rest = made
-    packed = layer(keys, values, rotated=rotated, angles=angles, **rest)
+    packed = layer(keys, values, turns=found, angles=angles, **rest)
     found, plain = paged_and_plain(packed, Scoring(0.2))
     torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
 

@@ -16,15 +16,16 @@ from laconic.formats.kv_scheme import HeadGroup
 from laconic.serving import paged
 from laconic.serving.paged import PackedLayer, Part, Scoring, attend, kernel_reads, write
 from laconic.serving.paged_units import write_units
+from turning import random_turns
 
-HEADS, CHANNELS, PER_PAGE = 2, 32, 16
+HEADS, CHANNELS, PER_PAGE = 2, 128, 16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BY_CHANNEL = KvFormat(2, axis="channel", group_size=8)
 CASES: list[tuple[KvFormat, KvFormat, dict[str, Any], int | None]] = [
     (KvFormat(4), KvFormat(3), {}, None),
-    (KvFormat(8, group_size=16), KvFormat(2, group_size=16), {"rotated": True}, 9),
+    (KvFormat(8, group_size=16), KvFormat(2, group_size=16), {"turns": random_turns(HEADS, CHANNELS)}, 9),
     (KvFormat(3, symmetric=True), KvFormat(4), {"sinks": 3, "per_page": PER_PAGE}, None),
-    (BY_CHANNEL, KvFormat(2), {"sinks": 5, "per_page": PER_PAGE, "rotated": True}, None),
+    (BY_CHANNEL, KvFormat(2), {"sinks": 5, "per_page": PER_PAGE, "turns": random_turns(HEADS, CHANNELS)}, None),
     (KvFormat(3, axis="channel", group_size=16), BY_CHANNEL, {"per_page": PER_PAGE}, 20),
 ]
 
@@ -32,10 +33,11 @@ CASES: list[tuple[KvFormat, KvFormat, dict[str, Any], int | None]] = [
 def check(case: int, seed: int) -> None:
     keys, values, rest, window = CASES[case]
     random = torch.Generator().manual_seed(seed)
-    layer = PackedLayer([HeadGroup(keys, values)], {}, heads=HEADS, channels=CHANNELS, dtype=torch.float32, **rest)
+    groups = [HeadGroup(keys, values)]
+    layer = PackedLayer(groups, {}, heads=HEADS, channels=CHANNELS, dtype=torch.float32, **rest).to(DEVICE)
     batch, new, each = (int(torch.randint(1, most, (), generator=random)) for most in (4, 8, 5))
     lengths = torch.randint(new, 70, (batch,), generator=random)
-    cache = torch.full((24, HEADS, PER_PAGE, layer.nbytes + 3), 0xFF, dtype=torch.uint8, device=DEVICE)
+    cache = torch.full((24, HEADS, PER_PAGE, layer.nbytes + 4), 0xFF, dtype=torch.uint8, device=DEVICE)
     table = torch.randperm(24, generator=random)[: batch * 6].view(batch, 6).to(DEVICE)
     store = write_units if layer.unit > 1 else write
     k, v = (torch.randn(batch, 70, HEADS, CHANNELS, generator=random).to(DEVICE) for _ in range(2))
@@ -49,7 +51,7 @@ def check(case: int, seed: int) -> None:
     last = q, k.gather(1, at), v.gather(1, at)
     units = store(layer, cache, part, *last[1:])
     scoring = Scoring(0.2, window=window)
-    assert kernel_reads(layer, scoring, DEVICE)
+    assert kernel_reads(layer, scoring, cache)
     found = attend(layer, cache, part, last, scoring, units)
     theirs = paged.kernel_reads
     try:
@@ -73,4 +75,5 @@ def test_kernel_is_the_reference(case: int) -> None:
 @pytest.mark.parametrize("fmt", [KvFormat(4, outlier_ratio=0.1), KvFormat(16), KvFormat(5)])
 def test_what_the_kernel_does_not_read_is_left_to_torch(fmt: KvFormat) -> None:
     layer = PackedLayer([HeadGroup(fmt, fmt)], {}, heads=HEADS, channels=CHANNELS, dtype=torch.float32)
-    assert not kernel_reads(layer, Scoring(1.0), DEVICE)
+    cache = torch.zeros(4, HEADS, PER_PAGE, layer.nbytes // 2 * 2, dtype=torch.uint8, device=DEVICE)
+    assert not kernel_reads(layer, Scoring(1.0), cache)

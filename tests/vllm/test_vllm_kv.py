@@ -24,6 +24,7 @@ import laconic
 from laconic.formats.kv import KvFormat
 from laconic.formats.kv_scheme import HeadGroup, KvScheme, uniform
 from laconic.model.kv_open import kv_shape, make_cache
+from turning import fixed_turns
 
 pytestmark = needs_vllm
 
@@ -61,6 +62,7 @@ SCHEMES: dict[str, tuple[KvScheme, dict[str, Any]]] = {
     "before rotary": (one(replace(FIXED, num_bits=3), token(2), pre_rope=True), {}),
     "outliers before rotary": (one(replace(TABLE, outlier_ratio=0.05), token(2), pre_rope=True), {}),
     "hadamard": (one(token(2), rotation="hadamard"), {}),
+    "attention's rotation": (one(token(2), rotation="attention"), {}),
     "hadamard before rotary": (one(FIXED, token(3), rotation="hadamard", pre_rope=True), {}),
     "layers and heads apart": (KvScheme("test", (*one(token(8)).layers[:3], *(by_head(FIXED, token(8)),) * 2)), {}),
     "keys by channel": (one(GROUPS, token(2)), {}),
@@ -127,13 +129,15 @@ def artifact(folder: Path, scheme: KvScheme | None, changes: dict[str, Any] | No
 def observe(folder: Path, scheme: KvScheme) -> Calibrated:
     model = laconic.load(folder, dtype=torch.float32)
     exact = one(KvFormat(16), rotation=scheme.rotation, pre_rope=scheme.pre_rope)
-    cache = make_cache(model, exact)
+    shape = kv_shape(model.config)
+    turned = fixed_turns(shape.layers, shape.heads, shape.channels) if scheme.rotation == "attention" else None
+    cache = make_cache(model, exact, turned)
     with torch.no_grad():
         model(torch.tensor(prompts(256, 1)), past_key_values=cache)
     found: Calibrated = []
     for layer, groups in zip(cache.packed, scheme.layers, strict=True):
         keys, values = (stored["plain"][0] for stored in layer.packed[0])
-        found.append({})
+        found.append(dict(turned[layer.number]) if turned else {})
         for g, group in enumerate(groups):
             heads = list(group.heads or range(HEADS))
             for of, fmt, x in (("keys", group.keys, keys[heads]), ("values", group.values, values[heads])):

@@ -17,7 +17,7 @@ from laconic.engine.stream import Stream
 from laconic.formats.kv import KvFormat, decode_kv, encode_kv
 from laconic.model.anatomy import Call
 from laconic.model.places import Places
-from laconic.solvers.rotate import hadamard
+from laconic.solvers.rotate import turned
 
 _NAME = "laconic_seen"
 
@@ -64,18 +64,24 @@ class Seen:
         return x.repeat_interleave(self.queries.shape[1] // x.shape[1], 1)
 
 
-def key_weight(seen: Seen) -> Tensor:
+def key_weight(seen: Seen, turn: Tensor | None = None) -> Tensor:
     """What a squared error of a stored key's channel costs (samples, heads, tokens, channels): to first order, the
-    squares of the weights that queries give the token, times the squares of their channel, summed.
+    squares of the weights that queries give the token, times the squares of their channel, summed. turn: of channels,
+    before they are stored, (heads or 1, channels, channels).
 
     Tokens that are attended to are the far ones of their channels: without these weights ranges would cut them off. A
     query meets a key from before its rotary embedding at many angles, so it counts with the mean of its two halves.
     """
-    energy = seen.stored_queries[:, :, seen.picked()].square()
+    heads, queries = seen.keys.shape[1], seen.stored_queries[:, :, seen.picked()]
+    if turn is not None and seen.places is None:
+        queries = turned(queries.unflatten(1, (heads, -1)), turn).flatten(1, 2)
+    energy = queries.square()
     if seen.places is not None:
         energy = (energy + energy.roll(energy.shape[-1] // 2, -1)) / 2
     cost = seen.weights(seen.keys).square().transpose(-1, -2) @ energy
-    per_head: Tensor = cost.unflatten(1, (seen.keys.shape[1], -1)).mean(2)
+    per_head: Tensor = cost.unflatten(1, (heads, -1)).mean(2)
+    if turn is not None and seen.places is not None:
+        per_head = turned(per_head, turn.square())
     return per_head.clamp(min=1e-20)
 
 
@@ -87,14 +93,32 @@ def value_weight(seen: Seen) -> Tensor:
     return per_head.clamp(min=1e-12)
 
 
-def attention_error(seen: Seen, which: str, fmt: KvFormat, static: dict[str, Tensor], *, rotated: bool) -> Tensor:
+def query_cost(seen: Seen) -> Tensor:
+    """What an error e in a head's stored keys costs, e' S e (heads, channels, channels): to first order, queries by
+    queries, each as often as it gives weight to few tokens (the squares of its weights, summed).
+
+    Of keys from before their rotary embedding the diagonal alone is left, as `key_weight` has it: whatever else there
+    is, the angles at which keys are met average away.
+    """
+    heads, queries = seen.keys.shape[1], seen.stored_queries[:, :, seen.picked()]
+    mass = seen.weights(seen.keys).square().sum(-1, keepdim=True)
+    if seen.places is not None:
+        energy = (queries.square() * mass).sum((0, 2)).unflatten(0, (heads, -1)).sum(1)
+        return torch.diag_embed((energy + energy.roll(energy.shape[-1] // 2, -1)) / 2)
+    cost: Tensor = ((queries * mass).mT @ queries).sum(0).unflatten(0, (heads, -1)).sum(1)
+    return cost
+
+
+def attention_error(
+    seen: Seen, which: str, fmt: KvFormat, static: dict[str, Tensor], turn: Tensor | None = None
+) -> Tensor:
     """||o' - o||^2 / ||o||^2 of each key-value head (heads,), when its `keys`, or `values`, are stored so and
-    nothing else is."""
+    nothing else is. turn: of channels, before they are stored, (heads or 1, channels, channels)."""
     x = seen.stored_keys if which == "keys" else seen.values
     whole = x.shape[2] // fmt.tokens_at_once * fmt.tokens_at_once
-    turned = hadamard(x[:, :, :whole]) if rotated else x[:, :, :whole]
-    back = decode_kv(fmt, encode_kv(fmt, turned, static, torch.float32), x.shape[-1], static)
-    back = torch.cat([hadamard(back) if rotated else back, x[:, :, whole:]], 2)
+    stored = x[:, :, :whole] if turn is None else turned(x[:, :, :whole], turn)
+    back = decode_kv(fmt, encode_kv(fmt, stored, static, torch.float32), x.shape[-1], static)
+    back = torch.cat([back if turn is None else turned(back, turn.mT), x[:, :, whole:]], 2)
     if which == "values":
         made = seen.attended(seen.keys, back)
     else:

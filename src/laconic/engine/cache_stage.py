@@ -15,12 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from laconic.engine.attention import Seen, attention_error, key_weight, value_weight
+from laconic.engine.rotation import find_turn
 from laconic.formats.kv import KvFormat
 from laconic.formats.kv_scheme import HeadGroup, KvScheme, Layer
 from laconic.model.kv_open import KvShape
 from laconic.solvers.allocate import allocate
-from laconic.solvers.kv_fit import fit_static
-from laconic.solvers.rotate import hadamard
+from laconic.solvers.kv_fit import Correction, fit_static
+from laconic.solvers.rotate import turned, turns
 
 # What may be chosen from where bits are shared out.
 _CHOICES = (2, 3, 4, 8)
@@ -31,7 +32,8 @@ Static = dict[str, Tensor]
 
 class CacheStage(BaseModel):
     """residual_length: at least so many of the most recent tokens stay in 16 bit. sinks: so many first tokens do.
-    rotation: `hadamard` turns the channels of keys and values before they are rounded. budget_bits: share out so many
+    rotation: turns the channels of keys and values before they are rounded: `hadamard`; `attention`, of each head the
+    one that costs attention least on the calibration set. budget_bits: share out so many
     bits a number, on the average of keys and values, by the error that they cause in attention, among 2, 3, 4 and 8;
     per_head: among heads rather than layers. max_error: keep a layer in 16 bit whose attention's relative squared error
     is above this."""
@@ -42,7 +44,7 @@ class CacheStage(BaseModel):
     method: str
     residual_length: int = Field(0, ge=0)
     sinks: int = Field(0, ge=0)
-    rotation: Literal["hadamard"] | None = None
+    rotation: Literal["hadamard", "attention"] | None = None
     budget_bits: float | None = Field(None, ge=2, le=8)
     per_head: bool = False
     max_error: float | None = Field(None, gt=0)
@@ -59,15 +61,15 @@ class CacheStage(BaseModel):
         return False
 
     @property
-    def qnorm(self) -> bool:
-        """Whether levels keep mean and deviation of what they stand for."""
-        return False
+    def level_correction(self) -> Correction:
+        """What levels are given back of what rounding to means takes."""
+        return "none"
 
     @property
     def observes(self) -> bool:
         """Whether the stage needs calibration text."""
         keys, values = self.formats(KvShape(1, 1, 64, (None,)))
-        chosen = self.budget_bits is not None or self.max_error is not None
+        chosen = self.budget_bits is not None or self.max_error is not None or self.rotation == "attention"
         return chosen or keys.calibrated or values.calibrated
 
     @property
@@ -113,30 +115,51 @@ class CacheStage(BaseModel):
     def calibrate(self, seen: Seen, shape: KvShape) -> dict[str, Tensor]:
         """All that one layer's calibration tells: `keys.B.scale` and so on for each number of bits B that may be
         chosen, and what storing them so does to attention's output, as a share of its square: `error.keys` and
-        `error.values` (heads, choices) where a budget is shared out, else `error` (heads,) where that is asked for."""
+        `error.values` (heads, choices) where a budget is shared out, else `error` (heads,) where that is asked for; and
+        `turn.keys`, `turn.values` (heads, channels, channels) where rotations are found by calibration."""
         told: dict[str, Tensor] = {}
-        keys, values = self.formats(shape)
-        weights = {"keys": key_weight(seen), "values": value_weight(seen)}
-        turned = {"keys": self._turned(seen.stored_keys), "values": self._turned(seen.values)}
-        kept: dict[tuple[str, int], Static] = {}
-        for which, plain in (("keys", keys), ("values", values)):
-            whole = turned[which].shape[2] // plain.tokens_at_once * plain.tokens_at_once
-            # A rotation spreads what a channel weighs over all of them.
-            weight = weights[which].mean(-1, keepdim=True) if self.rotation and which == "keys" else weights[which]
-            for bits in self._choices(plain):
-                fmt = replace(plain, num_bits=bits)
-                static = fit_static(fmt, turned[which][:, :, :whole], weight[:, :, :whole], qnorm=self.qnorm)
-                kept[which, bits] = static
-                told |= {f"{which}.{bits}.{name}": t for name, t in static.items()}
+        errors: dict[str, Tensor] = {}
+        for which, plain in zip(("keys", "values"), self.formats(shape), strict=True):
+            turn = self._turn(seen, which, plain)
+            if self.rotation == "attention" and turn is not None:
+                told[f"turn.{which}"] = turn
+            formats = [replace(plain, num_bits=bits) for bits in self._choices(plain)]
+            fixed = self._fixed(seen, which, formats, turn)
+            told |= {
+                f"{which}.{fmt.num_bits}.{name}": t
+                for fmt, static in zip(formats, fixed, strict=True)
+                for name, t in static.items()
+            }
+            if self.budget_bits is not None or self.max_error is not None:
+                lost = [attention_error(seen, which, f, s, turn) for f, s in zip(formats, fixed, strict=True)]
+                errors[which] = torch.stack(lost, -1)
         if self.budget_bits is not None:
-            for which, plain in (("keys", keys), ("values", values)):
-                one = [self._error(seen, which, replace(plain, num_bits=b), kept[which, b]) for b in _CHOICES]
-                told[f"error.{which}"] = torch.stack(one, -1)
+            told |= {f"error.{which}": error for which, error in errors.items()}
         elif self.max_error is not None:
-            told["error"] = self._error(seen, "keys", keys, kept["keys", keys.num_bits]) + self._error(
-                seen, "values", values, kept["values", values.num_bits]
-            )
+            told["error"] = (errors["keys"] + errors["values"])[:, 0]
         return told
+
+    def _turn(self, seen: Seen, which: str, fmt: KvFormat) -> Tensor | None:
+        """The rotation of a layer's keys, or values, (heads or 1, channels, channels)."""
+        if self.rotation == "attention":
+
+            def error(turn: Tensor) -> Tensor:
+                return attention_error(seen, which, fmt, self._fixed(seen, which, [fmt], turn)[0], turn)
+
+            return find_turn(seen, which, fmt, error)
+        made = turns(self.rotation, {}, (seen.keys.shape[-1], seen.values.shape[-1]))
+        return made and made[which == "values"].to(seen.keys.device)
+
+    def _fixed(self, seen: Seen, which: str, formats: Sequence[KvFormat], turn: Tensor | None) -> list[Static]:
+        """What calibration fixes of keys, or values, stored in each of these formats."""
+        if not any(fmt.calibrated for fmt in formats):
+            return [{} for _ in formats]
+        x = seen.stored_keys if which == "keys" else seen.values
+        x = x if turn is None else turned(x, turn)
+        weight = key_weight(seen, turn) if which == "keys" else value_weight(seen)
+        whole = x.shape[2] // formats[0].tokens_at_once * formats[0].tokens_at_once
+        x, weight = x[:, :, :whole], weight[:, :, :whole]
+        return [fit_static(fmt, x, weight, correction=self.level_correction) for fmt in formats]
 
     def settle(self, shape: KvShape, told: Sequence[Mapping[str, Tensor]]) -> tuple[KvScheme, dict[str, Tensor]]:
         """The scheme, and what is fixed of it, once all layers are calibrated.
@@ -146,7 +169,12 @@ class CacheStage(BaseModel):
         layers = (
             self._shared_out(shape, told) if self.budget_bits is not None else [self._whole(shape, t) for t in told]
         )
-        fixed: dict[str, Tensor] = {}
+        fixed = {
+            f"{i}.turn.0.{which}": own[f"turn.{which}"].clone()
+            for i, own in enumerate(told)
+            for which in ("keys", "values")
+            if self.rotation == "attention"
+        }
         for i, layer in enumerate(layers):
             for g, group in enumerate(layer):
                 for which, fmt in (("keys", group.keys), ("values", group.values)):
@@ -204,9 +232,3 @@ class CacheStage(BaseModel):
                 )
             )
         return layers
-
-    def _error(self, seen: Seen, which: str, fmt: KvFormat, static: Static) -> Tensor:
-        return attention_error(seen, which, fmt, static, rotated=self.rotation is not None)
-
-    def _turned(self, x: Tensor) -> Tensor:
-        return hadamard(x) if self.rotation else x

@@ -33,7 +33,7 @@ class KvScheme:
     layers: tuple[Layer, ...]
     residual_length: int = 0
     sinks: int = 0
-    rotation: Literal["hadamard"] | None = None
+    rotation: Literal["hadamard", "attention"] | None = None
     pre_rope: bool = False
     fingerprint: str | None = None
 
@@ -44,15 +44,17 @@ class KvScheme:
     @property
     def calibrated(self) -> bool:
         """Whether calibration fixed something of it."""
-        return any(f.calibrated for layer in self.layers for g in layer for f in (g.keys, g.values))
+        formats = (f for layer in self.layers for g in layer for f in (g.keys, g.values))
+        return self.rotation == "attention" or any(f.calibrated for f in formats)
 
     def check(self, layers: int, heads: int, channels: int) -> None:
         """Raises: ValueError when a model of these many layers, key-value heads and channels a head cannot have it."""
         if len(self.layers) != layers:
             raise ValueError(f"the cache's scheme is of {len(self.layers)} layers, the model has {layers}")
-        if self.rotation and channels & (channels - 1):
+        if self.rotation == "hadamard" and channels & (channels - 1):
             raise ValueError(
-                f"rotation wants heads of a power of two channels, and these have {channels}; leave it out"
+                f"rotation: hadamard wants heads of a power of two channels, and these have {channels}; leave it out, "
+                "or set rotation: attention"
             )
         for layer in self.layers:
             named = [h for group in layer for h in (range(heads) if group.heads is None else group.heads)]

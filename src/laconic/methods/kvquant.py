@@ -5,7 +5,9 @@ Before the embedding turns them a key's loud channels stay where they are (secti
 that of many tokens: of a group, or one from calibration for all, as the paper has it. Levels are a k-means of the
 normalised numbers, weighted by what an error costs (3.3): here by the queries' energy and the attention that a token
 gets, in closed form, where the paper takes the squared gradient. The farthest numbers of each token are stored in 16
-bit (3.4), as are attention sinks (3.5); levels keep mean and deviation (Q-Norm, 3.6).
+bit (3.4), as are attention sinks (3.5). A level is a mean, and means lie closer together than what they stand for, so
+that logits shrink; the paper gives levels the deviation of the numbers back (Q-Norm, 3.6), which undoes half of that,
+and here they are stretched until what is stored rises with what it stands for one to one.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from pydantic import Field
 from laconic.engine.cache_stage import CacheStage
 from laconic.formats.kv import KvFormat
 from laconic.model.kv_open import KvShape
+from laconic.solvers.kv_fit import Correction
 
 
 class KvQuant(CacheStage):
     """k_bits, v_bits: of a code. key_ranges: `group`, of so many tokens of a channel (group_size); `static`, one a
     channel from calibration, so that a token is stored as it comes. datatype: `table`, levels from calibration; `int`,
     evenly spaced. outlier_ratio: of a token's channels, kept in 16 bit beside the codes. before_rope: store keys as
-    they were before their rotary embedding. q_norm: see above."""
+    they were before their rotary embedding. correction: of levels; `slope`, as above; `q_norm`, the paper's; `none`."""
 
     method: Literal["kvquant"] = "kvquant"
     k_bits: int = Field(3, ge=1, le=8)
@@ -34,15 +37,15 @@ class KvQuant(CacheStage):
     outlier_ratio: float = Field(0.01, ge=0, lt=0.5)
     sinks: int = Field(1, ge=0)
     before_rope: bool = True
-    q_norm: bool = True
+    correction: Correction = "slope"
 
     @property
     def pre_rope(self) -> bool:
         return self.before_rope
 
     @property
-    def qnorm(self) -> bool:
-        return self.q_norm
+    def level_correction(self) -> Correction:
+        return self.correction
 
     def formats(self, shape: KvShape) -> tuple[KvFormat, KvFormat]:
         kind, ratio = self.datatype, self.outlier_ratio

@@ -6,7 +6,6 @@ at a cache of ours.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from laconic.formats.kv_scheme import HeadGroup
 from laconic.kernels.kv_attention import MOST_QUERIES, Packed, Pair, kv_attention, runs_on
 from laconic.model.kv_cache import PackedLayer
 from laconic.model.kv_unread import History, Unread
-from laconic.solvers.rotate import hadamard
+from laconic.solvers.rotate import Turns, turned
 
 NAME = "laconic_packed"
 
@@ -83,9 +82,9 @@ def attend(layer: PackedLayer, query: Tensor, scaling: float | None) -> Tensor:
     starts = layer.first_seen(query.shape[0])
     q = query
     # A product is the same after both sides were rotated, and what the sum of rotated values is, is rotated back.
-    turn = _hadamard(query.shape[-1], query.device) if layer.scheme.rotation else None
-    if turn is not None:
-        q, window, sinks = q.float() @ turn, _turned(window, turn), sinks and _turned(sinks, turn)
+    if layer.turns:
+        q = _by_head(q.float(), layer.turns[0])
+        window, sinks = _turned(window, layer.turns), sinks and _turned(sinks, layer.turns)
     made: Tensor | None = None
     for g, group in enumerate(layer.groups):
         keys, values = (
@@ -109,7 +108,7 @@ def attend(layer: PackedLayer, query: Tensor, scaling: float | None) -> Tensor:
             rep = q.shape[1] // layer.heads
             made.unflatten(1, (layer.heads, rep))[:, list(group.heads)] = some.unflatten(1, (-1, rep))
     assert made is not None
-    return made if turn is None else (made @ turn).to(query.dtype)
+    return _by_head(made, layer.turns[1].mT).to(query.dtype) if layer.turns else made
 
 
 def _of_group(q: Tensor, group: HeadGroup, heads: int) -> Tensor:
@@ -120,12 +119,11 @@ def _heads(pair: Pair, group: HeadGroup) -> Pair:
     return pair if group.heads is None else (pair[0][:, list(group.heads)], pair[1][:, list(group.heads)])
 
 
-def _turned(pair: Pair, turn: Tensor) -> Pair:
-    k, v = ((x.float() @ turn).to(x.dtype) for x in pair)
+def _turned(pair: Pair, turns: Turns) -> Pair:
+    k, v = (turned(x.float(), turn).to(x.dtype) for x, turn in zip(pair, turns, strict=True))
     return k, v
 
 
-@lru_cache
-def _hadamard(channels: int, device: torch.device) -> Tensor:
-    """As a matrix: one product, where the transform is many small steps."""
-    return hadamard(torch.eye(channels, device=device))
+def _by_head(x: Tensor, turn: Tensor) -> Tensor:
+    """x (batch, query heads, tokens, channels), each turned as its key-value head is."""
+    return x @ turn if len(turn) == 1 else turned(x.unflatten(1, (len(turn), -1)), turn).flatten(1, 2)

@@ -22,7 +22,7 @@ from laconic.formats.kv_scheme import HeadGroup, KvScheme, tokens_at_once
 from laconic.kernels.kv_attention import MOST_QUERIES, supports_layer
 from laconic.model.kv_unread import History, Unread
 from laconic.model.places import Places
-from laconic.solvers.rotate import hadamard
+from laconic.solvers.rotate import turned, turns
 
 Calibrated = Sequence[Mapping[str, Static]]
 """Of each layer what calibration fixed: of `keys.G` and `values.G`, G the number of the group of heads."""
@@ -150,6 +150,9 @@ class PackedLayer(CacheLayerMixin):
         self.channels, self.heads = key_states.shape[-1], key_states.shape[1]
         self.static = {name: {n: t.to(self.device) for n, t in own.items()} for name, own in self.static.items()}
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        widths = self.channels, value_states.shape[-1]
+        made = turns(self.scheme.rotation, self.static.get("turn.0", {}), widths)
+        self.turns = made and (made[0].to(self.device), made[1].to(self.device))
         for group in self.groups:
             group.keys.check(self.channels)
             group.values.check(value_states.shape[-1])
@@ -266,14 +269,14 @@ class PackedLayer(CacheLayerMixin):
         start = self.begin + self.encoded
         if self.scheme.pre_rope:
             keys = self.places.unrotate(keys.float(), start, self.number)
-        if self.scheme.rotation:
-            keys, values = hadamard(keys.float()), hadamard(values.float())
+        if self.turns:
+            keys, values = turned(keys.float(), self.turns[0]), turned(values.float(), self.turns[1])
         return keys, values
 
     def _model_form(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `_stored_form`, of all that is encoded."""
-        if self.scheme.rotation:
-            keys, values = hadamard(keys), hadamard(values)
+        if self.turns:
+            keys, values = turned(keys, self.turns[0].mT), turned(values, self.turns[1].mT)
         if self.scheme.pre_rope:
             keys = self.places.rotate(keys, self.begin, self.number)
         return keys.to(self.dtype), values.to(self.dtype)

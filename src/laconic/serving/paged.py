@@ -10,7 +10,6 @@ tokens share, and the exact tokens that still wait for the rest of their unit (`
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -24,7 +23,7 @@ from laconic.formats.kv_scheme import HeadGroup, tokens_at_once
 from laconic.formats.kv_slot import SlotLayout, slot_layout
 from laconic.kernels.kv_attention import runs_on
 from laconic.model.places import turn, turn_back
-from laconic.solvers.rotate import hadamard
+from laconic.solvers.rotate import Turns, turned
 
 if TYPE_CHECKING:
     from laconic.serving.paged_units import Units
@@ -47,7 +46,7 @@ class PackedLayer:
     heads: int
     channels: int
     dtype: torch.dtype
-    rotated: bool = False
+    turns: Turns | None = None
     angles: Angles | None = None
     sinks: int = 0
     per_page: int | None = None
@@ -56,7 +55,8 @@ class PackedLayer:
         """With what calibration fixed, and the angles, on a device."""
         static = {name: {n: t.to(device) for n, t in fixed.items()} for name, fixed in self.static.items()}
         angles = None if self.angles is None else (self.angles[0].to(device), self.angles[1].to(device))
-        return replace(self, static=static, angles=angles)
+        turns = None if self.turns is None else (self.turns[0].to(device), self.turns[1].to(device))
+        return replace(self, static=static, angles=angles, turns=turns)
 
     @cached_property
     def unit(self) -> int:
@@ -93,7 +93,7 @@ class PackedLayer:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of a row of a page: a slot, and its part of the tail.
+        """Bytes of a row of a page: a slot, and its part of the tail; even, so that ranges are read as they lie.
 
         Raises: ValueError when pages are too small, or of no whole number of units.
         """
@@ -106,21 +106,21 @@ class PackedLayer:
                 f"pages of {self.per_page} tokens hold no whole units of {self.unit}, or not {self.sinks} exact first "
                 f"tokens; serve with --block-size {-(-max(self.per_page, self.sinks) // self.unit) * self.unit}"
             )
-        return self.slot + -(-self.tail // self.per_page)
+        return (self.slot + -(-self.tail // self.per_page) + 1) // 2 * 2
 
     @property
     def rotates_queries(self) -> bool:
         """Whether queries are rotated instead of all that is stored, since a product is the same after both sides were;
         not where the rotary embedding comes between."""
-        return self.rotated and self.angles is None
+        return self.turns is not None and self.angles is None
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """keys, values: (batch, heads, tokens, channels) at positions (batch, tokens) -> slots (batch, heads, tokens,
         bytes) and what they share (batch, heads, units, bytes), uint8."""
         if self.angles is not None:
             keys = turn_back(keys.float(), *self._at(positions))
-        if self.rotated:
-            keys, values = hadamard(keys.float()), hadamard(values.float())
+        if self.turns:
+            keys, values = turned(keys.float(), self.turns[0]), turned(values.float(), self.turns[1])
         lead, tokens = keys.shape[:2], keys.shape[2]
         slots = torch.zeros(*lead, tokens, self.slot, dtype=torch.uint8, device=keys.device)
         shared = torch.zeros(*lead, tokens // self.unit, self.shared, dtype=torch.uint8, device=keys.device)
@@ -134,7 +134,7 @@ class PackedLayer:
 
     def decode(self, slots: Tensor, shared: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """What `encode` gave, at positions (batch or 1, tokens) -> keys, values, (batch, heads, tokens, channels),
-        float32; keys still rotated where `rotates_queries`, and values where `rotated`."""
+        float32; keys still rotated where `rotates_queries`, and values where there are `turns`."""
         made = []
         for g, (group, layout) in enumerate(zip(self.groups, self.layouts, strict=True)):
             heads = slice(None) if group.heads is None else list(group.heads)
@@ -148,7 +148,7 @@ class PackedLayer:
             for group, (some_k, some_v) in zip(self.groups, made, strict=True):
                 k[:, list(group.heads or ())], v[:, list(group.heads or ())] = some_k, some_v
         if self.angles is not None:
-            k = turn(hadamard(k) if self.rotated else k, *self._at(positions))
+            k = turn(turned(k, self.turns[0].mT) if self.turns else k, *self._at(positions))
         return k, v
 
     def _at(self, positions: Tensor) -> Angles:
@@ -270,11 +270,10 @@ def attend(
             return units.gather(torch.einsum("bhgmqu,bhmud->bhgmqd", units.spread(shares), units.values))
 
         take(near, distance, distance > 0, of_units)
-    if layer.rotated:
-        out = hadamard(out)
-    if layer.rotates_queries:
-        q = hadamard(q)
-    if kernel_reads(layer, scoring, cache.device):
+    if layer.turns:
+        out = turned(out, layer.turns[1])
+        q = turned(q, layer.turns[0]) if layer.rotates_queries else q
+    if kernel_reads(layer, scoring, cache):
         if layer.sinks:
             there, some_k, some_v = _sinks(layer, cache, part)
             seen = (there < first_of_unit[:, :, None]).expand(-1, -1, layer.sinks)
@@ -284,7 +283,7 @@ def attend(
         now = torch.maximum(top, weight)
         kept, share = torch.exp(top - now), torch.exp(weight - now)
         out = (out * kept + made * share) / (total * kept + share)
-        return (hadamard(out) if layer.rotated else out).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        return _laid_out(layer, out)
     first = 0
     if scoring.window is not None:
         first = max(0, int(at[:, 0].min()) + 1 - scoring.window) // per_page
@@ -296,19 +295,21 @@ def attend(
         seen, distance = there < first_of_unit[:, :, None], at[:, :, None] - there
         scores = torch.einsum("bhgnd,bhtd->bhgnt", q, some_k)
         take(scores, distance, seen, partial(torch.einsum, "bhtd,bhgnt->bhgnd", some_v))
-    out = out / total
-    if layer.rotated:
-        out = hadamard(out)
+    return _laid_out(layer, out / total)
+
+
+def _laid_out(layer: PackedLayer, out: Tensor) -> Tensor:
+    """Sums of stored values (sequences, heads, queries a head, new tokens, channels) as attention puts them out."""
+    out = turned(out, layer.turns[1].mT) if layer.turns else out
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def kernel_reads(layer: PackedLayer, scoring: Scoring, device: torch.device) -> bool:
+def kernel_reads(layer: PackedLayer, scoring: Scoring, cache: Tensor) -> bool:
     """Whether the kernel reads a layer's pages: there is Triton and a GPU (or its interpreter), all heads are stored
     alike, in whole codes with ranges of their own, keys after their rotary embedding; no softcap, no slopes."""
-    # On a GPU it has to be asked for: it was run in Triton's interpreter alone.
-    if device.type == "cuda" and os.environ.get("LACONIC_PAGED_KERNEL") != "1":
+    if not runs_on(cache.device) or len(layer.groups) > 1 or layer.angles is not None:
         return False
-    if not runs_on(device) or len(layer.groups) > 1 or layer.angles is not None:
+    if any(n % 2 for n in (*cache.stride()[:3], cache.data_ptr(), layer.slot, layer.nbytes)):
         return False
     if scoring.softcap or scoring.slopes is not None:
         return False
@@ -353,8 +354,7 @@ def _sinks(layer: PackedLayer, cache: Tensor, part: Part) -> tuple[Tensor, Tenso
     kept = tails[..., : layer.sinks * layer.exact].unflatten(2, (layer.sinks, layer.exact))
     missing = (there >= (part.lengths // layer.unit * layer.unit)[:, None])[:, None, :, None]
     keys, values = from_exactly(layer, kept.masked_fill(missing, 0))
-    keys = hadamard(keys) if layer.rotates_queries else keys
-    return there, keys, hadamard(values) if layer.rotated else values
+    return there, *_as_stored(layer, keys, values)
 
 
 def _read(
@@ -377,9 +377,15 @@ def _read(
         kept = tails[:, :, 0, :begin].unflatten(2, (layer.sinks, layer.exact))
         kept = kept.masked_fill(missing[:, :, : layer.sinks], 0)
         some_k, some_v = from_exactly(layer, kept)
-        keys[:, :, : layer.sinks] = hadamard(some_k) if layer.rotates_queries else some_k
-        values[:, :, : layer.sinks] = hadamard(some_v) if layer.rotated else some_v
+        keys[:, :, : layer.sinks], values[:, :, : layer.sinks] = _as_stored(layer, some_k, some_v)
     return there, keys, values
+
+
+def _as_stored(layer: PackedLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact keys and values, rotated as `decode` leaves the others."""
+    if layer.turns is None:
+        return keys, values
+    return turned(keys, layer.turns[0]) if layer.rotates_queries else keys, turned(values, layer.turns[1])
 
 
 def _capped(scores: Tensor, cap: float) -> Tensor:

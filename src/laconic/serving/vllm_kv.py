@@ -41,6 +41,7 @@ from laconic.model.kv_reading import KV_CACHE, KV_CONFIG, by_layer
 from laconic.model.places import places_of
 from laconic.serving.paged import Angles, PackedLayer, Part, Scoring, attend, write
 from laconic.serving.paged_units import write_units
+from laconic.solvers.rotate import turns
 
 log = init_logger(__name__)
 
@@ -173,7 +174,7 @@ def prepare(config: VllmConfig) -> None:
             heads=shape.heads,
             channels=shape.channels,
             dtype=model.dtype,
-            rotated=scheme.rotation is not None,
+            turns=turns(scheme.rotation, fixed[number].get("turn.0", {}), (shape.channels, shape.channels)),
             angles=(angles.get(kinds[number]) if kinds else None) or angles.get(None),
             sinks=sinks,
             per_page=_tokens_a_page(config) if sinks or tokens_at_once(groups) > 1 else None,

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from laconic.formats.kv import KvFormat, decode_kv, encode_kv, normalised
 from laconic.solvers.kmeans import levels
 
+Correction = Literal["slope", "q_norm", "none"]
+
 # Numbers that levels are fitted to: more changes nothing that one could measure.
 _SAMPLE = 1 << 18
+# Times that levels are stretched and numbers given to the nearest anew.
+_STRETCHES = 3
 
 
-def fit_static(fmt: KvFormat, x: Tensor, weight: Tensor, *, qnorm: bool = False) -> dict[str, Tensor]:
+def fit_static(fmt: KvFormat, x: Tensor, weight: Tensor, *, correction: Correction = "none") -> dict[str, Tensor]:
     """Whatever `fmt` leaves to calibration, of what it is to store.
 
-    x: (samples, heads, tokens, channels). weight: what a squared error costs, broadcasting over x. qnorm: give levels
-    the mean and the standard deviation of the numbers they stand for (Q-Norm, KVQuant, arXiv 2401.18079, section 3.6).
+    x: (samples, heads, tokens, channels). weight: what a squared error costs, broadcasting over x. correction: of
+    levels, see `_corrected`.
     Returns: scale and offset, (heads, channels) or (1, 1), and levels (2^bits,), float32; empty where nothing is left.
     """
     if not fmt.calibrated:
@@ -31,11 +37,36 @@ def fit_static(fmt: KvFormat, x: Tensor, weight: Tensor, *, qnorm: bool = False)
         step = max(1, len(flat) // _SAMPLE)
         flat, w = flat[::step], w[::step]
         found = levels(flat, 2**fmt.num_bits, w.clamp(min=1e-30))
-        if qnorm:
-            nearest = found[torch.bucketize(flat, (found[1:] + found[:-1]) / 2)]
-            found = (found - nearest.mean()) * (flat.std() / nearest.std().clamp(min=1e-12)) + flat.mean()
-        static["levels"] = found
+        static["levels"] = _corrected(found, flat, w, correction)
     return static
+
+
+def _corrected(levels: Tensor, x: Tensor, weight: Tensor, correction: Correction) -> Tensor:
+    """Levels that are means of what they stand for have less spread than it, and products with them shrink.
+
+    q_norm: give them its mean and standard deviation (Q-Norm, KVQuant, arXiv 2401.18079, section 3.6). That undoes
+    half: with D the share of the variance that rounding takes, the least-squares line of a stored number on the true
+    one has slope 1 - D before, and sqrt(1 - D) after. slope: stretch them until it has slope 1, by weight.
+    """
+    if correction == "none":
+        return levels
+    x = x.contiguous()
+
+    def nearest(levels: Tensor) -> Tensor:
+        return levels[torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)]
+
+    if correction == "q_norm":
+        found = nearest(levels)
+        return (levels - found.mean()) * (x.std() / found.std().clamp(min=1e-12)) + x.mean()
+    share = weight / weight.sum()
+    middle = (share * x).sum()
+    # Numbers may be nearest to other levels once these are farther apart.
+    for _ in range(_STRETCHES):
+        found = nearest(levels)
+        stored = (share * found).sum()
+        along = (share * (x - middle) * (found - stored)).sum().clamp(min=1e-12)
+        levels = (levels - stored) * ((share * (x - middle).square()).sum() / along) + middle
+    return levels
 
 
 def _ranges(fmt: KvFormat, x: Tensor, weight: Tensor) -> dict[str, Tensor]:
