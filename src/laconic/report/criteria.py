@@ -42,7 +42,7 @@ def checklist(entries: Sequence[Evaluated]) -> list[tuple[str, list[tuple[Status
         by: dict[Verdict, list[str]] = {}
         for name, found in verdicts:
             by.setdefault(found[title], []).append(name)
-        said = {v: v.figure if len(by) == 1 else f"{', '.join(names)}: {v.figure}" for v, names in by.items()}
+        said = {v: v.figure if len(by) == 1 else f"{_listed(names)}: {v.figure}" for v, names in by.items()}
         lines = [(status, "; ".join(words for v, words in said.items() if v.status == status)) for status in orders]
         listed.append((title, [(status, words) for status, words in lines if words]))
     return listed
@@ -61,6 +61,10 @@ def _memory(entry: Evaluated) -> Verdict:
     if less is not None and bits and bits > 16.5:
         less *= 16 / bits
     return _at_least(less, 4, "{:.2f}x less, files against BF16", "no evaluation beside the original")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} of them"
 
 
 def _mmlu(least: float, most: float, bar: float) -> Callable[[Evaluated], Verdict]:
