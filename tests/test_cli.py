@@ -248,7 +248,8 @@ def test_the_memory_foretold_is_of_the_size_that_is_taken(llama: Path, tmp_path:
     assert taken / 3 < told["forecast"]["peak_bytes"] < taken * 3
 
 
-def test_a_report_does_not_take_the_place_of_another_file(artifact: Path, laconic: Laconic) -> None:
+def test_a_report_does_not_take_the_place_of_another_file(artifact: Path, text: Path, laconic: Laconic) -> None:
+    assert laconic("eval", artifact, "--text", text, "--context-length", "32", "--windows", "4").code == 0
     config = artifact / "config.json"
     before = config.read_text()
     ran = laconic("report", artifact, "-o", config)

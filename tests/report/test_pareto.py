@@ -260,6 +260,22 @@ def test_a_result_that_was_changed_is_told(
     assert not (tmp_path / "p.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"perplexity": "low"}, "eval-t-32.json: perplexity should be a valid number"),
+        ({"models": [_row(), _row(decode=None)]}, "bench-sparsity-cpu.json: models.1.decode should be"),
+    ],
+    ids=["text", "speed"],
+)
+def test_a_page_of_a_result_that_was_changed_is_not_drawn(
+    laconic: Laconic, tmp_path: Path, keys: dict[str, Any], complaint: str
+) -> None:
+    bad = artifact(tmp_path / "bad", **keys)
+    assert complaint in laconic("report", bad, "-o", tmp_path / "p.html").complaint
+    assert not (tmp_path / "p.html").exists()
+
+
 @pytest.mark.parametrize("flags", [["--pareto"], []], ids=["pareto", "page"])
 @pytest.mark.parametrize(
     ("file", "content", "complaint"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from laconic.engine.artifact import Artifact
+from laconic.report.figures import Quality, Speed, check_figures
 
 Result = dict[str, Any]
 
@@ -167,6 +168,12 @@ def compared(result: Mapping[str, Any]) -> bool:
 
 def _artifact(folder: Path) -> Evaluated:
     artifact, results = Artifact.measured(folder)
+    for name, result in results.items():
+        file = folder / "results" / f"{name}.json"
+        if name.startswith("eval-") and compared(result):
+            check_figures(file, result, Quality, "laconic eval")
+        if name.startswith("bench-sparsity") and result.get("models"):
+            check_figures(file, result, Speed, "laconic bench sparsity")
     return _of(artifact, folder.resolve().name, results)
 
 

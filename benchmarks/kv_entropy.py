@@ -1,0 +1,84 @@
+"""Why a cache's perplexity and its KL disagree: how sure it leaves the model, beside both.
+
+    python benchmarks/kv_entropy.py MODEL --calibration TEXT --text TEXT [--kv YAML ...]
+
+Prints Markdown: of every cache the mean negative log-likelihood a token, by how much it is above the 16-bit cache's and
+the standard error of that, the entropy of what the model says, and the KL, all in nats; and the 16-bit cache's
+likelihood with logits divided by temperatures. A model too sure of a text gains by any error that makes it less so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import torch
+from kv_quality import opened
+from torch import Tensor
+
+from laconic.evaluate.through_cache import PLAIN, chunks, step
+from laconic.model.data import evaluation_windows, read_documents
+from laconic.model.load import load_tokenizer, model_folder
+
+ROWS = [
+    "{method: kivi, k_bits: 3, v_bits: 3, residual_length: 0}",
+    "{method: kvquant, k_bits: 3, v_bits: 3}",
+    "{method: kvquant, k_bits: 3, v_bits: 8}",
+    "{method: kvquant, k_bits: 8, v_bits: 3}",
+]
+TEMPERATURES = (0.96, 0.98, 1.0, 1.02, 1.04, 1.08)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Read the windows through all caches at once."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--calibration-length", type=int, default=512, help="tokens of a calibration sample")
+    parser.add_argument("--chunk", type=int, default=32)
+    parser.add_argument("--kv", action="append", metavar="YAML", help="a row of your own, in place of the table's")
+    args = parser.parse_args()
+    model, caches = opened(args, args.kv or ROWS)
+    tokenizer = load_tokenizer(model_folder(args.model))
+    windows = evaluation_windows(read_documents(args.text), tokenizer, length=args.length, limit=args.windows)
+    found: dict[str, list[Tensor]] = {name: [] for name in caches}
+    warmer = []
+    for ids in windows.split(1):
+        running, at = {name: make() for name, make in caches.items()}, 0
+        for piece in chunks(ids, args.chunk):
+            target = ids[0, at + 1 : at + 1 + piece.shape[1]]
+            at += piece.shape[1]
+            plain = None
+            for name in caches:
+                logits = step(model, piece, running[name])[0, : len(target)].float().cpu()
+                logp = logits.log_softmax(-1)
+                plain = logp if plain is None else plain
+                kl = (plain.exp() * (plain - logp)).sum(-1)
+                found[name].append(torch.stack([_said(logp, target), -(logp.exp() * logp).sum(-1), kl], -1))
+                if name == PLAIN:
+                    warmer.append(torch.stack([_said((logits / t).log_softmax(-1), target) for t in TEMPERATURES], -1))
+    first = torch.cat(found[PLAIN])
+    print("| cache | nats a token | above 16 bit | entropy | KL |")
+    print("|---|---:|---:|---:|---:|")
+    for name, parts in found.items():
+        told = torch.cat(parts)
+        above = told[:, 0] - first[:, 0]
+        error = float(above.std()) / math.sqrt(len(above))
+        nll, entropy, kl = told.mean(0).tolist()
+        print(f"| {name} | {nll:.4f} | {above.mean():.4f} ± {error:.4f} | {entropy:.4f} | {kl:.4f} |")
+    means = torch.cat(warmer).mean(0).tolist()
+    print("\n16 bit by temperature: " + ", ".join(f"{t}: {m:.4f}" for t, m in zip(TEMPERATURES, means, strict=True)))
+
+
+def _said(logp: Tensor, target: Tensor) -> Tensor:
+    """Negative log-likelihood of each token."""
+    return -logp.gather(1, target[:, None])[:, 0]
+
+
+if __name__ == "__main__":
+    main()
