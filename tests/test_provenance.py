@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from artifacts import press, rtn
 from commands import Laconic
 from laconic.engine.artifact import Artifact
+from laconic.provenance import command_line
 
 KIVI = "{method: kivi, k_bits: 4, v_bits: 4, group_size: 16}"
 SHORT = ("--context-length", "32", "--windows", "2")
@@ -78,3 +80,14 @@ def read_by_a_shell(command: str) -> list[str]:
         ["sh", "-c", f"laconic() {{ printf '%s\\0' laconic \"$@\"; }}\n{command}"], capture_output=True, check=True
     )
     return said.stdout.decode().split("\0")[:-1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [("/usr/local/bin/laconic", "laconic ls"), ("laconic", "laconic ls"), ("a b/study.py", "'a b/study.py' ls")],
+)
+def test_the_command_is_kept_without_the_folder_it_lies_in(
+    typed: str, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [typed, "ls"])
+    assert command_line() == kept

@@ -60,8 +60,9 @@ def account(
 
 
 def command_line() -> str:
-    """What was typed, so that a shell takes it again as it was."""
-    return shlex.join(sys.argv)
+    """What was typed, so that a shell takes it again as it was; our own command without the folder it lies in."""
+    program, *rest = sys.argv
+    return shlex.join(["laconic" if Path(program).name == "laconic" else program, *rest])
 
 
 def versions() -> dict[str, str]:
