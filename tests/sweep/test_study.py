@@ -141,6 +141,22 @@ def test_the_base_is_a_gallery_name_a_file_or_a_mapping(tmp_path: Path) -> None:
         ),
         ({"axes": [axis("stages.0.group_size", *range(1, 502))]}, "the study has more than 500 runs; leave out values"),
         ({"axes": [axis("seed", *range(99999)), axis("device", *range(99999))]}, "the study has more than 500 runs;"),
+        ({"axes": [axis("output.x", "a")]}, "'output' cannot be varied: each run has a folder of its own"),
+        (
+            {"axes": [{"key": "seed", "values": 3}]},
+            "axes.0.values: write a list, as in [32, 64], or a mapping of names to values",
+        ),
+        ({"axes": [{"key": "seed", "values": {None: 3}}]}, "axes.0.values: write a list, as in [32, 64], or a mapping"),
+        ({"search": {"kind": "bayes"}}, "search: name its 'kind', one of grid, list, random"),
+        ({"search": {"n": 2}}, "search: name its 'kind', one of grid, list, random"),
+        (
+            {"axes": [axis("seed", 1), axis("seed", 2)]},
+            "two axes vary seed of one recipe; make them one, or have their 'when' apply to different recipes",
+        ),
+        (
+            {"evaluations": [{"text": "a"}, {"text": "a", "chunk": 8}]},
+            "evaluations.1 reads through the artifact's own cache, and no recipe has one; leave out its 'chunk', or ",
+        ),
         ({"axes": []}, "no model: name one as 'model' in the study, or in its base"),
     ],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from laconic.compression import prepare
+from laconic.engine.cache_stage import CacheStage
 from laconic.engine.writer import begun_with
 from laconic.model.load import Source, open_source
 from laconic.provenance import identify
@@ -50,7 +51,7 @@ def plan_runs(study: Study, *, yes: bool = False) -> list[Run]:
     """Every run of a study, checked as far as that goes without a model. yes: however many there are.
 
     Raises: ValueError when an axis names no key of the recipe, a point is no valid recipe, a model cannot be opened,
-    two runs would write one folder, or there are more than `MANY`.
+    two runs would write one folder, none has the cache that is to be read through, or there are more than `MANY`.
     """
     asked = list(islice(points(study), None if yes else MANY + 1))
     if len(asked) > MANY and not yes:
@@ -61,6 +62,7 @@ def plan_runs(study: Study, *, yes: bool = False) -> list[Run]:
         _check_conditions(study, asked)
     keys = {axis.key for axis in study.axes} | {key for point in asked for key in point.values}
     recipes = [_recipe(point, keys) for point in asked]
+    _check_caches(study, recipes)
     open_once = cache(open_source)
     runs: dict[str, tuple[int, Run]] = {}
     for number, (point, recipe) in enumerate(zip(asked, recipes, strict=True), 1):
@@ -146,6 +148,16 @@ def _content(text: str) -> str | None:
 def _hashed(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_caches(study: Study, recipes: Iterable[Recipe]) -> None:
+    """Where some have a cache, those without are told in the table."""
+    through = next((i for i, asked in enumerate(study.evaluations) if asked.chunk is not None), None)
+    if through is not None and not any(isinstance(s, CacheStage) for r in recipes for s in r.stages):
+        raise ValueError(
+            f"evaluations.{through} reads through the artifact's own cache, and no recipe has one; leave out its "
+            "'chunk', or add a stage for the cache (kivi, kvquant, ...)"
+        )
 
 
 def _check_conditions(study: Study, asked: list[Point]) -> None:

@@ -52,6 +52,14 @@ class Axis(_Strict):
     values: list[Any] | dict[Plain, Any] = Field(min_length=1)
     when: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("values", mode="before")
+    @classmethod
+    def _are_choices(cls, values: Any) -> Any:
+        named = isinstance(values, dict) and all(isinstance(name, Plain) for name in values)
+        if not named and not isinstance(values, list):
+            raise ValueError("write a list, as in [32, 64], or a mapping of names to values")
+        return values
+
     @property
     def choices(self) -> list[tuple[Any, Any]]:
         """(what tables show, value)"""
@@ -113,13 +121,21 @@ class Study(_Strict):
             raise ValueError("name a gallery recipe or a recipe file, or write a recipe's keys")
         return base
 
+    @field_validator("search", mode="before")
+    @classmethod
+    def _is_of_a_kind(cls, search: Any) -> Any:
+        kinds = ("grid", "list", "random")
+        if isinstance(search, dict) and search.get("kind") not in kinds:
+            raise ValueError(f"name its 'kind', one of {', '.join(kinds)}")
+        return search
+
     @model_validator(mode="after")
     def _check(self) -> Study:
         listed = [key for run in self.search.runs for key in run] if isinstance(self.search, Listed) else []
         if listed and self.axes:
             raise ValueError("search.runs lists the runs one by one; leave out 'axes', or search")
         for key in [*(axis.key for axis in self.axes), *listed]:
-            if key == "output":
+            if key.partition(".")[0] == "output":
                 raise ValueError("'output' cannot be varied: each run has a folder of its own")
             if key == "seed" and self.seeds:
                 raise ValueError("'seed' is varied by 'seeds'; leave out one of the two")
@@ -205,6 +221,10 @@ def _walk(point: Point, axes: Sequence[Axis], pick: Callable[[Choices], Iterable
     if not axis.applies(point.recipe):
         yield from _walk(point, rest, pick)
         return
+    if axis.key in point.values:
+        raise ValueError(
+            f"two axes vary {axis.key} of one recipe; make them one, or have their 'when' apply to different recipes"
+        )
     for shown, value in pick(axis.choices):
         recipe = copy.deepcopy(point.recipe)
         try:

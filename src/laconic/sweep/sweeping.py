@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from laconic.engine.writer import lock
+from laconic.engine.writer import check_place, lock
 from laconic.sweep.runs import Run, foretell, plan_runs
 from laconic.sweep.study import Resources, Study
 from laconic.sweep.table import rows_of, write_table
@@ -38,7 +38,7 @@ def sweep(
     if address and not _ray_is_there():
         raise ValueError("--address needs Ray: pip install 'laconic[ray]'")
     runs = plan_runs(study, yes=yes)
-    folder = Path(folder).expanduser().resolve()
+    folder = _place(folder)
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder)
     try:
@@ -67,7 +67,7 @@ def dry_run(study: Study, folder: str | Path, *, yes: bool = False) -> list[dict
     Each has run, name, state (`done`, `failed before`, `to do`), and where it is not done what `foretell` says, and
     seconds: the mean of those that are done, where some are.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = _place(folder)
     runs = plan_runs(study, yes=yes)
     results = {run.id: read_result(run, folder) for run in runs}
     check_texts(run for run in runs if (results[run.id] or {}).get("status") != "done")
@@ -108,6 +108,14 @@ def _worked(
             yield run, work(run, folder, partial(tell, run))
     finally:
         torch.set_num_threads(threads)
+
+
+def _place(folder: str | Path) -> Path:
+    """The folder of a sweep. Raises: ValueError where something stands in the way of what is left there."""
+    found = Path(folder).expanduser().resolve()
+    for name in ("results.parquet", "results/ID.json", "runs/ID/config.json"):
+        check_place(found / name)
+    return found
 
 
 def _told(result: Mapping[str, Any]) -> dict[str, Any]:
