@@ -338,8 +338,40 @@ def test_continuations_stand_side_by_side(tmp_path: Path) -> None:
     assert html.count("upon &lt;a&gt; tree") == 2
 
 
-def test_a_broken_result_of_a_study_is_told(tmp_path: Path, laconic: Laconic) -> None:
+@pytest.mark.parametrize(
+    "keys",
+    [
+        None,
+        {"evaluations": []},
+        {"evaluations": "x"},
+        {"evaluations": [{}]},
+        {"evaluations": [evaluation(kl_mean="x")]},
+        {"evaluations": [evaluation(file_bytes="1")]},
+        {"values": [1]},
+        {"compress": "x"},
+    ],
+)
+def test_a_broken_result_of_a_study_is_told(tmp_path: Path, laconic: Laconic, keys: dict[str, Any] | None) -> None:
     folder = study(tmp_path / "s")
-    (folder / "results" / "rtn320.json").write_text("[]")
+    file = folder / "results" / "rtn320.json"
+    file.write_text("[]" if keys is None else json.dumps(json.loads(file.read_text()) | keys))
     said = laconic("report", folder, "-o", tmp_path / "p.html").complaint
     assert said.endswith("rtn320.json is no result of a sweep; delete it, and run 'laconic sweep' again")
+
+
+def test_a_broken_table_or_recipe_of_a_study_is_told(tmp_path: Path, laconic: Laconic) -> None:
+    folder = study(tmp_path / "s")
+    artifact = folder / "runs" / "rtn320"
+    artifact.mkdir(parents=True)
+    (artifact / "config.json").write_text("{}")
+    (artifact / "recipe.yaml").write_text("{[")
+    said = laconic("report", folder, "-o", tmp_path / "p.html").complaint
+    assert said.endswith("rtn320.json is no result of a sweep; delete it, and run 'laconic sweep' again")
+    (artifact / "recipe.yaml").unlink()
+    table = folder / "results.parquet"
+    for broken in (b"", b"PAR1junk"):
+        table.write_bytes(broken)
+        said = laconic("report", folder, "-o", tmp_path / "p.html").complaint
+        assert said == f"{table} is no table of a sweep; run 'laconic sweep' again, which writes it anew"
+    pq.write_table(pa.table({"x": [1]}), table)
+    assert "is no table of a sweep" in laconic("report", folder, "-o", tmp_path / "p.html").complaint

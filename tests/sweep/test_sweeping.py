@@ -199,6 +199,66 @@ def test_a_corrupt_result_is_told_and_kept(tmp_path: Path, study: Study, damage:
     assert sweep(study, tmp_path)[0]["perplexity"] == rows[0]["perplexity"]
 
 
+@pytest.fixture(scope="module")
+def worked(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Study]:
+    """A study of one run, worked through. Not to be changed: a test that damages it puts it back."""
+    asked = {
+        "base": {"stages": [RTN]},
+        "model": str(llama),
+        "evaluations": [{"text": str(text), "context_length": 32, "windows": 4}],
+    }
+    folder = tmp_path_factory.mktemp("worked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweeping, "_ray_is_there", lambda: False)
+        assert sweep(load_study(asked), folder)[0]["status"] == "done"
+    return folder, load_study(asked)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"evaluations": "x"},
+        {"evaluations": [1]},
+        {"evaluations": [{}]},
+        {"evaluations": [{"text": "t", "perplexity": "x"}]},
+        {"evaluations": [{"text": "t", "perplexity": 2.0, "file_bytes": 1e999}]},
+        {"compress": "x"},
+        {"compress": {"seconds": "x"}},
+        {"artifact": 3},
+        {"values": None},
+        {"seconds": "x"},
+    ],
+)
+def test_a_result_that_was_changed_is_told_and_kept(worked: tuple[Path, Study], keys: dict[str, Any]) -> None:
+    folder, study = worked
+    (file,) = (folder / "results").glob("*.json")
+    whole = file.read_text()
+    file.write_text(json.dumps(json.loads(whole) | keys))
+    changed = file.read_text()
+    try:
+        with pytest.raises(ValueError, match=f"{file} is not the result of run .*; delete it, and the sweep measures"):
+            sweep(study, folder)
+        assert file.read_text() == changed
+    finally:
+        file.write_text(whole)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "results/compress.json"])
+def test_an_artifact_that_is_not_whole_is_told_and_kept(worked: tuple[Path, Study], tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(worked[0], tmp_path / "out"))
+    (result,) = (folder / "results").glob("*.json")
+    artifact = folder / "runs" / result.stem
+    result.unlink()
+    (artifact / name).unlink()
+    (row,) = sweep(worked[1], folder)
+    assert row["error"] == (
+        f"{artifact} is not the whole artifact of this run; move it away, and the sweep makes it again"
+    )
+    assert list(artifact.glob("*.safetensors"))
+    artifact.rename(tmp_path / "away")
+    assert sweep(worked[1], folder)[0]["status"] == "done"
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
@@ -250,6 +310,22 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, study: Study) -> None:
 
     with pytest.raises(Killed):
         sweep(study, tmp_path, watch=watch)
+
+
+@pytest.mark.parametrize("name", ["", "results", "runs", "results.parquet/x"])
+@pytest.mark.parametrize("dry", [False, True])
+def test_what_stands_in_the_way_is_told_before_the_first_run(
+    laconic: Laconic, tmp_path: Path, asked: dict[str, Any], name: str, dry: bool
+) -> None:
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(asked))
+    blocked = out / name
+    blocked.parent.mkdir(parents=True, exist_ok=True)
+    blocked.write_text("mine")
+    said = laconic("sweep", file, "-o", out, *["--dry-run"] * dry).complaint
+    assert said.endswith(("is no folder that you may write to", "is a folder; choose another name"))
+    assert str(out) in said
+    assert {f for f in tmp_path.rglob("*") if f.is_file()} == {blocked, file}
 
 
 def test_a_dry_run_lists_and_writes_nothing(

@@ -27,6 +27,22 @@ class Quality(BaseModel):
     baseline_file_bytes: _Above0
 
 
+class Measured(BaseModel):
+    """Of an evaluation in a study. A broken artifact's figures may be infinite, or no numbers at all."""
+
+    text: str
+    windows: int
+    context_length: int
+    perplexity: float
+    file_bytes: _Above0
+    bits_per_weight: FiniteFloat
+    baseline_perplexity: float | None = None
+    baseline_file_bytes: _Above0 | None = None
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    top1_agreement: float | None = None
+
+
 class _Phase(BaseModel):
     tokens_per_second: _Above0
     speedup: _Above0

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from laconic.engine.artifact import Artifact
-from laconic.report.figures import Quality, Speed, check_figures
+from laconic.report.figures import Measured, Quality, Speed, check_figures
 
 Result = dict[str, Any]
 
@@ -214,20 +216,29 @@ def _runs(folder: Path) -> list[Evaluated]:
             there = (path / "config.json").exists()
             plain = _of(own, name, own.results) if there else Evaluated(path, None, [], None, [], name=name)
             measured = result["evaluations"]
+            if not (measured and isinstance(result["compress"], dict)):
+                raise ValueError("nothing was measured")
+            for figures in measured:
+                check_figures(file, figures, Measured, "laconic sweep")
             told = {"recipe": recipe, "compression": result["compress"], "evaluations": measured}
             written = [r for r in measured if "samples" in r]
             written += [r for r in plain.samples if r["samples"] not in [w["samples"] for w in written]]
             found.append(replace(plain, values=values, samples=written, **told))
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as e:
             raise ValueError(f"{file} is no result of a sweep; delete it, and run 'laconic sweep' again") from e
     order = _order(folder)
     return sorted(found, key=lambda e: order.get(e.path.name, len(order)))
 
 
 def _order(folder: Path) -> dict[str, int]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    runs = pq.read_table(folder / "results.parquet", columns=["artifact"]).column("artifact").to_pylist()
+    file = folder / "results.parquet"
+    try:
+        runs = pq.read_table(file, columns=["artifact"]).column("artifact").to_pylist()
+    except pa.ArrowException as e:
+        raise ValueError(f"{file} is no table of a sweep; run 'laconic sweep' again, which writes it anew") from e
     return {Path(artifact).name: i for i, artifact in enumerate(runs) if artifact}
 
 

@@ -73,6 +73,16 @@ def rows_of(runs: Sequence[Run], results: Mapping[str, Mapping[str, Any]]) -> li
     return rows
 
 
+def fits(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether what was measured is of the kinds that the table has."""
+    try:
+        for name, kind in (_RUN | _MEASURED).items():
+            pa.array([row[name] for row in rows], kind)
+    except (pa.ArrowException, OverflowError):
+        return False
+    return True
+
+
 def write_table(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Write rows as Parquet, whole or not at all. An axis whose values are of several kinds becomes JSON text."""
     columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in (_RUN | _MEASURED).items()}

@@ -16,6 +16,7 @@ from laconic.engine.writer import begun_with, turn, write_text
 from laconic.provenance import forget_peak_memory
 from laconic.sweep.measure import measure
 from laconic.sweep.runs import Run
+from laconic.sweep.table import fits, rows_of
 
 Report = Callable[[Mapping[str, Any]], None]
 # Of a sweep's folder: first steps that runs have in common, by a hash of what each is made of.
@@ -43,9 +44,9 @@ def _work(run: Run, folder: Path, report: Report) -> dict[str, Any]:
         baseline = run.recipe.model if run.baseline else None
         measured = [measure(artifact.path, asked, baseline) for asked in run.evaluations]
         refresh_cards(artifact.path)
+        made = dict(artifact.results["compress"])
     except Exception as e:
         return remember_failure(run, folder, e)
-    made = dict(artifact.results["compress"])
     if not counted:
         # Then it is that of the largest run before this one in the same process.
         made["peak_memory_bytes"] = None
@@ -74,16 +75,32 @@ def read_result(run: Run, folder: Path) -> dict[str, Any] | None:
     if isinstance(result, dict) and result.get("run") == run.id:
         if result.get("status") == "failed" and isinstance(result.get("error"), str):
             return result
-        if result.get("status") == "done" and len(result.get("evaluations") or ()) == len(run.evaluations):
+        if result.get("status") == "done" and _is_whole(run, result):
             return result
     raise ValueError(f"{file} is not the result of run {run.id}; delete it, and the sweep measures that run again")
+
+
+def _is_whole(run: Run, result: Mapping[str, Any]) -> bool:
+    """Whether a result has all that the table and a page take from it, which anyone may have changed."""
+    measured, made = result.get("evaluations"), result.get("compress")
+    return (
+        isinstance(measured, list)
+        and len(measured) == len(run.evaluations)
+        and all(isinstance(m, dict) and m.get("text") and m.get("perplexity") is not None for m in measured)
+        and isinstance(made, dict)
+        and isinstance(result.get("values"), dict)
+        and isinstance(result.get("seconds"), int | float)
+        and fits(rows_of([run], {run.id: result}))
+    )
 
 
 def _compress(run: Run, folder: Path, report: Report) -> Artifact:
     target = run.artifact(folder)
     # A folder has its final name only once it is whole.
-    if begun_with(target):
+    if begun_with(target) and (target / "results" / "compress.json").is_file():
         return Artifact(target)
+    if target.exists():
+        raise ValueError(f"{target} is not the whole artifact of this run; move it away, and the sweep makes it again")
     return compress(recipe=run.recipe, output=target, steps=folder / STEPS, report=report)
 
 
