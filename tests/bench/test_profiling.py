@@ -126,3 +126,10 @@ def test_a_prompt_too_long_is_told(laconic: Laconic, tmp_path: Path) -> None:
 def test_nsight_needs_a_gpu(laconic: Laconic, tmp_path: Path) -> None:
     said = laconic("profile", "generate", make_model(tmp_path / "model"), "--nvtx")
     assert said.complaint == "--nvtx names ranges for Nsight, which needs a CUDA device; leave it out"
+
+
+def test_a_trace_that_cannot_be_written_is_told_first(laconic: Laconic, tmp_path: Path) -> None:
+    said = f"{tmp_path} is a folder; choose another name"
+    assert laconic("profile", "generate", "nowhere", "--trace", tmp_path).complaint == said
+    assert laconic("profile", "compress", "nowhere", "--recipe", "rtn-w4a16", "--trace", tmp_path).complaint == said
+    assert not list(tmp_path.iterdir())

@@ -99,3 +99,19 @@ def test_the_command_the_picture_and_the_page(
 )
 def test_wrong_input_is_told_in_a_line(arguments: list[str], expected: str, laconic: Laconic, llama: Path) -> None:
     assert laconic("eval", llama, *arguments).complaint.startswith(expected)
+
+
+def test_a_domain_of_another_text_leaves_the_first_result(artifact: Artifact, text: Path, other: Path) -> None:
+    for file in (text, other, text):
+        evaluate_domains(artifact.path, {"again": str(file)}, context_length=32, windows=2)
+    kept = {name: r["texts"] for name, r in artifact.results.items() if name.startswith("domains-again-")}
+    assert kept == {"domains-again-32-2": {"again": str(text)}, "domains-again-32-2-2": {"again": str(other)}}
+
+
+@pytest.mark.parametrize("option", ["--reliability", "--heat-map"])
+def test_a_picture_that_cannot_be_written_is_told_first(
+    laconic: Laconic, llama: Path, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "folder.svg").mkdir()
+    for name, said in (("a.png", "a name that ends in .svg"), ("folder.svg", "is a folder; choose another name")):
+        assert laconic("eval", llama, option, tmp_path / name).complaint.endswith(said)

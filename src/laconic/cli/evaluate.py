@@ -71,6 +71,7 @@ def evaluate(
     several kinds of text; or, with --tasks or --suite standard, standard tasks; or, with --suite long, what a quantized
     cache costs and saves."""
     check_dtype(dtype)
+    _check_pictures(reliability, heat_map)
     long: dict[str, Any] = {
         "lengths": None if lengths is None else numbers("--lengths", lengths),
         "depths": depths,
@@ -184,6 +185,17 @@ def _show_tasks(result: dict[str, Any], json_: bool) -> None:
     if refused := list(result["refused"].values()):
         tasks = len(refused) + len(result["shots"])
         raise ValueError(f"{len(refused)} of {tasks} tasks not measured (the others are), the first: {refused[0]}")
+
+
+def _check_pictures(*files: Path | None) -> None:
+    """Before hours of measuring. Raises: ValueError for a file that no picture can be written to."""
+    from laconic.engine.writer import check_place
+
+    for file in files:
+        if file is not None:
+            if file.suffix != ".svg":
+                raise ValueError(f"pictures are SVG; give {file} a name that ends in .svg")
+            check_place(file)
 
 
 def _draw_reliability(result: dict[str, Any], file: Path | None) -> None:

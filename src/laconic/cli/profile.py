@@ -33,7 +33,9 @@ def profile_compress(
     """Compress a model, and trace the first blocks."""
     from laconic.bench.profiling import profile_compress as run
     from laconic.compression import prepare
+    from laconic.engine.writer import check_place
 
+    check_place(trace)
     if recipe is None and not source.endswith((".yaml", ".yml")):
         raise ValueError(f"'{source}' is no recipe file; to compress a model by a ready recipe add --recipe NAME")
     model, what = (source, recipe) if recipe else (None, source)
@@ -57,7 +59,9 @@ def profile_generate(
 ) -> None:
     """Read a prompt and write some tokens, and trace all of it."""
     from laconic.bench.profiling import profile_generation
+    from laconic.engine.writer import check_place
 
+    check_place(trace)
     profile_generation(model, trace, prompt=prompt, tokens=tokens, batch=batch, nvtx=nvtx)
     _tell(trace, nvtx, each, json_)
 

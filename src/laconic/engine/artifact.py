@@ -14,7 +14,7 @@ from laconic.engine.writer import LOG, RECIPE, begun_with, check_place, read_log
 from laconic.model.checkpoint import read_json
 
 # What a result has to share with an older one to take its place.
-_SAME = ("text", "baseline", "dtype", "data")
+_SAME = ("text", "texts", "baseline", "dtype", "data")
 
 
 @dataclass(frozen=True)

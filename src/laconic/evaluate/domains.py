@@ -62,6 +62,7 @@ def evaluate_domains(
         "model": str(model),
         "baseline": baseline,
         "domains": rows,
+        "texts": dict(domains),
         # Where most of the original is lost; perplexities themselves differ as the texts do.
         "worst": max(rows, key=lambda r: r["kl_mean"])["domain"] if baseline else None,
         "context_length": opened.length,
