@@ -321,7 +321,8 @@ def test_two_thousand_requests_leave_nothing_behind(tmp_path: Path, scheme: KvSc
     asked = [ids[: 8 + i % 17] for i, ids in enumerate(prompts(32, 40) * 5)]
     short = {"max_tokens": 4, "logprobs": 0}
     found = run(tmp_path, [job(case.folder, [asked], short, times=10, max_num_seqs=64)])[0]
-    settled, last = found["memory"][2], found["memory"][-1]
+    # What a busy machine takes back and gives again is not what requests leave: the least of several rounds.
+    settled, last = min(found["memory"][2:5]), min(found["memory"][-3:])
     print(f"{len(asked) * 10} requests; resident memory from {settled / 2**20:.1f} to {last / 2**20:.1f} MiB")
     assert found["leaked"] == 0
     assert last - settled < 8 * 2**20
