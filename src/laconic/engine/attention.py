@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ class Seen:
         """What attention puts out for some of the queries: (samples, query heads, queries, channels)."""
         made: Tensor = self.weights(keys) @ self._per_query(values)
         return made
+
+    @cached_property
+    def output(self) -> Tensor:
+        """What attention puts out as it is, against which every error is measured."""
+        return self.attended(self.keys, self.values)
 
     def weights(self, keys: Tensor) -> Tensor:
         """Attention's weights for evenly spaced queries, causal: (samples, query heads, queries, tokens)."""
@@ -124,9 +130,8 @@ def attention_error(
     else:
         keys = seen.places.rotate(back, 0, seen.number) if seen.places else back
         made = seen.attended(keys, seen.values)
-    true = seen.attended(seen.keys, seen.values)
     groups = seen.keys.shape[1]
-    lost, whole_output = (t.square().sum((0, 2, 3)).view(groups, -1).sum(1) for t in (made - true, true))
+    lost, whole_output = (t.square().sum((0, 2, 3)).view(groups, -1).sum(1) for t in (made - seen.output, seen.output))
     return lost / whole_output.clamp(min=1e-30)
 
 

@@ -73,8 +73,10 @@ class OpenedLM(HFLM):  # type: ignore[misc]
 
     def _without_middle(self, request: Any, room: int) -> Any:
         """A request of LongBench with a prompt of at most so many tokens; any other as it is."""
+        if not is_longbench(request.task_name):
+            return request
         ids = self.tok_encode(request.args[0])
-        if len(ids) <= room or not is_longbench(request.task_name):
+        if len(ids) <= room:
             return request
         kept = room
         while kept >= 2:

@@ -26,7 +26,7 @@ def check_texts(runs: Iterable[Run]) -> None:
         assert run.recipe.model is not None
         source = open_once(run.recipe.model)
         for number, asked in enumerate(run.evaluations):
-            key: Any = (run.recipe.model, asked.text, asked.context_length, asked.windows, asked.generate)
+            key: Any = (run.recipe.model, asked.text, asked.context_length, _needed(asked))
             if key not in seen:
                 seen.add(key)
                 _said_of(f"evaluations.{number}", _evaluated, source, asked)
@@ -48,9 +48,15 @@ def _evaluated(source: Source, asked: Evaluation) -> None:
     if length > limit:
         raise ValueError(f"context_length {length} is longer than the model's context of {limit}; lower it")
     documents = read_documents(**HUB_TEXTS.get(asked.text, {"dataset": asked.text}))
-    found = len(evaluation_windows(documents, load_tokenizer(source.folder), length=length, limit=asked.windows))
+    found = len(evaluation_windows(documents, load_tokenizer(source.folder), length=length, limit=_needed(asked)))
     if asked.generate and asked.generate > found:
         raise ValueError(f"generate {asked.generate} is more than the {found} windows of the text; ask for fewer")
+
+
+def _needed(asked: Evaluation) -> int:
+    """Windows that have to be seen: one, or where openings are continued as many, if the text has them."""
+    continued = asked.generate or 1
+    return continued if asked.windows is None else min(continued, asked.windows)
 
 
 def _opened(text: Any) -> None:
