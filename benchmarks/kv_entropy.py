@@ -9,11 +9,10 @@ likelihood with logits divided by temperatures. A model too sure of a text gains
 
 from __future__ import annotations
 
-import argparse
 import math
 
 import torch
-from kv_quality import opened
+from kv_quality import opened, options
 from torch import Tensor
 
 from laconic.evaluate.through_cache import PLAIN, chunks, step
@@ -32,16 +31,8 @@ TEMPERATURES = (0.96, 0.98, 1.0, 1.02, 1.04, 1.08)
 @torch.no_grad()
 def main() -> None:
     """Read the windows through all caches at once."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--calibration-length", type=int, default=512, help="tokens of a calibration sample")
-    parser.add_argument("--chunk", type=int, default=32)
-    parser.add_argument("--kv", action="append", metavar="YAML", help="a row of your own, in place of the table's")
+    parser = options(__doc__, length=1024, windows=5, samples=8)
+    parser.set_defaults(calibration_length=512)
     args = parser.parse_args()
     model, caches = opened(args, args.kv or ROWS)
     tokenizer = load_tokenizer(model_folder(args.model))

@@ -63,17 +63,7 @@ ROWS = [
 
 def main() -> None:
     """Make every cache, read the windows through all of them at once."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--calibration-length", type=int, help="tokens of a calibration sample; --length by default")
-    parser.add_argument("--chunk", type=int, default=32)
-    parser.add_argument("--kv", action="append", metavar="YAML", help="a row of your own, in place of the table's")
-    args = parser.parse_args()
+    args = options(__doc__).parse_args()
     model, caches = opened(args, args.kv or ROWS)
     documents = read_documents(args.text)
     windows = evaluation_windows(
@@ -90,6 +80,21 @@ def main() -> None:
             f"| {late.kl_mean:.4f} | {100 * whole.top1_agreement:.1f} % |",
             flush=True,
         )
+
+
+def options(said: str | None, *, length: int = 2048, windows: int = 4, samples: int = 16) -> argparse.ArgumentParser:
+    """What is read through which caches, with these defaults. said: of the command."""
+    parser = argparse.ArgumentParser(description=said, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--length", type=int, default=length)
+    parser.add_argument("--windows", type=int, default=windows)
+    parser.add_argument("--samples", type=int, default=samples)
+    parser.add_argument("--calibration-length", type=int, help="tokens of a calibration sample; --length by default")
+    parser.add_argument("--chunk", type=int, default=32)
+    parser.add_argument("--kv", action="append", metavar="YAML", help="a row of your own, in place of the table's")
+    return parser
 
 
 def opened(args: argparse.Namespace, rows: Sequence[str]) -> tuple[Any, dict[str, Callable[[], Any]]]:

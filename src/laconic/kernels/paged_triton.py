@@ -93,7 +93,6 @@ def paged_history(
     sinks: int,
     window: int | None,
     splits: int | None = None,
-    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of new tokens over the stored ones before their units, the first `sinks` left out.
 
@@ -101,11 +100,10 @@ def paged_history(
     uint8. table: (sequences, pages). lengths: (sequences,), the new tokens included; longest: the largest, or more.
     slot, width: bytes of a slot, and of a row's part of the tail; shared_at: where in a tail units' ranges begin, each
     of `shared` bytes. All strides and places are even. splits: runs of tokens of a head; as many as fill a GPU if None.
-    cut: how work is cut.
     Returns: the attention, as q, and the log of the sum of its exponentials, (..., 1); zero and -inf over nothing.
     """
     batch, heads, each, new, D = q.shape
-    cut = cut or best_cut(keys, values)
+    cut = best_cut(keys, values)
     rows = each * new
     chunks = triton.cdiv(rows, _ROWS)
     if splits is None:
