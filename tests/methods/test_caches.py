@@ -167,6 +167,16 @@ def test_a_damaged_file_of_what_is_fixed_is_told(
     assert said.endswith("or compress again")
 
 
+def test_a_file_without_a_rotation_that_was_found_is_told(
+    laconic: Laconic, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    stage = {"method": "kivi", "group_size": 4, "residual_length": 4, "rotation": "attention"}
+    file = press(llama, tmp_path / "turned", stage, text=text).path / KV_CACHE
+    rewrite(file, lambda t: t.pop("1.turn.0.values"))
+    said = laconic("eval", file.parent, "--suite", "long", "--measure", "memory", "--lengths", "64").complaint
+    assert said.startswith(f"{file} lacks '1.turn.0.values'; copy it")
+
+
 def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     kept = load_file(file)
     change(kept)

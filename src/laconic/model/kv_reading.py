@@ -50,6 +50,9 @@ def linears_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
 def _lacking(scheme: KvScheme, fixed: Calibrated) -> str | None:
     """The name of a tensor that is not there."""
     for i, layer in enumerate(scheme.layers):
+        for which in ("keys", "values") if scheme.rotation == "attention" else ():
+            if which not in fixed[i].get("turn.0", {}):
+                return f"{i}.turn.0.{which}"
         for g, group in enumerate(layer):
             for which, fmt in (("keys", group.keys), ("values", group.values)):
                 wanted = ["scale"] if fmt.calibrated and fmt.group_size is None else []
