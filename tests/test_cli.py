@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,9 @@ def test_the_installed_command_is_interrupted_and_goes_on(recipe: Path, tmp_path
     # Long enough that a signal finds it at work, on a busy machine too.
     slow = "stages=[{method: autoround, scheme: W4A16, group_size: 32, iters: 1200}]"
     command = [LACONIC, "compress", recipe, "--set", slow]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A test run in the background, as nohup starts it, ignores interruptions, and its children would too.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while not (tmp_path / "out.partial").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -374,25 +375,30 @@ def test_a_file_larger_than_the_system_allows_is_told(laconic: Laconic, llama: P
 # --- real processes, really killed ---
 
 
-def _laconic(arguments: list[str], said: Path) -> None:
+def _laconic(arguments: list[str], said: Path, begun: Event) -> None:
     """The body of a child process: the command line, its words in a file."""
     from laconic.cli import main
 
     with said.open("a") as sys.stdout:
         sys.stderr = sys.stdout
         sys.argv = ["laconic", *arguments]
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started by
+        begun.set()
         main()
 
 
 @pytest.fixture(scope="module")
 def start() -> Callable[..., Any]:
-    """Start `laconic ARGUMENTS` in a process of its own, forked from one that has imported everything already."""
+    """Start `laconic ARGUMENTS` in a process of its own, forked from one that has imported everything already, and
+    wait until it has begun: a signal before that would hit the tests' own code, not ours."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["laconic.cli", "laconic.compression"])
 
     def begin(said: Path, *arguments: object) -> Any:
-        process = context.Process(target=_laconic, args=([str(a) for a in arguments], said))
+        begun = context.Event()
+        process = context.Process(target=_laconic, args=([str(a) for a in arguments], said, begun))
         process.start()
+        assert begun.wait(120)
         return process
 
     # The first start imports everything, and would not do to measure how long a run takes.

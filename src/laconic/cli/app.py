@@ -42,12 +42,9 @@ app.command()(validate)
 
 def main() -> None:
     """The entry point: every error of the user's is one line and exit code 2."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for noisy in ("transformers", "huggingface_hub", "datasets", "httpx", "lm_eval"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        _quieten()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         # Typer catches an interruption itself, and returns the exit code for it.
         if app(standalone_mode=False) == 130:
             raise KeyboardInterrupt
@@ -63,6 +60,14 @@ def main() -> None:
             _complain(e.format_message() or "name a command")
         err.print_exception()
         sys.exit(1)
+
+
+def _quieten() -> None:
+    """What the libraries below would say is not for the user of a command line."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for noisy in ("transformers", "huggingface_hub", "datasets", "httpx", "lm_eval"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _complain(message: str) -> None:
