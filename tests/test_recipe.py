@@ -116,6 +116,8 @@ def test_set_leaves_the_callers_mapping_alone() -> None:
         ({"stages": STAGE}, "stages should be a list"),
         ({"stages": []}, "stages should have at least one item"),
         ({"model": "m"}, "the recipe lacks 'stages'"),
+        (a_recipe(group_size=True), "stages.0.group_size should be a number, not true"),
+        (a_recipe() | {"seed": True}, "seed should be a number, not true"),
         (a_recipe() | {"seed": -1}, "seed should be greater than or equal to 0, not -1"),
         (a_recipe() | {"seed": 2**64}, "seed should be less than "),
         (a_recipe() | {"device": "tpu"}, "device should be 'auto', 'cpu' or 'cuda', not tpu"),

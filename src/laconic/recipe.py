@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from laconic.config import Config
 from laconic.engine.stage import Stage
 from laconic.methods import METHODS
 
@@ -23,11 +24,7 @@ Loc = tuple[int | str, ...]
 AnyStage: Any = Annotated[reduce(or_, METHODS), Field(discriminator="method")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Calibration(_Strict):
+class Calibration(Config):
     """dataset: a Hub name, or a .txt, .jsonl or .parquet file. batch_size: samples run at once. max_memory_gb:
     activations beyond this many 10^9 bytes go to a file (a quarter of free memory when not given).
     moe_calibrate_all_experts: show experts every token, not only those that are routed to them. license, source,
@@ -46,7 +43,7 @@ class Calibration(_Strict):
     domain: str | None = None
 
 
-class Recipe(_Strict):
+class Recipe(Config):
     """model and output may be left to the command line. seed: of every random choice."""
 
     model: str | None = None

@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from laconic.config import Config
 from laconic.engine.attention import Seen, attention_error, key_weight, value_weight
 from laconic.engine.rotation import find_turn
 from laconic.formats.kv import KvFormat
@@ -30,15 +31,13 @@ _PLAIN = KvFormat(16)
 Static = dict[str, Tensor]
 
 
-class CacheStage(BaseModel):
+class CacheStage(Config):
     """residual_length: at least so many of the most recent tokens stay in 16 bit. sinks: so many first tokens do.
     rotation: turns the channels of keys and values before they are rounded: `hadamard`; `attention`, of each head the
     one that costs attention least on the calibration set. budget_bits: share out so many
     bits a number, on the average of keys and values, by the error that they cause in attention, among 2, 3, 4 and 8;
     per_head: among heads rather than layers. max_error: keep a layer in 16 bit whose attention's relative squared error
     is above this."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     scope: ClassVar[Literal["cache"]] = "cache"
     method: str

@@ -11,9 +11,10 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from laconic.config import Config
 from laconic.engine.stage import LinearStage, Outcome, Stage, check_patterns, matches
 from laconic.solvers.masks import Part, Structure, structure_of, whole
 from laconic.solvers.moments import Moments
@@ -79,11 +80,9 @@ class Masking(Stage):
         raise NotImplementedError
 
 
-class Protect(BaseModel):
+class Protect(Config):
     """heads: the share of all attention heads that is left whole: those that matter most on this text. dataset, config,
     split, num_calibration_samples, max_seq_length, license, source, domain: as in a recipe's calibration."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str
     heads: float = Field(gt=0, lt=1)

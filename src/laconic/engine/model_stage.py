@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from laconic.config import Config
 from laconic.model.load import Source
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -66,10 +66,8 @@ def sizes_of(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, int]:
     return {key: sum(p.numel() for p in model.parameters()) for key, model in models.items()}
 
 
-class ModelStage(BaseModel):
+class ModelStage(Config):
     """A stage that treats the model as a whole: `remake(work) -> Remade`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     scope: ClassVar[Literal["model"]] = "model"
     method: str

@@ -9,9 +9,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from torch import Tensor
 
+from laconic.config import Config
 from laconic.formats import Quantized
 from laconic.formats import schemes as scheme_presets
 from laconic.formats.schemes import Scheme
@@ -59,11 +60,9 @@ Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), AfterValida
 """Names of linears: `Linear`, a full name, or `re:` and a pattern for full names."""
 
 
-class Stage(BaseModel):
+class Stage(Config):
     """What every stage's config has. targets: `Linear` (every linear in the decoder blocks), a full name, or `re:`
     and a pattern for full names; the head is meant only by its name. ignore: the same, taken away."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     scope: ClassVar[Literal["linear", "block"]]
     method: str

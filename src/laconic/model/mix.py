@@ -13,20 +13,19 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from laconic.config import Config
 from laconic.model.data import joined, prefix_of, read_documents
 from laconic.model.instructions import Turned, read_turns
 
 
-class Part(BaseModel):
+class Part(Config):
     """One dataset of a mix. weight: its share of the sequences, as a ratio to the other parts'. answers_only: of
     instructions, learn what the assistant says alone. limit: take no more sequences than these. license, source,
     domain: for the data card."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str
     format: Literal["text", "instruction"] = "text"

@@ -12,18 +12,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from laconic.config import Config
 from laconic.recipe import Loc, explain, parse, put, read_recipe, set_by
 
 Plain = str | int | float | bool
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Evaluation(_Strict):
+class Evaluation(Config):
     """What `laconic eval` takes: a text, tokens a window, how many windows, the dtype to compute in. chunk: read
     through the artifact's own key-value cache, so many tokens at a time, as `laconic eval --suite long` does; without
     it a window is read at once, and what a cache stores is not looked at. generate: how many openings of the text the
@@ -43,7 +40,7 @@ class Evaluation(_Strict):
         return self
 
 
-class Axis(_Strict):
+class Axis(Config):
     """key: of the recipe, by its dotted path; `stages` for whole lists of them. values: a list, or a mapping of names,
     which tables show, to values. when: keys and the value, or one of the values, that they must be written with in the
     recipe as the base and the axes before this one leave it; elsewhere the key stays as it is."""
@@ -72,20 +69,20 @@ class Axis(_Strict):
         return all(_at(recipe, key) in (v if isinstance(v, list) else [v]) for key, v in self.when.items())
 
 
-class Grid(_Strict):
+class Grid(Config):
     """Every value of an axis with every value of the others."""
 
     kind: Literal["grid"] = "grid"
 
 
-class Listed(_Strict):
+class Listed(Config):
     """The runs one by one: each a mapping of keys to values."""
 
     kind: Literal["list"] = "list"
     runs: list[dict[str, Any]] = Field(min_length=1)
 
 
-class Random(_Strict):
+class Random(Config):
     """n different points of the grid, drawn axis by axis; all of them where the grid has no more."""
 
     kind: Literal["random"] = "random"
@@ -93,7 +90,7 @@ class Random(_Strict):
     seed: int = 0
 
 
-class Resources(_Strict):
+class Resources(Config):
     """What a run takes: processor cores, and GPUs or a share of one. Without cpus it has all cores of a machine;
     without gpus, one where there are any."""
 
@@ -101,7 +98,7 @@ class Resources(_Strict):
     gpus: float | None = Field(None, ge=0)
 
 
-class Study(_Strict):
+class Study(Config):
     """base: a gallery name, a recipe file, or a recipe. model: in place of the base's. seeds: every point once with
     each. baseline: whether artifacts are compared with the original model."""
 
