@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -203,6 +202,7 @@ def _draw_reliability(result: dict[str, Any], file: Path | None) -> None:
     if file is None:
         return
     from laconic.engine.writer import write_text
+    from laconic.evaluate.names import slug
     from laconic.report.chart import standalone
     from laconic.report.reliability import reliability_diagrams
 
@@ -213,8 +213,7 @@ def _draw_reliability(result: dict[str, Any], file: Path | None) -> None:
         )
     file.parent.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn:
-        slug = re.sub(r"[^\w+-]+", "_", name)
-        write_text(file if len(drawn) == 1 else file.with_stem(f"{file.stem}-{slug}"), standalone(picture))
+        write_text(file if len(drawn) == 1 else file.with_stem(f"{file.stem}-{slug([name])}"), standalone(picture))
 
 
 def _evaluate_long(model: str, as_json: bool, picture: Path | None, **asked: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 from transformers import Cache, PreTrainedModel
 
+from laconic.evaluate.names import slug
 from laconic.evaluate.through_cache import PLAIN, plain_cache
 from laconic.formats.kv_scheme import KvScheme
 from laconic.kv import kv_scheme
@@ -52,9 +52,9 @@ def title(given: Mapping[str, Any]) -> str:
     return " ".join([given["method"], *(f"{key} {value}" for key, value in given.items() if key != "method")])
 
 
-def slug(asked: Sequence[str]) -> str:
+def of_caches(asked: Sequence[str]) -> str:
     """Of `--kv`s, for the name of a result, so that runs of other caches do not replace one another."""
-    return "".join("-" + re.sub(r"[^\w.+-]+", "_", title(read_stage(text))) for text in asked)[:150]
+    return "-" + slug(map(title, map(read_stage, asked)), "-") if asked else ""
 
 
 def resolve(given: Mapping[str, Any], config: Any) -> KvScheme:

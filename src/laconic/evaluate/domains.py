@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from laconic.engine.artifact import Artifact
 from laconic.evaluate.bootstrap import SEED, method_of
 from laconic.evaluate.fidelity import observe
+from laconic.evaluate.names import slug
 from laconic.evaluate.run import figures, open_pair, windows_of
 from laconic.provenance import command_line, versions
 
@@ -77,6 +77,5 @@ def evaluate_domains(
     }
     artifact = Artifact(opened.folder)
     if artifact.recipe is not None:
-        named = re.sub(r"[^\w+-]+", "_", "+".join(domains))[:150]
-        artifact.save_result(f"domains-{named}-{opened.length}" + (f"-{windows}" if windows else ""), result)
+        artifact.save_result(f"domains-{slug(domains)}-{opened.length}" + (f"-{windows}" if windows else ""), result)
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 import time
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -19,9 +18,10 @@ from transformers import PreTrainedModel
 
 from laconic.engine.artifact import Artifact
 from laconic.evaluate.bootstrap import method_of
-from laconic.evaluate.caches import read_stage, resolve, slug, title
+from laconic.evaluate.caches import of_caches, read_stage, resolve, title
 from laconic.evaluate.calibration import Predictions
 from laconic.evaluate.longbench import is_longbench
+from laconic.evaluate.names import slug
 from laconic.evaluate.recovery import Score, compare, mean_recovery, read_groups, read_scores
 from laconic.evaluate.suites import standard_tasks
 from laconic.evaluate.task_calibration import compare_calibration, read_predictions, with_groups
@@ -133,7 +133,7 @@ def evaluate_tasks(
     }
     artifact = Artifact(folders[0])
     if artifact.recipe is not None:
-        artifact.save_result(_file_name([suite] if suite else names, limit, fewshot) + slug(kv), result)
+        artifact.save_result(_file_name([suite] if suite else names, limit, fewshot) + of_caches(kv), result)
     return result
 
 
@@ -264,5 +264,5 @@ def _members(opened: Sequence[Any], shown: Set[str]) -> set[str]:
 
 def _file_name(names: Sequence[str], limit: int | None, fewshot: int | None) -> str:
     """Runs of other tasks, limits or prompts do not replace one another."""
-    name = "tasks-" + re.sub(r"[^\w+-]+", "_", "+".join(names))[:150]
+    name = "tasks-" + slug(names)
     return name + (f"-{limit}" if limit else "") + (f"-{fewshot}shot" if fewshot is not None else "")

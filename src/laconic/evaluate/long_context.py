@@ -13,7 +13,7 @@ import torch
 
 from laconic.engine.artifact import Artifact
 from laconic.evaluate.cache_cost import memory_by_length, speed_by_length
-from laconic.evaluate.caches import caches_for, slug
+from laconic.evaluate.caches import caches_for, of_caches
 from laconic.evaluate.context_perplexity import perplexity_by_position
 from laconic.evaluate.long_tasks import check_names, open_longbench, score_by_cache
 from laconic.evaluate.needle import FORMS, find_needles, make_prompt
@@ -175,7 +175,7 @@ def evaluate_long(
         if LONGBENCH in parts:
             measured += "".join(f"-{task}" for task in tasks if task != LONGBENCH) + (f"-{limit}" if limit else "")
         name = f"long-{Path(text).stem}-{chosen[-1]}" + (f"-{prompt}" if "needle" in parts else "") + measured
-        artifact.save_result(name + slug(kv), result)
+        artifact.save_result(name + of_caches(kv), result)
     return result
 
 
