@@ -17,6 +17,7 @@ from artifacts import tensors
 from laconic.evaluate.fidelity import log_probabilities
 from laconic.model.load import load_tokenizer
 from tiny import MIXTURES, make_model
+from vllm_kernels import BLOCKS_OF_FP8, EIGHT_BITS, EXPERTS, FOUR_BITS
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "models" / "demo"
@@ -115,6 +116,7 @@ WEIGHT_ONLY = {
 }
 
 
+@FOUR_BITS
 @pytest.mark.parametrize("scheme", WEIGHT_ONLY.values(), ids=WEIGHT_ONLY)
 def test_weight_only_schemes_serve_with_our_log_probabilities(tmp_path: Path, scheme: dict[str, Any]) -> None:
     folder = compressed(tmp_path, {"method": "gptq", **scheme})
@@ -132,15 +134,15 @@ def test_weight_only_schemes_serve_with_our_log_probabilities(tmp_path: Path, sc
     assert sum(same) >= 0.8 * len(same)
 
 
-ROUNDED = {
-    "W8A8 dynamic": {"scheme": "W8A8"},
-    "W8A8 static": {"scheme": "W8A8", "dynamic": False},
-    "W8A8 tensor": {"scheme": "W8A8", "strategy": "tensor"},
-    "FP8 dynamic": {"scheme": "FP8_DYNAMIC"},
-}
+ROUNDED = [
+    pytest.param({"scheme": "W8A8"}, id="W8A8 dynamic", marks=EIGHT_BITS),
+    pytest.param({"scheme": "W8A8", "dynamic": False}, id="W8A8 static", marks=EIGHT_BITS),
+    pytest.param({"scheme": "W8A8", "strategy": "tensor"}, id="W8A8 tensor", marks=EIGHT_BITS),
+    pytest.param({"scheme": "FP8_DYNAMIC"}, id="FP8 dynamic"),
+]
 
 
-@pytest.mark.parametrize("scheme", ROUNDED.values(), ids=ROUNDED)
+@pytest.mark.parametrize("scheme", ROUNDED)
 def test_schemes_with_rounded_activations_serve_exactly(tmp_path: Path, scheme: dict[str, Any]) -> None:
     """Served in float32, so that only rounding is left. A value that falls on the other side of one rounding changes
     all that follows it, so prompts are short and most, not all, must agree; when they do it is to the last digit."""
@@ -176,6 +178,8 @@ def test_w4a8_serves_close_to_our_simulation(tmp_path: Path) -> None:
     assert sum(near) / len(near) < 0.12
 
 
+@FOUR_BITS
+@EIGHT_BITS
 def test_mixed_precision_serves(tmp_path: Path) -> None:
     folder = compressed(
         tmp_path,
@@ -216,7 +220,7 @@ def test_native_artifacts_serve_exactly_through_our_plugin(tmp_path: Path, stage
     assert near.mean() < far.mean() / 5
 
 
-@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="vLLM's CPU kernel for FP8 blocks needs AMX tiles")
+@BLOCKS_OF_FP8
 def test_fp8_blocks_serve(tmp_path: Path) -> None:
     """vLLM's CPU kernel leaves the activations in bf16."""
     folder = compressed(tmp_path, {"method": "rtn", "scheme": "FP8_BLOCK"})
@@ -235,10 +239,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": {"ffn_hidden_size": 512},
     "falcon_40b": {"ffn_hidden_size": 512},
 }
-AMX = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="vLLM's CPU kernels for experts need AMX tiles")
-EIGHT_BITS = {"scheme": "W8A8"}
-FOUR_BITS = {"scheme": "W4A16", "group_size": 32}
-NO_EXPERTS = FOUR_BITS | {"ignore": "re:.*experts.*"}
+W8A8 = {"scheme": "W8A8"}
+W4A16 = {"scheme": "W4A16", "group_size": 32}
+NO_EXPERTS = W4A16 | {"ignore": "re:.*experts.*"}
 
 
 def family(tmp_path: Path, arch: str, stage: dict[str, Any]) -> tuple[Path, Path]:
@@ -254,12 +257,13 @@ def some_tokens(length: int, count: int) -> list[list[int]]:
     return [[0, *row] for row in ids.tolist()]
 
 
+@FOUR_BITS
 @pytest.mark.parametrize(
     ("arch", "stage"),
     [
-        *((arch, FOUR_BITS) for arch in FAMILIES),
+        *((arch, W4A16) for arch in FAMILIES),
         *((arch, NO_EXPERTS) for arch in MIXTURES),
-        *(pytest.param(arch, FOUR_BITS, marks=AMX) for arch in MIXTURES),
+        *(pytest.param(arch, W4A16, marks=EXPERTS) for arch in MIXTURES),
     ],
     ids=lambda v: v if isinstance(v, str) else "attention" if "ignore" in v else "",
 )
@@ -277,9 +281,10 @@ def test_families_serve_with_our_log_probabilities(tmp_path: Path, arch: str, st
     assert near < far / 4
 
 
-@pytest.mark.parametrize("arch", [*FAMILIES, *(pytest.param(arch, marks=AMX) for arch in MIXTURES)])
+@EIGHT_BITS
+@pytest.mark.parametrize("arch", [*FAMILIES, *(pytest.param(arch, marks=EXPERTS) for arch in MIXTURES)])
 def test_families_serve_exactly_with_rounded_activations(tmp_path: Path, arch: str) -> None:
-    _, folder = family(tmp_path, arch, EIGHT_BITS)
+    _, folder = family(tmp_path, arch, W8A8)
     served = serve(folder, some_tokens(5, 32), "float32")
     ours = laconic.load(folder, dtype=torch.float32)
     differences = torch.stack(
@@ -290,7 +295,7 @@ def test_families_serve_exactly_with_rounded_activations(tmp_path: Path, arch: s
     assert differences.mean() < 0.05
 
 
-@pytest.mark.parametrize(("arch", "stage"), [("mixtral", FOUR_BITS), ("qwen3_moe", EIGHT_BITS)], ids=MIXTURES)
+@pytest.mark.parametrize(("arch", "stage"), [("mixtral", W4A16), ("qwen3_moe", W8A8)], ids=MIXTURES)
 def test_vllm_reads_every_expert_as_it_is_stored(tmp_path: Path, arch: str, stage: dict[str, Any]) -> None:
     """What its fused layers hold after loading, before a kernel, which not every processor has, changes the layout."""
     _, folder = family(tmp_path, arch, stage)
@@ -305,7 +310,7 @@ def test_vllm_reads_every_expert_as_it_is_stored(tmp_path: Path, arch: str, stag
         else ("mlp", ("gate_proj", "up_proj", "down_proj"))
     )
     for i, loaded in enumerate(torch.load(found)[:2]):
-        for leaf in ("weight_packed", "weight_scale") if stage is FOUR_BITS else ("weight", "weight_scale"):
+        for leaf in ("weight_packed", "weight_scale") if stage is W4A16 else ("weight", "weight_scale"):
             for e in range(4):
                 expert = f"model.layers.{i}.{layer}.experts.{e}"
                 both = torch.cat([held[f"{expert}.{n}.{leaf}"] for n in (gate, up)])

@@ -12,6 +12,7 @@ from test_vllm import DEMO, PYTHON, SOURCE, our_logprobs, serve, some_tokens
 import laconic
 from laconic.engine.adapter_files import read_adapter
 from tiny import make_model
+from vllm_kernels import FOUR_BITS
 
 pytestmark = [
     pytest.mark.vllm,
@@ -54,7 +55,7 @@ def test_smaller_models_serve_with_our_log_probabilities(tmp_path: Path, arch: s
         assert (our_logprobs(ours, ids) - logprobs).abs().max() < 2e-3
 
 
-@pytest.mark.parametrize("scheme", [None, "W4A16"])
+@pytest.mark.parametrize("scheme", [None, pytest.param("W4A16", marks=FOUR_BITS)])
 def test_an_adapter_kept_beside_its_base_is_served_with_it(tmp_path: Path, scheme: str | None) -> None:
     kept = calibration(tmp_path)
     stages: list[dict[str, Any]] = [{"method": "rtn", "scheme": scheme}] if scheme else []

@@ -11,6 +11,7 @@ from test_vllm import PYTHON, our_logprobs, serve, some_tokens
 
 import laconic
 from tiny import make_model
+from vllm_kernels import FOUR_BITS
 
 pytestmark = [
     pytest.mark.vllm,
@@ -52,6 +53,7 @@ def test_blocks_of_several_widths_serve_with_our_log_probabilities(tmp_path: Pat
         assert (our_logprobs(ours, ids) - logprobs).abs().max() < 2e-3
 
 
+@FOUR_BITS
 def test_they_serve_when_quantized_afterwards(tmp_path: Path) -> None:
     model, folder = narrowed(tmp_path, "llama", {"method": "rtn", "scheme": "W4A16", "group_size": 16})
     served = serve(folder, some_tokens(48, 3), "bfloat16")
