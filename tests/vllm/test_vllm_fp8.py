@@ -18,11 +18,9 @@ from transformers import DynamicCache
 import laconic
 from artifacts import tensors
 from laconic.model.kv_reading import read_kv_scheme
+from vllm_kernels import FP8_CACHE
 
-pytestmark = [
-    *needs_vllm,
-    pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's FP8 cache on a CPU needs AVX-512"),
-]
+pytestmark = [*needs_vllm, FP8_CACHE]
 
 ASKED = prompts(56, 2) + prompts(24, 1)
 

@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_vllm import DEMO, PYTHON, SOURCE, our_logprobs, serve, some_tokens
+from test_vllm import DEMO, SOURCE, our_logprobs, serve, some_tokens
+from test_vllm import pytestmark as needs_vllm
 
 import laconic
 from laconic.engine.adapter_files import read_adapter
 from tiny import make_model
 from vllm_kernels import FOUR_BITS
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not Path(PYTHON).exists(), reason="no vLLM environment: run `make test-vllm`"),
-]
+pytestmark = needs_vllm
 
 # What a head may be wide is up to vLLM's kernels for attention.
 SIZES: dict[str, Any] = {

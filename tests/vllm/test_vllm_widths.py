@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_vllm import PYTHON, our_logprobs, serve, some_tokens
+from test_vllm import our_logprobs, serve, some_tokens
+from test_vllm import pytestmark as needs_vllm
 
 import laconic
 from tiny import make_model
 from vllm_kernels import FOUR_BITS
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not Path(PYTHON).exists(), reason="no vLLM environment: run `make test-vllm`"),
-]
+pytestmark = needs_vllm
 
 # What a head may be wide is up to vLLM's kernels for attention.
 SIZES: dict[str, Any] = {
