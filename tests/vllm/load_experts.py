@@ -28,6 +28,8 @@ def main() -> None:
         layers.append({name: p.data.clone() for name, p in layer.named_parameters()})
         torch.save(layers, out)
 
+    # What is no expert is laid out for the tiles too, by an operator that processors without AVX-512 lack.
+    torch.ops._C.convert_weight_packed = lambda weight: weight.data.as_subclass(torch.Tensor)
     wna16.select_wna16_moe_backend = lambda **_: (list(wna16.WNA16MoEBackend)[-1], None)
     for method in (wna16.CompressedTensorsWNA16MoEMethod, w8a8.CompressedTensorsW8A8Int8MoEMethod):
         method.process_weights_after_loading = keep
