@@ -34,6 +34,13 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_the_tree_is_the_codes_own() -> None:
+    shown = re.search(r"src/laconic/\n(.*?)\nbenchmarks/", README, re.S)
+    assert shown
+    named = {name.strip(" /") for name in re.findall(r"^  \w+/|\w+\.py", shown[1], re.M)}
+    assert named == {f.name for f in (ROOT / "src" / "laconic").iterdir() if not f.name.startswith("__")}
+
+
 def _shared() -> set[str]:
     """Options of every quantizing stage, described once in rtn's page and formats."""
     return {
