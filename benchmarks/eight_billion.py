@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from laconic.compression import prepare, run
+from laconic.pipeline.compression import prepare, run
 
 
 def main() -> None:

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from laconic.formats.kv import KvFormat, encode_kv
-from laconic.kernels.kv_attention import Packed, Pair, kv_attention_torch
+from laconic.kv.attention import Packed, Pair, kv_attention_torch
+from laconic.kv.format import KvFormat, encode_kv
 
 HEADS, KV_HEADS, CHANNELS, WINDOW = 32, 8, 128, 128
 Cut = tuple[int, int, int, int]
@@ -99,7 +99,7 @@ def main() -> int:
 
 def attend(case: Case, cut: Cut | None) -> Tensor:
     """The kernel."""
-    from laconic.kernels.kv_attention_triton import Tile, kv_attention_triton
+    from laconic.kv.attention_triton import Tile, kv_attention_triton
 
     q, keys, values, window = case
     return kv_attention_triton(q, keys, values, window, tile=None if cut is None else Tile(*cut))

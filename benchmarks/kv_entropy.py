@@ -15,9 +15,9 @@ import torch
 from kv_quality import opened, options
 from torch import Tensor
 
+from laconic.checkpoint.source import load_tokenizer, model_folder
+from laconic.data.text import evaluation_windows, read_documents
 from laconic.evaluate.through_cache import PLAIN, chunks, step
-from laconic.model.data import evaluation_windows, read_documents
-from laconic.model.load import load_tokenizer, model_folder
 
 ROWS = [
     "{method: kivi, k_bits: 3, v_bits: 3, residual_length: 0}",

@@ -20,8 +20,8 @@ from transformers import Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from laconic.evaluate.cache_cost import filled, stored_bytes
 from laconic.evaluate.caches import caches_for, read_stage, title
 from laconic.evaluate.through_cache import PLAIN, step
-from laconic.model.kv_cache import KvCache
-from laconic.model.kv_open import kv_shape
+from laconic.kv.cache import KvCache
+from laconic.kv.open import kv_shape
 
 KIVI = ("{method: kivi, k_bits: 4, v_bits: 4}", "{method: kivi, k_bits: 2, v_bits: 2}")
 

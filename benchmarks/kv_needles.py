@@ -12,9 +12,9 @@ import argparse
 
 from kv_quality import opened
 
+from laconic.checkpoint.source import load_tokenizer, model_folder
+from laconic.data.text import evaluation_windows, prefix_of, read_documents
 from laconic.evaluate.needle import FORMS, find_needles
-from laconic.model.data import evaluation_windows, prefix_of, read_documents
-from laconic.model.load import load_tokenizer, model_folder
 
 ROWS = [
     *(f"{{method: kv_per_token, k_bits: {b}, v_bits: {b}}}" for b in (4, 3, 2)),

@@ -21,12 +21,11 @@ import torch
 from kv_attention import CHANNELS, HEADS, KV_HEADS, best_bf16, copy_bandwidth, graph_ms, over_l2
 from torch import Tensor
 
-from laconic.formats.kv import KvFormat
-from laconic.formats.kv_scheme import HeadGroup
-from laconic.kernels import paged_triton
-from laconic.kernels.paged_triton import Cut
-from laconic.serving import paged
+from laconic.kv.format import KvFormat
+from laconic.kv.scheme import HeadGroup
+from laconic.serving import paged, paged_triton
 from laconic.serving.paged import PackedLayer, Part, Scoring, attend, write
+from laconic.serving.paged_triton import Cut
 from laconic.serving.paged_units import Units, write_units
 
 # Tokens that are really written: pages of more are copies of theirs.

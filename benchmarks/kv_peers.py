@@ -20,13 +20,13 @@ import torch
 from transformers import Cache, PreTrainedModel, QuantizedCache
 
 import laconic
+from laconic.checkpoint.source import load_tokenizer
+from laconic.data.text import evaluation_windows, prefix_of, read_documents
 from laconic.evaluate.cache_cost import memory_by_length, speed_by_length
 from laconic.evaluate.caches import caches_for
 from laconic.evaluate.context_perplexity import perplexity_by_position
 from laconic.evaluate.needle import FORMS, find_needles
 from laconic.evaluate.through_cache import PLAIN
-from laconic.model.data import evaluation_windows, prefix_of, read_documents
-from laconic.model.load import load_tokenizer
 
 
 def peers(model: PreTrainedModel, bits: list[int], group: int, residual: int) -> dict[str, Callable[[], Cache]]:

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 import laconic
+from laconic.checkpoint.source import load_tokenizer, model_folder
+from laconic.data.text import evaluation_windows, read_documents
 from laconic.evaluate.caches import read_stage, title
 from laconic.evaluate.context_perplexity import perplexity_by_position
 from laconic.evaluate.through_cache import PLAIN, chunks, plain_cache, step
-from laconic.model.data import evaluation_windows, read_documents
-from laconic.model.kv_open import make_cache
-from laconic.model.kv_reading import read_kv_scheme
-from laconic.model.load import load_tokenizer, model_folder
+from laconic.kv.files import read_kv_scheme
+from laconic.kv.open import make_cache
 
 ROWS = [
     "{method: kv_int8}",

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 import laconic
+from laconic.checkpoint.source import load_tokenizer
 from laconic.evaluate.run import evaluate
-from laconic.model.anatomy import linears_of
-from laconic.model.load import load_tokenizer
-from laconic.model.reading import load
+from laconic.runtime.reading import load
+from laconic.structure.anatomy import linears_of
 
 
 @torch.no_grad()

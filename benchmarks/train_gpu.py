@@ -117,7 +117,7 @@ def train(model: Path, args: argparse.Namespace, way: str, count: int, launch: l
 
 def worker(recipe: str, output: str) -> None:
     """What each process of a launch does."""
-    from laconic.compression import compress
+    from laconic.pipeline.compression import compress
 
     def watch(event: Mapping[str, Any]) -> None:
         if event["event"] == "train" and os.environ.get("RANK", "0") == "0":

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from laconicNone import Artifact
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import laconic
-from laconic import Artifact
-from laconic.model.data import calibration_windows, read_documents
-from laconic.model.linear import QLinear
-from laconic.model.load import load_tokenizer
+from laconic.checkpoint.source import load_tokenizer
+from laconic.data.text import calibration_windows, read_documents
+from laconic.runtime.linear import QLinear
 
 Stage = dict[str, Any]
 

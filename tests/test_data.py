@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from laconic.model.data import calibration_windows, evaluation_windows, read_documents
-from laconic.model.load import load_tokenizer
+from laconic.checkpoint.source import load_tokenizer
+from laconic.data.text import calibration_windows, evaluation_windows, read_documents
 from tiny import make_text
 
 TEXT = make_text(400)

@@ -15,8 +15,8 @@ import pytest
 
 from artifacts import press, rtn
 from commands import Laconic
-from laconic.engine.artifact import Artifact
-from laconic.provenance import command_line
+from laconic.artifact.artifact import Artifact
+from laconic.pipeline.provenance import command_line
 
 KIVI = "{method: kivi, k_bits: 4, v_bits: 4, group_size: 16}"
 SHORT = ("--context-length", "32", "--windows", "2")

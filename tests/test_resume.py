@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-import laconic.engine.writer as writer
+import laconic.artifact.workspace as writer
 from commands import Laconic
-from laconic.compression import compress, prepare, run
-from laconic.engine.writer import Workspace, partial_of
+from laconic.artifact.workspace import Workspace, partial_of
+from laconic.pipeline.compression import compress, prepare, run
 from tiny import make_model, make_recipe, make_text
 
 RTN = {"method": "rtn", "scheme": "W8A16"}
@@ -392,7 +392,7 @@ def start() -> Callable[..., Any]:
     """Start `laconic ARGUMENTS` in a process of its own, forked from one that has imported everything already, and
     wait until it has begun: a signal before that would hit the tests' own code, not ours."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["laconic.cli", "laconic.compression"])
+    context.set_forkserver_preload(["laconic.cli", "laconic.pipeline.compression"])
 
     def begin(said: Path, *arguments: object) -> Any:
         begun = context.Event()

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import laconic
-import laconic.compression as compression
+import laconic.pipeline.compression as compression
 from artifacts import Stage, logits, original, recipe, rtn, tensors
 from commands import Laconic
-from laconic.compression import compress, prepare
-from laconic.engine.model_stage import ModelStage, Remade, Work
-from laconic.model.reading import load
+from laconic.pipeline.compression import compress, prepare
 from laconic.recipe import Recipe, load_recipe
+from laconic.runtime.reading import load
+from laconic.stages.model import ModelStage, Remade, Work
 from test_resume import Killed, contents, is_whole
 from tiny import make_model, make_recipe
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from laconic.compression import prepare, run
-from laconic.engine.writer import Workspace
+from laconic.artifact.workspace import Workspace
+from laconic.pipeline.compression import prepare, run
 
 STAGES: dict[str, list[dict[str, Any]]] = {
     "gptq": [{"method": "gptq", "scheme": "W4A16"}],

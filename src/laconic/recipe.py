@@ -16,8 +16,8 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from laconic.config import Config
-from laconic.engine.stage import Stage
 from laconic.methods import METHODS
+from laconic.stages.stage import Stage
 
 # Where in a mapping something is.
 Loc = tuple[int | str, ...]

@@ -17,8 +17,8 @@ from commands import Laconic
 from laconic.cards.facts import digest, hub_id
 from laconic.cards.results import model_index
 from laconic.cards.writing import check_against, refresh_cards, write_cards
-from laconic.model.load import open_source
-from laconic.provenance import identify
+from laconic.checkpoint.source import open_source
+from laconic.pipeline.provenance import identify
 from laconic.recipe import load_recipe
 from tiny import make_text
 
@@ -291,7 +291,7 @@ def test_a_model_from_the_hub_is_named_as_there(tmp_path: Path, original: Path) 
 def test_a_digest_of_rows_is_that_of_the_whole() -> None:
     import torch
 
-    from laconic.provenance import sha256
+    from laconic.pipeline.provenance import sha256
 
     ids = torch.arange(24).view(4, 6)
     assert digest(list(ids)) == sha256(ids)

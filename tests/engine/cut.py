@@ -21,11 +21,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from laconic.engine.finetune import Course, cut_by_block, finetune
-from laconic.engine.losses import language_loss
-from laconic.model.adapters import Nf4Linear, adapt
-from laconic.model.mix import Example, Mix
-from laconic.model.reading import load
+from laconic.data.mix import Example, Mix
+from laconic.runtime.adapters import Nf4Linear, adapt
+from laconic.runtime.reading import load
+from laconic.train.finetune import Course, cut_by_block, finetune
+from laconic.train.losses import language_loss
 
 
 class Cutting(Accelerator):

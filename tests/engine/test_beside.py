@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from laconic.engine.beside import compress_tap, low_rank
-from laconic.engine.stage import QuantizingStage
 from laconic.formats import Quantized
 from laconic.methods.gptq import Gptq
 from laconic.methods.rtn import Rtn
 from laconic.solvers.moments import Moments
+from laconic.stages.stage import QuantizingStage
+from laconic.walk.beside import compress_tap, low_rank
 
 TOKENS, IN = 600, 64
 LOUD = [5, 40, 41]

@@ -30,9 +30,9 @@ from artifacts import (
     with_decoded_weights,
 )
 from commands import Laconic
-from laconic.model.anatomy import dissect, rounds
-from laconic.model.experts import Experts, all_tokens
-from laconic.model.load import skeleton
+from laconic.checkpoint.source import skeleton
+from laconic.structure.anatomy import dissect, rounds
+from laconic.structure.experts import Experts, all_tokens
 from tiny import MIXTURES, make_model, make_recipe
 
 every_mixture = pytest.mark.parametrize("arch", MIXTURES)

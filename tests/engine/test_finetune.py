@@ -14,8 +14,8 @@ from cut import examples, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.engine.finetune import Course, finetune
-from laconic.model.mix import Mix
+from laconic.data.mix import Mix
+from laconic.train.finetune import Course, finetune
 
 
 class Bigram(nn.Module):

@@ -23,8 +23,8 @@ from artifacts import (
     tensors,
     with_decoded_weights,
 )
-from laconic.compression import prepare
-from laconic.engine.engines import closed_to_transformers
+from laconic.pipeline.compression import prepare
+from laconic.pipeline.engines import closed_to_transformers
 from tiny import make_model
 
 FOUR_BITS = gptq("W4A16", group_size=32)

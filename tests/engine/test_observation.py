@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from watching import Learn, Watch, stroll
 
 from artifacts import inputs, original, tokens
-from laconic.engine.stream import make_stream
+from laconic.calibrate.stream import make_stream
 from laconic.methods.awq import Awq
 from laconic.methods.smoothquant import SmoothQuant
-from laconic.model.anatomy import dissect
 from laconic.solvers.moments import Moments
+from laconic.structure.anatomy import dissect
 from tiny import ARCHITECTURES, make_model
 
 WINDOWS = tokens(6, 40)

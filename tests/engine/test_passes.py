@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from artifacts import original, tokens
-from laconic.engine.passes import Passes
-from laconic.engine.stream import Stream
-from laconic.model.anatomy import Anatomy, Call, capture_calls, dissect
+from laconic.calibrate.passes import Passes
+from laconic.calibrate.stream import Stream
+from laconic.structure.anatomy import Anatomy, Call, capture_calls, dissect
 from tiny import make_model
 
 IDS = tokens(6, 24)

@@ -10,15 +10,15 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from laconic.engine.block import Block
-from laconic.engine.plan import Plan, make_plan
-from laconic.engine.settings import Settings
-from laconic.engine.stage import BlockStage, LinearStage, Outcome, Stage
-from laconic.engine.walk import walk
-from laconic.engine.writer import Workspace
-from laconic.model.anatomy import dissect
-from laconic.model.load import arranged, open_source, skeleton
+from laconic.artifact.workspace import Workspace
+from laconic.checkpoint.source import arranged, open_source, skeleton
 from laconic.solvers.moments import Moments
+from laconic.stages.block import Block
+from laconic.stages.stage import BlockStage, LinearStage, Outcome, Stage
+from laconic.structure.anatomy import dissect
+from laconic.walk.plan import Plan, make_plan
+from laconic.walk.settings import Settings
+from laconic.walk.walk import walk
 
 
 class Watch(LinearStage):

@@ -13,9 +13,9 @@ from transformers import Cache, PreTrainedModel
 from artifacts import original
 from laconic.evaluate.cache_cost import memory_by_length, speed_by_length
 from laconic.evaluate.through_cache import PLAIN, plain_cache
-from laconic.formats.kv import KvFormat
-from laconic.formats.kv_scheme import uniform
-from laconic.model.kv_open import make_cache
+from laconic.kv.format import KvFormat
+from laconic.kv.open import make_cache
+from laconic.kv.scheme import uniform
 from tiny import make_model
 
 LAYERS, HEADS, CHANNELS = 2, 2, 16

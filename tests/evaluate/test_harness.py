@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from laconicNone import Artifact
 from transformers import PreTrainedModel
 
 import laconic as package
 from artifacts import original, press, rtn
 from commands import Laconic
-from laconic import Artifact
+from laconic.checkpoint.source import load_tokenizer
 from laconic.evaluate.harness import evaluate_tasks
-from laconic.model.kv_cache import KvCache
-from laconic.model.kv_open import make_cache
-from laconic.model.load import load_tokenizer
+from laconic.kv.cache import KvCache
+from laconic.kv.open import make_cache
 from tiny import make_model, make_text
 
 pytestmark = pytest.mark.skipif(
@@ -262,7 +262,7 @@ def test_answers_are_generated_with_the_cache_asked_for(
         made.append(make_cache(*args))
         return made[-1]
 
-    monkeypatch.setattr("laconic.model.kv_open.make_cache", watched)
+    monkeypatch.setattr("laconic.kv.open.make_cache", watched)
     write(tmp_path / "gsm8k_train.jsonl", [{"question": "How many?", "answer": "Two and two. #### 4"}])
     write(tmp_path / "gsm8k_test.jsonl", [{"question": phrase(0, 3), "answer": "#### 4"}])
     kv = "{method: kivi, k_bits: 2, v_bits: 2, group_size: 16, residual_length: 16}"

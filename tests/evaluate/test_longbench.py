@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 import laconic as package
 from artifacts import original, press, rtn
 from commands import Laconic
+from laconic.checkpoint.source import load_tokenizer
 from laconic.evaluate.harness import evaluate_tasks
 from laconic.evaluate.long_context import evaluate_long
 from laconic.evaluate.through_cache import PLAIN, continue_greedily, plain_cache
-from laconic.model.load import load_tokenizer
 from tiny import make_model, make_text
 
 pytestmark = pytest.mark.skipif(

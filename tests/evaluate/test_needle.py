@@ -12,12 +12,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import laconic
+from laconic.checkpoint.source import load_tokenizer
 from laconic.evaluate.needle import FORMS, depths_of, find_needles, is_found, make_prompt
 from laconic.evaluate.through_cache import PLAIN, plain_cache
-from laconic.formats.kv import KvFormat
-from laconic.formats.kv_scheme import uniform
-from laconic.model.kv_open import make_cache
-from laconic.model.load import load_tokenizer
+from laconic.kv.format import KvFormat
+from laconic.kv.open import make_cache
+from laconic.kv.scheme import uniform
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 

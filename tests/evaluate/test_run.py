@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from laconicNone import Artifact
 
 import laconic
 from artifacts import original, press, rtn
-from laconic import Artifact
+from laconic.artifact.size import measure_size
+from laconic.checkpoint.source import load_tokenizer
+from laconic.data.text import evaluation_windows, read_documents
 from laconic.evaluate.fidelity import measure
 from laconic.evaluate.run import evaluate
-from laconic.model.data import evaluation_windows, read_documents
-from laconic.model.load import load_tokenizer
-from laconic.model.size import measure_size
 from tiny import make_model
 
 

@@ -14,9 +14,9 @@ from artifacts import logits, original, tokens
 from laconic.evaluate.context_perplexity import edges, perplexity_by_position
 from laconic.evaluate.fidelity import measure
 from laconic.evaluate.through_cache import PLAIN, continue_greedily, plain_cache
-from laconic.formats.kv import KvFormat
-from laconic.formats.kv_scheme import uniform
-from laconic.model.kv_open import make_cache
+from laconic.kv.format import KvFormat
+from laconic.kv.open import make_cache
+from laconic.kv.scheme import uniform
 from tiny import make_model
 
 WINDOWS = tokens(3, 80)

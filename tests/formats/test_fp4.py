@@ -19,7 +19,7 @@ from laconic.formats.fp4 import Fp4, MxFp4, NvFp4, decode_e2m1, encode_e2m1, pac
 from laconic.formats.schemes import PRESETS
 from laconic.formats.storage import to_stored
 from laconic.formats.tiling import Tiling
-from laconic.model.products import round_activations
+from laconic.runtime.products import round_activations
 
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
 both = pytest.mark.parametrize("preset", ["MXFP4A16", "NVFP4A16"])

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from laconic.formats.kv import KvFormat, decode_kv, encode_kv
-from laconic.formats.kv_scheme import HeadGroup, KvScheme, tokens_at_once, uniform
+from laconic.kv.format import KvFormat, decode_kv, encode_kv
+from laconic.kv.scheme import HeadGroup, KvScheme, tokens_at_once, uniform
 
 
 def numbers(tokens: int = 8, channels: int = 16, heads: int = 2) -> Tensor:

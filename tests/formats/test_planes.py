@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laconic.formats.planes import pack_planes, packed_size, planes, unpack_planes
+from laconic.kv.planes import pack_planes, packed_size, planes, unpack_planes
 
 
 @given(num_bits=st.integers(1, 8), eighths=st.integers(1, 20), rows=st.integers(1, 3), seed=st.integers(0, 99))

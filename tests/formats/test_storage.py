@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from laconic.formats import Quantized, fit, quantize
 from laconic.formats.schemes import PRESETS, Scheme, scheme
 from laconic.formats.storage import from_stored, stored_bytes, stored_shapes, to_stored
-from laconic.model.quant_config import to_config
+from laconic.runtime.quant_config import to_config
 
 VARIED = (
     scheme("W4A16", group_size=-1),

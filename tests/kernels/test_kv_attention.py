@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from laconic.formats.kv import KvFormat, decode_kv, encode_kv
-from laconic.formats.kv_scheme import uniform
-from laconic.kernels.kv_attention import (
+from laconic.kv.attention import (
     MOST_QUERIES,
     Angles,
     Packed,
@@ -26,6 +24,8 @@ from laconic.kernels.kv_attention import (
     kv_attention_torch,
     supports,
 )
+from laconic.kv.format import KvFormat, decode_kv, encode_kv
+from laconic.kv.scheme import uniform
 
 BATCH, HEADS = 2, 2
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -141,7 +141,7 @@ def kernel() -> Iterator[Attention]:
     """The Triton kernel. Without a GPU Triton's interpreter runs it, in a process of its own, since that choice is
     made when Triton is first imported."""
     pytest.importorskip("triton", reason="Triton is not installed here")
-    from laconic.kernels.kv_attention_triton import kv_attention_triton
+    from laconic.kv.attention_triton import kv_attention_triton
 
     if DEVICE.type == "cuda":
         yield kv_attention_triton

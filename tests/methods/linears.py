@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from laconic.engine.beside import compress_tap
-from laconic.engine.stage import LinearStage
 from laconic.formats import Quantized
 from laconic.solvers.moments import Moments
+from laconic.stages.stage import LinearStage
+from laconic.walk.beside import compress_tap
 
 
 def correlated(tokens: int = 512, n: int = 128, *, seed: int = 0) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 import laconic
 from artifacts import Stage, inputs, logits, original, press, tensors, windows
-from laconic.engine.train import passing_gradients
 from laconic.evaluate.fidelity import measure
 from laconic.formats import LowRank, Outliers, fit, quantize, schemes
 from laconic.formats.int_affine import IntAffine
@@ -21,7 +20,8 @@ from laconic.formats.tiling import Tiling
 from laconic.methods.autoround import _Tuned
 from laconic.methods.awq import _relative_size, _rounded, _Seen
 from laconic.methods.smoothquant import scales
-from laconic.model.linear import QLinear
+from laconic.runtime.linear import QLinear
+from laconic.train.block_tuning import passing_gradients
 from tiny import make_model
 
 G16 = Tiling("group", 16)

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 import laconic
 from artifacts import Stage, original, press, same_bytes, tensors, tokens
 from commands import Laconic
-from laconic.engine.cache_stage import CacheStage
+from laconic.artifact.size import measure_size
+from laconic.checkpoint.files import KV_CACHE, KV_CONFIG
 from laconic.evaluate.run import evaluate
-from laconic.formats.kv import decode_kv, encode_kv
+from laconic.kv.files import read_kv_scheme
+from laconic.kv.format import decode_kv, encode_kv
+from laconic.kv.open import make_cache
 from laconic.methods import METHODS
-from laconic.model.kv_open import make_cache
-from laconic.model.kv_reading import KV_CACHE, KV_CONFIG, read_kv_scheme
-from laconic.model.size import measure_size
+from laconic.stages.cache import CacheStage
 from tiny import make_model
 
 NAMES = [m.model_fields["method"].default for m in METHODS if issubclass(m, CacheStage)]
@@ -80,7 +81,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 ) -> None:
     stages = [{"method": "gptq", "scheme": "W4A16", "group_size": 32}, {"method": method}]
     whole = press(llama, tmp_path / "whole", *stages, text=text)
-    from laconic.engine.writer import Workspace
+    from laconic.artifact.workspace import Workspace
 
     write, written = Workspace.write_shard, []
 

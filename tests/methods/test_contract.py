@@ -9,23 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from laconicNone import Artifact
 from linears import correlated, made_of, output_error, weight
 from pydantic import ValidationError
 from torch import Tensor
 
 import laconic
 from artifacts import Stage, inputs, press, quantized_linears, same_bytes, tensors, windows
-from laconic import Artifact
-from laconic.engine import treatment
-from laconic.engine.beside import attach, compress_tap
-from laconic.engine.model_stage import ModelStage
-from laconic.engine.stage import BlockStage, Outcome, QuantizingStage
-from laconic.engine.stage import Stage as AnyStage
 from laconic.formats import Quantized
 from laconic.methods import METHODS
 from laconic.methods.gptq import Gptq
 from laconic.methods.reap import Reap
 from laconic.methods.rtn import Rtn
+from laconic.stages.model import ModelStage
+from laconic.stages.stage import BlockStage, Outcome, QuantizingStage
+from laconic.stages.stage import Stage as AnyStage
+from laconic.walk import treatment
+from laconic.walk.beside import attach, compress_tap
 from tiny import make_model
 
 SCHEMES: list[dict[str, Any]] = [

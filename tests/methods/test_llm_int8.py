@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 import laconic
 from artifacts import logits, original, press, quantized_linears, rtn
 from commands import Laconic
-from laconic.engine.beside import compress_tap
 from laconic.formats.storage import as_stored, to_stored
 from laconic.methods.llm_int8 import LlmInt8
-from laconic.model.linear import QLinear
+from laconic.runtime.linear import QLinear
+from laconic.walk.beside import compress_tap
 from tiny import make_recipe
 
 LLM_INT8 = {"method": "llm_int8", "threshold": 2.5}

@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 import laconic
 from artifacts import Stage, logits, matrix_of, original, press, same_bytes, tensors, windows
 from commands import Laconic
-from laconic.compression import compress
-from laconic.engine.gradients import gradients
+from laconic.checkpoint.source import load_tokenizer, skeleton
 from laconic.methods.depth import block_influence
+from laconic.methods.llm_pruner.gradients import gradients
+from laconic.methods.llm_pruner.groups import find_groups
 from laconic.methods.reap import saliency
-from laconic.model.anatomy import dissect
-from laconic.model.groups import find_groups
-from laconic.model.load import load_tokenizer, skeleton
-from laconic.model.reading import load
+from laconic.pipeline.compression import compress
+from laconic.runtime.reading import load
+from laconic.structure.anatomy import dissect
 from test_resume import Killed, contents, is_whole
 from tiny import ARCHITECTURES, MIXTURES, SHARED, make_model, make_recipe
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import laconic
 from artifacts import inputs, original, press, recipe, same_bytes, tensors, windows
-from laconic.engine import walk
 from laconic.methods.magnitude import Magnitude
 from laconic.methods.sparsegpt import SparseGpt
 from laconic.methods.wanda import Wanda
 from laconic.solvers.allocate import owl, share_out
+from laconic.walk import walk
 from tiny import make_model
 
 W, X = weight(), correlated()

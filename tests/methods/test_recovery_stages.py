@@ -16,12 +16,12 @@ from torch import Tensor
 
 import laconic
 from artifacts import Stage, logits, original, press, rtn, same_bytes, tensors, tokens
-from laconic.engine import finetune as loop
-from laconic.engine.adapter_files import read_adapter
-from laconic.engine.finetune import Course
-from laconic.engine.losses import language_loss
-from laconic.model.load import load_tokenizer
-from laconic.model.mix import Part, collate, read_mix
+from laconic.checkpoint.source import load_tokenizer
+from laconic.data.mix import Part, collate, read_mix
+from laconic.runtime.adapter_files import read_adapter
+from laconic.train import finetune as loop
+from laconic.train.finetune import Course
+from laconic.train.losses import language_loss
 from tiny import make_model, make_text
 
 peft = pytest.importorskip("peft")

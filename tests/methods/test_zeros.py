@@ -13,11 +13,11 @@ from linears import correlated, made_of, output_error, weight
 
 import laconic
 from artifacts import press, quantized_linears, recipe, tensors
-from laconic.engine.stage import LinearStage
 from laconic.methods.gptq import Gptq
 from laconic.methods.llm_int8 import LlmInt8
 from laconic.methods.rtn import Rtn
 from laconic.methods.sparsegpt import SparseGpt
+from laconic.stages.stage import LinearStage
 
 SCHEMES: list[dict[str, Any]] = [
     {"scheme": "W4A16", "group_size": 32},
@@ -116,7 +116,7 @@ def test_a_mask_that_a_later_stage_loses_ends_the_run(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def loses(self: Any, weight: torch.Tensor, *_: Any) -> Any:
-        from laconic.engine.stage import Outcome
+        from laconic.stages.stage import Outcome
 
         return Outcome(weight + 1)
 

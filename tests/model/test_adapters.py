@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from artifacts import logits, original, tokens
-from laconic.model.adapters import Adapted, Nf4Linear, adapt, merge
+from laconic.runtime.adapters import Adapted, Nf4Linear, adapt, merge
 
 peft = pytest.importorskip("peft")
 

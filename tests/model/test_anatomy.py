@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoConfig, LlamaModel, PreTrainedModel
 
 from artifacts import original, tokens
-from laconic.model.anatomy import capture_calls, dissect, head_input
-from laconic.model.load import skeleton
+from laconic.checkpoint.source import skeleton
+from laconic.structure.anatomy import capture_calls, dissect, head_input
 from tiny import ARCHITECTURES, make_model
 
 ATTENTION = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)]

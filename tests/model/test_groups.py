@@ -12,12 +12,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from artifacts import logits, original
-from laconic.model.anatomy import dissect
-from laconic.model.groups import Group, find_groups, matched, narrow
-from laconic.model.load import open_source, skeleton
-from laconic.model.reading import load
-from laconic.model.rebuild import parts_of, rebuilt
-from laconic.model.widths import with_widths
+from laconic.checkpoint.rebuild import parts_of, rebuilt
+from laconic.checkpoint.source import open_source, skeleton
+from laconic.methods.llm_pruner.groups import Group, find_groups, matched, narrow
+from laconic.runtime.reading import load
+from laconic.structure.anatomy import dissect
+from laconic.structure.widths import with_widths
 from tiny import ARCHITECTURES, SHARED, make_model
 
 # Models whose config can say how many heads there are, whatever their width; how many units attention has elsewhere.

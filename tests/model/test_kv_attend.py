@@ -20,14 +20,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from artifacts import original
-from laconic.formats.kv import KvFormat
-from laconic.formats.kv_scheme import HeadGroup, KvScheme, uniform
-from laconic.kernels.kv_attention import kv_attention_torch, runs_on
-from laconic.model import kv_attend
-from laconic.model.kv_attend import NAME
-from laconic.model.kv_cache import KvCache
-from laconic.model.kv_open import kv_shape, make_cache
-from laconic.model.kv_unread import History, Unread
+from laconic.kv import attend as kv_attend
+from laconic.kv.attend import NAME
+from laconic.kv.attention import kv_attention_torch, runs_on
+from laconic.kv.cache import KvCache
+from laconic.kv.format import KvFormat
+from laconic.kv.lazy import History, Unread
+from laconic.kv.open import kv_shape, make_cache
+from laconic.kv.scheme import HeadGroup, KvScheme, uniform
 from tiny import make_model
 from turning import fixed_turns
 
@@ -68,7 +68,7 @@ def both_ways(folder: Path, way: Way, run: Callable[[PreTrainedModel, KvCache], 
 
 def by_kernel(folder: Path, way: Way, run: Callable[[PreTrainedModel, KvCache], Tensor]) -> tuple[Tensor, Tensor, int]:
     """The same, and how often the kernel was called."""
-    from laconic.kernels import kv_attention_triton
+    from laconic.kv import attention_triton as kv_attention_triton
 
     kernel, calls = kv_attention_triton.kv_attention_triton, 0
 

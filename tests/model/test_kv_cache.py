@@ -14,10 +14,10 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
 import laconic
 from artifacts import original
-from laconic.formats.kv import KvFormat
-from laconic.formats.kv_scheme import HeadGroup, KvScheme, uniform
-from laconic.model.kv_cache import KvCache
-from laconic.model.kv_open import kv_shape, make_cache
+from laconic.kv.cache import KvCache
+from laconic.kv.format import KvFormat
+from laconic.kv.open import kv_shape, make_cache
+from laconic.kv.scheme import HeadGroup, KvScheme, uniform
 from tiny import make_model
 from turning import fixed_turns
 

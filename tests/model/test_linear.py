@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from laconic.formats import fit, quantize
 from laconic.formats.schemes import PRESETS, Scheme, scheme
 from laconic.formats.storage import to_stored
-from laconic.model.linear import QLinear
-from laconic.model.products import round_activations
+from laconic.runtime.linear import QLinear
+from laconic.runtime.products import round_activations
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
 E4M3 = E4M3[E4M3.isfinite()]

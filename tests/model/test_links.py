@@ -10,8 +10,8 @@ from torch import nn
 
 import laconic
 from artifacts import tokens
-from laconic.model.anatomy import Anatomy, Tap, dissect
-from laconic.model.links import Link, find_links, fold, pooled, used
+from laconic.structure.anatomy import Anatomy, Tap, dissect
+from laconic.structure.links import Link, find_links, fold, pooled, used
 from tiny import ARCHITECTURES, make_model
 
 FUSED = {"phi3"}

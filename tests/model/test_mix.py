@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from laconic.model.data import evaluation_windows
-from laconic.model.load import load_tokenizer
-from laconic.model.mix import Example, Mix, Part, collate, described, read_mix
+from laconic.checkpoint.source import load_tokenizer
+from laconic.data.mix import Example, Mix, Part, collate, described, read_mix
+from laconic.data.text import evaluation_windows
 from tiny import make_text
 
 TEXT = make_text(2000)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from laconic.formats import Outliers, Quantized, fit, quantize
 from laconic.formats.schemes import PRESETS, scheme
 from laconic.formats.storage import to_stored
-from laconic.model.linear import QLinear
-from laconic.model.products import exact_float_product, int8_product, round_activations
+from laconic.runtime.linear import QLinear
+from laconic.runtime.products import exact_float_product, int8_product, round_activations
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 LOUD = [3, 77, 130, 255]

@@ -16,7 +16,7 @@ from torch import nn
 from laconic.formats import Format
 from laconic.formats.fp4 import NvFp4
 from laconic.formats.schemes import PRESETS, Scheme, scheme
-from laconic.model.quant_config import schemes_from_config, to_config
+from laconic.runtime.quant_config import schemes_from_config, to_config
 
 LINEARS = [f"model.layers.{i}.{n}" for i in range(3) for n in ("self_attn.q_proj", "mlp.up_proj")] + ["lm_head"]
 VARIED = (

@@ -222,7 +222,7 @@ def test_a_native_artifact_saved_by_transformers_is_still_the_same(wide: Path, t
 
 def test_what_only_reads_does_not_load_what_compresses() -> None:
     """So that an engine's environment needs no more than the reading takes."""
-    code = "import sys, laconic, laconic.model.products; print(*(m for m in sys.modules if m.startswith('laconic.')))"
+    code = "import sys, laconic, laconic.runtime.products; print(*(m for m in sys.modules if m.startswith('laconic.')))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "laconic.model.products" in loaded
-    assert not [m for m in loaded if m.startswith(("laconic.engine", "laconic.compression", "laconic.methods"))]
+    assert "laconic.runtime.products" in loaded
+    assert not [m for m in loaded if m.startswith(("laconic.walk", "laconic.pipeline.compression", "laconic.methods"))]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from artifacts import gptq, press, recipe, rtn, tensors
-from laconic.compression import prepare
-from laconic.model.size import measure_size
+from laconic.artifact.size import measure_size
+from laconic.pipeline.compression import prepare
 from tiny import VOCABULARY, make_model
 
 # The tiny Llama: two blocks, hidden 64, intermediate 128, 4 heads of 16 of which 2 hold keys and values.

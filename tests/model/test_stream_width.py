@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, VaultGemmaConfig
 
-from laconic.model.rebuild import rebuilt
-from laconic.model.stream_width import kept_channels, narrower, stream_axes, without_channels
+from laconic.checkpoint.rebuild import rebuilt
+from laconic.methods.llm_pruner.stream_width import kept_channels, narrower, stream_axes, without_channels
 from tiny import make_model
 
 NARROWED = ["llama", "mistral", "qwen2", "qwen3", "phi3"]

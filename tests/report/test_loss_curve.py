@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from laconic.engine.artifact import Artifact
+from laconic.artifact.artifact import Artifact
 from laconic.report.chart import standalone
 from laconic.report.gathered import gather
 from laconic.report.loss_curve import loss_curve

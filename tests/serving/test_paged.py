@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from laconic.formats.kv import KvFormat, decode_kv, encode_kv
-from laconic.formats.kv_scheme import HeadGroup
-from laconic.formats.kv_slot import slot_layout
+from laconic.kv.format import KvFormat, decode_kv, encode_kv
+from laconic.kv.scheme import HeadGroup
 from laconic.serving import paged
 from laconic.serving.paged import PackedLayer, Part, Scoring, attend, write
 from laconic.serving.paged_units import write_units
+from laconic.serving.slot import slot_layout
 from laconic.solvers.rotate import turned, turns
 from turning import random_turns
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from laconic.formats.kv import KvFormat
-from laconic.formats.kv_scheme import HeadGroup
+from laconic.kv.format import KvFormat
+from laconic.kv.scheme import HeadGroup
 from laconic.serving import paged
 from laconic.serving.paged import PackedLayer, Part, Scoring, attend, kernel_reads, write
 from laconic.serving.paged_units import write_units

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laconic.formats.kv import KvFormat, decode_kv, encode_kv
+from laconic.kv.fit import fit_static
+from laconic.kv.format import KvFormat, decode_kv, encode_kv
+from laconic.kv.kmeans import levels
 from laconic.solvers.allocate import allocate
-from laconic.solvers.kmeans import levels
-from laconic.solvers.kv_fit import fit_static
 from laconic.solvers.rotate import balanced, hadamard
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laconic.solvers.saliency import cut, of_units, pooled, taylor
+from laconic.methods.llm_pruner.saliency import cut, of_units, pooled, taylor
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

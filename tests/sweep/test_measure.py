@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from artifacts import logits, original, press, rtn
-from laconic.engine.artifact import Artifact
+from laconic.artifact.artifact import Artifact
+from laconic.checkpoint.source import load_tokenizer
+from laconic.data.text import evaluation_windows
 from laconic.evaluate import context_perplexity
-from laconic.model.data import evaluation_windows
-from laconic.model.load import load_tokenizer
 from laconic.sweep.measure import measure
 from laconic.sweep.study import Evaluation
 

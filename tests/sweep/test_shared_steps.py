@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-import laconic.compression as compression
+import laconic.pipeline.compression as compression
 import laconic.sweep.sweeping as sweeping
-from laconic.compression import compress
+from laconic.pipeline.compression import compress
 from laconic.sweep.study import load_study
 from laconic.sweep.sweeping import sweep
 from test_resume import Killed, contents

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 import laconic
 from artifacts import tensors
-from laconic.model.kv_reading import read_kv_scheme
+from laconic.kv.files import read_kv_scheme
 from vllm_kernels import FP8_CACHE
 
 pytestmark = [*needs_vllm, FP8_CACHE]

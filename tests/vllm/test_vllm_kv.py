@@ -21,9 +21,9 @@ from test_vllm import pytestmark as needs_vllm
 from torch import Tensor
 
 import laconic
-from laconic.formats.kv import KvFormat
-from laconic.formats.kv_scheme import HeadGroup, KvScheme, uniform
-from laconic.model.kv_open import kv_shape, make_cache
+from laconic.kv.format import KvFormat
+from laconic.kv.open import kv_shape, make_cache
+from laconic.kv.scheme import HeadGroup, KvScheme, uniform
 from turning import fixed_turns
 
 pytestmark = needs_vllm

@@ -11,7 +11,7 @@ from test_vllm import DEMO, SOURCE, our_logprobs, serve, some_tokens
 from test_vllm import pytestmark as needs_vllm
 
 import laconic
-from laconic.engine.adapter_files import read_adapter
+from laconic.runtime.adapter_files import read_adapter
 from tiny import make_model
 from vllm_kernels import FOUR_BITS
 

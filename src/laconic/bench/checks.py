@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from transformers import PretrainedConfig
 
+from laconic.artifact.artifact import Artifact
 from laconic.bench.forms import KINDS
 from laconic.bench.models import check_prompt, names
 from laconic.bench.shapes import PRESETS, narrower
-from laconic.engine.artifact import Artifact
-from laconic.model.anatomy import linears_of
-from laconic.model.load import model_folder, read_config, skeleton
+from laconic.checkpoint.source import model_folder, read_config, skeleton
+from laconic.structure.anatomy import linears_of
 
 PARTS = ("linears", "models")
 

@@ -18,8 +18,8 @@ from laconic.bench.energy import energy_of
 from laconic.bench.forms import Held, blocked, cusparselt_held
 from laconic.bench.timing import Call, Times, captured, take_turns
 from laconic.bench.zeros import Zeros, zeros_of
-from laconic.model.anatomy import linears_of
-from laconic.model.linear import QLinear
+from laconic.runtime.linear import QLinear
+from laconic.structure.anatomy import linears_of
 
 PHASES = ("prefill", "decode")
 

@@ -11,11 +11,11 @@ import torch
 from torch.autograd.profiler import emit_nvtx
 from torch.profiler import ProfilerActivity, profile
 
-from laconic.compression import Composed, run
-from laconic.engine.artifact import Artifact
-from laconic.engine.span import span
-from laconic.model.reading import load
-from laconic.walking import Prepared
+from laconic.artifact.artifact import Artifact
+from laconic.pipeline.compression import Composed, run
+from laconic.pipeline.walking import Prepared
+from laconic.runtime.reading import load
+from laconic.walk.span import span
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -65,7 +65,7 @@ def profile_generation(
 
 def _name_blocks(model: torch.nn.Module) -> None:
     """Have every block, and what is directly in it, show under its name."""
-    from laconic.model.anatomy import find_blocks
+    from laconic.structure.anatomy import find_blocks
 
     def named(module: torch.nn.Module, name: str) -> None:
         forward = module.forward

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PretrainedConfig
 
-from laconic.model.anatomy import dissect, linears_of
-from laconic.model.load import model_folder, read_config, skeleton
+from laconic.checkpoint.source import model_folder, read_config, skeleton
+from laconic.structure.anatomy import dissect, linears_of
 
 Shape = tuple[int, int]
 """(out, in)."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from laconic.artifact.artifact import Artifact
 from laconic.bench.checks import PARTS, check_asked, check_folders, check_made_up
 from laconic.bench.forms import KINDS
 from laconic.bench.linears import bench_linears
@@ -29,10 +30,9 @@ from laconic.bench.models import (
 from laconic.bench.shapes import PRESETS, Shape, config_of, linear_shapes, narrower, read_shapes, scaled
 from laconic.bench.verdict import busy_verdict, linear_verdicts, model_verdicts
 from laconic.bench.zeros import to_2_of_4, to_unstructured, to_zero_blocks
-from laconic.engine.artifact import Artifact
-from laconic.model.load import model_folder
-from laconic.model.reading import load
-from laconic.provenance import command_line, versions
+from laconic.checkpoint.source import model_folder
+from laconic.pipeline.provenance import command_line, versions
+from laconic.runtime.reading import load
 
 BATCHES = (1, 16, 64, 256, 1024, 4096)
 DEFAULT = "llama-3-8b"

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from laconic.cards.language import language_mix
 from laconic.cards.sets import TextSet, declared, filters_of, token_ids
-from laconic.engine.writer import write_text
-from laconic.model.load import Source
+from laconic.checkpoint.atomic import write_text
+from laconic.checkpoint.source import Source
 
 FOLDER, FACTS = "cards", "facts.json"
 _CARRIED = ("license", "license_name", "license_link", "language")

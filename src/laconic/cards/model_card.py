@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from laconic.artifact.size import Size
 from laconic.cards.data_card import license_of
 from laconic.cards.results import Results, commands, model_index, tables
+from laconic.checkpoint.files import KV_CONFIG
 from laconic.formats.schemes import PRESETS
-from laconic.model.kv_reading import KV_CONFIG
-from laconic.model.quant_config import NATIVE
-from laconic.model.size import Size
+from laconic.runtime.quant_config import NATIVE
 
 # A folder of one's own is nobody else's business, and of no use to them.
 _FOLDERS = re.compile(r"(?<![\w.:/])(?:~|/)(?:[^\s'\"/]*/)+")

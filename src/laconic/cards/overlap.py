@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from laconic.model.data import read_rows
+from laconic.data.text import read_rows
 
 NGRAM = 13
 _WORD = re.compile(r"\w+")

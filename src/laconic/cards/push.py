@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from laconic.artifact.workspace import partial_of
 from laconic.cards.writing import recipe_of
-from laconic.engine.writer import partial_of
-from laconic.model.checkpoint import open_checkpoint, reason
+from laconic.checkpoint.files import open_checkpoint, reason
 
 # Of the HTTP library that huggingface_hub goes by, which is not the same in all its versions.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from laconic.model.data import HUB_TEXTS
+from laconic.data.text import HUB_TEXTS
 
 Results = Mapping[str, Mapping[str, Any]]
 _TEXT_METRICS = {

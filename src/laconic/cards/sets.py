@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from laconic.engine.masking import Protect
-from laconic.model.data import calibration_windows, read_documents
-from laconic.model.mix import Part, read_mix
+from laconic.data.mix import Part, read_mix
+from laconic.data.text import calibration_windows, read_documents
 from laconic.recipe import Calibration, Recipe
+from laconic.stages.pruning import Protect
 
 
 @dataclass(frozen=True)

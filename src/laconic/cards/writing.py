@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from laconic.artifact.artifact import Artifact
+from laconic.artifact.size import measure_size
 from laconic.cards.data_card import data_card
 from laconic.cards.facts import FOLDER, decode, describe_base, describe_set, digest, read_facts, write_facts
 from laconic.cards.model_card import body, metadata
@@ -14,11 +16,9 @@ from laconic.cards.overlap import NGRAM, evaluation_texts, index, overlap
 from laconic.cards.readme import merge
 from laconic.cards.results import measured_on
 from laconic.cards.sets import sets_of, token_ids
-from laconic.engine.artifact import Artifact
-from laconic.engine.writer import write_text
-from laconic.model.data import HUB_TEXTS
-from laconic.model.load import Source, load_tokenizer, open_source
-from laconic.model.size import measure_size
+from laconic.checkpoint.atomic import write_text
+from laconic.checkpoint.source import Source, load_tokenizer, open_source
+from laconic.data.text import HUB_TEXTS
 from laconic.recipe import Recipe, load_recipe
 
 README, DATA = "README.md", "data.md"

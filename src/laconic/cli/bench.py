@@ -51,7 +51,7 @@ def bench_sparsity(
     if output is not None and output.suffix not in (".md", ".json"):
         raise ValueError(f"--output {output} is neither Markdown nor JSON; give it a name that ends in .md or .json")
     if output is not None:
-        from laconic.engine.writer import check_place
+        from laconic.checkpoint.atomic import check_place
 
         check_place(output)
     from laconic.bench.sparsity import bench_sparsity as measure

@@ -213,7 +213,7 @@ def _warnings(prepared: Any) -> Iterator[str]:
 
 
 def _walk_warnings(walk: Any) -> Iterator[str]:
-    from laconic.engine.engines import closed_to_transformers
+    from laconic.pipeline.engines import closed_to_transformers
 
     unserved = sorted({s.name for s in walk.plan.schemes.values() if s.engine == "transformers"})
     if unserved:

@@ -188,7 +188,7 @@ def _show_tasks(result: dict[str, Any], json_: bool) -> None:
 
 def _check_pictures(*files: Path | None) -> None:
     """Before hours of measuring. Raises: ValueError for a file that no picture can be written to."""
-    from laconic.engine.writer import check_place
+    from laconic.checkpoint.atomic import check_place
 
     for file in files:
         if file is not None:
@@ -201,7 +201,7 @@ def _draw_reliability(result: dict[str, Any], file: Path | None) -> None:
     """Draw a diagram into a file; of several, each into one with its name in it."""
     if file is None:
         return
-    from laconic.engine.writer import write_text
+    from laconic.checkpoint.atomic import write_text
     from laconic.evaluate.names import slug
     from laconic.report.chart import standalone
     from laconic.report.reliability import reliability_diagrams

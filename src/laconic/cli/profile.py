@@ -32,8 +32,8 @@ def profile_compress(
 ) -> None:
     """Compress a model, and trace the first blocks."""
     from laconic.bench.profiling import profile_compress as run
-    from laconic.compression import prepare
-    from laconic.engine.writer import check_place
+    from laconic.checkpoint.atomic import check_place
+    from laconic.pipeline.compression import prepare
 
     check_place(trace)
     if recipe is None and not source.endswith((".yaml", ".yml")):
@@ -59,7 +59,7 @@ def profile_generate(
 ) -> None:
     """Read a prompt and write some tokens, and trace all of it."""
     from laconic.bench.profiling import profile_generation
-    from laconic.engine.writer import check_place
+    from laconic.checkpoint.atomic import check_place
 
     check_place(trace)
     profile_generation(model, trace, prompt=prompt, tokens=tokens, batch=batch, nvtx=nvtx)

@@ -28,8 +28,8 @@ def compress(
     json_: Json = False,
 ) -> None:
     """Compress a model by a recipe; run again after an interruption to go on where it stopped."""
-    from laconic.compression import prepare, run
-    from laconic.engine.ranks import is_main
+    from laconic.pipeline.compression import prepare, run
+    from laconic.train.ranks import is_main
 
     if recipe is None and not source.endswith((".yaml", ".yml")):
         raise ValueError(f"'{source}' is no recipe file; to compress a model by a ready recipe add --recipe NAME")
@@ -102,7 +102,7 @@ def list_(json_: Json = False) -> None:
 
 def _draw_training(folder: Path) -> None:
     """Draw the loss of each training beside its figures."""
-    from laconic.engine.writer import write_text
+    from laconic.checkpoint.atomic import write_text
     from laconic.report.chart import standalone
     from laconic.report.loss_curve import loss_curve
 

@@ -70,9 +70,9 @@ def report(
 
 def inspect(model: Annotated[str, typer.Argument(metavar="DIR")], json_: Json = False) -> None:
     """What a checkpoint holds: schemes, bits per weight, bytes, its recipe, its worst linears."""
-    from laconic.engine.artifact import Artifact
-    from laconic.model.load import model_folder
-    from laconic.model.size import measure_size
+    from laconic.artifact.artifact import Artifact
+    from laconic.artifact.size import measure_size
+    from laconic.checkpoint.source import model_folder
 
     folder = model_folder(model)
     size, artifact = measure_size(folder), Artifact(folder)

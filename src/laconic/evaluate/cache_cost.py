@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from laconic.evaluate.through_cache import Caches, step
-from laconic.model.kv_cache import KvCache
-from laconic.model.kv_open import KvShape, kv_shape
+from laconic.kv.cache import KvCache
+from laconic.kv.open import KvShape, kv_shape
 
 
 @dataclass(frozen=True)

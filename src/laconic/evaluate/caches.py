@@ -11,9 +11,9 @@ from transformers import Cache, PreTrainedModel
 
 from laconic.evaluate.names import slug
 from laconic.evaluate.through_cache import PLAIN, plain_cache
-from laconic.formats.kv_scheme import KvScheme
-from laconic.kv import kv_scheme
-from laconic.model.kv_open import kv_shape, make_cache
+from laconic.kv.open import kv_shape, make_cache
+from laconic.kv.scheme import KvScheme
+from laconic.pipeline.kv_cache import kv_scheme
 
 
 def caches_for(model: PreTrainedModel, asked: Sequence[str] = ()) -> dict[str, Callable[[], Cache]]:

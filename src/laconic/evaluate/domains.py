@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from laconic.engine.artifact import Artifact
+from laconic.artifact.artifact import Artifact
 from laconic.evaluate.bootstrap import SEED, method_of
 from laconic.evaluate.fidelity import observe
 from laconic.evaluate.names import slug
 from laconic.evaluate.run import figures, open_pair, windows_of
-from laconic.provenance import command_line, versions
+from laconic.pipeline.provenance import command_line, versions
 
 
 def read_domains(asked: Sequence[str]) -> dict[str, str]:

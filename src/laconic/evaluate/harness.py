@@ -16,7 +16,9 @@ from unittest import mock
 import torch
 from transformers import PreTrainedModel
 
-from laconic.engine.artifact import Artifact
+from laconic.artifact.artifact import Artifact
+from laconic.checkpoint.files import reason
+from laconic.checkpoint.source import load_tokenizer, model_folder, read_config
 from laconic.evaluate.bootstrap import method_of
 from laconic.evaluate.caches import of_caches, read_stage, resolve, title
 from laconic.evaluate.calibration import Predictions
@@ -26,11 +28,9 @@ from laconic.evaluate.recovery import Score, compare, mean_recovery, read_groups
 from laconic.evaluate.suites import standard_tasks
 from laconic.evaluate.task_calibration import compare_calibration, read_predictions, with_groups
 from laconic.evaluate.task_files import explain, open_local, suggest
-from laconic.model.checkpoint import reason
-from laconic.model.kv_open import use_by_default
-from laconic.model.load import load_tokenizer, model_folder, read_config
-from laconic.model.reading import load
-from laconic.provenance import command_line, versions
+from laconic.kv.open import use_by_default
+from laconic.pipeline.provenance import command_line, versions
+from laconic.runtime.reading import load
 
 # lm-eval's own defaults, said here because they belong to a result.
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from laconic.engine.artifact import Artifact
+from laconic.artifact.artifact import Artifact
+from laconic.checkpoint.source import load_tokenizer, model_folder
+from laconic.data.text import HUB_TEXTS, evaluation_windows, prefix_of, read_documents
 from laconic.evaluate.cache_cost import memory_by_length, speed_by_length
 from laconic.evaluate.caches import caches_for, of_caches
 from laconic.evaluate.context_perplexity import perplexity_by_position
 from laconic.evaluate.long_tasks import check_names, open_longbench, score_by_cache
 from laconic.evaluate.needle import FORMS, find_needles, make_prompt
-from laconic.model.data import HUB_TEXTS, evaluation_windows, prefix_of, read_documents
-from laconic.model.load import load_tokenizer, model_folder
-from laconic.model.reading import load
-from laconic.provenance import command_line, versions
+from laconic.pipeline.provenance import command_line, versions
+from laconic.runtime.reading import load
 
 PARTS = ("perplexity", "needle", "memory", "speed")
 LONGBENCH = "longbench"

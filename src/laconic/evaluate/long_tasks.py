@@ -13,7 +13,7 @@ from laconic.evaluate.longbench import is_longbench
 from laconic.evaluate.recovery import compare
 from laconic.evaluate.task_files import open_local
 from laconic.evaluate.through_cache import PLAIN, Caches
-from laconic.model.kv_open import generating_with
+from laconic.kv.open import generating_with
 
 Opened = tuple[list[Any], Any]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from laconic.data.text import prefix_of
 from laconic.evaluate.through_cache import Caches, continue_greedily
-from laconic.model.data import prefix_of
 
 _COLOURS = "red green blue white black golden silver brown grey purple orange pink yellow quiet broken hidden"
 _THINGS = "bridge river castle garden tower forest island market window harbour mountain lantern violin wagon"

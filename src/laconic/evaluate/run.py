@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from laconic.engine.artifact import Artifact
+from laconic.artifact.artifact import Artifact
+from laconic.artifact.size import measure_size
+from laconic.checkpoint.source import load_tokenizer, model_folder
+from laconic.data.text import HUB_TEXTS, evaluation_windows, read_documents
 from laconic.evaluate.bootstrap import SEED, method_of
 from laconic.evaluate.calibration import calibration_of
 from laconic.evaluate.fidelity import Observed, observe
 from laconic.evaluate.samples import write_samples
-from laconic.model.data import HUB_TEXTS, evaluation_windows, read_documents
-from laconic.model.load import load_tokenizer, model_folder
-from laconic.model.reading import load
-from laconic.model.size import measure_size
-from laconic.provenance import command_line, versions
+from laconic.pipeline.provenance import command_line, versions
+from laconic.runtime.reading import load
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from laconic.checkpoint.files import reason
 from laconic.evaluate.longbench import as_lm_eval, fields_of, is_extended, is_longbench
-from laconic.model.checkpoint import reason
 
 Row = Mapping[str, Any]
 Fields = dict[str, Any]

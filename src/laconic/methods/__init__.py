@@ -12,7 +12,7 @@ from laconic.methods.kv_int8 import KvInt8
 from laconic.methods.kv_per_token import KvPerToken
 from laconic.methods.kvquant import KvQuant
 from laconic.methods.llm_int8 import LlmInt8
-from laconic.methods.llm_pruner import LlmPruner
+from laconic.methods.llm_pruner.stage import LlmPruner
 from laconic.methods.lora import Lora
 from laconic.methods.magnitude import Magnitude
 from laconic.methods.qlora import QLora

@@ -15,11 +15,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from laconic.engine.block import Block, stacked, stacks
-from laconic.engine.stage import BlockStage, Outcome, QuantizingStage
-from laconic.engine.train import SignSGD, hold, outputs, tune, unstack
 from laconic.formats import Format, Params, Quantized
 from laconic.formats.pieces import rows_at_once
+from laconic.stages.block import Block, stacked, stacks
+from laconic.stages.stage import BlockStage, Outcome, QuantizingStage
+from laconic.train.block_tuning import SignSGD, hold, outputs, tune, unstack
 
 # How far float32 may take a value that lies half a step from its code.
 _ROUNDING = 1 + 1e-4

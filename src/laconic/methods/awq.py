@@ -16,14 +16,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from laconic.engine.block import Block, stacked, stacks
-from laconic.engine.stage import BlockStage, Outcome, QuantizingStage
-from laconic.engine.train import standing_in
 from laconic.formats import Format, Params, fit, quantize
 from laconic.formats.pieces import rows_at_once
-from laconic.model.anatomy import Tap, linear_at
-from laconic.model.links import Link, pooled
 from laconic.solvers.search import search_range
+from laconic.stages.block import Block, stacked, stacks
+from laconic.stages.stage import BlockStage, Outcome, QuantizingStage
+from laconic.structure.anatomy import Tap, linear_at
+from laconic.structure.links import Link, pooled
+from laconic.train.block_tuning import standing_in
 
 # Tokens summed at a time.
 _RUN = 2048

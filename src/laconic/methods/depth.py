@@ -13,13 +13,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.engine.model_stage import ModelStage, Remade, Report, Work, check_finite, run_through, sizes_of
-from laconic.model.anatomy import find_blocks
-from laconic.model.checkpoint import read_json
-from laconic.model.load import Source
-from laconic.model.reading import load
-from laconic.model.rebuild import parts_of, rebuilt
-from laconic.model.widths import make_config
+from laconic.checkpoint.files import read_json
+from laconic.checkpoint.rebuild import parts_of, rebuilt
+from laconic.checkpoint.source import Source
+from laconic.runtime.reading import load
+from laconic.stages.model import ModelStage, Remade, Report, Work, check_finite, run_through, sizes_of
+from laconic.structure.anatomy import find_blocks
+from laconic.structure.widths import make_config
 
 
 class Depth(ModelStage):

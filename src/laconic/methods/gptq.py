@@ -15,8 +15,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from laconic.engine.masking import Masking
-from laconic.engine.stage import LinearStage, Outcome, QuantizingStage
 from laconic.formats import Format, Params, Quantized, fit
 from laconic.solvers.grid import GridRounder, OnlineGridRounder, by_energy, swept
 from laconic.solvers.masks import Part
@@ -24,6 +22,8 @@ from laconic.solvers.moments import Moments
 from laconic.solvers.obs import Feedback, feedback, sweep
 from laconic.solvers.prune import swept_mask
 from laconic.solvers.search import search_range
+from laconic.stages.pruning import Masking
+from laconic.stages.stage import LinearStage, Outcome, QuantizingStage
 
 
 class Gptq(QuantizingStage, Masking, LinearStage):

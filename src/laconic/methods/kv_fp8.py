@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from laconic.engine.cache_stage import CacheStage
-from laconic.formats.kv import KvFormat
-from laconic.model.kv_open import KvShape
+from laconic.kv.format import KvFormat
+from laconic.kv.open import KvShape
+from laconic.stages.cache import CacheStage
 
 
 class KvFp8(CacheStage):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from laconic.engine.cache_stage import CacheStage
-from laconic.formats.kv import KvFormat
-from laconic.model.kv_open import KvShape
+from laconic.kv.format import KvFormat
+from laconic.kv.open import KvShape
+from laconic.stages.cache import CacheStage
 
 
 class KvInt8(CacheStage):

@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from laconic.engine.cache_stage import CacheStage
-from laconic.formats.kv import KvFormat
-from laconic.model.kv_open import KvShape
+from laconic.kv.format import KvFormat
+from laconic.kv.open import KvShape
+from laconic.stages.cache import CacheStage
 
 
 class KvPerToken(CacheStage):

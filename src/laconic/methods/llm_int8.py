@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from laconic.engine.stage import LinearStage, Outcome, QuantizingStage
 from laconic.formats import Quantized, encode, fit
 from laconic.formats.int_affine import IntAffine
 from laconic.solvers.moments import Moments
+from laconic.stages.stage import LinearStage, Outcome, QuantizingStage
 
 
 class LlmInt8(QuantizingStage, LinearStage):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from laconic.engine.recovery import Recovery
+from laconic.train.recovery import Recovery
 
 
 class Lora(Recovery):

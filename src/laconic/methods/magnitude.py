@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.engine.masking import PruningStage
-from laconic.engine.stage import Outcome
 from laconic.solvers.masks import Part, keep_parts
 from laconic.solvers.moments import Moments
+from laconic.stages.pruning import PruningStage
+from laconic.stages.stage import Outcome
 
 
 class Magnitude(PruningStage):

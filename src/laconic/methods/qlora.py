@@ -10,8 +10,8 @@ from typing import Literal
 
 from torch import nn
 
-from laconic.engine.recovery import Recovery
-from laconic.model.adapters import Nf4Linear
+from laconic.runtime.adapters import Nf4Linear
+from laconic.train.recovery import Recovery
 
 
 class QLora(Recovery):

@@ -12,12 +12,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.engine.model_stage import ModelStage, Remade, Report, Work, check_finite, run_through, sizes_of
-from laconic.model.checkpoint import read_json
-from laconic.model.experts import Experts, routers_of
-from laconic.model.load import Source
-from laconic.model.reading import load
-from laconic.model.rebuild import empty, parts_of, rebuilt
+from laconic.checkpoint.files import read_json
+from laconic.checkpoint.rebuild import empty, parts_of, rebuilt
+from laconic.checkpoint.source import Source
+from laconic.runtime.reading import load
+from laconic.stages.model import ModelStage, Remade, Report, Work, check_finite, run_through, sizes_of
+from laconic.structure.experts import Experts, routers_of
 
 
 class Reap(ModelStage):

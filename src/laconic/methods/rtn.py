@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.engine.stage import LinearStage, Outcome, QuantizingStage
 from laconic.formats import fit, quantize
 from laconic.solvers.moments import Moments
 from laconic.solvers.search import search_range
+from laconic.stages.stage import LinearStage, Outcome, QuantizingStage
 
 
 class Rtn(QuantizingStage, LinearStage):

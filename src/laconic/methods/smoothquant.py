@@ -15,14 +15,14 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from laconic.engine.block import Block, stacked
-from laconic.engine.stage import BlockStage, Outcome
 from laconic.formats import fit, quantize
 from laconic.formats.schemes import Scheme, scheme
 from laconic.formats.tiling import groups_for
-from laconic.model.anatomy import Tap
-from laconic.model.links import Link
-from laconic.model.products import round_activations
+from laconic.runtime.products import round_activations
+from laconic.stages.block import Block, stacked
+from laconic.stages.stage import BlockStage, Outcome
+from laconic.structure.anatomy import Tap
+from laconic.structure.links import Link
 
 
 class SmoothQuant(BlockStage):

@@ -13,13 +13,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from laconic.engine.masking import PruningStage
-from laconic.engine.stage import Outcome
 from laconic.solvers.grid import by_energy
 from laconic.solvers.masks import Part
 from laconic.solvers.moments import Moments
 from laconic.solvers.obs import feedback
 from laconic.solvers.prune import least_squares, swept_mask
+from laconic.stages.pruning import PruningStage
+from laconic.stages.stage import Outcome
 
 
 class SparseGpt(PruningStage):

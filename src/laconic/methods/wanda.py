@@ -13,11 +13,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from laconic.engine.masking import PruningStage
-from laconic.engine.stage import Outcome
 from laconic.solvers.masks import Part, keep_parts
 from laconic.solvers.moments import Moments
 from laconic.solvers.prune import least_squares
+from laconic.stages.pruning import PruningStage
+from laconic.stages.stage import Outcome
 
 
 class Wanda(PruningStage):

@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from laconic.engine.block import Block, stacked, stacks
-from laconic.engine.stage import BlockStage, Outcome, QuantizingStage
-from laconic.engine.train import hold, outputs, rounded_through, tune, unstack
 from laconic.formats import fit, quantize
+from laconic.stages.block import Block, stacked, stacks
+from laconic.stages.stage import BlockStage, Outcome, QuantizingStage
+from laconic.train.block_tuning import hold, outputs, rounded_through, tune, unstack
 
 
 class ZeroQuant(QuantizingStage, BlockStage):

@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from laconic.engine.writer import write_text
+from laconic.checkpoint.atomic import write_text
 
 Rows = list[dict[str, str]]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from laconic.engine.artifact import Artifact
+from laconic.artifact.artifact import Artifact
 from laconic.report.figures import Measured, Quality, Speed, check_figures
 
 Result = dict[str, Any]

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from laconic.engine.writer import write_text
+from laconic.checkpoint.atomic import write_text
 from laconic.report.bench_table import markdown
 from laconic.report.criteria import checklist
 from laconic.report.gathered import Evaluated

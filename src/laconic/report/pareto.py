@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laconic.engine.artifact import Artifact
+from laconic.artifact.artifact import Artifact
 from laconic.report.figures import Quality, Speed, check_figures
 from laconic.report.gathered import check_one_original, plain_name
 

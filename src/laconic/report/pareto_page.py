@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from laconic.engine.writer import write_text
+from laconic.checkpoint.atomic import write_text
 from laconic.report.bench_table import markdown
 from laconic.report.chart import Axis, Mark, Series, chart
 from laconic.report.page import check_page, environment

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from laconic.formats.kv import KvFormat, Static, decode_kv, encode_kv
-from laconic.formats.kv_scheme import HeadGroup, tokens_at_once
-from laconic.formats.kv_slot import SlotLayout, slot_layout
-from laconic.kernels.kv_attention import runs_on
-from laconic.model.places import turn, turn_back
+from laconic.kv.attention import runs_on
+from laconic.kv.format import KvFormat, Static, decode_kv, encode_kv
+from laconic.kv.positions import turn, turn_back
+from laconic.kv.scheme import HeadGroup, tokens_at_once
+from laconic.serving.slot import SlotLayout, slot_layout
 from laconic.solvers.rotate import Turns, turned
 
 if TYPE_CHECKING:
@@ -313,14 +313,14 @@ def kernel_reads(layer: PackedLayer, scoring: Scoring, cache: Tensor) -> bool:
         return False
     if scoring.softcap or scoring.slopes is not None:
         return False
-    from laconic.kernels.paged_triton import fits_pages
+    from laconic.serving.paged_triton import fits_pages
 
     return all(fits_pages(fmt, layer.channels) for fmt in (layer.groups[0].keys, layer.groups[0].values))
 
 
 def _history(layer: PackedLayer, cache: Tensor, part: Part, q: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """By the kernel: `paged_history` of what `layer` says of its pages."""
-    from laconic.kernels.paged_triton import Side, paged_history
+    from laconic.serving.paged_triton import Side, paged_history
 
     layout, group = layer.layouts[0], layer.groups[0]
 

@@ -1,7 +1,7 @@
 """vLLM with a packed key-value cache: pages of an artifact's own format (`laconic_kv_cache` in its config.json).
 
 vLLM's list of cache dtypes is closed, so the format comes from the artifact, and the attention backend owns the bytes
-of its pages: one slot for each token and head (`formats.kv_slot`). Nothing is kept outside of pages, so prefix caching,
+of its pages: one slot for each token and head (`serving.slot`). Nothing is kept outside of pages, so prefix caching,
 preemption and swapping stay vLLM's own affair.
 
 On a CPU our backend stands in for vLLM's, and hands every other model on to it. Elsewhere vLLM chooses among several,
@@ -35,10 +35,11 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from laconic.formats.kv_scheme import KvScheme, tokens_at_once
-from laconic.model.kv_open import KvShape, kv_shape
-from laconic.model.kv_reading import KV_CACHE, KV_CONFIG, by_layer
-from laconic.model.places import places_of
+from laconic.checkpoint.files import KV_CACHE, KV_CONFIG
+from laconic.kv.files import by_layer
+from laconic.kv.open import KvShape, kv_shape
+from laconic.kv.positions import places_of
+from laconic.kv.scheme import KvScheme, tokens_at_once
 from laconic.serving.paged import Angles, PackedLayer, Part, Scoring, attend, write
 from laconic.serving.paged_units import write_units
 from laconic.solvers.rotate import turns

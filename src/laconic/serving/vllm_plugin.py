@@ -22,8 +22,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from laconic.formats import Outliers
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import from_stored, stored_shapes
-from laconic.model.products import integer_linear, simulated_linear
-from laconic.model.quant_config import NATIVE, schemes_from_config
+from laconic.runtime.products import integer_linear, simulated_linear
+from laconic.runtime.quant_config import NATIVE, schemes_from_config
 from laconic.serving.vllm_kv import register_kv
 from laconic.serving.vllm_widths import register_widths
 

@@ -1,4 +1,4 @@
-"""Teaches vLLM models whose blocks differ in width (`model.widths`).
+"""Teaches vLLM models whose blocks differ in width (`structure.widths`).
 
 While vLLM's own model builds a block, its config says that block's widths; vLLM gives every attention layer a cache of
 its own shape. Nothing else is changed.
@@ -17,7 +17,7 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 from vllm.model_executor.models.utils import make_layers
 
-from laconic.model.widths import BASE, WIDTHS
+from laconic.structure.widths import BASE, WIDTHS
 
 # Those that were tried; more may work.
 _SERVED = (

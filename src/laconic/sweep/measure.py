@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from laconic.artifact.size import measure_size
 from laconic.evaluate.long_context import evaluate_long
 from laconic.evaluate.run import evaluate
 from laconic.evaluate.through_cache import PLAIN
-from laconic.model.size import measure_size
 from laconic.sweep.study import Evaluation
 
 

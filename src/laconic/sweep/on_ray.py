@@ -12,7 +12,7 @@ from typing import Any
 import ray
 import torch
 
-from laconic.engine.writer import partial_of
+from laconic.artifact.workspace import partial_of
 from laconic.sweep.runs import Run
 from laconic.sweep.study import Resources
 from laconic.sweep.work import remember_failure, work

@@ -11,12 +11,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from laconic.compression import prepare
-from laconic.engine.cache_stage import CacheStage
-from laconic.engine.writer import begun_with
-from laconic.model.load import Source, open_source
-from laconic.provenance import identify
+from laconic.artifact.workspace import begun_with
+from laconic.checkpoint.source import Source, open_source
+from laconic.pipeline.compression import prepare
+from laconic.pipeline.provenance import identify
 from laconic.recipe import Recipe, load_recipe
+from laconic.stages.cache import CacheStage
 from laconic.sweep.study import Evaluation, Grid, Point, Study, points
 
 # More than these are most often a slip of the pen.

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from laconic.engine.writer import check_place, lock
+from laconic.artifact.locks import lock
+from laconic.checkpoint.atomic import check_place
 from laconic.sweep.runs import Run, foretell, plan_runs
 from laconic.sweep.study import Resources, Study
 from laconic.sweep.table import rows_of, write_table

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from laconic.engine.writer import write_file
+from laconic.checkpoint.atomic import write_file
 from laconic.sweep.runs import Run
 
 # What a row has beside its axes, and of what kind it is.

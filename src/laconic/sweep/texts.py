@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from laconic.model.data import HUB_TEXTS, evaluation_windows, read_documents, read_rows
-from laconic.model.load import Source, load_tokenizer, open_source
+from laconic.checkpoint.source import Source, load_tokenizer, open_source
+from laconic.data.text import HUB_TEXTS, evaluation_windows, read_documents, read_rows
+from laconic.pipeline.walking import calibration_ids
 from laconic.recipe import Recipe
 from laconic.sweep.runs import Run, texts_of
 from laconic.sweep.study import Evaluation
-from laconic.walking import calibration_ids
 
 
 def check_texts(runs: Iterable[Run]) -> None:

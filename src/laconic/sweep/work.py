@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from laconic.artifact.artifact import Artifact
+from laconic.artifact.locks import turn
+from laconic.artifact.workspace import begun_with
 from laconic.cards.writing import refresh_cards
-from laconic.compression import compress
-from laconic.engine.artifact import Artifact
-from laconic.engine.writer import begun_with, turn, write_text
-from laconic.provenance import forget_peak_memory
+from laconic.checkpoint.atomic import write_text
+from laconic.pipeline.compression import compress
+from laconic.pipeline.provenance import forget_peak_memory
 from laconic.sweep.measure import measure
 from laconic.sweep.runs import Run
 from laconic.sweep.table import fits, rows_of

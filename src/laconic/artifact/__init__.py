@@ -1,0 +1,1 @@
+"""The folder that a compression writes: workspace, results, sizes."""

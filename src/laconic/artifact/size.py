@@ -1,0 +1,55 @@
+"""Bits and bytes, counted on what is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from laconic.checkpoint.files import count_elements, linears_quantization, open_checkpoint
+from laconic.checkpoint.layout import arrange, names_for_engines
+from laconic.checkpoint.source import main_dtype, read_config, skeleton
+from laconic.runtime.quant_config import count_schemes, is_ours, schemes_of
+from laconic.structure.anatomy import linears_of
+
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+
+
+@dataclass(frozen=True)
+class Size:
+    """parameters: of the model as trained, a tied weight counted once. bits_per_weight: every stored bit (scales, zero
+    points, embeddings and head included) over parameters. file_bytes: of the weight files. schemes: how many linears
+    have which. covered: share of parameters that is quantized."""
+
+    parameters: int
+    tensor_bytes: int
+    bits_per_weight: float
+    file_bytes: int
+    schemes: dict[str, int]
+    covered: float
+    simulated: bool
+
+
+def measure_size(folder: Path) -> Size:
+    """Count a checkpoint folder. Raises: ValueError when it cannot be read."""
+    checkpoint = open_checkpoint(folder)
+    raw, config = read_config(folder)
+    stored = checkpoint.tensors
+    tensor_bytes = sum(count_elements(s.shape) * _BYTES.get(s.dtype, 1) for s in stored.values())
+    quantization = linears_quantization(raw)
+    if quantization:
+        del config.quantization_config
+    model = skeleton(config, main_dtype(checkpoint))
+    linears = linears_of(model)
+    names = names_for_engines(arrange(checkpoint, model), model, linears)
+    schemes = schemes_of(quantization, names) if quantization and is_ours(quantization) else {}
+    parameters = sum(p.numel() for p in model.parameters())
+    quantized = sum(linears[n].weight.numel() for n in schemes)
+    return Size(
+        parameters,
+        tensor_bytes,
+        8 * tensor_bytes / parameters,
+        checkpoint.nbytes,
+        count_schemes(schemes),
+        quantized / parameters,
+        any(s.simulated for s in schemes.values()),
+    )

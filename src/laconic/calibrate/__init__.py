@@ -1,0 +1,1 @@
+"""Running blocks on calibration data: streams, halted passes, observation, attention capture."""

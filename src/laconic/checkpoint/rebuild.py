@@ -1,0 +1,52 @@
+"""A model built anew, of other sizes, from tensors that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from laconic.checkpoint.files import reason
+from laconic.checkpoint.source import skeleton
+from laconic.structure.widths import make_config
+
+
+def rebuilt(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config.json's keys `raw`, with these parameters and buffers by name; those tied share one tensor.
+
+    Raises: ValueError when transformers takes no such config, or would build it in other shapes.
+    """
+    model = empty(raw, dtype)
+    made: dict[int, nn.Parameter] = {}
+    for name, expected in list(model.named_parameters(remove_duplicate=False)):
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != expected.shape:
+            got = "none" if tensor is None else tuple(tensor.shape)
+            raise ValueError(f"{name} would be {tuple(expected.shape)} by config.json, and is {got}")
+        path, _, leaf = name.rpartition(".")
+        loaded = made.setdefault(id(tensor), nn.Parameter(tensor.detach(), requires_grad=False))
+        setattr(model.get_submodule(path), leaf, loaded)
+    for name, buffer in model.named_buffers():
+        if name in tensors and tensors[name].shape == buffer.shape:
+            buffer.copy_(tensors[name])
+    module: nn.Module = model
+    module.to(next(iter(made.values())).device)
+    model.tie_weights()
+    module.eval()
+    return model
+
+
+def empty(raw: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """The skeleton of a config.json's keys. Raises: ValueError when transformers takes no such config."""
+    try:
+        return skeleton(make_config(raw), dtype)
+    except Exception as e:
+        raise ValueError(f"transformers takes no config with such sizes: {reason(e)}") from e
+
+
+def parts_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones by each of their names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}

@@ -1,0 +1,208 @@
+"""From a name or a folder to a model whose weights are not loaded yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from laconic.checkpoint.files import DTYPES, KV_CONFIG, Checkpoint, open_checkpoint, read_json, reason
+from laconic.checkpoint.layout import arrange, unwrap_conv1d
+from laconic.structure.experts import unstack
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to compress: its folder, its configuration, its tensors, the dtype most of them have."""
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+
+
+def open_source(name: str, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Source:
+    """Open a local folder, or a Hub repository (downloaded, or from the cache when offline).
+
+    Raises: ValueError when it is not a causal language model that can be opened safely.
+    """
+    folder = model_folder(name, allow_pickle=allow_pickle)
+    raw, config = read_config(folder, trust_remote_code=trust_remote_code)
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise ValueError(f"{name} is already quantized ({method}); start from the original 16-bit model")
+    if KV_CONFIG in raw:
+        # What was found for its cache is of its weights, and of as many blocks and heads.
+        raise ValueError(
+            f"{name} says how its cache is stored ({KV_CONFIG} in config.json), which was found for it as it is; start "
+            "from the model that it was made of"
+        )
+    checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
+    return Source(name, folder, config, checkpoint, main_dtype(checkpoint))
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> tuple[dict[str, Any], PretrainedConfig]:
+    """config.json as it is written, and as transformers reads it.
+
+    Raises: ValueError when it is no model's, or when the model brings its own code and that is not to be run.
+    """
+    raw = read_json(folder / "config.json")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{folder}/config.json holds no keys and values; download it again")
+    if "auto_map" in raw and not trust_remote_code:
+        raise ValueError(f"{folder} wants to run its own code (auto_map); pass --trust-remote-code if you trust it")
+    try:
+        return raw, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as e:
+        raise ValueError(f"{folder}/config.json does not describe a model transformers knows: {reason(e)}") from e
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model with parameters on the meta device (no memory) and buffers real (rotary tables are computed). Every
+    matrix is a linear of its own, experts and Conv1D too.
+
+    Raises: ValueError when transformers has no causal language model of this configuration, or one that cannot be
+    taken apart into linears.
+    """
+    # Imported here, since vLLM, which our plugin runs in, comes without it.
+    from accelerate import init_empty_weights
+
+    unsupported = f"unsupported architecture '{config.model_type}': it is no causal language model"
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except Exception as e:
+        if "Unrecognized configuration class" in str(e):
+            raise ValueError(unsupported) from e
+        raise ValueError(f"config.json describes no {config.model_type} that can be built: {reason(e)}") from e
+    # Encoders pass for causal models too (BERT does); their attention tells them apart.
+    looks = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    if looks and not any(looks):
+        raise ValueError(unsupported)
+    unwrap_conv1d(model)
+    unstack(model)
+    model.tie_weights()
+    model.eval()
+    return model
+
+
+def arranged(source: Source, model: PreTrainedModel) -> Source:
+    """A source whose checkpoint has the names and shapes of a skeleton's parameters."""
+    return replace(source, checkpoint=arrange(source.checkpoint, model))
+
+
+def check_complete(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Raises: ValueError unless the checkpoint has every parameter of a skeleton, in its shape, in a dtype we read."""
+    for parameter, names in _parameters(model).items():
+        name = next((n for n in names if n in checkpoint.tensors), None)
+        if name is None:
+            raise ValueError(
+                f"{checkpoint.folder} has no tensor '{names[0]}', which config.json asks for; "
+                "download it again, or check that the two belong together (weights that transformers splits or joins "
+                "while it loads them, other than experts, cannot be read)"
+            )
+        stored = checkpoint.tensors[name]
+        _check_shape(name, stored.shape, parameter)
+        if stored.dtype not in DTYPES:
+            raise ValueError(f"tensor '{name}' is {stored.dtype}; Laconic reads bf16, fp16 or fp32 weights")
+
+
+def materialise(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Load the parameters of `module` (named `prefix` in the checkpoint) that are still on the meta device, each in the
+    dtype that it has there."""
+    # Tied parameters go by one of their names in the file, and stay one parameter.
+    missing = {p: names for p, names in _parameters(module).items() if p.is_meta}
+    stored = {
+        p: next((n for n in names if f"{prefix}{n}" in checkpoint.tensors), names[0]) for p, names in missing.items()
+    }
+    tensors = checkpoint.load((f"{prefix}{n}" for n in stored.values()), device)
+    for expected, names in missing.items():
+        got = tensors.pop(f"{prefix}{stored[expected]}")
+        _check_shape(f"{prefix}{stored[expected]}", tuple(got.shape), expected)
+        loaded = nn.Parameter(got.to(expected.dtype), requires_grad=False)
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(path), leaf, loaded)
+    module.to(device)
+
+
+def _parameters(module: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every parameter with its names, of which a tied one has several."""
+    found: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        found.setdefault(parameter, []).append(name)
+    return found
+
+
+def _check_shape(name: str, shape: tuple[int, ...], expected: nn.Parameter) -> None:
+    if shape != tuple(expected.shape):
+        raise ValueError(
+            f"tensor '{name}' has shape {shape}, config.json says {tuple(expected.shape)}; "
+            "the checkpoint and its config.json do not belong together"
+        )
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises: ValueError when there is none."""
+    if not any(
+        (folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    ):
+        raise ValueError(f"{folder} has no tokenizer (tokenizer.json); copy the original model's tokenizer files there")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as e:
+        raise ValueError(f"the tokenizer in {folder} cannot be opened: {reason(e)}") from e
+
+
+def check_tokens(highest: int, known: int, folder: Path) -> None:
+    """Raises: ValueError when the tokenizer in `folder` gave a token that is none of the model's `known` ones."""
+    if highest >= known:
+        raise ValueError(
+            f"the tokenizer in {folder} gives token {highest}, the model knows {known}; "
+            "copy the original model's tokenizer files there"
+        )
+
+
+def model_folder(name: str, *, allow_pickle: bool = False) -> Path:
+    """A local folder as it is; a Hub name downloaded (or from the cache). Raises: ValueError when there is neither."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(f"no model folder '{name}'; give a folder with config.json, or a Hub name like owner/model")
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns + (["*.bin"] if allow_pickle else [])))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        raise ValueError(f"'{name}' is no local folder and could not be fetched from the Hub; check the name") from e
+
+
+def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The 16- or 32-bit dtype that most weights of the checkpoint have."""
+    sizes: dict[str, int] = {}
+    for stored in checkpoint.tensors.values():
+        n = 1
+        for s in stored.shape:
+            n *= s
+        sizes[stored.dtype] = sizes.get(stored.dtype, 0) + n
+    floats = {name: size for name, size in sizes.items() if name in DTYPES}
+    if not floats:
+        held = f"weights in {', '.join(sorted(sizes))}" if sizes else "no weights"
+        raise ValueError(f"{checkpoint.folder} holds {held}; Laconic reads bf16, fp16 or fp32 weights")
+    return DTYPES[max(floats, key=lambda k: floats[k])]

@@ -1,0 +1,1 @@
+"""Text and instructions as token ids: calibration windows, training mixes."""

@@ -1,0 +1,190 @@
+"""Text in, windows of token ids out: calibration samples and evaluation windows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from laconic.checkpoint.files import reason
+
+# Texts that perplexity is measured on, by the names they go by.
+HUB_TEXTS = {
+    "wikitext2": {"dataset": "Salesforce/wikitext", "config": "wikitext-2-raw-v1", "split": "test"},
+    "c4": {"dataset": "allenai/c4", "config": "en", "split": "validation"},
+}
+_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+
+
+def read_documents(dataset: str, *, split: str = "train", config: str | None = None) -> Iterator[Any]:
+    """Documents of a dataset: a string, or a list of chat messages.
+
+    dataset: a local .txt (one document), .jsonl or .parquet file (column `text`, or chat `messages`), or a Hub name.
+    Raises: ValueError when it cannot be read or has neither column.
+    """
+    return (_document(row, where) for row, where in read_rows(dataset, split=split, config=config))
+
+
+def read_rows(dataset: str, *, split: str = "train", config: str | None = None) -> Iterator[tuple[Any, str]]:
+    """Rows of such a dataset as they are, or of a .json file that holds a list of them, each with words for where it
+    is; of a .txt file, one row with the whole `text`.
+
+    Raises: ValueError when it cannot be read.
+    """
+    path = Path(dataset).expanduser()
+    if path.suffix in _SUFFIXES or path.exists():
+        if not path.is_file():
+            raise ValueError(f"no text file '{dataset}'; check the path")
+        if path.suffix not in _SUFFIXES:
+            raise ValueError(f"'{dataset}' is no dataset: use a .txt, .jsonl, .json or .parquet file, or a Hub name")
+        return _read_file(path)
+    return _read_hub(dataset, split, config)
+
+
+def _read_file(path: Path) -> Iterator[tuple[Any, str]]:
+    if path.suffix == ".txt":
+        yield {"text": _text(path.read_bytes(), str(path))}, str(path)
+    elif path.suffix == ".json":
+        said = _text(path.read_bytes(), str(path))
+        try:
+            rows = json.loads(said)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path} is not JSON: {e}") from e
+        if not isinstance(rows, list):
+            raise ValueError(f"{path} is no list of rows; write one row a line into a .jsonl file")
+        for number, row in enumerate(rows, 1):
+            yield row, f"{path}, row {number},"
+    elif path.suffix == ".jsonl":
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"{path}, line {number},"
+                if said := _text(line, where).strip():
+                    try:
+                        row = json.loads(said)
+                    except (ValueError, RecursionError) as e:
+                        raise ValueError(f"{where} is not JSON: {e}") from e
+                    yield row, where
+    else:
+        for row in _parquet_rows(path):
+            yield row, str(path)
+
+
+def _text(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{where} is not UTF-8 text ({e.reason} at byte {e.start}); convert it to UTF-8") from e
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    try:
+        for batch in pq.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except Exception as e:
+        raise ValueError(f"{path} is not a readable Parquet file: {reason(e)}") from e
+
+
+def _read_hub(name: str, split: str, config: str | None) -> Iterator[tuple[Any, str]]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, config, split=split, streaming=True)
+        for row in rows:
+            yield row, name
+    except ValueError:
+        raise
+    except Exception as e:
+        raise ValueError(
+            f"dataset '{name}' is no local file and could not be fetched from the Hub ({reason(e)}); "
+            "name a local file, or go online"
+        ) from e
+
+
+def _document(row: Any, where: str) -> Any:
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return row["text"]
+        messages = row.get("messages")
+        if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
+            return messages
+    raise ValueError(f"{where} has neither a 'text' string nor a list of 'messages'")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, document: Any) -> list[int]:
+    """Token ids of a document, with the special tokens (BOS) that the tokenizer puts there itself."""
+    if isinstance(document, str):
+        return list(tokenizer(document, verbose=False).input_ids)
+    if tokenizer.chat_template:
+        try:
+            encoded: Any = tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)
+            return list(encoded["input_ids"])
+        except Exception as e:
+            raise ValueError(f"a chat of the dataset does not fit the model's chat template: {reason(e)}") from e
+    turns = "\n".join(f"{m.get('role', 'user')}: {m.get('content', '')}" for m in document)
+    return list(tokenizer(turns, verbose=False).input_ids)
+
+
+def prefix_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the tokenizer puts before every text ([BOS] for most, nothing for some)."""
+    ids = tokenizer("", verbose=False).input_ids
+    return list(ids[:1]) if ids and ids[0] == tokenizer.bos_token_id else []
+
+
+def joined(documents: Iterable[Any], tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> Iterator[int]:
+    """The tokens of all documents in one row; a BOS leads windows, not documents."""
+    for document in documents:
+        ids = encode(tokenizer, document)
+        yield from ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
+
+
+def calibration_windows(
+    documents: Iterable[Any], tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int
+) -> Tensor:
+    """Fixed-length samples for calibration: documents joined, cut into windows, each led by BOS where the tokenizer
+    puts one, a seeded choice of `samples` of them.
+
+    Returns: (n, length) int64, n <= samples. Raises: ValueError when the text does not fill one window.
+    """
+    prefix = prefix_of(tokenizer)
+    body = length - len(prefix)
+    # Reading stops at a few times what is needed: enough to choose from, and a large dataset is not read whole.
+    stream = list(islice(joined(documents, tokenizer, prefix), 4 * samples * body))
+    count = len(stream) // body
+    if count < 1:
+        raise ValueError(
+            f"the calibration text has {len(stream)} tokens, less than one sample of {length}; "
+            "give more text or lower calibration.max_seq_length"
+        )
+    windows = torch.tensor(stream[: count * body]).view(count, body)
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    lead = torch.tensor(prefix, dtype=torch.long).expand(len(chosen), -1)
+    return torch.cat([lead, windows[chosen]], dim=1)
+
+
+def evaluation_windows(
+    documents: Iterable[Any], tokenizer: PreTrainedTokenizerBase, *, length: int, limit: int | None
+) -> Tensor:
+    """Consecutive windows of `length` tokens that do not overlap, each led by BOS where the tokenizer puts one.
+
+    Returns: (n, length) int64. Raises: ValueError when the text does not fill one window.
+    """
+    prefix = prefix_of(tokenizer)
+    body = length - len(prefix)
+    stream = list(joined(documents, tokenizer, prefix))
+    count = len(stream) // body
+    if count < 1:
+        raise ValueError(
+            f"the evaluation text has {len(stream)} tokens, less than one window of {length}; "
+            "give more text or a shorter context (--context-length; --lengths of the long suite)"
+        )
+    windows = torch.tensor(stream[: count * body]).view(count, body)[:limit]
+    lead = torch.tensor(prefix, dtype=torch.long).expand(len(windows), -1)
+    return torch.cat([lead, windows], dim=1)

@@ -1,1 +1,0 @@
-"""How a model streams through stages: plan, walk, observe, write. Names no method."""

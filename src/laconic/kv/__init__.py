@@ -1,0 +1,1 @@
+"""The quantized key-value cache: formats, scheme, storage, attention over packed tokens, files."""

@@ -1,0 +1,264 @@
+"""LLM-Pruner (Ma et al., arXiv 2305.11627): attention heads and MLP channels that the loss misses least are taken out.
+
+What must go together is found by structure (`methods.llm_pruner.groups`). What is left is a smaller dense model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from laconic.checkpoint.files import read_json
+from laconic.checkpoint.rebuild import parts_of, rebuilt
+from laconic.checkpoint.source import Source
+from laconic.methods.llm_pruner.gradients import Gradients, gradients
+from laconic.methods.llm_pruner.groups import Group, Kind, Slice, matched, narrow
+from laconic.methods.llm_pruner.narrowing import Narrowing, Targeted, sizes_of_units
+from laconic.methods.llm_pruner.reach import check_reach
+from laconic.methods.llm_pruner.saliency import Aggregation, Pooling, of_units, pooled, taylor
+from laconic.methods.llm_pruner.stream_width import by_channel, kept_channels, narrower, stream_axes, without_channels
+from laconic.runtime.reading import load
+from laconic.stages.model import ModelStage, Remade, Work, check_finite, sizes_of
+from laconic.structure.anatomy import Anatomy, dissect
+from laconic.structure.widths import make_config, with_widths
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class LlmPruner(ModelStage):
+    """sparsity: share of the parameters of the targeted groups that goes. groups: of `attention` (key-value heads with
+    their query heads) and `mlp` (channels, of experts too); or `hidden` alone, channels of the residual stream.
+    importance: `first` or `second` order of the loss's Taylor series; `weight` (squares of weights) and `random` are
+    baselines, and need no calibration text. aggregation, pooling: how the importance of an `element` or a `vector`
+    becomes a matrix's, and those of matrices a unit's. keep_first, keep_last: blocks that stay whole; an eighth and a
+    sixteenth of them when not given. uniform: the same widths in all blocks, which a stock config can say. heads: how
+    many query heads stay in a block, instead of as many as importance says. multiple_of: of what an MLP's or the hidden
+    width is a multiple; by the width when not given. batch_size: samples a gradient is taken of. dtype: in which
+    gradients are computed. gradient_checkpointing: less memory for a second forward pass."""
+
+    method: Literal["llm_pruner"] = "llm_pruner"
+    sparsity: float = Field(0.2, ge=0, lt=1)
+    groups: tuple[Literal["attention", "mlp", "hidden"], ...] = Field(("attention", "mlp"), min_length=1)
+    importance: Literal["first", "second", "weight", "random"] = "first"
+    aggregation: Aggregation = "element"
+    pooling: Pooling = "sum"
+    keep_first: int | None = Field(None, ge=0)
+    keep_last: int | None = Field(None, ge=0)
+    uniform: bool = False
+    heads: int | None = Field(None, ge=1)
+    multiple_of: int | None = Field(None, ge=1)
+    batch_size: int = Field(1, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+
+    @field_validator("groups", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LlmPruner:
+        if len({*self.groups}) < len(self.groups):
+            raise ValueError(f"groups names one twice ({', '.join(self.groups)}); name each once")
+        if self.uniform and (self.keep_first or self.keep_last):
+            raise ValueError("uniform gives all blocks the same widths; leave out keep_first and keep_last")
+        if self.hidden and len(self.groups) > 1:
+            raise ValueError(
+                "a hidden channel is part of every head and MLP: give groups: [hidden] a stage of its own, and the "
+                "others another"
+            )
+        if self.hidden and (self.keep_first or self.keep_last):
+            raise ValueError("a hidden channel reaches through all blocks; leave out keep_first and keep_last")
+        if self.heads and "attention" not in self.groups:
+            raise ValueError("heads counts those of attention; add attention to groups, or leave heads out")
+        return self
+
+    @property
+    def hidden(self) -> bool:
+        """Whether channels of the residual stream are what goes."""
+        return "hidden" in self.groups
+
+    @property
+    def narrowing(self) -> Narrowing:
+        """What is asked of the groups that lie within a block."""
+        kinds: list[Kind] = [kind for kind in self.groups if kind != "hidden"]
+        return Narrowing(
+            sparsity=self.sparsity,
+            kinds=kinds,
+            uniform=self.uniform,
+            heads=self.heads,
+            multiple_of=self.multiple_of,
+            keep_first=self.keep_first,
+            keep_last=self.keep_last,
+        )
+
+    @property
+    def observes(self) -> bool:
+        return self.importance in ("first", "second")
+
+    @property
+    def reshapes(self) -> bool:
+        return True
+
+    def check(self, source: Source, model: PreTrainedModel, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
+        if self.hidden:
+            stream_axes(model, read_json(source.folder / "config.json"))
+            check_reach(self.sparsity, [self.narrowing.channels(model.config.get_text_config().hidden_size)])
+            return {}
+        self.narrowing.target(model, dissect(model), read_json(source.folder / "config.json"))
+        return {}
+
+    def remake(self, work: Work) -> Remade:
+        raw = read_json(work.folder / "config.json")
+        model = load(
+            work.folder, device=work.device, dtype=_DTYPES[self.dtype], trust_remote_code=work.trust_remote_code
+        )
+        anatomy = dissect(model)
+        if self.hidden:
+            return self._without_hidden(work, model, anatomy, raw)
+        targeted, counts = self.narrowing.target(model, anatomy, raw)
+        targeted, importance = self._weigh(work, model, anatomy, targeted)
+        kept = self.narrowing.kept(targeted, counts, importance, sizes_of_units(model, anatomy, targeted))
+        masks = {
+            (i, group): mask
+            for (i, group), mask in zip(targeted.flat, kept, strict=True)
+            if not bool(mask.all()) or (self.uniform and group.stock)
+        }
+        config = self._config(raw, len(anatomy.taps), masks)
+        made = rebuilt({**raw, **config}, _narrowed(model, anatomy, masks), _DTYPES[self.dtype])
+        events = [{"event": "pruned", "block": i, **_told(group, mask)} for (i, group), mask in masks.items()]
+        result = {"method": self.method, **sizes_of(model, made), "blocks": events}
+        return Remade(made, config, events, {"pruning": result})
+
+    def _without_hidden(self, work: Work, model: PreTrainedModel, anatomy: Anatomy, raw: Mapping[str, Any]) -> Remade:
+        axes = stream_axes(model, raw)
+        hidden = model.config.get_text_config().hidden_size
+        check_reach(self.sparsity, [self.narrowing.channels(hidden)])
+        # One of each that is tied.
+        names = [n for n, _ in model.named_parameters() if n in axes]
+        if self.importance == "random":
+            importance = torch.rand(hidden, generator=torch.Generator().manual_seed(work.seed))
+        else:
+            found = self._gradients(work, model, anatomy, names)
+            vector = self.aggregation == "vector"
+            parts = [by_channel(self._changes(model, name, found), axes[name], vector=vector) for name in names]
+            importance = pooled(parts, self.pooling).cpu()
+            check_finite(importance, "the gradients" if self.observes else "the weights")
+        mask = kept_channels(importance, self.sparsity, self.narrowing.channel_step(hidden))
+        config = narrower(raw, int(mask.sum()))
+        made = rebuilt({**raw, **config}, without_channels(parts_of(model), axes, mask), _DTYPES[self.dtype])
+        event = {"event": "pruned", "group": "hidden", "channels": int(mask.sum()), "of": hidden}
+        result = {"method": self.method, **sizes_of(model, made), "blocks": [event]}
+        return Remade(made, {k: v for k, v in config.items() if raw.get(k) != v}, [event], {"pruning": result})
+
+    def _weigh(
+        self, work: Work, model: PreTrainedModel, anatomy: Anatomy, targeted: Targeted
+    ) -> tuple[Targeted, list[Tensor]]:
+        """The groups with their units matched, and the importance of these."""
+        random = torch.Generator().manual_seed(work.seed)
+        if self.importance == "random":
+            # A unit is the more likely to stay the larger it is, so that neither kind goes first.
+            drawn = [torch.rand(g.units, generator=random) for _, g in targeted.flat]
+            sizes = sizes_of_units(model, anatomy, targeted)
+            return targeted, [v * size for v, size in zip(drawn, sizes, strict=True)]
+        names = {f"{anatomy.block_name(i)}.{part.linear}.weight" for i, group in targeted.flat for part in group.slices}
+        found = self._gradients(work, model, anatomy, sorted(names))
+        blocks: dict[int, list[Group]] = {}
+        importance = []
+        for i, group in targeted.flat:
+            own, values = self._of_group(model, anatomy.block_name(i), group, found)
+            blocks.setdefault(i, []).append(own)
+            importance.append(values)
+        check_finite(torch.cat(importance), "the gradients" if self.observes else "the weights")
+        return Targeted(blocks), importance
+
+    def _gradients(self, work: Work, model: PreTrainedModel, anatomy: Anatomy, names: Sequence[str]) -> Gradients:
+        """Of the loss on the calibration text; none where weights alone are asked."""
+        if not self.observes:
+            return Gradients({}, {})
+        assert work.windows is not None
+        return gradients(
+            model,
+            names,
+            work.windows,
+            batch_size=self.batch_size,
+            squares=self.importance == "second",
+            checkpointing=self.gradient_checkpointing,
+            blocks=list(model.get_submodule(anatomy.blocks).children()),
+            report=work.report,
+        )
+
+    @torch.no_grad()
+    def _changes(self, model: PreTrainedModel, name: str, found: Gradients) -> Tensor:
+        """What the loss changes by without each of a parameter's weights; their squares where no gradient was asked."""
+        w = model.get_parameter(name).float()
+        if not found.mean:
+            return w.square()
+        if name not in found.mean:
+            raise ValueError(
+                f"no token of the calibration text was routed to {name.rsplit('.', 2)[0]}; use more samples, or "
+                "importance: weight"
+            )
+        return taylor(w, found.mean[name], found.square.get(name))
+
+    @torch.no_grad()
+    def _of_group(self, model: PreTrainedModel, block: str, group: Group, found: Gradients) -> tuple[Group, Tensor]:
+        """The group with the best channels of every expert together, and the importance of its units."""
+
+        def of(part: Slice, channels: Tensor) -> Tensor:
+            changes = self._changes(model, f"{block}.{part.linear}.weight", found)
+            return of_units(changes, part.axis, channels, self.aggregation).cpu()
+
+        if len(group.parts) > 1:
+            singly = {
+                name: pooled([of(part, part.channels.view(-1, 1)) for part in own], self.pooling)
+                for name, own in group.parts.items()
+            }
+            group = matched(group, singly)
+        return group, pooled([of(part, part.channels) for part in group.slices], self.pooling)
+
+    def _config(self, raw: Mapping[str, Any], count: int, masks: Mapping[tuple[int, Group], Tensor]) -> dict[str, Any]:
+        """The keys of config.json that change."""
+        widths: list[dict[str, int]] = [{} for _ in range(count)]
+        for (i, group), mask in masks.items():
+            widths[i] |= group.widths(int(mask.sum()))
+        if not self.uniform:
+            changed = with_widths(raw, widths) if masks else dict(raw)
+            return {k: v for k, v in changed.items() if raw.get(k) != v}
+        heads = any(group.kind == "attention" for _, group in masks)
+        # A head's width is told by the number of heads where it is not given.
+        d: dict[str, Any] = {"head_dim": raw.get("head_dim") or _head_dim(raw)} if heads and _head_dim(raw) else {}
+        return {key: value for own in widths for key, value in own.items()} | d
+
+    def warnings(self, source: Source) -> Iterator[str]:
+        if not self.uniform and not self.hidden and self.sparsity:
+            yield (
+                "llm_pruner without uniform gives each block its own widths: transformers opens that after 'import "
+                "laconic', vLLM with laconic installed beside it"
+            )
+
+
+def _head_dim(raw: Mapping[str, Any]) -> int | None:
+    return getattr(make_config(raw), "head_dim", None)
+
+
+def _narrowed(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[tuple[int, Group], Tensor]) -> dict[str, Tensor]:
+    tensors = parts_of(model)
+    for (i, group), mask in masks.items():
+        prefix = f"{anatomy.block_name(i)}."
+        inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        tensors |= {f"{prefix}{n}": t for n, t in narrow(inside, group, mask).items()}
+    return tensors
+
+
+def _told(group: Group, mask: Tensor) -> dict[str, Any]:
+    kept = int(mask.sum())
+    if group.kind == "mlp":
+        experts = {"experts": len(group.parts)} if len(group.parts) > 1 else {}
+        return {"group": "mlp", "channels": kept, "of": len(mask), **experts}
+    return {"group": "attention", "heads": kept * group.heads, "kv_heads": kept * group.kv_heads or 1, "of": len(mask)}

@@ -1,0 +1,1 @@
+"""From a recipe to an artifact: checks, steps, provenance."""

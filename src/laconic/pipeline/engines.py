@@ -1,0 +1,89 @@
+"""What engines are told of an artifact, and what transformers does not open."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from laconic.checkpoint.files import Checkpoint
+from laconic.checkpoint.layout import TransposedLinear, names_for_engines
+from laconic.formats.schemes import Scheme
+from laconic.runtime.quant_config import to_config
+from laconic.structure.experts import experts_above
+from laconic.walk.plan import Plan, alike
+
+
+def quantization_config(
+    plan: Plan, model: PreTrainedModel, checkpoint: Checkpoint
+) -> Callable[[Mapping[str, Scheme]], dict[str, Any]]:
+    """What to write of which linear of a skeleton, under all names by which engines may know it.
+
+    checkpoint: the source's, arranged. Returns: a function of the schemes as they came out, to be called after the
+    walk, when the skeleton is no longer what it was.
+    """
+    names = names_for_engines(checkpoint, model, [*plan.linears, *sorted(plan.anatomy.routers)])
+    inside = [n for n in plan.linears if experts_above(model, n)]
+    leaves = {str(experts_above(model, n)).rpartition(".")[2] for n in inside}
+    unusual = len(set(plan.schemes.values())) == 1 and _packed_unusually(plan, model)
+
+    def tell(written: Mapping[str, Scheme]) -> dict[str, Any]:
+        schemes = {n: s for name, s in written.items() for n in dict.fromkeys((name, names[name]))}
+        linears = dict.fromkeys(n for pair in names.items() for n in pair)
+        kinds = {written.get(n) for n in inside}
+        if len(kinds) == len(leaves) == 1:
+            # One pattern says it of thousands; and by it transformers knows whose scheme that of experts is.
+            pattern = rf"re:.*\.{next(iter(leaves))}\.\d+\..*"
+            if (scheme := kinds.pop()) is None:
+                linears = dict.fromkeys([*(n for n in linears if not re.match(pattern[3:], n)), pattern])
+            else:
+                schemes[pattern] = scheme
+        config = to_config(schemes, linears)
+        # transformers opens these only when it decodes them while loading, which it does by one scheme only.
+        return config | ({"dequantize": True} if unusual else {})
+
+    return tell
+
+
+def _packed_unusually(plan: Plan, model: PreTrainedModel) -> bool:
+    """Whether there are packed weights for linears of a kind of the model's own (Falcon's)."""
+    packed = [n for n, s in plan.schemes.items() if s.storage == "pack-quantized" and not s.simulated]
+    return any(type(model.get_submodule(n)) is not nn.Linear for n in packed)
+
+
+def _decodes_experts(scheme: Scheme) -> bool:
+    """Whether transformers decodes experts of a scheme while it loads them."""
+    if scheme.storage == "pack-quantized":
+        return scheme.weights.symmetric
+    if scheme.storage == "mxfp4-pack-quantized":
+        return True
+    return scheme.storage == "float-quantized" and scheme.weights.tiling.strategy != "block"
+
+
+def closed_to_transformers(plan: Plan, model: PreTrainedModel) -> str | None:
+    """What will come out of a skeleton that transformers does not open; None when it opens it. vLLM and
+    `laconic.load` do."""
+    quantized = plan.schemes
+    if any(isinstance(model.get_submodule(n), TransposedLinear) for n in quantized):
+        return "quantized Conv1D linears (it makes up their weights, or stops)"
+    schemes = set(quantized.values())
+    experts = {alike(quantized.get(n)) for n in plan.linears if experts_above(model, n)}
+    if any(s.native and s.outlier_columns is not None for s in schemes):
+        # It opens those by way of laconic, where `weight` of an expert is no tensor of its own.
+        unread = [s.name for s in experts if s and s.storage in ("int-quantized", "float-quantized")]
+        return f"experts in {unread[0]}" if unread else None
+    if len(schemes) > 1 and _packed_unusually(plan, model):
+        return "packed weights of more than one scheme in this model"
+    if len(experts) > 1:
+        return "experts of more than one scheme"
+    scheme = next(iter(experts), None)
+    if scheme and not _decodes_experts(scheme):
+        return f"experts in {scheme.name}"
+    if experts == {None} and any(s.storage != "float-quantized" for s in schemes):
+        return "16-bit experts beside quantized linears"
+    if not experts and len(schemes) > 1 and not all(s.weights.symmetric for s in schemes):
+        return "zero points mixed with another scheme"
+    return None

@@ -1,0 +1,1 @@
+"""A quantized model that computes: QLinear, products, adapters, `quantization_config`, and our own reading."""

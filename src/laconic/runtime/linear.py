@@ -1,0 +1,94 @@
+"""QLinear: a linear that keeps its weight as stored codes, and rounds its input as its scheme says.
+
+Int8 by int8 is computed as that (`runtime.products`); all other arithmetic is simulated: codes are decoded and
+multiplied in floating point. It is the reader of every artifact in evaluation, and with transformers the runtime of
+the schemes that no engine has.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from laconic.formats import Quantized
+from laconic.formats.schemes import Scheme
+from laconic.formats.storage import from_stored, stored_shapes
+from laconic.runtime.products import integer_linear, simulated_linear
+
+
+class QLinear(nn.Module):
+    """The stored tensors of one quantized linear, as parameters of their stored names."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, scheme: Scheme, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.scheme, self.dtype = (
+            in_features,
+            out_features,
+            scheme,
+            dtype,
+        )
+        stored = stored_shapes(scheme, (out_features, in_features), dtype)
+        self.names = tuple(stored)
+        for name, meta in stored.items():
+            self.register_parameter(name, _frozen(torch.empty_like(meta, device=_default_device())))
+        acts = scheme.input_activations
+        end = torch.empty((), device="meta")
+        calibrated = acts.calibrate(end, end, dtype) if acts else {}
+        self.calibrated = tuple(calibrated)
+        for name, meta in calibrated.items():
+            self.register_parameter(f"input_{name}", _frozen(torch.empty_like(meta, device=_default_device())))
+        self.bias = _frozen(torch.empty(out_features, dtype=dtype)) if bias else None
+        self.dense: Tensor | None = None
+
+    def quantized(self) -> Quantized:
+        """The stored tensors as codes and what is kept beside them."""
+        stored = {name: getattr(self, name) for name in self.names}
+        return from_stored(stored, self.scheme, (self.out_features, self.in_features))
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the stored tensors stand for, (out, in)."""
+        return self.quantized().decode(dtype)
+
+    def unpack(self) -> None:
+        """Keep the decoded weight, so that many forward passes decode it once; the codes stay. Integer products use
+        the codes as they are."""
+        if not self.scheme.integer:
+            self.dense = self.decode(torch.float32 if self.scheme.input_activations else self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        acts = self.scheme.input_activations
+        if acts and self.scheme.integer:
+            q = self.quantized()
+            return integer_linear(x, q.codes, q.params["scale"], acts, self._calibrated(), q.outliers, self.bias)
+        weight = self.decode(torch.float32 if acts else x.dtype) if self.dense is None else self.dense
+        exempt = self.get_parameter("outlier_indices") if self.scheme.outlier_columns else None
+        return simulated_linear(x, weight, acts, self._calibrated(), exempt, self.bias)
+
+    def _calibrated(self) -> dict[str, Tensor]:
+        return {n: self.get_parameter(f"input_{n}") for n in self.calibrated}
+
+    def extra_repr(self) -> str:
+        beside = "".join(
+            f", {name}={n}"
+            for name, n in (("outlier_columns", self.scheme.outlier_columns), ("rank", self.scheme.rank))
+            if n
+        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}{beside}"
+
+
+def _frozen(t: Tensor) -> nn.Parameter:
+    return nn.Parameter(t, requires_grad=False)
+
+
+def _default_device() -> torch.device:
+    return torch.empty(0).device
+
+
+def replace_linear(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype) -> QLinear:
+    """Put a QLinear of the same shape where the linear `name` is."""
+    old = model.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    new = QLinear(old.in_features, old.out_features, bias=old.bias is not None, scheme=scheme, dtype=dtype)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+    return new

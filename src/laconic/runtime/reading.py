@@ -1,0 +1,67 @@
+"""Our own reading of an artifact: every code decoded by our formats, nobody else's code between file and logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from laconic.checkpoint.files import linears_quantization, open_checkpoint
+from laconic.checkpoint.layout import arrange, names_for_engines
+from laconic.checkpoint.source import main_dtype, materialise, model_folder, read_config, skeleton
+from laconic.kv.files import read_kv_scheme
+from laconic.kv.open import use_by_default
+from laconic.runtime.linear import QLinear, replace_linear
+from laconic.runtime.quant_config import is_ours, schemes_of
+from laconic.structure.anatomy import linears_of
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Open an artifact (ours, or anybody's compressed-tensors checkpoint of a format we have) or a plain model.
+
+    dtype: to compute in (the checkpoint's own when not given). packed: keep only the codes and decode in every forward
+    pass, instead of decoding once. Where the artifact says how its cache is stored, `generate` makes it so.
+
+    Raises: ValueError when the folder cannot be read.
+    """
+    folder = model_folder(str(name))
+    raw, config = read_config(folder, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(folder)
+    dtype = dtype or main_dtype(checkpoint)
+    quantization = linears_quantization(raw)
+    if quantization:
+        if not is_ours(quantization):
+            raise ValueError(
+                f"{folder} is quantized by '{quantization.get('quant_method')}', which Laconic cannot read"
+            )
+        del config.quantization_config
+    model = skeleton(config, dtype, trust_remote_code=trust_remote_code)
+    checkpoint = arrange(checkpoint, model)
+    if quantization:
+        names = names_for_engines(checkpoint, model, linears_of(model))
+        for linear, scheme in schemes_of(quantization, names).items():
+            with torch.device("meta"):
+                replace_linear(model, linear, scheme, dtype)
+    materialise(model, "", checkpoint, torch.device(device))
+    model.tie_weights()
+    if not packed:
+        for module in model.modules():
+            if isinstance(module, QLinear):
+                module.unpack()
+    if kept := read_kv_scheme(folder, raw):
+        use_by_default(model, *kept)
+    return model
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QLinear]:
+    """QLinears of a model, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}

@@ -1,0 +1,1 @@
+"""What a stage is: the contract of linear, block, model, cache and training stages."""

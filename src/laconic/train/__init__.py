@@ -1,0 +1,1 @@
+"""Training by gradient: one block on activations in memory, or a whole model on text."""

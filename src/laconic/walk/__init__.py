@@ -1,0 +1,1 @@
+"""Streaming a model block by block through the stages of a plan."""

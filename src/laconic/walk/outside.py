@@ -1,0 +1,41 @@
+"""Modules that are in no block and are not the head, embeddings and norms: there for as long as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from laconic.checkpoint.source import Source
+from laconic.structure.anatomy import Anatomy
+
+
+def materialise_outside(
+    model: PreTrainedModel, anatomy: Anatomy, source: Source, device: torch.device, *, embeddings: bool
+) -> None:
+    """Read these modules. embeddings: those as well, and not the norms alone."""
+    skipped = None if embeddings else model.get_input_embeddings()
+    for name, module in _outside(model, anatomy):
+        if module is not skipped:
+            for leaf, _ in list(module.named_parameters(recurse=False)):
+                full = f"{name}.{leaf}" if name else leaf
+                tensor = source.checkpoint.load([full])[full].to(device, source.dtype)
+                setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+            for leaf, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, leaf, buffer.to(device))
+
+
+def forget_outside(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Free these modules again."""
+    for _, module in _outside(model, anatomy):
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+def _outside(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that are in no block and are not the head: embeddings and norms."""
+    for name, module in model.named_modules():
+        if name != anatomy.head and name != anatomy.blocks and not name.startswith(f"{anatomy.blocks}."):
+            yield name, module
