@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from laconicNone import Artifact
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import laconic
+from laconic import Artifact
 from laconic.checkpoint.source import load_tokenizer
 from laconic.data.text import calibration_windows, read_documents
 from laconic.runtime.linear import QLinear

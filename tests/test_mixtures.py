@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from laconicNone import Artifact
 
 import laconic
 from artifacts import Stage, gptq, logits, original, press, quantized_linears, rtn, with_decoded_weights
+from laconic import Artifact
 from laconic.recipe import load_recipe
 from tiny import make_model
 

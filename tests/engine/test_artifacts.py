@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from laconicNone import Artifact
 
 import laconic
 from artifacts import Stage, gptq, inputs, original, press, quantized_linears, rtn, same_bytes, tensors, windows
+from laconic import Artifact
 from tiny import make_model
 
 ATTENTION, MLP = "re:.*self_attn.*", "re:.*mlp.*"

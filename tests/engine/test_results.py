@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from laconicNone import Artifact
+from laconic import Artifact
 
 
 def test_a_result_of_something_else_is_kept(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from laconicNone import Artifact
 
 from artifacts import press, rtn
 from commands import Laconic
+from laconic import Artifact
 from laconic.evaluate.domains import evaluate_domains
 from laconic.evaluate.run import evaluate
 from tiny import make_text

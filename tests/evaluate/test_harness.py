@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from laconicNone import Artifact
 from transformers import PreTrainedModel
 
 import laconic as package
 from artifacts import original, press, rtn
 from commands import Laconic
+from laconic import Artifact
 from laconic.checkpoint.source import load_tokenizer
 from laconic.evaluate.harness import evaluate_tasks
 from laconic.kv.cache import KvCache

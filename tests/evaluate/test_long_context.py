@@ -7,10 +7,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from laconicNone import Artifact
 
 from artifacts import press, rtn
 from commands import Laconic
+from laconic import Artifact
 from laconic.evaluate.caches import read_stage, title
 from laconic.evaluate.long_context import evaluate_long
 from laconic.evaluate.through_cache import PLAIN

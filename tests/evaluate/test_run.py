@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from laconicNone import Artifact
 
 import laconic
 from artifacts import original, press, rtn
+from laconic import Artifact
 from laconic.artifact.size import measure_size
 from laconic.checkpoint.source import load_tokenizer
 from laconic.data.text import evaluation_windows, read_documents

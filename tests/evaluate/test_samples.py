@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from laconicNone import Artifact
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from artifacts import original, press, rtn
 from commands import Laconic
+from laconic import Artifact
 from laconic.evaluate.run import evaluate
 from laconic.evaluate.samples import continue_greedily
 from tiny import EOS, make_model

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from laconicNone import Artifact
 from linears import correlated, made_of, output_error, weight
 from pydantic import ValidationError
 from torch import Tensor
 
 import laconic
 from artifacts import Stage, inputs, press, quantized_linears, same_bytes, tensors, windows
+from laconic import Artifact
 from laconic.formats import Quantized
 from laconic.methods import METHODS
 from laconic.methods.gptq import Gptq
