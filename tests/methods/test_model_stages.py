@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import laconic
 from artifacts import Stage, logits, matrix_of, original, press, same_bytes, tensors, windows
 from commands import Laconic
+from interruptions import Killed, contents, is_whole
 from laconic.checkpoint.source import load_tokenizer, skeleton
 from laconic.methods.depth import block_influence
 from laconic.methods.llm_pruner.gradients import gradients
@@ -25,7 +26,6 @@ from laconic.methods.reap import saliency
 from laconic.pipeline.compression import compress
 from laconic.runtime.reading import load
 from laconic.structure.anatomy import dissect
-from test_resume import Killed, contents, is_whole
 from tiny import ARCHITECTURES, MIXTURES, SHARED, make_model, make_recipe
 
 PRUNER: Stage = {"method": "llm_pruner", "keep_first": 1, "keep_last": 0}

@@ -11,10 +11,10 @@ import pytest
 
 import laconic.pipeline.compression as compression
 import laconic.sweep.sweeping as sweeping
+from interruptions import Killed, contents
 from laconic.pipeline.compression import compress
 from laconic.sweep.study import load_study
 from laconic.sweep.sweeping import sweep
-from test_resume import Killed, contents
 
 DEPTH = {"method": "depth", "blocks": 1}
 SCHEMES = ["W8A16", "W6A6"]

@@ -18,10 +18,10 @@ import laconic.sweep.measure as measuring
 import laconic.sweep.sweeping as sweeping
 from artifacts import press
 from commands import Laconic
+from interruptions import Killed
 from laconic.evaluate.run import evaluate
 from laconic.sweep.study import Study, load_study
 from laconic.sweep.sweeping import dry_run, sweep
-from test_resume import Killed
 
 RTN = {"method": "rtn", "scheme": "W8A16"}
 # Of a study, to have it need calibration.

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, GptOssConfig, Qwen2MoeConfig
-from watching import Watch, stroll
 
 import laconic
 from artifacts import (
@@ -34,6 +33,7 @@ from laconic.checkpoint.source import skeleton
 from laconic.structure.anatomy import dissect, rounds
 from laconic.structure.experts import Experts, all_tokens
 from tiny import MIXTURES, make_model, make_recipe
+from watching import Watch, stroll
 
 every_mixture = pytest.mark.parametrize("arch", MIXTURES)
 ALL = {"moe_calibrate_all_experts": True}

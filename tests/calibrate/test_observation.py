@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import PreTrainedModel
-from watching import Learn, Watch, stroll
 
 from artifacts import inputs, original, tokens
 from laconic.calibrate.stream import make_stream
@@ -18,6 +17,7 @@ from laconic.methods.smoothquant import SmoothQuant
 from laconic.solvers.moments import Moments
 from laconic.structure.anatomy import dissect
 from tiny import ARCHITECTURES, make_model
+from watching import Learn, Watch, stroll
 
 WINDOWS = tokens(6, 40)
 

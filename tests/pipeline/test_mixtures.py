@@ -17,7 +17,7 @@ from laconic import Artifact
 from laconic.recipe import load_recipe
 from tiny import make_model
 
-DOCS = Path(__file__).parents[1] / "docs" / "formats.md"
+DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
 EXAMPLE: dict[str, Any] = yaml.safe_load(re.search(r"<!-- example -->\n```yaml\n(.*?)```", DOCS.read_text(), re.S)[1])
 
 ATTENTION, MLP = "self_attn.{}_proj".format, "mlp.{}_proj".format

@@ -15,11 +15,11 @@ import laconic
 import laconic.pipeline.compression as compression
 from artifacts import Stage, logits, original, recipe, rtn, tensors
 from commands import Laconic
+from interruptions import Killed, contents, is_whole
 from laconic.pipeline.compression import compress, prepare
 from laconic.recipe import Recipe, load_recipe
 from laconic.runtime.reading import load
 from laconic.stages.model import ModelStage, Remade, Work
-from test_resume import Killed, contents, is_whole
 from tiny import make_model, make_recipe
 
 RTN = rtn("W8A16")

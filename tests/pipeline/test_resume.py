@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import multiprocessing
 import os
 import random
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 
 import laconic.artifact.workspace as writer
 from commands import Laconic
+from interruptions import Killed, contents, is_whole
 from laconic.artifact.workspace import Workspace, partial_of
 from laconic.pipeline.compression import compress, prepare, run
 from tiny import make_model, make_recipe, make_text
@@ -31,25 +31,6 @@ RTN = {"method": "rtn", "scheme": "W8A16"}
 GPTQ = {"method": "gptq", "scheme": "W4A16", "group_size": 32}
 TUNED = {"method": "autoround", "scheme": "W4A16", "group_size": 32, "iters": 3}
 ATTENTION, MLP = {"targets": "re:.*self_attn.*"}, {"targets": "re:.*mlp.*"}
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the code may catch it."""
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file that must not depend on when it was written. The cards tell how long it took."""
-    files = {str(f.relative_to(folder)): f for f in folder.rglob("*") if f.is_file()}
-    timed = {"log.jsonl", "results/compress.json", "README.md", "cards/data.md", "cards/facts.json"}
-    return {name: f.read_bytes() for name, f in files.items() if name not in timed}
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether nothing is missing, and nothing is left over from the work."""
-    shards = {f.name for f in folder.glob("*.safetensors")}
-    named = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
-    left = [f for f in folder.rglob("*") if f.name.startswith(".") or f.suffix == ".writing"]
-    return shards == named and (folder / "results" / "compress.json").exists() and not left
 
 
 @pytest.fixture(scope="module")
