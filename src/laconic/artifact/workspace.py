@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from laconic.artifact.locks import lock
+from laconic.artifact.locks import lock_folder
 from laconic.checkpoint.atomic import copy_file, disk_errors, fsync_folder, write_file, write_text
 from laconic.checkpoint.files import INDEX, KV_CACHE
 
@@ -44,7 +44,7 @@ class Workspace:
         check_output(output, overwrite=overwrite)
         with disk_errors(output):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._locks = [lock(self.folder)]
+        self._locks = [lock_folder(self.folder)]
         try:
             # Another process may have finished, or begun, since the first look.
             check_output(output, overwrite=overwrite)
@@ -188,7 +188,7 @@ class Workspace:
         replaced = (self.folder / _REPLACED).exists()
         if replaced:
             # Where it will be deleted, another process could take it for an interrupted run.
-            self._locks.append(lock(self.folder / _REPLACED))
+            self._locks.append(lock_folder(self.folder / _REPLACED))
         self.folder.rename(self.output)
         if replaced:
             (self.output / _REPLACED).rename(self.folder)

@@ -1,4 +1,4 @@
-"""One file a method. METHODS is the only registry: a method is in it or it does not exist."""
+"""Compression methods, one file per method; METHODS is the only registry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AutoRound (Cheng et al., arXiv 2309.05516): rounding and clipping tuned by signed gradient descent, block by block.
+"""AutoRound (Cheng et al., arXiv 2309.05516): tune rounding and clipping by signed gradient descent, block by block.
 
 Q(W) = s * clip(round(W / s + V) + z): V in [-0.5, 0.5] decides which way a weight is rounded, a and b how much of each
 group's range the grid covers; all three move by the sign of their gradient (eq. 3-5) so that the block's output on the

@@ -1,4 +1,4 @@
-"""AWQ (Lin et al., arXiv 2306.00978): weights that meet loud activations are scaled up before they are rounded.
+"""AWQ (Lin et al., arXiv 2306.00978): scale salient weight channels before rounding, by activation magnitude.
 
 For every link the columns of the readers are multiplied by s, and what feeds them divided by it: s_j is x_j^a over
 w_j^(1-a), x_j the mean size of input j and w_j that of column j relative to its group. Of several ratios a, the one

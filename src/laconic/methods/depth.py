@@ -1,4 +1,4 @@
-"""Depth (ShortGPT: Men et al., arXiv 2403.03853): whole blocks that change their input least are dropped.
+"""Depth pruning (ShortGPT: Men et al., arXiv 2403.03853): drop the decoder blocks that change their input least.
 
 The heuristic to measure other structured pruning by.
 """

@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323): rounding with error feedback under the calibration Hessian.
+"""GPTQ (Frantar et al., arXiv 2210.17323): round with error feedback under the calibration Hessian.
 
 In the sweep's LDL form (`solvers.obs`), with static groups in activation order, damping with retry, grids of least
 (Hessian-weighted) squared error, and optionally GPTAQ's objective (Li et al., arXiv 2504.02692), and pruning in the

@@ -1,4 +1,4 @@
-"""KIVI (Liu et al., arXiv 2402.02750): keys by channel, values by token, the recent past as it is. Nothing is tuned.
+"""KIVI (Liu et al., arXiv 2402.02750): keys per channel, values per token, recent tokens in 16 bit; no calibration.
 
 Keys have channels that are loud in every token, so a channel's range is that of a group of neighbouring tokens; values
 have none, so a token's range is that of a group of its channels.

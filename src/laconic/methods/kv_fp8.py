@@ -1,4 +1,4 @@
-"""Keys and values in FP8 E4M3 on one scale a layer for each, from calibration: the cache that engines have kernels for.
+"""FP8 E4M3 cache: one calibrated scale per layer for keys and one for values; engines have kernels for it.
 
 Written as compressed-tensors' `kv_cache_scheme` too, which vLLM reads by itself.
 """

@@ -1,4 +1,4 @@
-"""Keys and values in int8 on one scale a layer for each, from calibration: what engines' static int8 caches do."""
+"""Int8 cache: one calibrated scale per layer for keys and one for values; engines read it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and values on ranges of their own token and head, found as it comes: the simple baseline at 8 and 4 bits."""
+"""Per-token cache: 8- or 4-bit keys and values, one dynamic range per token and head; the baseline of cache methods."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""KVQuant (Hooper et al., arXiv 2401.18079): keys by channel before their rotary embedding, values by token, on levels
-chosen by calibration, with outliers kept apart.
+"""KVQuant (Hooper et al., arXiv 2401.18079): pre-RoPE keys per channel, calibrated levels, sparse outliers.
 
 Before the embedding turns them a key's loud channels stay where they are (sections 3.1, 3.2), so that a range may be
 that of many tokens: of a group, or one from calibration for all, as the paper has it. Levels are a k-means of the

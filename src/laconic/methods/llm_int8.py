@@ -1,4 +1,4 @@
-"""LLM.int8 (Dettmers et al., arXiv 2208.07339): int8 by int8 for most input columns, 16 bit for the few with outliers.
+"""LLM.int8 (Dettmers et al., arXiv 2208.07339): int8 weights and activations, with outlier input columns in 16 bit.
 
 Weights have one scale an output row and activations one a token, both from the largest magnitude (vector-wise
 quantization, section 3.1); columns whose activations reach a threshold are taken out of both, and multiplied in 16 bit

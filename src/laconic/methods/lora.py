@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., arXiv 2106.09685): recovery of a pruned or quantized model by low-rank adapters, merged or kept."""
+"""LoRA (Hu et al., arXiv 2106.09685): recover a pruned or quantized model by low-rank adapters, merged or separate."""
 
 from __future__ import annotations
 

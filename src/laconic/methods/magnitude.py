@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go. The baseline of all others.
+"""Magnitude pruning: set the smallest weights to zero; the baseline of pruning methods.
 
 They are the smallest of a linear's whole matrix (Han et al., arXiv 1506.02626), or of every group of N:M; of tiles
 those with the least sum of squares.

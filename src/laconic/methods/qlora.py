@@ -1,4 +1,4 @@
-"""QLoRA (Dettmers et al., arXiv 2305.14314): LoRA with the frozen weights held in 4 bits (NF4) while it is trained.
+"""QLoRA (Dettmers et al., arXiv 2305.14314): train LoRA adapters while the frozen weights are in 4 bits (NF4).
 
 Only memory is saved: adapters are merged into the 16-bit weights of the file, which were rounded for training alone.
 Paged optimizers (section 3) move memory and change no number; they belong to bitsandbytes, and are left to it.

@@ -1,4 +1,4 @@
-"""REAP (Lasby et al., arXiv 2510.13999): experts whose outputs, weighed by the router, are least are dropped."""
+"""REAP (Lasby et al., arXiv 2510.13999): drop the experts with the smallest router-weighted output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Round to nearest: every weight to its nearest code, with no regard for data. The baseline of all others."""
+"""Round to nearest: round every weight to its nearest code, without data; the baseline of quantization methods."""
 
 from __future__ import annotations
 

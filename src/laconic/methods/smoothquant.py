@@ -1,4 +1,4 @@
-"""SmoothQuant (Xiao et al., arXiv 2211.10438): the outliers of activations moved into the weights that read them.
+"""SmoothQuant (Xiao et al., arXiv 2211.10438): move activation outliers into the weights by per-channel scales.
 
 Column j of every linear behind a norm is multiplied by s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) (eq. 4) and the
 norm's output divided by it, so that both are about as hard to round. The function stays the same; a later stage rounds.

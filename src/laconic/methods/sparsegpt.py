@@ -1,4 +1,4 @@
-"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): pruning with error feedback under the calibration Hessian.
+"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): prune with error feedback under the calibration Hessian.
 
 Column by column some weights go, and later columns make up for it; which go is decided for 128 columns at a time, or
 for each group of N:M as it comes, by what their loss would cost (algorithm 1). On the sweep of `solvers.obs`.

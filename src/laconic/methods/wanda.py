@@ -1,4 +1,4 @@
-"""Wanda (Sun et al., arXiv 2306.11695): of every output's weights those go that meet the quietest inputs and are small.
+"""Wanda (Sun et al., arXiv 2306.11695): prune by weight magnitude times input norm, compared within each output row.
 
 A weight is worth |W_ij| ||X_j||, and is compared with the others of its row (section 3). What is kept stays as it is;
 or is moved to what comes closest to the row as it was, exactly (`update`).

@@ -1,4 +1,4 @@
-"""ZeroQuant (Yao et al., arXiv 2206.01861): group-wise weights, token-wise activations, layer-by-layer distillation.
+"""ZeroQuant (Yao et al., arXiv 2206.01861): group-wise weights, token-wise activations, block-by-block distillation.
 
 Weights are rounded to nearest, after each block, as it will be rounded, was taught by its own uncompressed self: its
 weights are tuned so that for the compressed model's activations it puts out what the original block would (section

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic.artifact.artifact import Artifact
-from laconic.artifact.locks import turn
+from laconic.artifact.locks import wait_for_lock
 from laconic.artifact.workspace import begun_with, check_begun, check_output, differences
 from laconic.cards.writing import write_cards
 from laconic.checkpoint.source import Source, open_source, skeleton
@@ -147,7 +147,7 @@ def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Repor
         if number == steps - 1:
             before = _work(prepared, number, before, overwrite, report)
             continue
-        with turn(step.output) if prepared.shared else nullcontext():
+        with wait_for_lock(step.output) if prepared.shared else nullcontext():
             made = begun_with(step.output) == step.identity
             before = step.output if made else _work(prepared, number, before, overwrite, report)
     if is_main() and not prepared.shared:

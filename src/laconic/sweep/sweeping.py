@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from laconic.artifact.locks import lock
+from laconic.artifact.locks import lock_folder
 from laconic.checkpoint.atomic import check_place
 from laconic.sweep.runs import Run, foretell, plan_runs
 from laconic.sweep.study import Resources, Study
@@ -41,7 +41,7 @@ def sweep(
     runs = plan_runs(study, yes=yes)
     folder = _place(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    held = lock(folder)
+    held = lock_folder(folder)
     try:
         results = {run.id: result for run in runs if (result := read_result(run, folder))}
         left = [run for run in runs if results.get(run.id, {}).get("status") != "done"]

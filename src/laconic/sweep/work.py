@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from laconic.artifact.artifact import Artifact
-from laconic.artifact.locks import turn
+from laconic.artifact.locks import wait_for_lock
 from laconic.artifact.workspace import begun_with
 from laconic.cards.writing import refresh_cards
 from laconic.checkpoint.atomic import write_text
@@ -33,7 +33,7 @@ def work(run: Run, folder: Path, report: Report = lambda _: None) -> dict[str, A
     under `error`. A worker of a sweep that was killed may be at it for a moment yet, and is waited for. Returns the
     result.
     """
-    with turn(folder / LOCKS / run.id):
+    with wait_for_lock(folder / LOCKS / run.id):
         result = read_result(run, folder)
         return result if result and result["status"] == "done" else _work(run, folder, report)
 

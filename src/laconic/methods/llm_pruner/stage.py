@@ -1,4 +1,4 @@
-"""LLM-Pruner (Ma et al., arXiv 2305.11627): attention heads and MLP channels that the loss misses least are taken out.
+"""LLM-Pruner (Ma et al., arXiv 2305.11627): remove the attention heads and MLP channels that change the loss least.
 
 What must go together is found by structure (`methods.llm_pruner.groups`). What is left is a smaller dense model.
 """
