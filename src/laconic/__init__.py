@@ -5,8 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import laconic.runtime.quantizer
-import laconic.structure.widths  # noqa: F401  - they register `quant_method` and `model_type: laconic` with transformers
+from laconic.runtime.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from laconic.artifact.artifact import Artifact
@@ -15,10 +14,11 @@ if TYPE_CHECKING:
     from laconic.recipe import Recipe
     from laconic.runtime.reading import load
 
-__all__ = ["Artifact", "Recipe", "compress", "kv_cache", "load"]
+__all__ = ["Artifact", "Recipe", "__version__", "compress", "kv_cache", "load"]
 
-# Loaded when asked for: an engine that only reads an artifact should not need what compresses one.
-_HOMES = {
+# Module of each public name, imported when the name is first read: `import laconic` imports neither torch nor
+# transformers.
+_MODULES = {
     "Artifact": "laconic.artifact.artifact",
     "Recipe": "laconic.recipe",
     "compress": "laconic.pipeline.compression",
@@ -26,8 +26,18 @@ _HOMES = {
     "load": "laconic.runtime.reading",
 }
 
+register_with_transformers()
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("laconic")
+    if name not in _MODULES:
         raise AttributeError(f"module 'laconic' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

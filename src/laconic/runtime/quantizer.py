@@ -1,41 +1,45 @@
-"""Teaches transformers to open `quant_method: laconic`, so that `from_pretrained` works after `import laconic`."""
+"""How transformers opens `quant_method: laconic`: a quantizer that puts in our linears before weights are loaded."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from laconic.runtime.linear import QLinear, replace_linear
-from laconic.runtime.quant_config import NATIVE, schemes_from_config
-from laconic.structure.experts import experts_above, unstack
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# As `quant_config.NATIVE`, whose module needs more of transformers than is loaded when this one is.
+_QUANT_METHOD = "laconic"
 
 
-@register_quantization_config(NATIVE)
-class LaconicConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a native artifact, kept as it was written."""
+class LaconicQuantizationConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a native artifact, unchanged."""
 
     def __init__(self, **kwargs: Any) -> None:
-        self.quant_method = NATIVE  # type: ignore[assignment]
+        self.quant_method = _QUANT_METHOD  # type: ignore[assignment]
         self.__dict__.update(kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.__dict__)
 
 
-@register_quantizer(NATIVE)
 class LaconicQuantizer(HfQuantizer):
-    """Puts a QLinear wherever the artifact holds a quantized weight."""
+    """Quantizer of transformers that puts a QLinear wherever the artifact holds a quantized weight."""
 
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        import torch
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
+        from laconic.runtime.linear import replace_linear
+        from laconic.runtime.quant_config import schemes_from_config
+        from laconic.structure.experts import experts_above, unstack
+
         config = self.quantization_config.to_dict()
         unstack(model, lambda linear: bool(schemes_from_config(config, [linear])))
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
@@ -53,4 +57,9 @@ class LaconicQuantizer(HfQuantizer):
         return True
 
 
-__all__ = ["LaconicConfig", "LaconicQuantizer", "QLinear"]
+def register() -> None:
+    """Make the quantization method known to transformers."""
+    if _QUANT_METHOD in AUTO_QUANTIZER_MAPPING:
+        return
+    register_quantization_config(_QUANT_METHOD)(LaconicQuantizationConfig)
+    register_quantizer(_QUANT_METHOD)(LaconicQuantizer)

@@ -17,14 +17,16 @@ from functools import cache
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import configuration_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from laconic.structure.model_type import MODEL_TYPE
+
 CONFIG_MAPPING_NAMES: Mapping[str, str] = vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
-MODEL_TYPE, BASE, WIDTHS, _PREFIX = "laconic", "laconic_base", "laconic_widths", "Laconic"
+BASE, WIDTHS, _PREFIX = "laconic_base", "laconic_widths", "Laconic"
 
 
 class OfBlock:
@@ -39,19 +41,6 @@ class OfBlock:
             raise AttributeError(name)
         name = self._config.attribute_map.get(name, name)
         return self._widths[name] if name in self._widths else getattr(self._config, name)
-
-
-class LaconicConfig(PretrainedConfig):
-    """What config.json is read by: gives the config of the stock model's kind."""
-
-    model_type = MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        base = config_dict.get(BASE)
-        if base not in CONFIG_MAPPING_NAMES or not isinstance(config_dict.get(WIDTHS), list):
-            raise ValueError(f"config.json says model_type '{MODEL_TYPE}', and not {BASE} and {WIDTHS} with it")
-        return config_class(base).from_dict(config_dict, **kwargs)
 
 
 @cache
@@ -156,6 +145,3 @@ def __getattr__(name: str) -> Any:
     if base is None:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     return config_class(base)
-
-
-AutoConfig.register(MODEL_TYPE, LaconicConfig)

@@ -1,0 +1,105 @@
+"""What a start imports: neither torch nor transformers, which take seconds; artifacts open all the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import laconic as library
+from laconic.structure.widths import with_widths
+
+HEAVY = ("torch", "transformers")
+
+# Runs each command in one process, and prints its exit code with those of the heavy modules that it loaded.
+RUN_ALL = """
+import contextlib, io, json, sys
+from importlib.util import _LazyModule
+
+def loaded(name):
+    return name in sys.modules and type(sys.modules[name]) is not _LazyModule
+
+heavy, commands = map(json.loads, sys.argv[1:])
+results = []
+def note(title, code):
+    results.append([title, code, [name for name in heavy if loaded(name)]])
+
+import laconic
+dir(laconic), laconic.__version__
+note("import laconic", 0)
+from laconic.cli import main
+for arguments in commands:
+    sys.argv[:] = ["laconic", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code or 0
+    note(" ".join(arguments), code)
+print(json.dumps(results))
+"""
+
+# Exit code of each command that answers at once.
+QUICK = {
+    "--help": 0,
+    "compress --help": 0,
+    "eval --help": 0,
+    "bench sparsity --help": 0,
+    "compres": 2,
+    "ls --jsn": 2,
+}
+
+
+def python(code: str, *arguments: str) -> str:
+    """What a program prints."""
+    ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_a_quick_answer_imports_neither_torch_nor_transformers() -> None:
+    commands = [command.split() for command in QUICK]
+    results = json.loads(python(RUN_ALL, json.dumps(HEAVY), json.dumps(commands)))
+    assert results == [["import laconic", 0, []], *([command, code, []] for command, code in QUICK.items())]
+
+
+@pytest.fixture(scope="module")
+def native(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of `quant_method: laconic`, and of `model_type: laconic`."""
+    artifact = tmp_path_factory.mktemp("native") / "out"
+    library.compress(str(llama), {"stages": [{"method": "rtn", "scheme": "W6A6"}]}, artifact)
+    config = artifact / "config.json"
+    config.write_text(json.dumps(with_widths(json.loads(config.read_text()), [{}, {"intermediate_size": 128}])))
+    return artifact
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import laconic; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import laconic",
+    ],
+)
+def test_transformers_opens_our_artifacts_in_either_order_of_imports(imports: str, native: Path) -> None:
+    code = f"""
+import sys
+{imports}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(model).__name__, type(model.model.layers[0].mlp.up_proj).__name__)
+"""
+    assert python(code, str(native)).split() == ["LaconicLlamaForCausalLM", "QLinear"]
+
+
+def test_the_public_names_are_listed_documented_and_readable() -> None:
+    assert dir(library) == sorted(library.__all__)
+    assert library.__version__ == version("laconic")
+    assert (Path(library.__file__).parent / "py.typed").is_file()
+    for name in library.__all__:
+        assert getattr(library, name) is not None
+    with pytest.raises(AttributeError, match="module 'laconic' has no attribute 'compres'"):
+        _ = library.compres
