@@ -15,6 +15,8 @@ from laconic.artifact.artifact import Artifact
 from laconic.pipeline.compression import Composed, run
 from laconic.pipeline.walking import Prepared
 from laconic.runtime.reading import load
+from laconic.structure.anatomy import find_blocks
+from laconic.structure.hooks import patched_forwards
 from laconic.walk.span import span
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -54,32 +56,33 @@ def profile_generation(
     room = getattr(config, "max_position_embeddings", None)
     if room and prompt + tokens > room:
         raise ValueError(f"--prompt {prompt} and --tokens {tokens} are more than the model's context of {room}")
-    _name_blocks(held)
     ids = torch.randint(0, config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     limits = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
-    with span("warm up"):
-        held.generate(ids, max_new_tokens=1, min_new_tokens=1, **limits)
-    with _profiler(trace, nvtx), span("generate"):
-        held.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **limits)
+    with _block_spans(held):
+        with span("warm up"):
+            held.generate(ids, max_new_tokens=1, min_new_tokens=1, **limits)
+        with _profiler(trace, nvtx), span("generate"):
+            held.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **limits)
 
 
-def _name_blocks(model: torch.nn.Module) -> None:
-    """Have every block, and what is directly in it, show under its name."""
-    from laconic.structure.anatomy import find_blocks
+@contextmanager
+def _block_spans(model: torch.nn.Module) -> Iterator[None]:
+    """Run every block, and each module directly in it, in a span of its name."""
 
-    def named(module: torch.nn.Module, name: str) -> None:
+    def in_span(module: torch.nn.Module, name: str) -> tuple[torch.nn.Module, Callable[..., Any]]:
         forward = module.forward
 
-        def shown(*args: Any, **kwargs: Any) -> Any:
+        def forward_in_span(*args: Any, **kwargs: Any) -> Any:
             with span(name):
                 return forward(*args, **kwargs)
 
-        module.forward = shown
+        return module, forward_in_span
 
-    for i, block in enumerate(model.get_submodule(find_blocks(model)).children()):
-        for leaf, child in block.named_children():
-            named(child, leaf)
-        named(block, f"block {i}")
+    blocks = dict(model.get_submodule(find_blocks(model)).named_children())
+    patches = [in_span(child, leaf) for block in blocks.values() for leaf, child in block.named_children()]
+    patches += [in_span(block, f"block {i}") for i, block in blocks.items()]
+    with patched_forwards(patches):
+        yield
 
 
 @contextmanager

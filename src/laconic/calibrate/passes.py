@@ -7,7 +7,8 @@ what stands there then. Where the memory for waiting passes is not there, each r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from laconic.calibrate.stream import Stream
 from laconic.structure.anatomy import Call, Tap
+from laconic.structure.hooks import patched_forwards
 
 
 @dataclass
@@ -51,14 +53,14 @@ class Passes:
     _passes: list[_Pass] = field(init=False)
     _halting: frozenset[Tap] = field(init=False)
     _order: Mapping[Tap, int] = field(init=False)
-    _watched: dict[Tap, nn.Module] = field(init=False, default_factory=dict)
+    _patches: ExitStack = field(init=False, default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         self._passes = [_Pass(batch) for batch in self.stream.batches()]
         self._order = {tap: i for i, tap in enumerate(self.taps)}
         self._halting = frozenset(self.taps)
-        for tap in self.taps:
-            self._intercept(tap)
+        halts = [(self.block.get_submodule(tap.linears[0]), self._halting_forward(tap)) for tap in self.taps]
+        self._patches.enter_context(patched_forwards(halts))
 
     def __enter__(self) -> Passes:
         return self
@@ -99,8 +101,7 @@ class Passes:
         """Give up all passes and leave the block's linears as they were."""
         for batch in self._passes:
             batch.end()
-        for tap in self.taps:
-            self._watched[tap].__dict__.pop("forward", None)
+        self._patches.close()
 
     def _pass_on(self, batch: _Pass) -> None:
         while batch.output is None:
@@ -128,9 +129,8 @@ class Passes:
         else:
             batch.at = reached
 
-    def _intercept(self, tap: Tap) -> None:
+    def _halting_forward(self, tap: Tap) -> Callable[[Tensor], Any]:
         name = tap.linears[0]
-        linear = self.block.get_submodule(name)
 
         def forward(x: Tensor) -> Any:
             if tap in self._halting:
@@ -138,5 +138,4 @@ class Passes:
             now = self.block.get_submodule(name)
             return type(now).forward(now, x)
 
-        linear.forward = forward
-        self._watched[tap] = linear
+        return forward

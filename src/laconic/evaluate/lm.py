@@ -13,6 +13,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from laconic.evaluate.longbench import is_longbench
+from laconic.structure.hooks import forward_hooks
 
 
 class OpenedLM(HFLM):  # type: ignore[misc]
@@ -42,7 +43,6 @@ class OpenedLM(HFLM):  # type: ignore[misc]
         self.refused: dict[str, str] = {}
         # Requests being run; windows of a rolling likelihood are of none, but they fit.
         self._asked: Sequence[Any] = ()
-        model.register_forward_hook(_check_finite)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
         self._asked = requests
@@ -70,6 +70,14 @@ class OpenedLM(HFLM):  # type: ignore[misc]
         left = [self._without_middle(r, self.max_length - n) for r, n, kept in found if kept]
         said = iter(super().generate_until(left, disable_tqdm=disable_tqdm) if left else ())
         return [next(said) if kept else "" for kept in measured]
+
+    def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+        with forward_hooks([(self.model, _check_finite)]):
+            return super()._model_call(*args, **kwargs)
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+        with forward_hooks([(self.model, _check_finite)]):
+            return super()._model_generate(*args, **kwargs)
 
     def _without_middle(self, request: Any, room: int) -> Any:
         """A request of LongBench with a prompt of at most so many tokens; any other as it is."""

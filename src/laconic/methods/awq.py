@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -22,6 +22,7 @@ from laconic.solvers.search import search_range
 from laconic.stages.block import Block, stacked, stacks
 from laconic.stages.stage import BlockStage, Outcome, QuantizingStage
 from laconic.structure.anatomy import Tap, linear_at
+from laconic.structure.hooks import capture_outputs
 from laconic.structure.links import Link, pooled
 from laconic.train.block_tuning import standing_in
 
@@ -130,21 +131,9 @@ def _earlier(block: Block, tap: Tap) -> set[str]:
 
 def _outputs(block: Block, sample: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """What every linear puts out for the sample, and the block (float32)."""
-    seen: dict[str, Tensor] = {}
-
-    def remember(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            seen[name] = output
-
-        return hook
-
-    names = [n for tap in block.taps for n in tap.linears]
-    handles = [block.module.get_submodule(n).register_forward_hook(remember(n)) for n in names]
-    try:
-        return seen, block.run(sample).float()
-    finally:
-        for handle in handles:
-            handle.remove()
+    linears = {n: block.module.get_submodule(n) for tap in block.taps for n in tap.linears}
+    with capture_outputs(linears) as outputs:
+        return outputs, block.run(sample).float()
 
 
 def _search(

@@ -19,6 +19,7 @@ from laconic.checkpoint.source import Source
 from laconic.runtime.reading import load
 from laconic.stages.model import ModelStage, Remade, Report, Work, check_finite, run_through, sizes_of
 from laconic.structure.anatomy import find_blocks
+from laconic.structure.hooks import forward_hooks
 from laconic.structure.widths import make_config
 
 
@@ -98,12 +99,8 @@ def block_influence(
 
         return look
 
-    handles = [block.register_forward_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks)]
-    try:
+    with forward_hooks(((block, hook(i)) for i, block in enumerate(blocks)), with_kwargs=True):
         run_through(model, windows, batch_size, report)
-    finally:
-        for handle in handles:
-            handle.remove()
     influence = 1 - alike / windows.numel()
     check_finite(influence, "the activations")
     return influence

@@ -18,6 +18,7 @@ from laconic.checkpoint.source import Source
 from laconic.runtime.reading import load
 from laconic.stages.model import ModelStage, Remade, Report, Work, check_finite, run_through, sizes_of
 from laconic.structure.experts import Experts, routers_of
+from laconic.structure.hooks import Hook, forward_hooks, forward_pre_hooks
 
 
 class Reap(ModelStage):
@@ -152,7 +153,8 @@ def saliency(
 def _watching(
     layers: Mapping[str, Experts], sums: Mapping[str, Tensor], tokens: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    handles = []
+    before: list[tuple[nn.Module, Hook]] = []
+    after: list[tuple[nn.Module, Hook]] = []
     for name, experts in layers.items():
         routed: dict[str, Tensor] = {}
 
@@ -162,7 +164,7 @@ def _watching(
             given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
             routed.update(index=given["top_k_index"], weights=given["top_k_weights"])
 
-        handles.append(experts.register_forward_pre_hook(remember, with_kwargs=True))
+        before.append((experts, remember))
         for number, expert in enumerate(experts):
 
             def look(
@@ -178,12 +180,9 @@ def _watching(
                 sums[name][number] += (gates.double() * output.double().norm(dim=-1)).sum().cpu()
                 tokens[name][number] += len(gates)
 
-            handles.append(getattr(expert, experts.names.down).register_forward_hook(look))
-    try:
+            after.append((getattr(expert, experts.names.down), look))
+    with forward_pre_hooks(before, with_kwargs=True), forward_hooks(after):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _without(model: PreTrainedModel, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from laconic.structure.experts import experts_above, routers_of
+from laconic.structure.hooks import StopForward, capture_inputs, capture_outputs, forward_pre_hooks, patched_forwards
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,6 @@ class Call:
         """The same call with its tensors elsewhere."""
         move = lambda x: x.to(device) if isinstance(x, Tensor) else x  # noqa: E731
         return Call(tree_map(move, self.args), tree_map(move, self.kwargs))
-
-
-class Stopped(Exception):
-    """Ends a forward pass once what was wanted of it is known."""
 
 
 def dissect(model: PreTrainedModel) -> Anatomy:
@@ -124,19 +122,11 @@ def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) ->
             first.append(hidden_states)
         calls.append(Call(args, kwargs))
         if len(calls) == len(blocks):
-            raise Stopped
+            raise StopForward
         return hidden_states
 
-    for block in blocks:
-        block.forward = bypass
-    try:
-        with torch.no_grad():
-            functional_call(model, _blanks(model, blocks_name), kwargs={**inputs, "use_cache": False})
-    except Stopped:
-        pass
-    finally:
-        for block in blocks:
-            del block.forward
+    with torch.no_grad(), suppress(StopForward), patched_forwards((block, bypass) for block in blocks):
+        functional_call(model, _blanks(model, blocks_name), kwargs={**inputs, "use_cache": False})
     if len(calls) != len(blocks):
         raise ValueError(f"unsupported architecture '{model.config.model_type}': its blocks are not called one by one")
     return first[0], calls
@@ -146,27 +136,21 @@ def head_input(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor) -> Tens
     """What the head reads when the last block has put out `hidden` (batch, tokens, hidden)."""
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    seen: list[Tensor] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0])
-        raise Stopped
-
     output = (hidden,) if anatomy.wrapped else hidden
-    for block in blocks:
-        block.forward = lambda *_, **__: output
-    handle = model.get_submodule(anatomy.head).register_forward_pre_hook(hook)
-    try:
-        with torch.no_grad():
-            blank = blank_embeddings(model, *hidden.shape[:2]).to(hidden.device, hidden.dtype)
+
+    def skip_block(*_: Any, **__: Any) -> Any:
+        return output
+
+    def skip_head(_: Tensor) -> None:
+        raise StopForward
+
+    head = model.get_submodule(anatomy.head)
+    skipped = [*((block, skip_block) for block in blocks), (head, skip_head)]
+    blank = blank_embeddings(model, *hidden.shape[:2]).to(hidden.device, hidden.dtype)
+    with capture_inputs({anatomy.head: head}) as inputs, patched_forwards(skipped):
+        with torch.no_grad(), suppress(StopForward):
             model(inputs_embeds=blank, use_cache=False)
-    except Stopped:
-        pass
-    finally:
-        handle.remove()
-        for block in blocks:
-            del block.forward
-    return seen[0]
+    return inputs[anatomy.head]
 
 
 def linear_at(module: nn.Module, name: str) -> nn.Linear:
@@ -216,17 +200,11 @@ def _trace(block: nn.Module, call: Call, hidden: Tensor) -> tuple[tuple[Tap, ...
 
         return remember
 
-    handles = [m.register_forward_pre_hook(hook(n)) for n, m in linears.items()]
-    outputs: list[Any] = []
-    handles.append(block.register_forward_hook(lambda _, __, output: outputs.append(output)))
-    try:
-        with torch.no_grad():
-            call.to("meta")(block, hidden.to("meta"))
-    finally:
-        for handle in handles:
-            handle.remove()
+    observed = forward_pre_hooks((linear, hook(name)) for name, linear in linears.items())
+    with torch.no_grad(), observed, capture_outputs({"block": block}) as outputs:
+        call.to("meta")(block, hidden.to("meta"))
     taps = tuple(Tap(tuple(names), experts_above(block, names[0])) for _, names in groups)
-    return taps, isinstance(outputs[0], tuple)
+    return taps, isinstance(outputs["block"], tuple)
 
 
 def find_blocks(model: nn.Module) -> str:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from laconic.structure.anatomy import Anatomy, Call, Tap, blank_embeddings, capture_calls, linear_at
 from laconic.structure.experts import Experts, routers_of
+from laconic.structure.hooks import capture_inputs, forward_hooks
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,28 +165,17 @@ def _norms_before(
     """For each tap, and for all experts of a layer by their name, the norm that made the tensor read there, if one did;
     and the block's output."""
     made: list[tuple[str, Tensor]] = []
-    read: dict[str, Tensor] = {}
 
     def remember(name: str) -> Any:
         return lambda _, __, output: made.append((name, output))
-
-    def look(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            read[name] = args[0]
-
-        return hook
 
     norms = [n for n, m in block.named_modules() if getattr(getattr(m, "weight", None), "dim", lambda: 0)() == 1]
     plain = [n for tap in taps if not tap.experts for n in tap.linears]
     routers = sorted(routers_of(block) - set(plain))
     mixtures = list(dict.fromkeys(tap.experts for tap in taps if tap.experts))
-    handles = [block.get_submodule(n).register_forward_hook(remember(n)) for n in norms]
-    handles += [block.get_submodule(n).register_forward_pre_hook(look(n)) for n in (*plain, *routers, *mixtures)]
-    try:
+    readers = {n: block.get_submodule(n) for n in (*plain, *routers, *mixtures)}
+    with forward_hooks((block.get_submodule(n), remember(n)) for n in norms), capture_inputs(readers) as read:
         expected = call(block, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
 
     def links_to(name: str) -> list[Link]:
         # What is read may be a view of what the norm put out: tokens in one row.

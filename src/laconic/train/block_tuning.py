@@ -21,6 +21,7 @@ from laconic.runtime.products import round_activations
 from laconic.solvers.moments import not_finite
 from laconic.stages.block import Block
 from laconic.structure.anatomy import linear_at
+from laconic.structure.hooks import gradient_hooks, patched_forwards
 
 Weights = Callable[[], Mapping[str, Tensor]]
 """Makes the weights of some linears (by name within the block), differentiable in what is tuned."""
@@ -90,13 +91,8 @@ def passing_gradients(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         return lambda x: _Through.apply(x, linear, weight)  # type: ignore[no-untyped-call]
 
     rounding = [m for m in module.modules() if isinstance(m, QLinear) and m.scheme.input_activations]
-    for linear in rounding:
-        vars(linear)["forward"] = through(linear, linear.decode(dtype))
-    try:
+    with patched_forwards((linear, through(linear, linear.decode(dtype))) for linear in rounding):
         yield
-    finally:
-        for linear in rounding:
-            del vars(linear)["forward"]
 
 
 class _Through(torch.autograd.Function):
@@ -125,17 +121,9 @@ def _moved_at_once(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None
 
         return move
 
-    handles = [
-        p.register_post_accumulate_grad_hook(mover(optimizer))
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
-    ]
-    try:
+    tensors = [(p, mover(optimizer)) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]]
+    with gradient_hooks(tensors):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def outputs(block: Block, module: nn.Module | None = None) -> Tensor:
@@ -178,13 +166,8 @@ def standing_in(
         name: with_weight(linear_at(module, name), weight) for name, weight in weights.items()
     }
     forwards |= {name: with_output(output) for name, output in (known or {}).items()}
-    for name, forward in forwards.items():
-        vars(module.get_submodule(name))["forward"] = forward
-    try:
+    with patched_forwards((module.get_submodule(name), forward) for name, forward in forwards.items()):
         yield
-    finally:
-        for name in forwards:
-            del vars(module.get_submodule(name))["forward"]
 
 
 def _straight_through(x: Tensor, acts: Activations | None) -> Tensor:

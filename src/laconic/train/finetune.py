@@ -21,6 +21,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.checkpoint import checkpoint
 
 from laconic.data.mix import Example, Mix, collate
+from laconic.structure.hooks import patched_forwards
 from laconic.train.losses import Loss
 from laconic.train.state import Progress, State, load_moments, load_parameters, read, state_of, whole, write
 
@@ -231,10 +232,5 @@ def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     def again(block: nn.Module) -> Callable[..., Any]:
         return lambda *args, **kwargs: checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)
 
-    for block in blocks:
-        vars(block)["forward"] = again(block)
-    try:
+    with patched_forwards((block, again(block)) for block in blocks):
         yield
-    finally:
-        for block in blocks:
-            del vars(block)["forward"]

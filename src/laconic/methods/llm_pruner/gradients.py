@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from laconic.structure.hooks import gradient_hooks
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -54,24 +56,19 @@ def gradients(
 
         return hook
 
-    handles = []
-    for name in names:
-        parameter = model.get_parameter(name)
-        parameter.requires_grad_(True)
-        handles.append(parameter.register_post_accumulate_grad_hook(add(name)))
+    parameters = {name: model.get_parameter(name).requires_grad_(True) for name in names}
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for block in blocks:
             # Only the block itself is told that it trains, so that nothing in it drops out.
             block.training = True
     try:
-        for i, ids in enumerate(batches):
-            ids = ids.to(device)
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            report({"event": "work", "done": i + 1, "total": len(batches)})
+        with gradient_hooks((parameter, add(name)) for name, parameter in parameters.items()):
+            for i, ids in enumerate(batches):
+                ids = ids.to(device)
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                report({"event": "work", "done": i + 1, "total": len(batches)})
     finally:
-        for handle in handles:
-            handle.remove()
         if checkpointing:
             model.gradient_checkpointing_disable()
         model.eval().requires_grad_(False)

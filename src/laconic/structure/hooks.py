@@ -1,0 +1,148 @@
+"""Hooks and patched forwards of modules, as context managers: whatever happens inside, the modules are restored.
+
+Every hook and every patched `forward` of the package is set here. A hook is called as torch calls it: a forward hook as
+`hook(module, args, output)`, a forward pre-hook as `hook(module, args)`, both with `kwargs` after `args` where
+`with_kwargs` is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Hook = Callable[..., Any]
+
+
+class StopForward(Exception):
+    """Raised by a hook to end a forward pass once it has what it needs; the caller suppresses it."""
+
+
+class _Handle(Protocol):
+    def remove(self) -> None: ...
+
+
+@contextmanager
+def forward_hooks(hooks: Iterable[tuple[nn.Module, Hook]], *, with_kwargs: bool = False) -> Iterator[None]:
+    """Call each hook after the forward pass of its module.
+
+    Args:
+        hooks: Pairs of a module and its hook.
+        with_kwargs: Whether hooks get the keyword arguments of the forward pass too.
+
+    Yields:
+        Nothing; the hooks are removed when the context ends.
+    """
+    with _removed_at_exit(module.register_forward_hook(hook, with_kwargs=with_kwargs) for module, hook in hooks):
+        yield
+
+
+@contextmanager
+def forward_pre_hooks(hooks: Iterable[tuple[nn.Module, Hook]], *, with_kwargs: bool = False) -> Iterator[None]:
+    """Call each hook before the forward pass of its module.
+
+    Args:
+        hooks: Pairs of a module and its hook.
+        with_kwargs: Whether hooks get the keyword arguments of the forward pass too.
+
+    Yields:
+        Nothing; the hooks are removed when the context ends.
+    """
+    with _removed_at_exit(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs) for module, hook in hooks):
+        yield
+
+
+@contextmanager
+def gradient_hooks(hooks: Iterable[tuple[Tensor, Callable[[Tensor], None]]]) -> Iterator[None]:
+    """Call each hook in the backward pass, when the gradient of its tensor is accumulated in `.grad`.
+
+    Args:
+        hooks: Pairs of a leaf tensor that requires a gradient, and its hook.
+
+    Yields:
+        Nothing; the hooks are removed when the context ends.
+    """
+    with _removed_at_exit(tensor.register_post_accumulate_grad_hook(hook) for tensor, hook in hooks):
+        yield
+
+
+@contextmanager
+def capture_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Record the first positional argument of each module's forward pass, by the module's name.
+
+    Args:
+        modules: Modules by name.
+
+    Yields:
+        A dict filled while the context lasts, in order of execution; a second call of a module replaces its entry.
+    """
+    inputs: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Hook:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[name] = args[0]
+
+        return hook
+
+    with forward_pre_hooks((module, recorder(name)) for name, module in modules.items()):
+        yield inputs
+
+
+@contextmanager
+def capture_outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Any]]:
+    """Record the output of each module's forward pass, by the module's name.
+
+    Args:
+        modules: Modules by name.
+
+    Yields:
+        A dict filled while the context lasts, in order of execution; a second call of a module replaces its entry.
+    """
+    outputs: dict[str, Any] = {}
+
+    def recorder(name: str) -> Hook:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            outputs[name] = output
+
+        return hook
+
+    with forward_hooks((module, recorder(name)) for name, module in modules.items()):
+        yield outputs
+
+
+@contextmanager
+def patched_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Replace the `forward` of some module instances; hooks of the modules still run.
+
+    Args:
+        forwards: Pairs of a module and the function called in place of its `forward`, without the module as argument.
+
+    Yields:
+        Nothing; each module gets its earlier `forward` back when the context ends (an earlier patch, or its class's).
+    """
+    earlier: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+    try:
+        for module, forward in forwards:
+            earlier.append((module, vars(module).get("forward")))
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module, forward_before in reversed(earlier):
+            if forward_before is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = forward_before
+
+
+@contextmanager
+def _removed_at_exit(registrations: Iterable[_Handle]) -> Iterator[None]:
+    """Take the handles of hooks as they are registered, and remove all of them when the context ends."""
+    handles: list[_Handle] = []
+    try:
+        handles.extend(registrations)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
