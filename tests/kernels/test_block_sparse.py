@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from laconic.kernels.block_sparse import Blocks, block_sparse_linear, to_blocks
+from laconic.kernels.block_sparse import block_sparse_linear
+from laconic.kernels.block_sparse_weight import BlockSparseWeight, to_block_sparse
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Product = Callable[..., Tensor]
@@ -35,7 +36,7 @@ def tokens(n: int, width: int, seed: int = 1) -> Tensor:
 )
 def test_the_product_is_the_dense_one(rows: int, columns: int, block: tuple[int, int], density: float, n: int) -> None:
     W = weight(rows, columns, block, density)
-    held, x = to_blocks(W, block), tokens(n, W.shape[1])
+    held, x = to_block_sparse(W, block), tokens(n, W.shape[1])
     assert torch.equal(held.dense(), W)
     y = block_sparse_linear(x, held)
     assert y.dtype == x.dtype
@@ -45,14 +46,14 @@ def test_the_product_is_the_dense_one(rows: int, columns: int, block: tuple[int,
 def test_what_is_kept_is_what_is_not_zero() -> None:
     W = torch.zeros(8, 8)
     W[5, 2] = 1
-    held = to_blocks(W, (4, 4))
-    assert (held.density, held.column.tolist(), held.start.tolist()) == (0.25, [0], [0, 0, 1])
+    held = to_block_sparse(W, (4, 4))
+    assert (held.density, held.col_indices.tolist(), held.crow_indices.tolist()) == (0.25, [0], [0, 0, 1])
     assert held.nbytes == 16 * 4 + 4 + 3 * 4
 
 
 def test_blocks_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="blocks of 4 x 3 do not divide a weight of 8 x 8"):
-        to_blocks(torch.zeros(8, 8), (4, 3))
+        to_block_sparse(torch.zeros(8, 8), (4, 3))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_kernel_is_the_dense_product(
     kernel: Product, block: tuple[int, int], density: float, n: int, parts: int | None
 ) -> None:
     W = weight(3, 5, block, density)
-    held, x = _on_device(to_blocks(W, block)), tokens(n, W.shape[1])
+    held, x = _on_device(to_block_sparse(W, block)), tokens(n, W.shape[1])
     y = kernel(x.to(DEVICE), held, parts=parts)
     assert torch.equal(y.double().cpu(), x.double() @ W.double().T)
 
@@ -85,10 +86,10 @@ def test_kernel_is_the_dense_product(
 def test_kernel_in_16_bit(kernel: Product) -> None:
     W = weight(2, 4, (32, 32), 0.5)
     x = tokens(5, W.shape[1])
-    y = kernel(x.to(DEVICE, torch.float16), _on_device(to_blocks(W.half(), (32, 32))))
+    y = kernel(x.to(DEVICE, torch.float16), _on_device(to_block_sparse(W.half(), (32, 32))))
     assert y.dtype == torch.float16
     assert torch.equal(y.double().cpu(), x.double() @ W.double().T)
 
 
-def _on_device(W: Blocks) -> Blocks:
-    return Blocks(W.values.to(DEVICE), W.column.to(DEVICE), W.start.to(DEVICE), W.shape)
+def _on_device(W: BlockSparseWeight) -> BlockSparseWeight:
+    return BlockSparseWeight(W.values.to(DEVICE), W.col_indices.to(DEVICE), W.crow_indices.to(DEVICE), W.shape)

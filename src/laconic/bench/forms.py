@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from laconic.bench.semi_structured import cuda_capability, cusparselt, cutlass, pad_rows
 from laconic.bench.zeros import to_2_of_4, to_unstructured, to_zero_blocks
-from laconic.kernels.block_sparse import block_sparse_linear, to_blocks
+from laconic.kernels.block_sparse import block_sparse_linear
+from laconic.kernels.block_sparse_weight import to_block_sparse
 
 DENSE = "dense"
 KINDS = ("structured", "unstructured", "block", "2:4")
@@ -100,7 +101,7 @@ def fewer_outputs(W: Tensor, sparsity: float) -> Tensor:
 
 def blocked(W: Tensor, block: int) -> Held:
     """By our own kernel, W (out, in) in blocks (block, block)."""
-    kept = to_blocks(W, (block, block))
+    kept = to_block_sparse(W, (block, block))
     return Held(lambda x: block_sparse_linear(x, kept), kept.nbytes, kept.values.numel(), W)
 
 

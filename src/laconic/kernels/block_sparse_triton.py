@@ -1,11 +1,11 @@
-"""`block_sparse_linear` on a GPU: a program makes the products of one block row with a few tokens, on tensor cores."""
+"""`block_sparse_linear` on a GPU, in Triton: a program multiplies one block row by a tile of tokens on tensor cores."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from laconic.kernels.block_sparse import Blocks
+from laconic.kernels.block_sparse_weight import BlockSparseWeight
 
 try:
     import triton
@@ -13,17 +13,26 @@ try:
 except ImportError as e:
     raise ImportError("block-sparse products on a GPU need Triton: pip install triton") from e
 
-# The least that a side of a tensor core's product has.
+# Smallest side of a tensor core product.
 _SIDE = 16
-# Of a multiprocessor's shared memory, what tiles may take that are on their way.
+# Bytes of a multiprocessor's shared memory that tiles being loaded may take.
 _SHARED = 200_000
 
 
-def block_sparse_linear_triton(x: Tensor, W: Blocks, *, tokens: int | None = None, parts: int | None = None) -> Tensor:
-    """`block_sparse_linear` for CUDA tensors, or any when Triton's interpreter runs it (TRITON_INTERPRET=1).
+def block_sparse_linear_triton(
+    x: Tensor, W: BlockSparseWeight, *, tokens: int | None = None, parts: int | None = None
+) -> Tensor:
+    """Compute `block_sparse_linear` on CUDA tensors, or on any with Triton's interpreter (TRITON_INTERPRET=1).
 
-    tokens: of a program; as many as there are, 128 at most, if None. parts: into which a block row is cut, so that few
-    tokens keep the whole GPU busy; summed in float32 afterwards. Sides of a block: powers of two, 16 or more.
+    Args:
+        x: (tokens, in), in the dtype of the weight's values.
+        W: Weight (out, in); the sides of its blocks are powers of two, 16 or more.
+        tokens: Tokens of a program; None takes all, up to 128.
+        parts: Number of parts that a block row is split into, so that few tokens use the whole GPU; the parts are
+            summed in float32. None chooses it by the number of programs.
+
+    Returns:
+        (tokens, out) in the dtype of x.
     """
     n, _ = x.shape
     _, columns, rows = W.values.shape
@@ -35,7 +44,7 @@ def block_sparse_linear_triton(x: Tensor, W: Blocks, *, tokens: int | None = Non
     y = torch.empty(parts, n, W.shape[0], dtype=x.dtype if parts == 1 else torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _block_row[(*grid, parts)](
-            x, W.values, W.column, W.start, y,
+            x, W.values, W.col_indices, W.crow_indices, y,
             n, W.shape[1], W.shape[0],
             ROWS=rows, COLUMNS=columns, TOKENS=tokens, PARTS=parts,
             num_warps=8 if tokens * rows > 64 * 64 else 4,
@@ -45,7 +54,7 @@ def block_sparse_linear_triton(x: Tensor, W: Blocks, *, tokens: int | None = Non
 
 
 def _parts(programs: int, columns: int) -> int:
-    """Parts enough for two programs on each of some 130 processors, of a few blocks each at least."""
+    """Split block rows until each of about 130 multiprocessors has two programs; a part keeps at least 8 blocks."""
     parts = 1
     while programs * parts < 264 and columns // (2 * parts) >= 8:
         parts *= 2
@@ -54,12 +63,12 @@ def _parts(programs: int, columns: int) -> int:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _block_row(  # type: ignore[no-untyped-def]
-    X, values, column, start, Y,
+    X, values, col_indices, crow_indices, Y,
     n, width, out,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(1), tl.program_id(2)
-    first, last = tl.load(start + row), tl.load(start + row + 1)
+    first, last = tl.load(crow_indices + row), tl.load(crow_indices + row + 1)
     share = tl.cdiv(last - first, PARTS)
     begin = first + part * share
     end = tl.minimum(begin + share, last)
@@ -69,7 +78,7 @@ def _block_row(  # type: ignore[no-untyped-def]
     w_at = values + begin.to(tl.int64) * ROWS * COLUMNS + c[:, None] * ROWS + r[None, :]
     total = tl.zeros((TOKENS, ROWS), tl.float32)
     for i in range(begin, end):
-        x = tl.load(x_at + tl.load(column + i) * COLUMNS, t[:, None] < n, 0.0)
+        x = tl.load(x_at + tl.load(col_indices + i) * COLUMNS, t[:, None] < n, 0.0)
         total = tl.dot(x, tl.load(w_at), total, input_precision="ieee")
         w_at += ROWS * COLUMNS
     y_at = Y + (part.to(tl.int64) * n + t[:, None]) * out + row * ROWS + r[None, :]

@@ -1,6 +1,6 @@
-"""The column loop of the sweep: round one column, let every later column of the unit answer for its error.
+"""The inner column loop of GPTQ and SparseGPT: round or prune a column, then compensate its error in later columns.
 
-Everything is transposed, (columns, rows), so that a column of the weight is contiguous in memory.
+All tensors are transposed, (columns, rows), so that a column of the weight is contiguous in memory.
 """
 
 from __future__ import annotations
@@ -12,13 +12,21 @@ from torch import Tensor
 def affine_columns(
     W: Tensor, X: Tensor, A: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
 ) -> tuple[Tensor, Tensor]:
-    """Round the n columns of a unit onto integer affine grids, one after another.
+    """Round the n columns of a unit to integer affine grids, one after another.
 
     Column j is rounded at x_j = X_j + sum_{k<j} A_jk E_k, and leaves the error E_j = W_j - q_j.
 
-    W, X: (n, rows) float32, the target values and the values with the feedback of all earlier units added.
-    A: (n, n) float32, strictly lower triangular. scale: (n, rows) float32. zero_point: the same, or None.
-    Returns: codes (n, rows) int8 and E (n, rows) float32.
+    Args:
+        W: (n, rows) float32, the values to approximate.
+        X: (n, rows) float32, W with the compensation of the errors of all earlier units added.
+        A: (n, n) float32, strictly lower triangular.
+        scale: (n, rows) float32.
+        zero_point: (n, rows) float32, or None for symmetric grids.
+        qmin: Smallest code.
+        qmax: Largest code.
+
+    Returns:
+        Codes (n, rows) int8 and errors E (n, rows) float32.
     """
     if X.is_cuda:
         from laconic.kernels.columns_triton import affine_columns_triton
@@ -30,10 +38,10 @@ def affine_columns(
 def affine_columns_torch(
     W: Tensor, X: Tensor, A: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
 ) -> tuple[Tensor, Tensor]:
-    """`affine_columns` in plain torch: the reference, and what a CPU runs."""
+    """Compute `affine_columns` in plain torch: the reference implementation, used on a CPU."""
     n = W.shape[0]
     codes, E = torch.empty_like(W), torch.empty_like(W)
-    # Every call here costs more than its arithmetic, so results go straight to where they are kept.
+    # The overhead of a call exceeds its arithmetic here, so results are written directly into the output tensors.
     for j in range(n):
         x = torch.addmv(X[j], E[:j].T, A[j, :j]) if j else X[j]
         c = torch.div(x, scale[j], out=codes[j]).round_()
@@ -47,9 +55,16 @@ def affine_columns_torch(
 
 
 def pruned_columns(W: Tensor, X: Tensor, A: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """The same where a column is not rounded, but loses some of its weights: those kept take up the errors so far.
+    """Prune the n columns of a unit, one after another: remaining weights compensate the errors of earlier columns.
 
-    W, X, keep: (n, rows), keep of zeros and ones. A: (n, n). Returns: the new weights and E = W - weights, (n, rows).
+    Args:
+        W: (n, rows) float32, the values to approximate.
+        X: (n, rows) float32, W with the compensation of the errors of all earlier units added.
+        A: (n, n) float32, strictly lower triangular.
+        keep: (n, rows), 1 for weights that remain and 0 for pruned ones.
+
+    Returns:
+        The new weights and the errors E = W - weights, both (n, rows) float32.
     """
     n = W.shape[0]
     values, E = torch.empty_like(W), torch.empty_like(W)

@@ -1,4 +1,4 @@
-"""`affine_columns` on a GPU: one launch for all columns of a unit, the errors so far kept in registers."""
+"""`affine_columns` on a GPU, in Triton: one launch for up to 128 columns, their errors held in registers."""
 
 from __future__ import annotations
 
@@ -11,24 +11,33 @@ try:
 except ImportError as e:
     raise ImportError("rounding on a GPU needs Triton: pip install triton (on Windows, triton-windows)") from e
 
-# Columns a launch: their errors fill the registers, and wider units pass feedback on by matrix product.
+# Columns of a launch: their errors fill the registers; in wider units a matrix product carries errors between launches.
 _COLUMNS = 128
-# Rows a program, and warps that share its sums over columns: on an H200 the fastest, or nearly, of 16 to 128 rows and
-# 1 to 8 warps, for weights of 4096 rows as of 28672.
+# Rows of a program, and warps that share its sums over columns: on an H200 within a few per cent of the fastest of 16
+# to 128 rows and 1 to 8 warps, for weights of 4096 and of 28672 rows.
 _ROWS, _WARPS = 16, 2
 
 
 def affine_columns_triton(
     W: Tensor, X: Tensor, A: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
 ) -> tuple[Tensor, Tensor]:
-    """`affine_columns` for CUDA tensors, or any when Triton's interpreter runs it (TRITON_INTERPRET=1).
+    """Compute `affine_columns` on CUDA tensors, or on any with Triton's interpreter (TRITON_INTERPRET=1).
 
-    Rounds half to even, divides truly and multiplies in full float32, as `affine_columns_torch` does. Only the order
-    in which float32 sums are rounded differs: a value that close to a tie may fall to its other side, and the columns
-    after it then answer for the error it has.
+    Rounds half to even, uses true division and multiplies in full float32, as `affine_columns_torch` does. Only the
+    order of float32 sums differs: a value within that error of a tie may be rounded to the other side, and later
+    columns then compensate the error it has.
 
-    W, X, scale, zero_point: (n, rows) float32, of any strides, expanded ones too. A: (n, n) float32, strictly lower
-    triangular. Returns: codes (n, rows) int8 and E (n, rows) float32.
+    Args:
+        W: (n, rows) float32, the values to approximate; any strides, also of an expanded tensor.
+        X: (n, rows) float32, W with the compensation of the errors of all earlier units added; any strides.
+        A: (n, n) float32, strictly lower triangular.
+        scale: (n, rows) float32, any strides.
+        zero_point: (n, rows) float32, any strides, or None for symmetric grids.
+        qmin: Smallest code.
+        qmax: Largest code.
+
+    Returns:
+        Codes (n, rows) int8 and errors E (n, rows) float32.
     """
     n, rows = W.shape
     W, X, A, scale = _contiguous_rows(W), _contiguous_rows(X), _contiguous_rows(A), _contiguous_rows(scale)
@@ -45,7 +54,7 @@ def affine_columns_triton(
                 j - i, rows, w.stride(0), x.stride(0), a.stride(0), s.stride(0), 0 if z is None else z.stride(0),
                 float(qmin), float(qmax),
                 COLUMNS=max(16, triton.next_power_of_2(j - i)), ROWS=_ROWS,
-                # Fused into the subtraction, c * s would not be the value that the code decodes to.
+                # With a fused multiply-add, c * s would differ from the decoded value of the code.
                 num_warps=_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
     return codes, E
@@ -69,8 +78,8 @@ def _round_columns(  # type: ignore[no-untyped-def]
         z = 0.0 if zero_point is None else tl.load(zero_point + j * zero_point_stride + row, here, 0.0)
         a = tl.load(A + j * A_stride + k, k < j, 0.0)
         x += tl.sum(a[:, None] * errors, 0)
-        # Clamping to whole numbers may as well come first; then no value is too large for the rounding, which lifts it
-        # to where neighbouring floats are one apart, half to even as all float32 sums are.
+        # Clamping to whole numbers commutes with rounding. It comes first, so that no value is too large for the
+        # rounding, which adds 1.5 * 2^23: there neighbouring floats are 1 apart, and sums round half to even.
         c = tl.minimum(tl.maximum(tl.math.div_rn(x, s), qmin - z), qmax - z)
         c = (c + 12582912.0) - 12582912.0
         e = w - c * s
@@ -80,5 +89,5 @@ def _round_columns(  # type: ignore[no-untyped-def]
 
 
 def _contiguous_rows(t: Tensor) -> Tensor:
-    """`t` (n, rows), copied unless neighbouring rows lie side by side; columns may lie anywhere, even in one place."""
+    """Copy `t` (n, rows) unless its rows are contiguous; columns may have any stride, also 0."""
     return t if t.stride(1) == 1 else t.contiguous()

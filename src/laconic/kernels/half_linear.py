@@ -1,7 +1,7 @@
-"""A linear in half precision on a CPU, in the arithmetic that the processor is fastest at.
+"""Half-precision linear on a CPU, computed in float32 where the processor has no fast half-precision arithmetic.
 
-Products of two half-precision numbers are exact in float32, and both ways add them up in float32 and round once: the
-results differ by the order of a sum. Where there are no matrix units for half precision, float32 takes two thirds of
+Products of two half-precision numbers are exact in float32; both computations sum them in float32 and round once, so
+that results differ only by the order of the sum. Without matrix units for half precision, float32 takes two thirds of
 the time.
 """
 
@@ -15,21 +15,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Rows of the input, and numbers of the weight, that are widened at once: what lies between two half-precision tensors
-# stays small.
-_ROWS, _WIDENED = 1024, 1 << 22
-# With fewer rows, widening the weight costs more than the product gains.
-_FEW = 128
+# Rows of the input, and elements of the weight, converted to float32 at once: bounds the memory of the float32 copies.
+_ROWS, _ELEMENTS = 1024, 1 << 22
+# With fewer rows than this, converting the weight costs more time than the float32 product saves.
+_MIN_ROWS = 128
 
 
 def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) by weight (out, in), plus bias (out,), as `torch.nn.functional.linear`, with gradients."""
+    """Compute `torch.nn.functional.linear` in the fastest arithmetic of the processor, with gradients.
+
+    Args:
+        x: Input (..., in).
+        weight: (out, in).
+        bias: (out,), or None.
+
+    Returns:
+        x W^T + bias, (..., out), in the dtype of x.
+    """
     half = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == x.dtype
-    if not half or x.device.type != "cpu" or x.numel() < _FEW * x.shape[-1] or has_half_units():
+    if not half or x.device.type != "cpu" or x.numel() < _MIN_ROWS * x.shape[-1] or has_half_units():
         return F.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        y: Tensor = _Widened.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
+        y: Tensor = _Float32Linear.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
     else:
         y = _product(flat, weight.T, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -37,11 +45,11 @@ def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 @cache
 def has_half_units() -> bool:
-    """Whether this processor multiplies half precision faster than float32.
+    """Return whether this processor multiplies half precision faster than float32.
 
-    Told by what it is rather than by trying, so that a run that goes on computes the same: matrix units (AMX), or
-    the dot products of AMD's processors, which are twice as wide as float32's. Intel's are not (AVX-512 BF16 takes 1.6
-    times as long as float32 on a Xeon). Other architectures are left to torch.
+    Decided by the processor's features, not by a measurement, so that a resumed run computes the same: matrix units
+    (AMX), or the bfloat16 dot products of AMD processors, which are twice as wide as those of float32. Intel's are not
+    (AVX-512 BF16 takes 1.6 times as long as float32 on a Xeon). Other architectures are left to torch.
     """
     cpu = torch.cpu.get_capabilities()
     if cpu.get("architecture") != "x86_64":
@@ -55,18 +63,18 @@ def _is_amd() -> bool:
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a (m, k) by b (k, n), plus bias (n,), in a's dtype."""
+    """Compute a b + bias in float32 and round to the dtype of a. a: (m, k), b: (k, n), bias: (n,)."""
     y = a.new_empty(a.shape[0], b.shape[1])
-    for start in range(0, b.shape[1], columns := max(64, _WIDENED // b.shape[0])):
-        some = slice(start, start + columns)
-        wide, offset = b[:, some].float(), None if bias is None else bias[some].float()
-        for rows, made in zip(a.split(_ROWS), y[:, some].split(_ROWS), strict=True):
-            made.copy_(rows.float() @ wide if offset is None else torch.addmm(offset, rows.float(), wide))
+    for start in range(0, b.shape[1], columns := max(64, _ELEMENTS // b.shape[0])):
+        chunk = slice(start, start + columns)
+        b32, bias32 = b[:, chunk].float(), None if bias is None else bias[chunk].float()
+        for rows, out in zip(a.split(_ROWS), y[:, chunk].split(_ROWS), strict=True):
+            out.copy_(rows.float() @ b32 if bias32 is None else torch.addmm(bias32, rows.float(), b32))
     return y
 
 
-class _Widened(torch.autograd.Function):
-    """x (m, in) by weight (out, in), plus bias. What is kept for the way back stays in half precision."""
+class _Float32Linear(torch.autograd.Function):
+    """x W^T + bias in float32, with x (m, in) and W (out, in); tensors saved for backward stay in half precision."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
