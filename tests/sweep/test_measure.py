@@ -86,7 +86,7 @@ def test_without_a_number_of_windows_it_is_the_whole_text(artifact: Artifact, id
 
 def test_an_artifact_without_a_cache_has_nothing_to_read_through(llama: Path, text: Path, tmp_path: Path) -> None:
     made = press(llama, tmp_path / "w8", rtn("W8A16"))
-    with pytest.raises(ValueError, match="has no cache of its own to read through; leave 'chunk' out"):
+    with pytest.raises(ValueError, match="has no quantized cache to read through; remove 'chunk'"):
         measure(made.path, asked(text), None)
 
 

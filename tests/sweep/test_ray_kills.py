@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 import laconic
-import laconic.sweep.sweeping as sweeping
+import laconic.sweep.runner as runner
+from laconic.sweep.runner import sweep
 from laconic.sweep.study import load_study
-from laconic.sweep.sweeping import sweep
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,7 +53,7 @@ def asked(llama: Path, text: Path) -> dict[str, Any]:
 def expected(asked: dict[str, Any], tmp_path: Path) -> list[list[Any]]:
     """What comes of the study in one process and without any kill."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweeping, "_ray_is_there", lambda: False)
+        patch.setattr(runner, "_ray_installed", lambda: False)
         return figures(sweep(load_study(asked), tmp_path / "expected"))
 
 
@@ -118,7 +118,7 @@ def test_the_driver_is_killed(tmp_path: Path, asked: dict[str, Any], expected: l
         if event["event"] == "run" and event["state"] == "begun":
             begun.append(event["run"])
 
-    assert figures(sweep(load_study(asked), out, watch=watch)) == expected
+    assert figures(sweep(load_study(asked), out, report=watch)) == expected
     assert not done.keys() & set(begun)
     for run, said in done.items():
         assert (out / "results" / f"{run}.json").read_text() == said
@@ -137,7 +137,7 @@ def test_a_node_is_killed(tmp_path: Path, asked: dict[str, Any], expected: list[
             nodes.append(cluster.add_node(num_cpus=1))
 
     try:
-        rows = sweep(load_study(asked), tmp_path / "out", address=cluster.address, watch=watch)
+        rows = sweep(load_study(asked), tmp_path / "out", address=cluster.address, report=watch)
     finally:
         cluster.shutdown()
     assert len(nodes) == 2

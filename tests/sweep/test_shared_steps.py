@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 import laconic.pipeline.compression as compression
-import laconic.sweep.sweeping as sweeping
+import laconic.sweep.runner as runner
 from interruptions import Killed, contents
 from laconic.pipeline.compression import compress
+from laconic.sweep.runner import sweep
 from laconic.sweep.study import load_study
-from laconic.sweep.sweeping import sweep
 
 DEPTH = {"method": "depth", "blocks": 1}
 SCHEMES = ["W8A16", "W6A6"]
@@ -27,7 +27,7 @@ def stages(scheme: str) -> list[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where Ray is not installed."""
-    monkeypatch.setattr(sweeping, "_ray_is_there", lambda: False)
+    monkeypatch.setattr(runner, "_ray_installed", lambda: False)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_killed_sweep_takes_the_step_that_is_there(
             raise Killed
 
     with pytest.raises(Killed):
-        sweep(load_study(asked), tmp_path, watch=watch)
+        sweep(load_study(asked), tmp_path, report=watch)
     assert made == ["depth"]
     rows = sweep(load_study(asked), tmp_path)
     assert [row["status"] for row in rows] == ["done", "done"]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from commands import Laconic
 from laconic.recipe import gallery, load_recipe
+from laconic.sweep.runner import dry_run
 from laconic.sweep.runs import plan_runs
 from laconic.sweep.study import load_study, points
-from laconic.sweep.sweeping import dry_run
 from tiny import make_text
 
 Stages = list[dict[str, Any]]
@@ -112,14 +112,14 @@ def test_the_base_is_a_gallery_name_a_file_or_a_mapping(tmp_path: Path) -> None:
         ({"evaluations": [{"generate": 0}]}, "evaluations.0.generate should be greater than or equal to 1, not 0"),
         (
             {"evaluations": [{"chunk": 8, "generate": 1}]},
-            "evaluations.0: 'generate' goes with a text that is read at once; leave out 'chunk', or 'generate'",
+            "evaluations.0: 'generate' does not work with 'chunk'; remove one of the two",
         ),
-        ({"evaluations": EVALUATIONS * 2}, "two evaluations are the same; leave out one"),
-        ({"axes": [axis("output", "a")]}, "'output' cannot be varied: each run has a folder of its own"),
-        ({"axes": [axis("seed", 1)], "seeds": [0]}, "'seed' is varied by 'seeds'; leave out one of the two"),
+        ({"evaluations": EVALUATIONS * 2}, "two evaluations are the same; remove one"),
+        ({"axes": [axis("output", "a")]}, "'output' cannot be an axis, since each run has its own folder; remove it"),
+        ({"axes": [axis("seed", 1)], "seeds": [0]}, "'seeds' already varies 'seed'; remove one of the two"),
         (
             {"axes": [axis("device", "cpu")], "search": {"kind": "list", "runs": [{"seed": 1}]}},
-            "search.runs lists the runs one by one; leave out 'axes', or search",
+            "search.runs already lists the runs; remove 'axes' or 'search'",
         ),
         ({"axes": [axis("stages.3.scheme", "W4A16")]}, "axis stages.3.scheme: '3' is no position in a list of 1"),
         ({"axes": [axis("stages.0.method.name", 1)]}, "axis stages.0.method.name: 'method' holds a plain value"),
@@ -139,9 +139,9 @@ def test_the_base_is_a_gallery_name_a_file_or_a_mapping(tmp_path: Path) -> None:
             {"axes": [axis("stages.0.group_size", 32, when={"stages.0.method": "gptq"})]},
             "axes.0 (stages.0.group_size) never applies: no recipe has method=gptq written in it",
         ),
-        ({"axes": [axis("stages.0.group_size", *range(1, 502))]}, "the study has more than 500 runs; leave out values"),
+        ({"axes": [axis("stages.0.group_size", *range(1, 502))]}, "the study has more than 500 runs; remove values"),
         ({"axes": [axis("seed", *range(99999)), axis("device", *range(99999))]}, "the study has more than 500 runs;"),
-        ({"axes": [axis("output.x", "a")]}, "'output' cannot be varied: each run has a folder of its own"),
+        ({"axes": [axis("output.x", "a")]}, "'output' cannot be an axis, since each run has its own folder; remove it"),
         (
             {"axes": [{"key": "seed", "values": 3}]},
             "axes.0.values: write a list, as in [32, 64], or a mapping of names to values",
@@ -151,13 +151,13 @@ def test_the_base_is_a_gallery_name_a_file_or_a_mapping(tmp_path: Path) -> None:
         ({"search": {"n": 2}}, "search: name its 'kind', one of grid, list, random"),
         (
             {"axes": [axis("seed", 1), axis("seed", 2)]},
-            "two axes vary seed of one recipe; make them one, or have their 'when' apply to different recipes",
+            "two axes vary seed of one recipe; merge them, or give them a 'when' that excludes the other",
         ),
         (
             {"evaluations": [{"text": "a"}, {"text": "a", "chunk": 8}]},
-            "evaluations.1 reads through the artifact's own cache, and no recipe has one; leave out its 'chunk', or ",
+            "evaluations.1 reads through a quantized cache, and no recipe has one; remove its 'chunk', or ",
         ),
-        ({"axes": []}, "no model: name one as 'model' in the study, or in its base"),
+        ({"axes": []}, "no model; write 'model' in the study, or in its base"),
     ],
 )
 def test_what_is_wrong_is_one_line(laconic: Laconic, tmp_path: Path, keys: dict[str, Any], said: str) -> None:
@@ -171,7 +171,7 @@ def test_a_file_that_is_no_study_is_told(laconic: Laconic, tmp_path: Path) -> No
     file = tmp_path / "study.yaml"
     assert laconic("sweep", file, "-o", tmp_path / "out").complaint == f"no study '{file}'; check the path"
     file.write_text("- 1")
-    assert laconic("sweep", file, "-o", tmp_path).complaint == f"{file} is no study: it needs a 'base' and 'axes'"
+    assert laconic("sweep", file, "-o", tmp_path).complaint == f"{file} is not a study; write a 'base' and 'axes'"
     file.write_text("a: [")
     assert laconic("sweep", file, "-o", tmp_path).complaint.startswith(f"{file} is not valid YAML in line 1")
 

@@ -15,13 +15,13 @@ import pytest
 import yaml
 
 import laconic.sweep.measure as measuring
-import laconic.sweep.sweeping as sweeping
+import laconic.sweep.runner as runner
 from artifacts import press
 from commands import Laconic
 from interruptions import Killed
 from laconic.evaluate.run import evaluate
+from laconic.sweep.runner import dry_run, sweep
 from laconic.sweep.study import Study, load_study
-from laconic.sweep.sweeping import dry_run, sweep
 
 RTN = {"method": "rtn", "scheme": "W8A16"}
 # Of a study, to have it need calibration.
@@ -31,7 +31,7 @@ GPTQ = ("base.stages.0.method=gptq", "base.calibration.max_seq_length=32")
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where Ray is not installed."""
-    monkeypatch.setattr(sweeping, "_ray_is_there", lambda: False)
+    monkeypatch.setattr(runner, "_ray_installed", lambda: False)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_axes_of_mixed_kinds_fit_into_a_column(tmp_path: Path, asked: dict[str, 
     del asked["axes"]
     rows = [dict(row) for row in sweep(load_study(asked | {"search": {"kind": "list", "runs": runs[:2]}}), tmp_path)]
     rows[0]["values"] = rows[0]["values"] | {"stages.0.dynamic": "no"}
-    sweeping.write_table(rows, tmp_path / "mixed.parquet")
+    runner.write_table(rows, tmp_path / "mixed.parquet")
     read = pq.read_table(tmp_path / "mixed.parquet").to_pydict()
     assert read["stages.0.dynamic"] == ['"no"', "true"]
     assert read["stages.0.group_size"] == [32, None]
@@ -138,7 +138,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, study: Study, monkeypatc
         if event.get("state") == "begun":
             begun.append(event["run"])
 
-    again = sweep(study, tmp_path, watch=watch)
+    again = sweep(study, tmp_path, report=watch)
     assert begun == [rows[1]["run"]]  # what failed is tried again
     assert again == rows
 
@@ -162,12 +162,12 @@ def test_a_kill_loses_at_most_the_run_in_flight(
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "evaluate", measure)
         with pytest.raises(Killed):
-            sweep(study, tmp_path / "out", watch=lambda e: watch({"run": None} | dict(e)))
+            sweep(study, tmp_path / "out", report=lambda e: watch({"run": None} | dict(e)))
     table = pq.read_table(tmp_path / "out" / "results.parquet").to_pydict()
     assert table["status"] == ["done", "failed", "not run"]
     assert (tmp_path / "out" / "runs" / third).exists() == (moment == "measuring")
     compressed: list[Any] = []
-    sweep(study, tmp_path / "out", watch=lambda e: compressed.append((e.get("run"), e["event"])))
+    sweep(study, tmp_path / "out", report=lambda e: compressed.append((e.get("run"), e["event"])))
     assert ((third, "block") in compressed) == (moment == "compressing")
     done = pq.read_table(tmp_path / "out" / "results.parquet").to_pydict()
     for figure in ("run", "status", "error", "perplexity", "kl_mean", "file_bytes"):
@@ -192,7 +192,7 @@ def test_a_corrupt_result_is_told_and_kept(tmp_path: Path, study: Study, damage:
     rows = sweep(study, tmp_path)
     file = tmp_path / "results" / f"{rows[0]['run']}.json"
     file.write_text(damage)
-    with pytest.raises(ValueError, match=f"{file} is .*; delete it, and the sweep measures that run again"):
+    with pytest.raises(ValueError, match=f"{file} is .*; delete it, and the sweep repeats that run"):
         sweep(study, tmp_path)
     assert file.read_text() == damage
     file.unlink()
@@ -209,7 +209,7 @@ def worked(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
     }
     folder = tmp_path_factory.mktemp("worked")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweeping, "_ray_is_there", lambda: False)
+        patch.setattr(runner, "_ray_installed", lambda: False)
         assert sweep(load_study(asked), folder)[0]["status"] == "done"
     return folder, load_study(asked)
 
@@ -236,7 +236,7 @@ def test_a_result_that_was_changed_is_told_and_kept(worked: tuple[Path, Study], 
     file.write_text(json.dumps(json.loads(whole) | keys))
     changed = file.read_text()
     try:
-        with pytest.raises(ValueError, match=f"{file} is not the result of run .*; delete it, and the sweep measures"):
+        with pytest.raises(ValueError, match=f"{file} is not the result of run .*; delete it, and the sweep repeats"):
             sweep(study, folder)
         assert file.read_text() == changed
     finally:
@@ -252,7 +252,7 @@ def test_an_artifact_that_is_not_whole_is_told_and_kept(worked: tuple[Path, Stud
     (artifact / name).unlink()
     (row,) = sweep(worked[1], folder)
     assert row["error"] == (
-        f"{artifact} is not the whole artifact of this run; move it away, and the sweep makes it again"
+        f"{artifact} is not a complete artifact of this run; move it away, and the sweep makes it again"
     )
     assert list(artifact.glob("*.safetensors"))
     artifact.rename(tmp_path / "away")
@@ -266,7 +266,7 @@ def test_an_artifact_that_is_not_whole_is_told_and_kept(worked: tuple[Path, Stud
         (["evaluations.0.text=short.txt"], "evaluations.0: the evaluation text has "),
         (
             ["evaluations.0.generate=5"],
-            "evaluations.0: generate 5 is more than the 4 windows of the text; ask for fewer",
+            "evaluations.0: generate 5 is more than the 4 windows of the text; lower it",
         ),
         (["evaluations.0.context_length=99999"], "evaluations.0: context_length 99999 is longer than the model's "),
         (["base.calibration.dataset=nowhere.txt"], "run with scheme=W8A16: no text file 'nowhere.txt'; check the path"),
@@ -297,7 +297,7 @@ def test_a_text_that_is_gone_does_not_matter_to_what_is_done(tmp_path: Path, ask
     asked["axes"][0]["values"] = ["W8A16", "W6A6"]
     rows = sweep(load_study(asked), tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweeping, "check_texts", lambda left: list(left) == [] or pytest.fail("checked what is done"))
+        patch.setattr(runner, "check_texts", lambda left: list(left) == [] or pytest.fail("checked what is done"))
         assert sweep(load_study(asked), tmp_path) == rows
 
 
@@ -309,7 +309,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, study: Study) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        sweep(study, tmp_path, watch=watch)
+        sweep(study, tmp_path, report=watch)
 
 
 @pytest.mark.parametrize("name", ["", "results", "runs", "results.parquet/x"])
@@ -378,7 +378,7 @@ def test_ray_gives_the_same_results(tmp_path: Path, asked: dict[str, Any], monke
     expected = sweep(study, tmp_path / "here")
     monkeypatch.undo()
     states: list[tuple[str, str]] = []
-    rows = sweep(study, tmp_path / "there", watch=lambda e: states.append((e["event"], e.get("state", ""))))
+    rows = sweep(study, tmp_path / "there", report=lambda e: states.append((e["event"], e.get("state", ""))))
     for figure in ("run", "status", "error", "perplexity", "kl_mean", "file_bytes", "command"):
         assert [row[figure] for row in rows] == [row[figure] for row in expected]
     assert states.count(("run", "done")) == 2

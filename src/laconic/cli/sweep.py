@@ -22,9 +22,9 @@ def sweep(
 ) -> None:
     """Compress and measure every variant of a recipe; run again after an interruption to go on where it stopped."""
     from laconic.report.sweep_table import plan_caption, plan_table, sweep_table
+    from laconic.sweep.runner import dry_run as list_runs
+    from laconic.sweep.runner import sweep as run_study
     from laconic.sweep.study import load_study
-    from laconic.sweep.sweeping import dry_run as list_runs
-    from laconic.sweep.sweeping import sweep as work_through
 
     asked = load_study(study, set_ or ())
     if dry_run:
@@ -36,7 +36,7 @@ def sweep(
         out.print(plan_caption(listed), highlight=False, soft_wrap=True)
         return
     with Sweeping(quiet=json_) as progress:
-        rows = work_through(asked, output, address=address, yes=yes, watch=progress)
+        rows = run_study(asked, output, address=address, yes=yes, report=progress)
     table = output / "results.parquet"
     if json_:
         print_json({"table": str(table.resolve()), "rows": rows})

@@ -1,1 +1,1 @@
-"""A study: one recipe varied along axes, each variant compressed, measured and remembered once."""
+"""Studies: one recipe varied along axes; every variant is compressed and measured once."""

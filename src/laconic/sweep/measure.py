@@ -1,4 +1,4 @@
-"""One evaluation of a study on one artifact: a text at once, or through the artifact's own key-value cache."""
+"""One evaluation of a study on one artifact: in one forward pass per window, or through its key-value cache."""
 
 from __future__ import annotations
 
@@ -12,45 +12,56 @@ from laconic.evaluate.run import evaluate
 from laconic.evaluate.through_cache import PLAIN
 from laconic.sweep.study import Evaluation
 
-
-def measure(artifact: Path, asked: Evaluation, baseline: str | None) -> dict[str, Any]:
-    """What `laconic eval` says of it. Raises: ValueError for what the caller can mend."""
-    if asked.chunk is None:
-        read = asked.model_dump(exclude={"chunk", "generate"})
-        return evaluate(artifact, baseline=baseline, generate=asked.generate or 0, **read)
-    return _through_cache(artifact, asked)
+_COPIED_KEYS = ("model", "text", "windows", "chunk", "dtype", "seconds", "command", "versions")
 
 
-def _through_cache(artifact: Path, asked: Evaluation) -> dict[str, Any]:
-    """`laconic eval --suite long`, of the whole windows. The baseline is the artifact's own weights with a cache in 16
-    bit, so that what is compared is the cache alone.
+def measure(artifact: Path, evaluation: Evaluation, baseline: str | None) -> dict[str, Any]:
+    """Measure an artifact as `laconic eval` does.
 
-    Raises: ValueError for an artifact without a cache of its own.
+    Args:
+        artifact: Folder of the artifact.
+        evaluation: What to measure.
+        baseline: The original model to compare with; None for no comparison. With `evaluation.chunk` the baseline is
+            always the artifact's own weights with a 16-bit cache.
+
+    Returns:
+        The result, with the keys of a result of `laconic eval`.
+
+    Raises:
+        ValueError: The text or the artifact does not allow this evaluation.
     """
-    assert asked.chunk is not None
-    said = evaluate_long(
+    if evaluation.chunk is None:
+        arguments = evaluation.model_dump(exclude={"chunk", "generate"})
+        return evaluate(artifact, baseline=baseline, generate=evaluation.generate or 0, **arguments)
+    return _through_cache(artifact, evaluation)
+
+
+def _through_cache(artifact: Path, evaluation: Evaluation) -> dict[str, Any]:
+    """Measure through the quantized cache, against the same weights with a 16-bit cache, which isolates the cache."""
+    assert evaluation.chunk is not None
+    result = evaluate_long(
         artifact,
-        text=asked.text,
-        lengths=None if asked.context_length is None else [asked.context_length],
-        windows=asked.windows or 2**31,
+        text=evaluation.text,
+        lengths=None if evaluation.context_length is None else [evaluation.context_length],
+        windows=evaluation.windows or 2**31,
         parts=("perplexity", "memory"),
-        chunk=asked.chunk,
+        chunk=evaluation.chunk,
         batch_size=1,
-        dtype=asked.dtype,
+        dtype=evaluation.dtype,
     )
-    own = [name for name in said["caches"] if name != PLAIN]
-    if not own:
+    quantized = [name for name in result["caches"] if name != PLAIN]
+    if not quantized:
         raise ValueError(
-            "the artifact has no cache of its own to read through; leave 'chunk' out of the evaluation, or add a stage "
-            "for the cache (kivi, kvquant, ...)"
+            "the artifact has no quantized cache to read through; remove 'chunk' from the evaluation, or add a cache "
+            "stage (kivi, kvquant, ...)"
         )
-    plain, whole = (said["perplexity"][name][-1] for name in (PLAIN, own[0]))
+    plain, whole = (result["perplexity"][name][-1] for name in (PLAIN, quantized[0]))
     return {
-        **{key: said[key] for key in ("model", "text", "windows", "chunk", "dtype", "seconds", "command", "versions")},
-        "context_length": said["lengths"][-1],
+        **{key: result[key] for key in _COPIED_KEYS},
+        "context_length": result["lengths"][-1],
         **{key: whole[key] for key in ("tokens", "perplexity", "nll_stderr", "kl_mean", "kl_p99", "top1_agreement")},
         "baseline_perplexity": plain["perplexity"],
-        "kv_bits": said["memory"][own[0]][-1]["bits"],
+        "kv_bits": result["memory"][quantized[0]][-1]["bits"],
         **asdict(measure_size(artifact)),
-        "details": {key: said[key] for key in ("perplexity", "memory")},
+        "details": {key: result[key] for key in ("perplexity", "memory")},
     }

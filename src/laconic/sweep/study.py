@@ -1,5 +1,4 @@
-"""The file that describes a study, and the points that it asks for: a base recipe, axes that vary its keys, what is
-measured of each artifact."""
+"""Study files: a base recipe, axes that vary its keys, evaluations of each artifact; and the points of a study."""
 
 from __future__ import annotations
 
@@ -17,14 +16,21 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from laconic.config import Config
 from laconic.recipe import Loc, explain, parse, put, read_recipe, set_by
 
-Plain = str | int | float | bool
+Scalar = str | int | float | bool
 
 
 class Evaluation(Config):
-    """What `laconic eval` takes: a text, tokens a window, how many windows, the dtype to compute in. chunk: read
-    through the artifact's own key-value cache, so many tokens at a time, as `laconic eval --suite long` does; without
-    it a window is read at once, and what a cache stores is not looked at. generate: how many openings of the text the
-    artifact continues, and the original where it is measured."""
+    """One evaluation of every artifact of a study, with the arguments of `laconic eval`.
+
+    Attributes:
+        text: Text file, Hub data set, or `wikitext2` or `c4`.
+        context_length: Tokens per window; None for the model's context, at most 2048.
+        windows: Number of windows; None for the whole text.
+        chunk: Read each window through the artifact's own key-value cache, this many tokens at a time, as
+            `laconic eval --suite long` does. None reads a window in one forward pass, without the quantized cache.
+        dtype: Arithmetic of the forward passes; None for the default of `laconic eval`.
+        generate: Number of openings of the text that the artifact, and the original, continue.
+    """
 
     text: str = "wikitext2"
     context_length: int | None = Field(None, ge=2)
@@ -36,54 +42,70 @@ class Evaluation(Config):
     @model_validator(mode="after")
     def _check(self) -> Evaluation:
         if self.generate and self.chunk:
-            raise ValueError("'generate' goes with a text that is read at once; leave out 'chunk', or 'generate'")
+            raise ValueError("'generate' does not work with 'chunk'; remove one of the two")
         return self
 
 
 class Axis(Config):
-    """key: of the recipe, by its dotted path; `stages` for whole lists of them. values: a list, or a mapping of names,
-    which tables show, to values. when: keys and the value, or one of the values, that they must be written with in the
-    recipe as the base and the axes before this one leave it; elsewhere the key stays as it is."""
+    """One key of the recipe and the values that a study gives it.
+
+    Attributes:
+        key: Dotted path of a recipe key, such as `stages.0.group_size`; `stages` for whole lists of stages.
+        values: A list of values, or a mapping from names, which tables show, to values.
+        when: Condition of the axis: keys and the value, or list of values, that the recipe must have written for each
+            key, after the base and the earlier axes. Where the condition does not hold, `key` stays unchanged.
+    """
 
     key: str = Field(min_length=1)
-    values: list[Any] | dict[Plain, Any] = Field(min_length=1)
+    values: list[Any] | dict[Scalar, Any] = Field(min_length=1)
     when: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("values", mode="before")
     @classmethod
     def _are_choices(cls, values: Any) -> Any:
-        named = isinstance(values, dict) and all(isinstance(name, Plain) for name in values)
+        named = isinstance(values, dict) and all(isinstance(name, Scalar) for name in values)
         if not named and not isinstance(values, list):
             raise ValueError("write a list, as in [32, 64], or a mapping of names to values")
         return values
 
     @property
     def choices(self) -> list[tuple[Any, Any]]:
-        """(what tables show, value)"""
+        """Pairs of the label that tables show and the value."""
         if isinstance(self.values, dict):
             return list(self.values.items())
-        return [(_shown(v), v) for v in self.values]
+        return [(_label(v), v) for v in self.values]
 
     def applies(self, recipe: Mapping[str, Any]) -> bool:
-        """Whether a recipe is one that this axis varies."""
-        return all(_at(recipe, key) in (v if isinstance(v, list) else [v]) for key, v in self.when.items())
+        """Return whether a recipe meets the condition `when`."""
+        return all(_value_at(recipe, key) in (v if isinstance(v, list) else [v]) for key, v in self.when.items())
 
 
-class Grid(Config):
-    """Every value of an axis with every value of the others."""
+class GridSearch(Config):
+    """Search over the full product of all axes."""
 
     kind: Literal["grid"] = "grid"
 
 
-class Listed(Config):
-    """The runs one by one: each a mapping of keys to values."""
+class ListSearch(Config):
+    """Search over an explicit list of runs.
+
+    Attributes:
+        kind: `list`.
+        runs: One mapping from recipe keys to values per run.
+    """
 
     kind: Literal["list"] = "list"
     runs: list[dict[str, Any]] = Field(min_length=1)
 
 
-class Random(Config):
-    """n different points of the grid, drawn axis by axis; all of them where the grid has no more."""
+class RandomSearch(Config):
+    """Search over distinct random points of the grid.
+
+    Attributes:
+        kind: `random`.
+        n: Number of points; a grid with fewer points is searched whole.
+        seed: Seed of the draws.
+    """
 
     kind: Literal["random"] = "random"
     n: int = Field(ge=1)
@@ -91,21 +113,35 @@ class Random(Config):
 
 
 class Resources(Config):
-    """What a run takes: processor cores, and GPUs or a share of one. Without cpus it has all cores of a machine;
-    without gpus, one where there are any."""
+    """Resources of one run.
+
+    Attributes:
+        cpus: Processor cores; None for all cores of a machine.
+        gpus: Number of GPUs, or a fraction of one; None for one GPU on machines with GPUs.
+    """
 
     cpus: int | None = Field(None, ge=1)
     gpus: float | None = Field(None, ge=0)
 
 
 class Study(Config):
-    """base: a gallery name, a recipe file, or a recipe. model: in place of the base's. seeds: every point once with
-    each. baseline: whether artifacts are compared with the original model."""
+    """A study: a base recipe, the axes that vary it, and the evaluations of every artifact.
+
+    Attributes:
+        base: Gallery name, recipe file, or recipe.
+        model: Model that replaces the base's.
+        axes: Keys to vary.
+        search: Points of the grid to run.
+        seeds: Recipe seeds; every point runs once with each of them.
+        evaluations: What to measure of each artifact.
+        baseline: Whether to compare each artifact with the original model.
+        resources: Resources of one run.
+    """
 
     base: str | dict[str, Any]
     model: str | None = None
     axes: list[Axis] = Field(default_factory=list)
-    search: Annotated[Grid | Listed | Random, Field(discriminator="kind")] = Grid()
+    search: Annotated[GridSearch | ListSearch | RandomSearch, Field(discriminator="kind")] = GridSearch()
     seeds: list[int] | None = Field(None, min_length=1)
     evaluations: list[Evaluation] = Field(min_length=1)
     baseline: bool = True
@@ -120,7 +156,7 @@ class Study(Config):
 
     @field_validator("search", mode="before")
     @classmethod
-    def _is_of_a_kind(cls, search: Any) -> Any:
+    def _has_a_kind(cls, search: Any) -> Any:
         kinds = ("grid", "list", "random")
         if isinstance(search, dict) and search.get("kind") not in kinds:
             raise ValueError(f"name its 'kind', one of {', '.join(kinds)}")
@@ -128,31 +164,44 @@ class Study(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Study:
-        listed = [key for run in self.search.runs for key in run] if isinstance(self.search, Listed) else []
+        listed = [key for run in self.search.runs for key in run] if isinstance(self.search, ListSearch) else []
         if listed and self.axes:
-            raise ValueError("search.runs lists the runs one by one; leave out 'axes', or search")
+            raise ValueError("search.runs already lists the runs; remove 'axes' or 'search'")
         for key in [*(axis.key for axis in self.axes), *listed]:
             if key.partition(".")[0] == "output":
-                raise ValueError("'output' cannot be varied: each run has a folder of its own")
+                raise ValueError("'output' cannot be an axis, since each run has its own folder; remove it")
             if key == "seed" and self.seeds:
-                raise ValueError("'seed' is varied by 'seeds'; leave out one of the two")
+                raise ValueError("'seeds' already varies 'seed'; remove one of the two")
         if len(set(self.evaluations)) < len(self.evaluations):
-            raise ValueError("two evaluations are the same; leave out one")
+            raise ValueError("two evaluations are the same; remove one")
         return self
 
 
 @dataclass(frozen=True)
 class Point:
-    """values: what the axes chose, by key, as tables show it. recipe: its keys, not validated yet."""
+    """One point of a study: a recipe and the axis values that led to it.
+
+    Attributes:
+        values: Labels of the axis values, by recipe key, as tables show them.
+        recipe: Keys and values of the recipe, not validated yet.
+    """
 
     values: dict[str, Any]
     recipe: dict[str, Any]
 
 
 def load_study(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Study:
-    """A study from a YAML file or a mapping, with `key.path=value` overrides.
+    """Load a study from a YAML file or a mapping.
 
-    Raises: ValueError, one line that names the key and the fix.
+    Args:
+        source: YAML file, or the keys and values of a study.
+        overrides: Assignments `key.path=value` to apply before validation.
+
+    Returns:
+        The validated study.
+
+    Raises:
+        ValueError: The file or a key is invalid; one line that names the key and the fix.
     """
     if isinstance(source, dict):
         data = copy.deepcopy(source)
@@ -162,7 +211,7 @@ def load_study(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
             raise ValueError(f"no study '{source}'; check the path")
         data = parse(path.read_bytes(), f"{path} is not valid YAML")
         if not isinstance(data, dict):
-            raise ValueError(f"{path} is no study: it needs a 'base' and 'axes'")
+            raise ValueError(f"{path} is not a study; write a 'base' and 'axes'")
     for override in overrides:
         set_by(data, override)
     try:
@@ -172,67 +221,76 @@ def load_study(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
 
 
 def points(study: Study) -> Iterator[Point]:
-    """The points of a study, in the order of its axes, the last of which turns fastest; seeds after them all.
+    """Iterate over the points of a study, in the order of its axes; the last axis varies fastest, then the seeds.
 
-    Raises: ValueError when an axis leads nowhere in the recipe.
+    Args:
+        study: The study.
+
+    Yields:
+        The points that `study.search` selects.
+
+    Raises:
+        ValueError: The base recipe cannot be read, or an axis names a path that does not exist in the recipe.
     """
     base = copy.deepcopy(study.base) if isinstance(study.base, dict) else read_recipe(study.base)
     if study.model:
         base["model"] = study.model
     start = Point({}, base)
     seeds = [Axis(key="seed", values=list(study.seeds))] if study.seeds else []
-    for point in _searched(study, start):
-        yield from _walk(point, seeds, lambda choices: choices)
+    for point in _search(study, start):
+        yield from _vary(point, seeds)
 
 
-def _searched(study: Study, start: Point) -> Iterator[Point]:
+def _search(study: Study, start: Point) -> Iterator[Point]:
     match study.search:
-        case Grid():
-            yield from _walk(start, study.axes, lambda choices: choices)
-        case Listed(runs=runs):
+        case GridSearch():
+            yield from _vary(start, study.axes)
+        case ListSearch(runs=runs):
             for run in runs:
-                yield from _walk(start, [Axis(key=k, values=[v]) for k, v in run.items()], lambda choices: choices)
-        case Random(n=n, seed=seed):
-            first = list(islice(_walk(start, study.axes, lambda choices: choices), n + 1))
-            yield from first if len(first) <= n else _drawn(start, study.axes, n, random.Random(seed))
+                yield from _vary(start, [Axis(key=k, values=[v]) for k, v in run.items()])
+        case RandomSearch(n=n, seed=seed):
+            first = list(islice(_vary(start, study.axes), n + 1))
+            yield from first if len(first) <= n else _draw(start, study.axes, n, random.Random(seed))
 
 
-def _drawn(start: Point, axes: Sequence[Axis], n: int, chance: random.Random) -> Iterator[Point]:
-    seen: set[str] = set()
-    while len(seen) < n:
-        (point,) = _walk(start, axes, lambda choices: [chance.choice(choices)])
+def _draw(start: Point, axes: Sequence[Axis], n: int, generator: random.Random) -> Iterator[Point]:
+    keys: set[str] = set()
+    while len(keys) < n:
+        (point,) = _vary(start, axes, lambda choices: [generator.choice(choices)])
         key = json.dumps([point.values, point.recipe], sort_keys=True, default=str)
-        if key not in seen:
-            seen.add(key)
+        if key not in keys:
+            keys.add(key)
             yield point
 
 
 Choices = list[tuple[Any, Any]]
 
 
-def _walk(point: Point, axes: Sequence[Axis], pick: Callable[[Choices], Iterable[tuple[Any, Any]]]) -> Iterator[Point]:
+def _vary(
+    point: Point, axes: Sequence[Axis], pick: Callable[[Choices], Iterable[tuple[Any, Any]]] = lambda choices: choices
+) -> Iterator[Point]:
     if not axes:
         yield point
         return
     axis, *rest = axes
     if not axis.applies(point.recipe):
-        yield from _walk(point, rest, pick)
+        yield from _vary(point, rest, pick)
         return
     if axis.key in point.values:
         raise ValueError(
-            f"two axes vary {axis.key} of one recipe; make them one, or have their 'when' apply to different recipes"
+            f"two axes vary {axis.key} of one recipe; merge them, or give them a 'when' that excludes the other"
         )
-    for shown, value in pick(axis.choices):
+    for label, value in pick(axis.choices):
         recipe = copy.deepcopy(point.recipe)
         try:
             put(recipe, axis.key, copy.deepcopy(value))
         except ValueError as e:
             raise ValueError(f"axis {e}") from e
-        yield from _walk(Point(point.values | {axis.key: shown}, recipe), rest, pick)
+        yield from _vary(Point(point.values | {axis.key: label}, recipe), rest, pick)
 
 
-def _at(recipe: Any, key: str) -> Any:
-    """The value at a dotted path, None where none is written."""
+def _value_at(recipe: Any, key: str) -> Any:
+    """Return the value at a dotted path, or None where the recipe has none."""
     for part in key.split("."):
         if isinstance(recipe, Mapping):
             recipe = recipe.get(part)
@@ -243,19 +301,20 @@ def _at(recipe: Any, key: str) -> Any:
     return recipe
 
 
-def _shown(value: Any) -> Any:
-    """Plain values as they are, others in one line."""
-    return value if value is None or isinstance(value, Plain) else json.dumps(value, default=str)
+def _label(value: Any) -> Any:
+    """Return a scalar unchanged, and any other value as one line of JSON."""
+    return value if value is None or isinstance(value, Scalar) else json.dumps(value, default=str)
 
 
 def _keys(loc: Loc) -> list[str]:
-    inside: dict[Any, type[BaseModel]] = {
+    """Return the valid keys at a location of a validation error."""
+    models: dict[Any, type[BaseModel]] = {
         "evaluations": Evaluation,
         "axes": Axis,
         "resources": Resources,
-        "grid": Grid,
-        "list": Listed,
-        "random": Random,
+        "grid": GridSearch,
+        "list": ListSearch,
+        "random": RandomSearch,
     }
-    model = next((inside[part] for part in reversed(loc[:-1]) if part in inside), Study)
+    model = next((models[part] for part in reversed(loc[:-1]) if part in models), Study)
     return list(model.model_fields)

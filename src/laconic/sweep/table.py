@@ -1,4 +1,4 @@
-"""The results of a study in one table: a row for each run and evaluation, a column for each axis."""
+"""The table of a study, `results.parquet`: one row per run and evaluation, one column per axis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from laconic.checkpoint.atomic import write_file
 from laconic.sweep.runs import Run
 
-# What a row has beside its axes, and of what kind it is.
+# Columns beside those of the axes.
 _RUN: dict[str, Any] = {
     "run": pa.string(),
     "status": pa.string(),
@@ -51,11 +51,20 @@ _MEASURED: dict[str, Any] = {
 
 
 def rows_of(runs: Sequence[Run], results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, with what the axes chose under `values`; a run that failed, or was not reached, has no figures."""
+    """Build the rows of the table.
+
+    Args:
+        runs: The runs, in the order of the rows.
+        results: Results by run id; a run without one has the status `not run`.
+
+    Returns:
+        One row per run and evaluation, with the axis values under `values`. Rows of failed and missing runs have None
+        for every measurement.
+    """
     rows = []
     for run in runs:
         result = results.get(run.id, {"status": "not run"})
-        made = result.get("compress") or {}
+        compression = result.get("compress") or {}
         row = {
             "run": run.id,
             "status": result["status"],
@@ -64,38 +73,43 @@ def rows_of(runs: Sequence[Run], results: Mapping[str, Mapping[str, Any]]) -> li
             "methods": " + ".join(stage.method for stage in run.recipe.stages),
             "recipe_seed": run.recipe.seed,
             "artifact": result.get("artifact"),
-            "compress_seconds": made.get("seconds"),
-            "peak_memory_bytes": made.get("peak_memory_bytes"),
+            "compress_seconds": compression.get("seconds"),
+            "peak_memory_bytes": compression.get("peak_memory_bytes"),
             "values": run.values,
         }
-        for measured in result.get("evaluations") or [{}]:
-            rows.append(row | {name: measured.get(name.removeprefix("eval_")) for name in _MEASURED})
+        for evaluation in result.get("evaluations") or [{}]:
+            rows.append(row | {name: evaluation.get(name.removeprefix("eval_")) for name in _MEASURED})
     return rows
 
 
-def fits(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether what was measured is of the kinds that the table has."""
+def has_column_types(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the values of all rows have the types of their columns."""
     try:
-        for name, kind in (_RUN | _MEASURED).items():
-            pa.array([row[name] for row in rows], kind)
+        for name, dtype in (_RUN | _MEASURED).items():
+            pa.array([row[name] for row in rows], dtype)
     except (pa.ArrowException, OverflowError):
         return False
     return True
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Write rows as Parquet, whole or not at all. An axis whose values are of several kinds becomes JSON text."""
-    columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in (_RUN | _MEASURED).items()}
+    """Write rows to a Parquet file, atomically.
+
+    Args:
+        rows: Rows of `rows_of`. An axis with values of several types becomes a column of JSON text.
+        file: The Parquet file.
+    """
+    columns = {name: pa.array([row[name] for row in rows], dtype) for name, dtype in (_RUN | _MEASURED).items()}
     keys = dict.fromkeys(key for row in rows for key in row["values"])
     axes = {key: _column([row["values"].get(key) for row in rows]) for key in keys}
     ordered = {"run": columns.pop("run"), **axes, **columns}
-    write_file(file, lambda to: pq.write_table(pa.table(ordered), to))
+    write_file(file, lambda path: pq.write_table(pa.table(ordered), path))
 
 
 def _column(values: list[Any]) -> pa.Array:
-    kinds = {type(v) for v in values if v is not None}
-    if kinds == {int, float}:
-        values, kinds = [None if v is None else float(v) for v in values], {float}
-    if len(kinds) > 1:
+    types = {type(v) for v in values if v is not None}
+    if types == {int, float}:
+        values, types = [None if v is None else float(v) for v in values], {float}
+    if len(types) > 1:
         values = [None if v is None else json.dumps(v, default=str) for v in values]
-    return pa.array(values, None if kinds else pa.string())
+    return pa.array(values, None if types else pa.string())

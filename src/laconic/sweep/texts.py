@@ -1,8 +1,8 @@
-"""Whether the texts that runs need are there and long enough: told once, before the first run, and not by each."""
+"""Check once, before the first run, that every text of a study can be read and is long enough."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -15,71 +15,78 @@ from laconic.sweep.study import Evaluation
 
 
 def check_texts(runs: Iterable[Run]) -> None:
-    """Read as much of every text as is needed to know, with the tokenizer of the model that is to read it.
+    """Check the texts of runs: read only as much of each as is necessary, with the tokenizer of its model.
 
-    Raises: ValueError, with the key of the study, for a text that cannot be read or is too short, for windows that are
-    longer than a model's context, and for more openings to continue than there are windows.
+    Args:
+        runs: The runs that are not done.
+
+    Raises:
+        ValueError: A text cannot be read or is too short, a window is longer than the context of a model, or
+            `generate` exceeds the number of windows. The message names the key of the study.
     """
-    seen: set[Any] = set()
+    checked: set[Any] = set()
     open_once = cache(open_source)
     for run in runs:
         assert run.recipe.model is not None
         source = open_once(run.recipe.model)
-        for number, asked in enumerate(run.evaluations):
-            key: Any = (run.recipe.model, asked.text, asked.context_length, _needed(asked))
-            if key not in seen:
-                seen.add(key)
-                _said_of(f"evaluations.{number}", _evaluated, source, asked)
-        if (shortest := _calibrated(run.recipe)) is not None:
+        for number, evaluation in enumerate(run.evaluations):
+            key: Any = (run.recipe.model, evaluation.text, evaluation.context_length, _windows_needed(evaluation))
+            if key not in checked:
+                checked.add(key)
+                _locate_errors(f"evaluations.{number}", _check_evaluation, source, evaluation)
+        if (shortest := _one_sample(run.recipe)) is not None:
             key = (run.recipe.model, shortest.calibration)
-            if key not in seen:
-                seen.add(key)
-                _said_of(f"run with {run.name}", calibration_ids, shortest, source, _needing(shortest)[0])
+            if key not in checked:
+                checked.add(key)
+                method = _calibrated_methods(shortest)[0]
+                _locate_errors(f"run with {run.name}", calibration_ids, shortest, source, method)
         for stage in run.recipe.stages:
             for text in texts_of(stage):
-                if text.dataset not in seen:
-                    seen.add(text.dataset)
-                    _said_of(f"run with {run.name}: {stage.method}", _opened, text)
+                if text.dataset not in checked:
+                    checked.add(text.dataset)
+                    _locate_errors(f"run with {run.name}: {stage.method}", _read_first_row, text)
 
 
-def _evaluated(source: Source, asked: Evaluation) -> None:
+def _check_evaluation(source: Source, evaluation: Evaluation) -> None:
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None) or 2048
-    length = min(2048, limit) if asked.context_length is None else asked.context_length
+    length = min(2048, limit) if evaluation.context_length is None else evaluation.context_length
     if length > limit:
         raise ValueError(f"context_length {length} is longer than the model's context of {limit}; lower it")
-    documents = read_documents(**HUB_TEXTS.get(asked.text, {"dataset": asked.text}))
-    found = len(evaluation_windows(documents, load_tokenizer(source.folder), length=length, limit=_needed(asked)))
-    if asked.generate and asked.generate > found:
-        raise ValueError(f"generate {asked.generate} is more than the {found} windows of the text; ask for fewer")
+    documents = read_documents(**HUB_TEXTS.get(evaluation.text, {"dataset": evaluation.text}))
+    tokenizer, needed = load_tokenizer(source.folder), _windows_needed(evaluation)
+    windows = len(evaluation_windows(documents, tokenizer, length=length, limit=needed))
+    if evaluation.generate and evaluation.generate > windows:
+        raise ValueError(f"generate {evaluation.generate} is more than the {windows} windows of the text; lower it")
 
 
-def _needed(asked: Evaluation) -> int:
-    """Windows that have to be seen: one, or where openings are continued as many, if the text has them."""
-    continued = asked.generate or 1
-    return continued if asked.windows is None else min(continued, asked.windows)
+def _windows_needed(evaluation: Evaluation) -> int:
+    """Return how many windows the check must read: one, or one per opening to continue."""
+    openings = evaluation.generate or 1
+    return openings if evaluation.windows is None else min(openings, evaluation.windows)
 
 
-def _opened(text: Any) -> None:
+def _read_first_row(text: Any) -> None:
     next(iter(read_rows(text.dataset, split=text.split, config=text.config)), None)
 
 
-def _needing(recipe: Recipe) -> list[str]:
-    """What of a recipe wants calibration text."""
+def _calibrated_methods(recipe: Recipe) -> list[str]:
+    """Return the methods of a recipe that need calibration text."""
     return [getattr(s, "needing", s.method) for s in recipe.stages if s.observes or getattr(s, "surveys", False)]
 
 
-def _calibrated(recipe: Recipe) -> Recipe | None:
-    """The recipe with one calibration sample, which is as much as a check reads; None where it needs none."""
-    if not _needing(recipe):
+def _one_sample(recipe: Recipe) -> Recipe | None:
+    """Return the recipe with one calibration sample, enough for a check; None for a recipe without calibration."""
+    if not _calibrated_methods(recipe):
         return None
     if recipe.calibration is None:
         return recipe
-    one = recipe.calibration.model_copy(update={"num_calibration_samples": 1})
-    return recipe.model_copy(update={"calibration": one})
+    calibration = recipe.calibration.model_copy(update={"num_calibration_samples": 1})
+    return recipe.model_copy(update={"calibration": calibration})
 
 
-def _said_of(where: str, check: Any, *asked: Any) -> None:
+def _locate_errors(location: str, check: Callable[..., object], *arguments: Any) -> None:
+    """Run a check, and put its location in the study before the message of its error."""
     try:
-        check(*asked)
+        check(*arguments)
     except (ValueError, OSError) as e:
-        raise ValueError(f"{where}: {' '.join(str(e).split())}") from e
+        raise ValueError(f"{location}: {' '.join(str(e).split())}") from e
