@@ -13,7 +13,7 @@ import argparse
 from kv_quality import opened
 
 from laconic.checkpoint.source import load_tokenizer, model_folder
-from laconic.data.text import evaluation_windows, prefix_of, read_documents
+from laconic.data.text import bos_prefix, evaluation_windows, read_documents
 from laconic.evaluate.needle import FORMS, find_needles
 
 ROWS = [
@@ -47,7 +47,7 @@ def main() -> None:
     model, caches = opened(args, args.kv or ROWS)
     tokenizer = load_tokenizer(model_folder(args.model))
     windows = evaluation_windows(read_documents(args.text), tokenizer, length=max(args.lengths), limit=None)
-    hay = windows[:, len(prefix_of(tokenizer)) :].flatten().tolist()
+    hay = windows[:, len(bos_prefix(tokenizer)) :].flatten().tolist()
     print("| cache | " + " | ".join(f"{n} tokens" for n in args.lengths) + " | at all |")
     print("|---|" + "---:|" * (len(args.lengths) + 1))
     for name, new_cache in caches.items():

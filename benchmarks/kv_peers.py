@@ -21,7 +21,7 @@ from transformers import Cache, PreTrainedModel, QuantizedCache
 
 import laconic
 from laconic.checkpoint.source import load_tokenizer
-from laconic.data.text import evaluation_windows, prefix_of, read_documents
+from laconic.data.text import bos_prefix, evaluation_windows, read_documents
 from laconic.evaluate.cache_cost import memory_by_length, speed_by_length
 from laconic.evaluate.caches import caches_for
 from laconic.evaluate.context_perplexity import perplexity_by_position
@@ -80,7 +80,7 @@ def main() -> None:
     )
     caches = ours | peers(model, args.bits, args.group_size, args.residual_length)
     windows = evaluation_windows(read_documents(args.text), tokenizer, length=lengths[-1], limit=None)
-    hay = windows[:, len(prefix_of(tokenizer)) :].flatten().tolist()
+    hay = windows[:, len(bos_prefix(tokenizer)) :].flatten().tolist()
     print(
         f"{args.model}, {args.text}, windows of {lengths[-1]} tokens, {args.dtype}, {torch.get_num_threads()} threads\n"
     )

@@ -24,7 +24,7 @@ from laconic.formats.int_affine import IntAffine
 from laconic.formats.tiling import Tiling
 from laconic.solvers.grid import GridRounder
 from laconic.solvers.moments import Moments
-from laconic.solvers.obs import feedback, sweep
+from laconic.solvers.obs import factor_hessian, run_column_loop
 from laconic.solvers.search import search_range
 
 BLOCKS = 32
@@ -72,16 +72,16 @@ def measure(linear: Linear, tokens: int, chunk: int, device: torch.device, repea
     H = gram(x, tokens)
     order = H.diagonal().argsort(descending=True)
     sorted_H = H[order][:, order]
-    factor = feedback(sorted_H, DAMPENING)
+    factor = factor_hessian(sorted_H, DAMPENING)
     params = search_range(INT4, W, H.diagonal())
     sorted_W = W[:, order]
 
     def rounded() -> Tensor:
-        return sweep(sorted_W, factor.A, GridRounder(INT4, params, W.shape, order))
+        return run_column_loop(sorted_W, factor.A, GridRounder(INT4, params, W.shape, order))
 
     took = {
         "hessian": seconds(lambda: gram(x, tokens)),
-        "feedback": seconds(lambda: feedback(sorted_H, DAMPENING)),
+        "feedback": seconds(lambda: factor_hessian(sorted_H, DAMPENING)),
         "search": seconds(lambda: search_range(INT4, W, H.diagonal())),
         "sweep": seconds(rounded),
     }

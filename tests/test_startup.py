@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import laconic as library
-from laconic.structure.widths import with_widths
+from laconic.structure.widths import add_widths
 
 HEAVY = ("torch", "transformers")
 
@@ -74,7 +74,7 @@ def native(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     artifact = tmp_path_factory.mktemp("native") / "out"
     library.compress(str(llama), {"stages": [{"method": "rtn", "scheme": "W6A6"}]}, artifact)
     config = artifact / "config.json"
-    config.write_text(json.dumps(with_widths(json.loads(config.read_text()), [{}, {"intermediate_size": 128}])))
+    config.write_text(json.dumps(add_widths(json.loads(config.read_text()), [{}, {"intermediate_size": 128}])))
     return artifact
 
 

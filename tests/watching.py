@@ -11,7 +11,7 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from laconic.artifact.workspace import Workspace
-from laconic.checkpoint.source import arranged, open_source, skeleton
+from laconic.checkpoint.source import arrange_source, build_skeleton, open_source
 from laconic.solvers.moments import Moments
 from laconic.stages.block import Block
 from laconic.stages.stage import BlockStage, LinearStage, Outcome, Stage
@@ -77,8 +77,8 @@ def stroll(
     """Walk through a model. Returns: for each stage that watches what it saw, by the first linear of each tap
     that it treats."""
     source = open_source(str(model))
-    whole = skeleton(source.config, source.dtype)
-    source = arranged(source, whole)
+    whole = build_skeleton(source.config, source.dtype)
+    source = arrange_source(source, whole)
     plan = make_plan(whole, dissect(whole), stages)
     workspace = Workspace(output, {}, len(plan.anatomy.taps) + 1, overwrite=False)
     settings = Settings(torch.device("cpu"), batch, budget, all_experts)

@@ -11,14 +11,14 @@ from torch import nn
 from artifacts import original, tokens
 from laconic.calibrate.passes import Passes
 from laconic.calibrate.stream import Stream
-from laconic.structure.anatomy import Anatomy, Call, capture_calls, dissect
+from laconic.structure.anatomy import Anatomy, BlockCall, capture_calls, dissect
 from tiny import make_model
 
 IDS = tokens(6, 24)
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> tuple[nn.Module, Anatomy, Call, Stream]:
+def parts(tmp_path: Path) -> tuple[nn.Module, Anatomy, BlockCall, Stream]:
     model = original(make_model(tmp_path / "model", dtype=torch.float32))
     anatomy = dissect(model)
     hidden, calls = capture_calls(model, anatomy.blocks, input_ids=IDS)
@@ -28,7 +28,7 @@ def parts(tmp_path: Path) -> tuple[nn.Module, Anatomy, Call, Stream]:
 @pytest.mark.parametrize("held", [True, False], ids=["held", "anew"])
 @torch.no_grad()
 def test_what_is_changed_before_a_tap_is_seen_behind_it(
-    parts: tuple[nn.Module, Anatomy, Call, Stream], held: bool
+    parts: tuple[nn.Module, Anatomy, BlockCall, Stream], held: bool
 ) -> None:
     block, anatomy, call, stream = parts
     taps = anatomy.taps[0]
@@ -55,7 +55,7 @@ def test_what_is_changed_before_a_tap_is_seen_behind_it(
 
 
 @torch.no_grad()
-def test_a_replaced_linear_is_the_one_that_runs(parts: tuple[nn.Module, Anatomy, Call, Stream]) -> None:
+def test_a_replaced_linear_is_the_one_that_runs(parts: tuple[nn.Module, Anatomy, BlockCall, Stream]) -> None:
     block, anatomy, call, stream = parts
     before = stream.hidden.clone()
     tap = anatomy.taps[0][2]
@@ -68,7 +68,7 @@ def test_a_replaced_linear_is_the_one_that_runs(parts: tuple[nn.Module, Anatomy,
 
 
 @torch.no_grad()
-def test_through_passes_on_what_it_shows(parts: tuple[nn.Module, Anatomy, Call, Stream]) -> None:
+def test_through_passes_on_what_it_shows(parts: tuple[nn.Module, Anatomy, BlockCall, Stream]) -> None:
     block, anatomy, call, stream = parts
     before = stream.hidden.clone()
     with Passes(block, anatomy.taps[0], call, stream, torch.device("cpu"), held=False) as passes:
@@ -78,7 +78,7 @@ def test_through_passes_on_what_it_shows(parts: tuple[nn.Module, Anatomy, Call, 
 
 
 @torch.no_grad()
-def test_closed_passes_leave_no_trace(parts: tuple[nn.Module, Anatomy, Call, Stream]) -> None:
+def test_closed_passes_leave_no_trace(parts: tuple[nn.Module, Anatomy, BlockCall, Stream]) -> None:
     block, anatomy, call, stream = parts
     expected = call(block, stream.hidden)
     with Passes(block, anatomy.taps[0], call, stream, torch.device("cpu"), held=True) as passes:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from laconic.checkpoint.source import load_tokenizer
-from laconic.data.mix import Example, Mix, Part, collate, described, read_mix
+from laconic.data.mix import Example, Mix, TextSource, collate, describe_mix, read_mix
 from laconic.data.text import evaluation_windows
 from tiny import make_text
 
@@ -38,7 +38,7 @@ def a_file(folder: Path, name: str, content: Any) -> str:
     return str(file)
 
 
-def read(parts: list[Part], tokenizer: PreTrainedTokenizerBase, **keys: Any) -> Mix:
+def read(parts: list[TextSource], tokenizer: PreTrainedTokenizerBase, **keys: Any) -> Mix:
     given_ = {"length": 32, "held_out": 0.1, "held_out_samples": 8, "seed": 0}
     return read_mix(parts, tokenizer, **given_ | keys)
 
@@ -82,25 +82,27 @@ def test_another_seed_is_another_order() -> None:
 
 
 def test_text_comes_in_the_windows_of_evaluation(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    mix = read([Part(dataset=a_file(tmp_path, "a.txt", TEXT))], tokenizer)
+    mix = read([TextSource(dataset=a_file(tmp_path, "a.txt", TEXT))], tokenizer)
     expected = {tuple(w.tolist()) for w in evaluation_windows([TEXT], tokenizer, length=32, limit=None)}
     every = (*mix.parts[0], *mix.held_out)
     assert {tuple(e.ids.tolist()) for e in every} == expected
     assert len(every) == len(expected)
     assert len(mix.held_out) == round(0.1 * len(expected))
-    assert all(e.wanted.tolist() == [False] + [True] * 31 for e in every)
+    assert all(e.loss_mask.tolist() == [False] + [True] * 31 for e in every)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_of_instructions_the_answers_alone_are_wanted(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> None:
-    mix = read([Part(dataset=a_file(tmp_path, name, ROWS), format="instruction")], tokenizer, length=128, held_out=0)
+    mix = read(
+        [TextSource(dataset=a_file(tmp_path, name, ROWS), format="instruction")], tokenizer, length=128, held_out=0
+    )
     for i, example in enumerate(mix.parts[0]):
         row = ROWS[i]
         asked = row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
         assert tokenizer.decode(example.ids) == f"<s>user: {asked}\nassistant: {row['output']}</s>"
-        assert tokenizer.decode(example.ids[example.wanted]) == f"{row['output']}</s>"
+        assert tokenizer.decode(example.ids[example.loss_mask]) == f"{row['output']}</s>"
 
 
 def test_a_chat_goes_through_the_template(
@@ -109,27 +111,27 @@ def test_a_chat_goes_through_the_template(
     monkeypatch.setattr(tokenizer, "chat_template", CHATML)
     roles = ["system", "user", "assistant", "user", "assistant"]
     rows = [{"messages": [{"role": r, "content": f"{r[0]}{i}"} for i, r in enumerate(roles)]}]
-    part = Part(dataset=a_file(tmp_path, "a.jsonl", rows), format="instruction")
+    part = TextSource(dataset=a_file(tmp_path, "a.jsonl", rows), format="instruction")
     (example,) = read([part], tokenizer, length=128, held_out=0).parts[0]
     assert tokenizer.decode(example.ids).endswith("<user>u1;<assistant>a2;<user>u3;<assistant>a4;")
-    assert tokenizer.decode(example.ids[example.wanted]) == "a2;a4;"
+    assert tokenizer.decode(example.ids[example.loss_mask]) == "a2;a4;"
 
 
 def test_everything_may_be_wanted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    part = Part(dataset=a_file(tmp_path, "a.json", ROWS), format="instruction", answers_only=False)
+    part = TextSource(dataset=a_file(tmp_path, "a.json", ROWS), format="instruction", answers_only=False)
     mix = read([part], tokenizer, length=128, held_out=0)
-    assert all(e.wanted[1:].all() for e in mix.parts[0])
-    assert not any(e.wanted[0] for e in mix.parts[0])
+    assert all(e.loss_mask[1:].all() for e in mix.parts[0])
+    assert not any(e.loss_mask[0] for e in mix.parts[0])
 
 
 def test_proportions_are_described(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     parts = [
-        Part(dataset=a_file(tmp_path, "a.txt", TEXT), weight=3),
-        Part(dataset=a_file(tmp_path, "a.json", ROWS), format="instruction", weight=1),
+        TextSource(dataset=a_file(tmp_path, "a.txt", TEXT), weight=3),
+        TextSource(dataset=a_file(tmp_path, "a.json", ROWS), format="instruction", weight=1),
     ]
     mix = read(parts, tokenizer, length=64)
     order = mix.order(40)
-    told = described(mix, parts, order)
+    told = describe_mix(mix, parts, order)
     assert [t["share"] for t in told] == [0.75, 0.25]
     tokens = [sum(mix.at(o).targets for o in order if o[0] == i) for i in (0, 1)]
     assert told[0]["token_share"] == pytest.approx(tokens[0] / sum(tokens))
@@ -140,9 +142,9 @@ def test_proportions_are_described(tmp_path: Path, tokenizer: PreTrainedTokenize
 def test_shorter_sequences_are_filled_up_behind() -> None:
     a = Example(torch.tensor([5, 6, 7]), torch.tensor([False, True, True]))
     b = Example(torch.tensor([8]), torch.tensor([False]))
-    ids, wanted = collate([a, b])
+    ids, loss_mask = collate([a, b])
     assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert wanted.tolist() == [[False, True, True], [False] * 3]
+    assert loss_mask.tolist() == [[False, True, True], [False] * 3]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_shorter_sequences_are_filled_up_behind() -> None:
 def test_a_dataset_of_no_use_is_named(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, name: str, content: Any, format_: Any, expected: str
 ) -> None:
-    part = Part(dataset=a_file(tmp_path, name, content), format=format_)
+    part = TextSource(dataset=a_file(tmp_path, name, content), format=format_)
     with pytest.raises(ValueError, match=r"\S") as told:
         read([part], tokenizer)
     assert part.dataset in str(told.value)

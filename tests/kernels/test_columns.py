@@ -18,7 +18,7 @@ from laconic.formats.int_affine import IntAffine
 from laconic.formats.tiling import Tiling
 from laconic.kernels.columns import affine_columns_torch
 from laconic.solvers.grid import GridRounder, OnlineGridRounder
-from laconic.solvers.obs import feedback, sweep
+from laconic.solvers.obs import factor_hessian, run_column_loop
 from laconic.solvers.search import search_range
 
 ROWS, COLUMNS, GROUP = 128, 192, 48
@@ -77,7 +77,9 @@ def test_sweep_on_static_groups_is_the_papers_loop(symmetric: bool, actorder: bo
     params = search_range(fmt, W, H.diagonal())
     order = H.diagonal().argsort(descending=True) if actorder else torch.arange(COLUMNS)
 
-    swept = sweep(W[:, order], feedback(H[order][:, order], DAMPENING).A, GridRounder(fmt, params, W.shape, order))
+    swept = run_column_loop(
+        W[:, order], factor_hessian(H[order][:, order], DAMPENING).A, GridRounder(fmt, params, W.shape, order)
+    )
     codes = swept[:, order.argsort()]
 
     expected = algorithm_1(
@@ -96,7 +98,7 @@ def test_sweep_on_online_groups_is_the_papers_loop(symmetric: bool, observer: st
     importance = H.diagonal() if observer == "mse" else None
 
     rounder = OnlineGridRounder(fmt, W, torch.float32, importance)
-    codes = sweep(W, feedback(H, DAMPENING).A, rounder)
+    codes = run_column_loop(W, factor_hessian(H, DAMPENING).A, rounder)
 
     found: dict[str, Tensor] = {}
 
@@ -114,13 +116,13 @@ def test_sweep_on_online_groups_is_the_papers_loop(symmetric: bool, observer: st
 @pytest.mark.parametrize("static", [True, False], ids=["static", "online"])
 def test_sweep_onto_fp4_is_the_papers_loop_onto_its_points(fmt: Fp4, static: bool) -> None:
     W, H = problem()
-    A = feedback(H, DAMPENING).A
+    A = factor_hessian(H, DAMPENING).A
     if static:
         params = search_range(fmt, W, H.diagonal())
-        codes = sweep(W, A, GridRounder(fmt, params, W.shape, torch.arange(COLUMNS)))
+        codes = run_column_loop(W, A, GridRounder(fmt, params, W.shape, torch.arange(COLUMNS)))
     else:
         rounder = OnlineGridRounder(fmt, W, torch.float32, H.diagonal())
-        codes, params = sweep(W, A, rounder), rounder.params
+        codes, params = run_column_loop(W, A, rounder), rounder.params
     points = decode_e2m1(torch.arange(16, dtype=torch.uint8)).double()
     grid = fmt.unit(params).double().repeat_interleave(fmt.tiling.group_size, 1)[..., None] * points
 

@@ -23,7 +23,7 @@ def weight(rows: int = 96, n: int = 128) -> Tensor:
 
 
 def moments_of(x: Tensor, x_full: Tensor | None = None, *, gram: bool = True) -> Moments:
-    moments = Moments(x.shape[1], torch.device("cpu"), gram=gram, asymmetric=x_full is not None)
+    moments = Moments(x.shape[1], torch.device("cpu"), gram=gram, cross=x_full is not None)
     moments.add(x, x_full)
     return moments.finish()
 

@@ -12,12 +12,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from artifacts import logits, original
-from laconic.checkpoint.rebuild import parts_of, rebuilt
-from laconic.checkpoint.source import open_source, skeleton
+from laconic.checkpoint.rebuild import rebuild_model, tensors_of
+from laconic.checkpoint.source import build_skeleton, open_source
 from laconic.methods.llm_pruner.groups import Group, find_groups, matched, narrow
 from laconic.runtime.reading import load
 from laconic.structure.anatomy import dissect
-from laconic.structure.widths import with_widths
+from laconic.structure.widths import add_widths
 from tiny import ARCHITECTURES, SHARED, make_model
 
 # Models whose config can say how many heads there are, whatever their width; how many units attention has elsewhere.
@@ -43,7 +43,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def groups_of(folder: Path) -> tuple[tuple[Group, ...], ...]:
     source = open_source(str(folder))
-    whole = skeleton(source.config, source.dtype)
+    whole = build_skeleton(source.config, source.dtype)
     return find_groups(whole, dissect(whole))
 
 
@@ -78,7 +78,7 @@ def test_without_units_it_computes_what_it_does_with_them_at_zero(model: tuple[s
     raw = json.loads((folder / "config.json").read_text())
     dense = load(folder, dtype=torch.float64)
     anatomy = dissect(dense)
-    tensors, widths = parts_of(dense), list[dict[str, int]]()
+    tensors, widths = tensors_of(dense), list[dict[str, int]]()
     zeroed: Any = load(folder, dtype=torch.float64)
     for i, groups in enumerate(groups_of(folder)):
         widths.append({})
@@ -99,7 +99,7 @@ def test_without_units_it_computes_what_it_does_with_them_at_zero(model: tuple[s
                 (linear.weight.data if part.axis == 0 else linear.weight.data.T)[gone] = 0
                 if part.axis == 0 and linear.bias is not None:
                     linear.bias.data[gone] = 0
-    narrower = rebuilt(with_widths(raw, widths), tensors, torch.float64)
+    narrower = rebuild_model(add_widths(raw, widths), tensors, torch.float64)
     expected = logits(zeroed)
     # Norms and softmaxes compute in float32 whatever the model's dtype.
     assert (logits(narrower) - expected).abs().max() <= 1e-6 * expected.abs().max()

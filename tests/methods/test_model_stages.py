@@ -18,7 +18,7 @@ import laconic
 from artifacts import Stage, logits, matrix_of, original, press, same_bytes, tensors, windows
 from commands import Laconic
 from interruptions import Killed, contents, is_whole
-from laconic.checkpoint.source import load_tokenizer, skeleton
+from laconic.checkpoint.source import build_skeleton, load_tokenizer
 from laconic.methods.depth import block_influence
 from laconic.methods.llm_pruner.gradients import gradients
 from laconic.methods.llm_pruner.groups import find_groups
@@ -105,7 +105,7 @@ def test_transformers_computes_what_the_dense_model_does_without_these_units(arc
     masked, narrow = (
         AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64, **keys).eval() for f in (source, folder)
     )
-    whole = skeleton(masked.config, torch.float64)
+    whole = build_skeleton(masked.config, torch.float64)
     anatomy, gone = dissect(whole), {"attention": 0, "mlp": 0}
     for i, groups in enumerate(find_groups(whole, anatomy)):
         for kind, part in ((g.kind, part) for g in groups for part in g.slices if part.axis == 1):

@@ -20,7 +20,7 @@ from artifacts import inputs, original, press, recipe, same_bytes, tensors, wind
 from laconic.methods.magnitude import Magnitude
 from laconic.methods.sparsegpt import SparseGpt
 from laconic.methods.wanda import Wanda
-from laconic.solvers.allocate import owl, share_out
+from laconic.solvers.allocate import allocate_sparsity, owl_sparsities
 from laconic.walk import walk
 from tiny import make_model
 
@@ -142,7 +142,7 @@ def test_owl_gives_blocks_what_its_formula_says(llama: Path, text: Path, tmp_pat
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0.2, 0.8), st.floats(0, 0.1), st.integers(0, 99))
 def test_owls_formula(outliers: list[float], target: float, spread: float, seed: int) -> None:
     sizes = torch.randint(1, 9, (len(outliers),), generator=torch.Generator().manual_seed(seed)).tolist()
-    shares = owl(outliers, sizes, target, spread)
+    shares = owl_sparsities(outliers, sizes, target, spread)
     assert sum(s * n for s, n in zip(shares, sizes, strict=True)) / sum(sizes) == pytest.approx(target)
     assert max(shares) - min(shares) == pytest.approx(2 * spread if len(set(outliers)) > 1 else 0, abs=1e-6)
     for (a, x), (b, y) in itertools.combinations(zip(outliers, shares, strict=True), 2):
@@ -157,7 +157,7 @@ def test_no_other_sharing_has_less_error(seed: int, target: float) -> None:
     steps = torch.rand(3, 3, generator=generator).sort(1).values
     errors = [[float(s[k:].sum()) for k in range(4)] for s in steps.flip(1)]
     sizes = torch.randint(1, 5, (3,), generator=generator).tolist()
-    shares = share_out(errors, sizes, tried, target)
+    shares = allocate_sparsity(errors, sizes, tried, target)
     assert sum(s * n for s, n in zip(shares, sizes, strict=True)) / sum(sizes) == pytest.approx(target)
 
     def cost(share: float, own: list[float]) -> float:
@@ -246,7 +246,7 @@ def test_heads_of_a_fused_projection_are_refused(text: Path, tmp_path: Path) -> 
 
 def test_a_mean_out_of_reach_is_refused() -> None:
     with pytest.raises(ValueError, match=r"is not between 0\.2 and 0\.8"):
-        share_out([[1.0, 0.0]], [1], [0.8, 0.2], 0.9)
+        allocate_sparsity([[1.0, 0.0]], [1], [0.8, 0.2], 0.9)
 
 
 def test_a_restarted_run_goes_by_the_same_survey(

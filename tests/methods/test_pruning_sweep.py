@@ -7,9 +7,9 @@ import torch
 from linears import correlated, output_error, weight
 from torch import Tensor
 
-from laconic.solvers.masks import Part, keep_mask, structure_of, whole
-from laconic.solvers.obs import feedback
-from laconic.solvers.prune import least_squares, swept_mask
+from laconic.solvers.masks import StackedLinear, keep_mask, parse_mask_structure, single_linear
+from laconic.solvers.obs import factor_hessian
+from laconic.solvers.prune import least_squares, prune_with_hessian
 
 W, X = weight(32, 256), correlated(2048, 256)
 H = X.T @ X / len(X)
@@ -41,10 +41,12 @@ def sparsegpt(W: Tensor, H: Tensor, sparsity: float, n_of_m: tuple[int, int] | N
     return W
 
 
-def ours(W: Tensor, H: Tensor, sparsity: float, structure: str, parts: list[Part] | None = None) -> Tensor:
+def ours(W: Tensor, H: Tensor, sparsity: float, structure: str, parts: list[StackedLinear] | None = None) -> Tensor:
     order = torch.arange(len(H))
-    factor = feedback(H, 0.01)
-    return swept_mask(W, factor, order, W == 0, parts or whole(W, sparsity), structure_of(structure))
+    factor = factor_hessian(H, 0.01)
+    return prune_with_hessian(
+        W, factor, order, W == 0, parts or single_linear(W, sparsity), parse_mask_structure(structure)
+    )
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
@@ -59,7 +61,7 @@ def test_groups_are_the_papers_loop(structure: str, gone: tuple[int, int]) -> No
 
 def test_each_of_stacked_linears_is_pruned_as_alone() -> None:
     other = weight(48, 256).flip(1) * 3
-    parts = [Part(slice(0, 32), 0.5), Part(slice(32, 80), 0.6)]
+    parts = [StackedLinear(slice(0, 32), 0.5), StackedLinear(slice(32, 80), 0.6)]
     together = ours(torch.cat([W, other]), H, 0.5, "unstructured", parts)
     torch.testing.assert_close(together[:32], ours(W, H, 0.5, "unstructured"))
     torch.testing.assert_close(together[32:], ours(other, H, 0.6, "unstructured"))
@@ -75,11 +77,11 @@ def test_tiles_go_whole_and_cost_more() -> None:
 
 @pytest.mark.parametrize("structure", ["unstructured", "2:4", "4x4"])
 def test_the_order_of_columns_changes_which_go_but_not_how_many(structure: str) -> None:
-    shape = structure_of(structure)
+    shape = parse_mask_structure(structure)
     order = torch.randperm(256 // shape.width, generator=torch.Generator().manual_seed(0))
     order = (order[:, None] * shape.width + torch.arange(shape.width)).flatten()
-    factor = feedback(H, 0.01, order)
-    made = swept_mask(W, factor, order, W == 0, whole(W, 0.5), shape)
+    factor = factor_hessian(H, 0.01, order)
+    made = prune_with_hessian(W, factor, order, W == 0, single_linear(W, 0.5), shape)
     assert float((made == 0).float().mean()) == 0.5
     if shape.group:
         assert ((made != 0).view(32, -1, 4).sum(-1) == 2).all()
@@ -99,7 +101,7 @@ def test_zeros_that_were_there_stay_and_are_counted() -> None:
 
 @pytest.mark.parametrize("uneven", [False, True])
 def test_the_answer_to_a_mask_is_the_least_squares_solution(uneven: bool) -> None:
-    keep = keep_mask(W.square() * H.diagonal(), 0.6, structure_of("unstructured"))
+    keep = keep_mask(W.square() * H.diagonal(), 0.6, parse_mask_structure("unstructured"))
     if uneven:
         keep[3, :200], keep[5] = False, False
     made = least_squares(W, keep, H)

@@ -17,7 +17,7 @@ from torch import Tensor
 import laconic
 from artifacts import Stage, logits, original, press, rtn, same_bytes, tensors, tokens
 from laconic.checkpoint.source import load_tokenizer
-from laconic.data.mix import Part, collate, read_mix
+from laconic.data.mix import TextSource, collate, read_mix
 from laconic.runtime.adapter_files import read_adapter
 from laconic.train import finetune as loop
 from laconic.train.finetune import Course
@@ -97,13 +97,13 @@ def test_it_lowers_the_held_out_loss_and_keeps_every_zero(
 def test_merged_weights_compute_what_was_measured(pruned: Path, texts: list[dict[str, Any]], tmp_path: Path) -> None:
     """The last held-out loss is that of the file, but for the rounding of merged weights to 16 bit."""
     artifact = press(pruned, tmp_path / "a", recover(texts))
-    parts = [Part(**t) for t in texts]
+    parts = [TextSource(**t) for t in texts]
     tokenizer = load_tokenizer(pruned)
     mix = read_mix(parts, tokenizer, length=32, held_out=0.05, held_out_samples=4, seed=0)
-    ids, wanted = collate(mix.held_out)
+    ids, loss_mask = collate(mix.held_out)
     model = original(artifact.path, torch.float32)
     with torch.no_grad():
-        mean = float(language_loss(model, ids, wanted)) / sum(e.targets for e in mix.held_out)
+        mean = float(language_loss(model, ids, loss_mask)) / sum(e.targets for e in mix.held_out)
     assert mean == pytest.approx(artifact.results["training-lora"]["held_out"][-1]["loss"], rel=2e-3)
 
 

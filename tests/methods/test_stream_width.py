@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, VaultGemmaConfig
 
-from laconic.checkpoint.rebuild import rebuilt
+from laconic.checkpoint.rebuild import rebuild_model
 from laconic.methods.llm_pruner.stream_width import kept_channels, narrower, stream_axes, without_channels
 from tiny import make_model
 
@@ -46,7 +46,7 @@ def test_a_stream_that_is_there_twice_can_be_halved(arch: str, tmp_path: Path) -
         )
         kept = torch.arange(2 * hidden) < hidden
         tensors = {**dict(wide.named_parameters(remove_duplicate=False)), **dict(wide.named_buffers())}
-        halved = rebuilt(
+        halved = rebuild_model(
             {**wide_keys, **narrower(wide_keys, hidden)}, without_channels(tensors, axes, kept), torch.float64
         )
         torch.testing.assert_close(halved(input_ids=ids).logits, expected)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 import laconic.artifact.workspace as writer
 from commands import Laconic
 from interruptions import Killed, contents, is_whole
-from laconic.artifact.workspace import Workspace, partial_of
+from laconic.artifact.workspace import Workspace, partial_folder
 from laconic.pipeline.compression import compress, prepare, run
 from tiny import make_model, make_recipe, make_text
 
@@ -71,7 +71,7 @@ def test_a_kill_in_every_block_changes_nothing(
         with pytest.raises(Killed):
             compress(recipe=recipe, output=out, report=die_in(block))
         assert not out.exists()
-        assert len(list(partial_of(out).glob("*.safetensors"))) == block
+        assert len(list(partial_folder(out).glob("*.safetensors"))) == block
     artifact = compress(recipe=recipe, output=out)
     assert artifact.results["compress"]["resumed_shards"] == 2
     assert contents(out) == expected
@@ -242,11 +242,11 @@ def test_another_recipe_does_not_go_on_with_what_was_begun(
 ) -> None:
     stages = change.pop("stages", [RTN])
     recipe = make_recipe(tmp_path / "other.yaml", *stages, model=str(llama), output=str(begun), **change)
-    before = contents(partial_of(begun))
+    before = contents(partial_folder(begun))
     said = laconic("compress", recipe).complaint
     assert said.startswith(f"{begun}.partial was begun with another recipe (different: {different}")
     assert said.endswith("); finish it with that one, choose another output, or pass --overwrite")
-    assert contents(partial_of(begun)) == before
+    assert contents(partial_folder(begun)) == before
     assert laconic("compress", recipe, "--overwrite").code == 0
     assert is_whole(begun)
 
@@ -269,7 +269,7 @@ def test_memory_and_device_may_change_before_going_on(recipe: dict[str, Any], tm
 
 
 def test_a_record_that_cannot_be_read_is_another_recipe(laconic: Laconic, llama: Path, begun: Path) -> None:
-    (partial_of(begun) / "recipe.yaml").write_bytes(b"\xff\x00")
+    (partial_folder(begun) / "recipe.yaml").write_bytes(b"\xff\x00")
     said = laconic("compress", llama, "--recipe", "rtn-w4a16", "--set", "stages.0.group_size=32", "-o", begun).complaint
     assert "was begun with another recipe" in said
 
@@ -429,7 +429,7 @@ def test_a_process_killed_at_random_moments_ends_with_the_same_bytes(
         assert finish(start(said, "compress", recipe, "-o", out)) == 0, said.read_text()
     assert contents(out) == contents(tmp_path / "expected")
     assert is_whole(out)
-    assert not partial_of(out).exists()
+    assert not partial_folder(out).exists()
 
 
 @pytest.mark.slow
@@ -439,7 +439,7 @@ def test_of_two_processes_at_once_one_writes(start: Callable[..., Any], larger: 
     processes = [start(s, "compress", recipe) for s in said]
     assert sorted(finish(p) for p in processes) == [0, 2, 2]
     assert is_whole(tmp_path / "out")
-    assert not partial_of(tmp_path / "out").exists()
+    assert not partial_folder(tmp_path / "out").exists()
 
 
 def finish(process: Any) -> int:

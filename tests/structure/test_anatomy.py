@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoConfig, LlamaModel, PreTrainedModel
 
 from artifacts import original, tokens
-from laconic.checkpoint.source import skeleton
-from laconic.structure.anatomy import capture_calls, dissect, head_input
+from laconic.checkpoint.source import build_skeleton
+from laconic.structure.anatomy import capture_calls, compute_head_input, dissect
 from tiny import ARCHITECTURES, make_model
 
 ATTENTION = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)]
@@ -47,7 +47,7 @@ every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
 
 def bare(folder: Path) -> PreTrainedModel:
     """The model without its weights."""
-    return skeleton(AutoConfig.from_pretrained(folder), torch.bfloat16)
+    return build_skeleton(AutoConfig.from_pretrained(folder), torch.bfloat16)
 
 
 @every_architecture
@@ -75,7 +75,7 @@ def test_blocks_called_one_by_one_make_the_model(arch: str, tmp_path: Path) -> N
         for block, call in zip(model.get_submodule(anatomy.blocks), calls, strict=True):
             hidden = call(block, hidden)
         expected = model.base_model(input_ids=ids, use_cache=False)[0]
-    torch.testing.assert_close(head_input(model, anatomy, hidden), expected)
+    torch.testing.assert_close(compute_head_input(model, anatomy, hidden), expected)
 
 
 @pytest.mark.parametrize("arch", ["mistral", "gemma2", "gemma3"])

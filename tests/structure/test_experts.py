@@ -29,9 +29,9 @@ from artifacts import (
     with_decoded_weights,
 )
 from commands import Laconic
-from laconic.checkpoint.source import skeleton
-from laconic.structure.anatomy import dissect, rounds
-from laconic.structure.experts import Experts, all_tokens
+from laconic.checkpoint.source import build_skeleton
+from laconic.structure.anatomy import dissect, observation_rounds
+from laconic.structure.experts import Experts, calibrate_all_experts
 from tiny import MIXTURES, make_model, make_recipe
 from watching import Watch, stroll
 
@@ -73,7 +73,7 @@ def test_every_token_for_every_expert_is_shown_and_changes_nothing(arch: str, tm
             linear.register_forward_pre_hook(lambda _, args, n=name: seen.__setitem__(n, len(args[0])))
     expected = experts(x, index, weights)
     assert {n for n in seen if n.startswith("3.")} == set()
-    with all_tokens(experts):
+    with calibrate_all_experts(experts):
         assert torch.equal(experts(x, index, weights), expected)
     assert len(seen) == 12
     assert set(seen.values()) == {40}
@@ -279,15 +279,15 @@ DOWN = "model.layers.0.mlp.experts.down_proj"
 
 def test_taps_of_all_experts_are_observed_together(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(make_model(tmp_path, "mixtral"))
-    taps = dissect(skeleton(config, torch.bfloat16)).taps[0]
-    assert [len(together) for together in rounds(taps)] == [1, 1, 4, 4]
-    assert [t for together in rounds(taps) for t in together] == list(taps)
+    taps = dissect(build_skeleton(config, torch.bfloat16)).taps[0]
+    assert [len(together) for together in observation_rounds(taps)] == [1, 1, 4, 4]
+    assert [t for together in observation_rounds(taps) for t in together] == list(taps)
 
 
 def test_what_weighs_a_shared_expert_is_no_target() -> None:
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = Qwen2MoeConfig(**sizes, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=32)
-    anatomy = dissect(skeleton(config, torch.bfloat16))
+    anatomy = dissect(build_skeleton(config, torch.bfloat16))
     assert anatomy.routers == {"model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert_gate"}
 
 
@@ -296,7 +296,7 @@ def test_experts_that_are_kept_otherwise_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"'gpt_oss': its experts \(model\.layers\.0\.mlp\.experts\) are kept in a way"
     ):
-        skeleton(config, torch.bfloat16)
+        build_skeleton(config, torch.bfloat16)
 
 
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 import laconic
 from artifacts import tokens
 from laconic.structure.anatomy import Anatomy, Tap, dissect
-from laconic.structure.links import Link, find_links, fold, pooled, used
+from laconic.structure.links import Link, find_links, fold, linked_channels, pool_to_source
 from tiny import ARCHITECTURES, make_model
 
 FUSED = {"phi3"}
@@ -87,7 +87,7 @@ def test_folding_keeps_the_function(arch: str, tmp_path: Path) -> None:
             block = model.get_submodule(anatomy.block_name(i))
             for link in dict.fromkeys(links.values()):
                 width = block.get_submodule(link.source).weight.shape[0]
-                count = width if link.is_norm else len(used(link))
+                count = width if link.is_norm else len(linked_channels(link))
                 before = {n: block.get_submodule(n).weight.clone() for n in link.readers}
                 columns = fold(block, link, torch.rand(count, generator=generator) * 4 + 0.1)
                 for name, weight in before.items():
@@ -113,5 +113,5 @@ def test_an_unlike_nonlinearity_between_two_linears_is_no_link(tmp_path: Path) -
 
 def test_pooling_takes_the_largest_of_what_a_channel_feeds() -> None:
     link = Link(("o",), "v", torch.tensor([4, 4, 7, 5]))
-    assert used(link).tolist() == [4, 5, 7]
-    assert pooled(link, torch.tensor([1.0, 3.0, 2.0, 9.0])).tolist() == [3.0, 9.0, 2.0]
+    assert linked_channels(link).tolist() == [4, 5, 7]
+    assert pool_to_source(link, torch.tensor([1.0, 3.0, 2.0, 9.0])).tolist() == [3.0, 9.0, 2.0]

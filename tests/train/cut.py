@@ -56,9 +56,9 @@ class Cutting(Accelerator):
 
 def examples(count: int, seed: int) -> tuple[Example, ...]:
     ids = torch.randint(3, 100, (count, 24), generator=torch.Generator().manual_seed(seed))
-    wanted = torch.ones(24, dtype=torch.bool)
-    wanted[0] = False
-    return tuple(Example(row, wanted) for row in ids)
+    loss_mask = torch.ones(24, dtype=torch.bool)
+    loss_mask[0] = False
+    return tuple(Example(row, loss_mask) for row in ids)
 
 
 def train(model_folder: str, output: Path, accelerator: Accelerator, batch: int, stop: int = 0) -> None:

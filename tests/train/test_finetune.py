@@ -26,9 +26,9 @@ class Bigram(nn.Module):
         self.table = nn.Parameter(torch.randn(100, 100, generator=torch.Generator().manual_seed(0)))
 
 
-def loss(model: Any, ids: Tensor, wanted: Tensor) -> Tensor:
+def loss(model: Any, ids: Tensor, loss_mask: Tensor) -> Tensor:
     logits = getattr(model, "module", model).table[ids[:, :-1]]
-    return F.cross_entropy(logits[wanted[:, 1:]], ids[:, 1:][wanted[:, 1:]], reduction="sum")
+    return F.cross_entropy(logits[loss_mask[:, 1:]], ids[:, 1:][loss_mask[:, 1:]], reduction="sum")
 
 
 def test_it_is_adamw_on_the_mean_over_a_steps_tokens(tmp_path: Path) -> None:
@@ -41,9 +41,9 @@ def test_it_is_adamw_on_the_mean_over_a_steps_tokens(tmp_path: Path) -> None:
     order = mix.order(30)
     for step in range(5):
         batch = [mix.at(o) for o in order[6 * step : 6 * step + 6]]
-        ids, wanted = (torch.stack([getattr(e, k) for e in batch]) for k in ("ids", "wanted"))
+        ids, loss_mask = (torch.stack([getattr(e, k) for e in batch]) for k in ("ids", "loss_mask"))
         optimizer.zero_grad()
-        mean = loss(plain, ids, wanted) / wanted.sum()
+        mean = loss(plain, ids, loss_mask) / loss_mask.sum()
         mean.backward()
         nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         # Two of five steps rise, three fall.

@@ -33,7 +33,7 @@ W = torch.randn(24, IN, generator=torch.Generator().manual_seed(1))
 
 
 def moments(*, gram: bool = True, full: Tensor | None = None) -> Moments:
-    found = Moments(IN, torch.device("cpu"), gram=gram, asymmetric=full is not None)
+    found = Moments(IN, torch.device("cpu"), gram=gram, cross=full is not None)
     found.add(X, full)
     return found.finish()
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from laconic.artifact.workspace import LOG, RECIPE, begun_with, read_log
-from laconic.checkpoint.atomic import check_place, write_text
+from laconic.artifact.workspace import LOG, RECIPE, read_identity, read_log
+from laconic.checkpoint.atomic import check_writable, write_text
 from laconic.checkpoint.files import read_json
 
 # What a result has to share with an older one to take its place.
@@ -54,7 +54,7 @@ class Artifact:
         if not (folder / "config.json").exists():
             raise ValueError(f"{folder} is no artifact: it has no config.json")
         artifact = cls(folder)
-        for file, known in ((RECIPE, begun_with), (LOG, read_log)):
+        for file, known in ((RECIPE, read_identity), (LOG, read_log)):
             try:
                 broken = known(folder) == {}
             except ValueError:
@@ -72,7 +72,7 @@ class Artifact:
 
     def check_results(self) -> None:
         """Raises: ValueError when no result can be kept here."""
-        check_place(self.path / "results" / "result.json")
+        check_writable(self.path / "results" / "result.json")
 
     def save_result(self, name: str, result: dict[str, Any]) -> Path:
         """Keep a result under `results/NAME.json`; where one stands there that is of something else (another text,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from laconic.checkpoint.files import count_elements, linears_quantization, open_checkpoint
-from laconic.checkpoint.layout import arrange, names_for_engines
-from laconic.checkpoint.source import main_dtype, read_config, skeleton
+from laconic.checkpoint.files import count_elements, linear_quantization_config, open_checkpoint
+from laconic.checkpoint.layout import arrange, engine_names
+from laconic.checkpoint.source import build_skeleton, main_dtype, read_config
 from laconic.runtime.quant_config import count_schemes, is_ours, schemes_of
 from laconic.structure.anatomy import linears_of
 
@@ -35,12 +35,12 @@ def measure_size(folder: Path) -> Size:
     raw, config = read_config(folder)
     stored = checkpoint.tensors
     tensor_bytes = sum(count_elements(s.shape) * _BYTES.get(s.dtype, 1) for s in stored.values())
-    quantization = linears_quantization(raw)
+    quantization = linear_quantization_config(raw)
     if quantization:
         del config.quantization_config
-    model = skeleton(config, main_dtype(checkpoint))
+    model = build_skeleton(config, main_dtype(checkpoint))
     linears = linears_of(model)
-    names = names_for_engines(arrange(checkpoint, model), model, linears)
+    names = engine_names(arrange(checkpoint, model), model, linears)
     schemes = schemes_of(quantization, names) if quantization and is_ours(quantization) else {}
     parameters = sum(p.numel() for p in model.parameters())
     quantized = sum(linears[n].weight.numel() for n in schemes)

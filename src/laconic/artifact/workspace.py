@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from laconic.artifact.locks import lock_folder
-from laconic.checkpoint.atomic import copy_file, disk_errors, fsync_folder, write_file, write_text
+from laconic.checkpoint.atomic import copy_file, fsync_folder, wrap_disk_errors, write_file, write_text
 from laconic.checkpoint.files import INDEX, KV_CACHE
 
 RECIPE, LOG, SURVEY = "recipe.yaml", "log.jsonl", "survey.json"
@@ -40,16 +40,16 @@ class Workspace:
 
     def __init__(self, output: Path, identity: Mapping[str, Any], shards: int, *, overwrite: bool) -> None:
         self.output, self.shards = output, shards
-        self.folder = partial_of(output)
+        self.folder = partial_folder(output)
         check_output(output, overwrite=overwrite)
-        with disk_errors(output):
+        with wrap_disk_errors(output):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._locks = [lock_folder(self.folder)]
         try:
             # Another process may have finished, or begun, since the first look.
             check_output(output, overwrite=overwrite)
-            check_begun(output, identity, overwrite=overwrite)
-            self._clear(keep=begun_with(self.folder) == dict(identity))
+            check_identity(output, identity, overwrite=overwrite)
+            self._clear(keep=read_identity(self.folder) == dict(identity))
             if not (self.folder / RECIPE).exists():
                 write_text(self.folder / RECIPE, yaml.safe_dump(dict(identity), sort_keys=False, allow_unicode=True))
         except BaseException:
@@ -93,7 +93,7 @@ class Workspace:
     @property
     def scratch(self) -> Path:
         """A folder for what is needed to go on after a kill, gone with `finish`."""
-        folder = scratch_of(self.folder)
+        folder = scratch_folder(self.folder)
         folder.mkdir(exist_ok=True)
         return folder
 
@@ -165,7 +165,7 @@ class Workspace:
         write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         for junk in [*self.folder.rglob("*.writing"), *self.folder.glob(f"{_CALIBRATION}-*")]:
             junk.unlink()
-        shutil.rmtree(scratch_of(self.folder), ignore_errors=True)
+        shutil.rmtree(scratch_folder(self.folder), ignore_errors=True)
         describe(self.folder)
         self._publish()
         return self.output
@@ -196,12 +196,12 @@ class Workspace:
         fsync_folder(self.output.parent)
 
 
-def partial_of(output: Path) -> Path:
+def partial_folder(output: Path) -> Path:
     """Where the work for `output` goes on."""
     return output.with_name(output.name + ".partial")
 
 
-def scratch_of(folder: Path) -> Path:
+def scratch_folder(folder: Path) -> Path:
     """Where a stage that works in `folder` keeps what it needs to go on."""
     return folder / _SCRATCH
 
@@ -209,7 +209,7 @@ def scratch_of(folder: Path) -> Path:
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raises: ValueError when nothing can be written at `output`, or something there would be lost that was not said
     to be overwritten."""
-    partial = partial_of(output)
+    partial = partial_folder(output)
     above = next(p for p in output.parents if p.exists())
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file; choose another name")
@@ -222,16 +222,16 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             raise ValueError(f"output {output} exists; choose another name, or pass --overwrite")
         if not (output / RECIPE).exists():
             raise ValueError(f"output {output} is no artifact, so --overwrite leaves it alone; choose another name")
-    if partial.exists() and (not partial.is_dir() or (begun_with(partial) is None and any(_foreign(partial)))):
+    if partial.exists() and (not partial.is_dir() or (read_identity(partial) is None and any(_foreign(partial)))):
         raise ValueError(f"{partial}, where the work would go on, is something else; move it away")
 
 
-def check_begun(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
+def check_identity(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
     """Raises: ValueError when `output` was begun with another recipe, and that was not said to be overwritten."""
-    begun = begun_with(partial_of(output))
+    begun = read_identity(partial_folder(output))
     if begun is not None and begun != dict(identity) and not overwrite:
         raise ValueError(
-            f"{partial_of(output)} was begun with another recipe (different: {differences(begun, identity)}); "
+            f"{partial_folder(output)} was begun with another recipe (different: {differing_keys(begun, identity)}); "
             "finish it with that one, choose another output, or pass --overwrite"
         )
 
@@ -251,7 +251,7 @@ def _copy_folders(source: Path, target: Path) -> None:
             copy_file(file, to)
 
 
-def begun_with(folder: Path) -> dict[str, Any] | None:
+def read_identity(folder: Path) -> dict[str, Any] | None:
     """What a folder was begun with: nothing if it was not, an empty mapping if that cannot be read any more."""
     try:
         begun = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
@@ -267,7 +267,7 @@ def _foreign(folder: Path) -> Iterator[Path]:
     return (f for f in folder.iterdir() if f.suffix != ".writing")
 
 
-def differences(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+def differing_keys(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
     """Keys by which two identities differ; a recipe's as the user wrote them."""
     old, new = _leaves(begun), _leaves(identity)
     return ", ".join(sorted(k.removeprefix("recipe.") for k in {*old, *new} if old.get(k) != new.get(k)))

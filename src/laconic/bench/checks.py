@@ -11,7 +11,7 @@ from laconic.artifact.artifact import Artifact
 from laconic.bench.forms import KINDS
 from laconic.bench.models import check_prompt, names
 from laconic.bench.shapes import PRESETS, narrower
-from laconic.checkpoint.source import model_folder, read_config, skeleton
+from laconic.checkpoint.source import build_skeleton, model_folder, read_config
 from laconic.structure.anatomy import linears_of
 
 PARTS = ("linears", "models")
@@ -80,7 +80,7 @@ def check_made_up(
     check_prompt(name, config, prompt)
     for s in sparsities if "structured" in kinds else ():
         narrower(config, s)
-    model = skeleton(config, torch.bfloat16)
+    model = build_skeleton(config, torch.bfloat16)
     shapes = {tuple(m.weight.shape) for m in linears_of(model).values() if m is not model.get_output_embeddings()}
     for rows, columns in sorted(shapes) if "block" in kinds else ():
         if rows % block or columns % block:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PretrainedConfig
 
-from laconic.checkpoint.source import model_folder, read_config, skeleton
+from laconic.checkpoint.source import build_skeleton, model_folder, read_config
 from laconic.structure.anatomy import dissect, linears_of
 
 Shape = tuple[int, int]
@@ -54,7 +54,7 @@ def config_of(name: str) -> PretrainedConfig:
 def linear_shapes(config: PretrainedConfig) -> dict[Shape, str]:
     """The linears of a block, with the names that have each shape; what reads one tensor (q, k, v; gate, up) is
     stacked, as engines multiply it. Experts are counted one by one."""
-    model = skeleton(config, torch.bfloat16)
+    model = build_skeleton(config, torch.bfloat16)
     anatomy = dissect(model)
     found: dict[Shape, str] = {}
     for i, taps in enumerate(anatomy.taps):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from laconic.solvers.masks import Structure, keep_mask
+from laconic.solvers.masks import MaskStructure, keep_mask
 
 # From the largest: larger blocks are multiplied faster.
 BLOCKS = (128, 64, 32, 16)
@@ -46,12 +46,12 @@ def is_2_of_4(W: Tensor) -> bool:
 
 def to_2_of_4(W: Tensor) -> Tensor:
     """W (out, in) with the two smallest of every four neighbours set to zero."""
-    return _without(W, 0.5, Structure(group=(2, 4)))
+    return _without(W, 0.5, MaskStructure(group=(2, 4)))
 
 
 def to_unstructured(W: Tensor, sparsity: float) -> Tensor:
     """W with this share of its numbers, the smallest, set to zero."""
-    return _without(W, sparsity, Structure())
+    return _without(W, sparsity, MaskStructure())
 
 
 def to_zero_blocks(W: Tensor, size: int, sparsity: float) -> Tensor:
@@ -61,10 +61,10 @@ def to_zero_blocks(W: Tensor, size: int, sparsity: float) -> Tensor:
     """
     if W.shape[0] % size or W.shape[1] % size:
         raise ValueError(f"blocks of {size} x {size} do not divide a weight of {W.shape[0]} x {W.shape[1]}")
-    return _without(W, sparsity, Structure(tile=(size, size)))
+    return _without(W, sparsity, MaskStructure(tile=(size, size)))
 
 
-def _without(W: Tensor, sparsity: float, structure: Structure) -> Tensor:
+def _without(W: Tensor, sparsity: float, structure: MaskStructure) -> Tensor:
     return W.masked_fill(~keep_mask(W.float().square(), sparsity, structure, "matrix"), 0)
 
 

@@ -18,7 +18,7 @@ from laconic.calibrate.stream import Stream
 from laconic.kv.format import KvFormat, decode_kv, encode_kv
 from laconic.kv.positions import Places
 from laconic.solvers.rotate import turned
-from laconic.structure.anatomy import Call
+from laconic.structure.anatomy import BlockCall
 
 _NAME = "laconic_seen"
 
@@ -136,7 +136,13 @@ def attention_error(
 
 
 def look(
-    block: nn.Module, config: Any, call: Call, stream: Stream, device: torch.device, places: Places | None, number: int
+    block: nn.Module,
+    config: Any,
+    call: BlockCall,
+    stream: Stream,
+    device: torch.device,
+    places: Places | None,
+    number: int,
 ) -> Seen:
     """Run a block on some of the calibration set and keep what its attention got.
 

@@ -11,7 +11,7 @@ from laconic.calibrate.passes import Passes
 from laconic.calibrate.stream import Stream
 from laconic.runtime.linear import QLinear
 from laconic.solvers.moments import Moments
-from laconic.structure.anatomy import Call, Tap
+from laconic.structure.anatomy import BlockCall, Tap
 
 
 def observe(
@@ -30,7 +30,7 @@ def observe(
     the columns of linears were multiplied by, by name. Their inputs were divided by it, and so the original's are.
     """
     widths = {tap: _width(passes.block, tap) for tap in taps}
-    moments = {t: Moments(w, passes.device, gram=gram, asymmetric=original is not None) for t, w in widths.items()}
+    moments = {t: Moments(w, passes.device, gram=gram, cross=original is not None) for t, w in widths.items()}
     full: Iterator[tuple[Tap, Tensor] | None] = original.inputs(taps) if original else iter(lambda: None, object())
     for (tap, x), other in zip(passes.through(taps) if through else passes.inputs(taps), full, strict=False):
         moments[tap].add(x, _rescaled(other[1], tap, moved or {}) if other else None)
@@ -59,7 +59,7 @@ def no_tokens(expert: str) -> ValueError:
     )
 
 
-def advance(block: nn.Module, call: Call, stream: Stream, device: torch.device) -> None:
+def advance(block: nn.Module, call: BlockCall, stream: Stream, device: torch.device) -> None:
     """Replace the stream's hidden states by the block's output."""
     for hidden in stream.batches():
         hidden.copy_(call(block, hidden.to(device)))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from laconic.calibrate.observe import advance
 from laconic.calibrate.stream import Room, Stream
-from laconic.structure.anatomy import Call
+from laconic.structure.anatomy import BlockCall
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Original:
     moved: what the columns of linears were multiplied by in the block that is compressed, by name within it."""
 
     module: nn.Module
-    call: Call
+    call: BlockCall
     stream: Stream
     device: torch.device
     room: Room

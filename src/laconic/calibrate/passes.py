@@ -17,7 +17,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from laconic.calibrate.stream import Stream
-from laconic.structure.anatomy import Call, Tap
+from laconic.structure.anatomy import BlockCall, Tap
 from laconic.structure.hooks import patched_forwards
 
 
@@ -46,7 +46,7 @@ class Passes:
 
     block: nn.Module
     taps: Sequence[Tap]
-    call: Call
+    call: BlockCall
     stream: Stream
     device: torch.device
     held: bool

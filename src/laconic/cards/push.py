@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from laconic.artifact.workspace import partial_of
+from laconic.artifact.workspace import partial_folder
 from laconic.cards.writing import recipe_of
-from laconic.checkpoint.files import open_checkpoint, reason
+from laconic.checkpoint.files import first_line, open_checkpoint
 
 # Of the HTTP library that huggingface_hub goes by, which is not the same in all its versions.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -34,8 +34,10 @@ def files_to_push(folder: Path) -> dict[str, int]:
     """
     if folder.name.endswith(".partial") or (folder.name.isdigit() and folder.parent.name.endswith(".steps")):
         raise ValueError(f"{folder} is where a run goes on, not a finished artifact; run 'laconic compress' to its end")
-    if not folder.is_dir() and partial_of(folder).is_dir():
-        raise ValueError(f"{folder} is not finished ({partial_of(folder).name} is there); run 'laconic compress' again")
+    if not folder.is_dir() and partial_folder(folder).is_dir():
+        raise ValueError(
+            f"{folder} is not finished ({partial_folder(folder).name} is there); run 'laconic compress' again"
+        )
     recipe_of(folder)
     open_checkpoint(folder)
     if not (folder / "results" / "compress.json").is_file():
@@ -88,7 +90,7 @@ def check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except ValueError as e:
-        raise ValueError(f"'{repo_id}' is no name of a repository; write it as OWNER/NAME ({reason(e)})") from e
+        raise ValueError(f"'{repo_id}' is no name of a repository; write it as OWNER/NAME ({first_line(e)})") from e
 
 
 def _is_pickle(file: Path) -> bool:
@@ -123,6 +125,8 @@ def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
             raise ValueError(f"the Hub refuses to write to {repo_id} ({status}); {login}, and check the owner") from e
         if isinstance(e, RepositoryNotFoundError):
             raise ValueError(f"the Hub finds no {repo_id}, or hides it; {login}, and check the name") from e
-        raise ValueError(f"the Hub answered {status} for {repo_id}: {reason(e)}; nothing was committed") from e
+        raise ValueError(f"the Hub answered {status} for {repo_id}: {first_line(e)}; nothing was committed") from e
     except (_HTTP_ERROR, ConnectionError, TimeoutError) as e:
-        raise ValueError(f"the Hub cannot be reached ({reason(e)}); go online and run the same command again") from e
+        raise ValueError(
+            f"the Hub cannot be reached ({first_line(e)}); go online and run the same command again"
+        ) from e

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from laconic.data.mix import Part, read_mix
+from laconic.data.mix import TextSource, read_mix
 from laconic.data.text import calibration_windows, read_documents
 from laconic.recipe import Calibration, Recipe
 from laconic.stages.pruning import Protect
@@ -20,7 +20,7 @@ class TextSet:
 
     key: str
     use: str
-    spec: Calibration | Protect | Part
+    spec: Calibration | Protect | TextSource
     length: int
     seed: int
 
@@ -37,7 +37,7 @@ def sets_of(recipe: Recipe, *, calibrated: bool) -> list[TextSet]:
             key = f"stages.{number}.protect"
             found.append(TextSet(key, "protection of heads", protect, protect.max_seq_length, recipe.seed))
         for place, part in enumerate(getattr(stage, "data", None) or ()):
-            if isinstance(part, Part):
+            if isinstance(part, TextSource):
                 key = f"stages.{number}.data.{place}"
                 found.append(TextSet(key, "recovery", part, stage.max_seq_length, recipe.seed))
     return found
@@ -50,7 +50,7 @@ def token_ids(texts: TextSet, tokenizer: PreTrainedTokenizerBase) -> list[Tensor
     Raises: ValueError when the set cannot be read any more.
     """
     spec = texts.spec
-    if isinstance(spec, Part):
+    if isinstance(spec, TextSource):
         mix = read_mix([spec], tokenizer, length=texts.length, held_out=0, held_out_samples=1, seed=texts.seed)
         return [example.ids for example in mix.parts[0]]
     documents = read_documents(spec.dataset, split=spec.split, config=spec.config)
@@ -64,7 +64,7 @@ def token_ids(texts: TextSet, tokenizer: PreTrainedTokenizerBase) -> list[Tensor
 def filters_of(texts: TextSet) -> list[str]:
     """In words, what was taken of the set and what was not."""
     spec, length = texts.spec, texts.length
-    if not isinstance(spec, Part):
+    if not isinstance(spec, TextSource):
         return [
             f"documents joined and cut into windows of {length:,} tokens",
             f"at most {spec.num_calibration_samples:,} of the windows, chosen by seed {texts.seed} among the first "

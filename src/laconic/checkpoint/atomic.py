@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 
-def check_place(file: Path) -> None:
+def check_writable(file: Path) -> None:
     """Raises: ValueError when no file can be written there."""
     above = next(p for p in file.absolute().parents if p.exists())
     if file.is_dir():
@@ -35,7 +35,7 @@ def copy_file(file: Path, to: Path) -> None:
 def write_file(file: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make a file, whole or not at all."""
     partial = file.with_name(file.name + ".writing")
-    with disk_errors(file):
+    with wrap_disk_errors(file):
         try:
             write(partial)
             with partial.open("rb+") as f:
@@ -48,7 +48,7 @@ def write_file(file: Path, write: Callable[[Path], Any]) -> None:
 
 
 @contextmanager
-def disk_errors(file: Path) -> Iterator[None]:
+def wrap_disk_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as e:

@@ -23,7 +23,7 @@ _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", to
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor of a checkpoint. shape: as it is read. dtype: safetensors' name of it (BF16, F32, ...). key: its name
     in the file. transposed: whether it is the other way round there. index, rows: the part that it is of the tensor
     there, which stacks many."""
@@ -43,7 +43,7 @@ class Checkpoint:
     paths: what the file calls a module, where the names are a model's (`layout.arrange`)."""
 
     folder: Path
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     paths: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -79,7 +79,7 @@ class Checkpoint:
 
 
 @contextmanager
-def reading(file: Path) -> Iterator[None]:
+def wrap_read_errors(file: Path) -> Iterator[None]:
     """Say which file could not be read, and what to do."""
     try:
         yield
@@ -102,7 +102,7 @@ def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
             "convert them to safetensors, or pass --allow-pickle if you trust them"
         )
     weight_map = _weight_map(found) if found.suffix == ".json" else {}
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in sorted({folder / name for name in weight_map.values()}) or [found]:
         tensors.update(_header(file))
     if lost := sorted(set(weight_map) - set(tensors)):
@@ -140,31 +140,31 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def _header(file: Path) -> dict[str, StoredTensor]:
     """Names, shapes and dtypes of a file; a safetensors file must be as long as its header says."""
     if file.suffix == ".bin":
         state = _unpickle(file)
-        return {n: Stored(file, tuple(t.shape), _NAMES.get(t.dtype, str(t.dtype)), n) for n, t in state.items()}
-    with reading(file), safe_open(file, framework="pt") as f:
+        return {n: StoredTensor(file, tuple(t.shape), _NAMES.get(t.dtype, str(t.dtype)), n) for n, t in state.items()}
+    with wrap_read_errors(file), safe_open(file, framework="pt") as f:
         found = {}
         for name in f.keys():  # noqa: SIM118 - not a dict
             part = f.get_slice(name)
-            found[name] = Stored(file, tuple(part.get_shape()), part.get_dtype(), name)
+            found[name] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype(), name)
     return found
 
 
 @contextmanager
-def _opened(file: Path, device: torch.device | str) -> Iterator[Callable[[Stored], Tensor]]:
+def _opened(file: Path, device: torch.device | str) -> Iterator[Callable[[StoredTensor], Tensor]]:
     """A function from a tensor's place to the tensor."""
     if file.suffix == ".bin":
         state = _unpickle(file)
         yield lambda stored: _part(state[stored.key], stored).to(device, copy=True)
     else:
-        with reading(file), safe_open(file, framework="pt", device=str(device)) as f:
+        with wrap_read_errors(file), safe_open(file, framework="pt", device=str(device)) as f:
             yield lambda s: _part(f.get_tensor(s.key) if s.index is None else f.get_slice(s.key), s)
 
 
-def _part(whole: Any, stored: Stored) -> Tensor:
+def _part(whole: Any, stored: StoredTensor) -> Tensor:
     """What is meant of a tensor, or of a slice that is not read yet."""
     tensor: Tensor = whole if stored.index is None else whole[stored.index, slice(*(stored.rows or ()))]
     return tensor.T.contiguous() if stored.transposed else tensor
@@ -181,7 +181,7 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of what somebody else's code said was wrong."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
@@ -194,7 +194,7 @@ def count_elements(shape: tuple[int, ...]) -> int:
 KV_CONFIG, KV_CACHE = "laconic_kv_cache", "kv_cache.safetensors"
 
 
-def linears_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def linear_quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What config.json says of quantized linears; of a cache of ours it tells other engines there, too."""
     told = config.get("quantization_config")
     if not told or KV_CONFIG not in config:

@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
-from laconic.checkpoint.files import DTYPES, Checkpoint, Stored
+from laconic.checkpoint.files import DTYPES, Checkpoint, StoredTensor
 from laconic.structure.experts import DOWN, GATE_UP, Experts
 
 
@@ -42,7 +42,7 @@ def arrange(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
     modules, prefix = dict(model.named_modules()), model.base_model_prefix
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     paths: dict[str, str] = {}
     for key, stored in checkpoint.tensors.items():
         path, _, leaf = _renamed(key, renamings).rpartition(".")
@@ -65,7 +65,7 @@ def arrange(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
     return replace(checkpoint, tensors=tensors, paths=paths)
 
 
-def to_file(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_file_layout(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a model as its (arranged) source would have them: names, layout, and the very bytes of those that are
     still what the source holds. Experts that are no longer all dense come one by one."""
     out: dict[str, Tensor] = {}
@@ -89,7 +89,7 @@ def to_file(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, 
     return out
 
 
-def names_for_engines(checkpoint: Checkpoint, model: PreTrainedModel, linears: Iterable[str]) -> dict[str, str]:
+def engine_names(checkpoint: Checkpoint, model: PreTrainedModel, linears: Iterable[str]) -> dict[str, str]:
     """What an engine calls each linear: as the file does, but with the prefix of the whole model, where transformers
     has that."""
     prefix = f"{model.base_model_prefix}."
@@ -101,7 +101,7 @@ def names_for_engines(checkpoint: Checkpoint, model: PreTrainedModel, linears: I
     return names
 
 
-def _pieces(experts: Experts, leaf: str, stored: Stored) -> Iterator[tuple[str, Stored]]:
+def _pieces(experts: Experts, leaf: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
     """The linears that are in one stacked tensor: name within the experts, and where it is."""
     middle, rows = experts.intermediate, stored.shape[1]
     parts = {experts.names.gate: (0, middle), experts.names.up: (middle, rows)}

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.checkpoint.files import reason
-from laconic.checkpoint.source import skeleton
+from laconic.checkpoint.files import first_line
+from laconic.checkpoint.source import build_skeleton
 from laconic.structure.widths import make_config
 
 
-def rebuilt(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+def rebuild_model(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config.json's keys `raw`, with these parameters and buffers by name; those tied share one tensor.
 
     Raises: ValueError when transformers takes no such config, or would build it in other shapes.
     """
-    model = empty(raw, dtype)
+    model = build_empty_model(raw, dtype)
     made: dict[int, nn.Parameter] = {}
     for name, expected in list(model.named_parameters(remove_duplicate=False)):
         tensor = tensors.get(name)
@@ -39,14 +39,14 @@ def rebuilt(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.
     return model
 
 
-def empty(raw: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+def build_empty_model(raw: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     """The skeleton of a config.json's keys. Raises: ValueError when transformers takes no such config."""
     try:
-        return skeleton(make_config(raw), dtype)
+        return build_skeleton(make_config(raw), dtype)
     except Exception as e:
-        raise ValueError(f"transformers takes no config with such sizes: {reason(e)}") from e
+        raise ValueError(f"transformers takes no config with such sizes: {first_line(e)}") from e
 
 
-def parts_of(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, tied ones by each of their names."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}

@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from laconic.checkpoint.files import DTYPES, KV_CONFIG, Checkpoint, open_checkpoint, read_json, reason
+from laconic.checkpoint.files import DTYPES, KV_CONFIG, Checkpoint, first_line, open_checkpoint, read_json
 from laconic.checkpoint.layout import arrange, unwrap_conv1d
-from laconic.structure.experts import unstack
+from laconic.structure.experts import unstack_experts
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> tuple[dict[
     try:
         return raw, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:
-        raise ValueError(f"{folder}/config.json does not describe a model transformers knows: {reason(e)}") from e
+        raise ValueError(f"{folder}/config.json does not describe a model transformers knows: {first_line(e)}") from e
 
 
-def skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model with parameters on the meta device (no memory) and buffers real (rotary tables are computed). Every
     matrix is a linear of its own, experts and Conv1D too.
 
@@ -90,19 +90,19 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code:
     except Exception as e:
         if "Unrecognized configuration class" in str(e):
             raise ValueError(unsupported) from e
-        raise ValueError(f"config.json describes no {config.model_type} that can be built: {reason(e)}") from e
+        raise ValueError(f"config.json describes no {config.model_type} that can be built: {first_line(e)}") from e
     # Encoders pass for causal models too (BERT does); their attention tells them apart.
     looks = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     if looks and not any(looks):
         raise ValueError(unsupported)
     unwrap_conv1d(model)
-    unstack(model)
+    unstack_experts(model)
     model.tie_weights()
     model.eval()
     return model
 
 
-def arranged(source: Source, model: PreTrainedModel) -> Source:
+def arrange_source(source: Source, model: PreTrainedModel) -> Source:
     """A source whose checkpoint has the names and shapes of a skeleton's parameters."""
     return replace(source, checkpoint=arrange(source.checkpoint, model))
 
@@ -167,7 +167,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:
-        raise ValueError(f"the tokenizer in {folder} cannot be opened: {reason(e)}") from e
+        raise ValueError(f"the tokenizer in {folder} cannot be opened: {first_line(e)}") from e
 
 
 def check_tokens(highest: int, known: int, folder: Path) -> None:

@@ -51,9 +51,9 @@ def bench_sparsity(
     if output is not None and output.suffix not in (".md", ".json"):
         raise ValueError(f"--output {output} is neither Markdown nor JSON; give it a name that ends in .md or .json")
     if output is not None:
-        from laconic.checkpoint.atomic import check_place
+        from laconic.checkpoint.atomic import check_writable
 
-        check_place(output)
+        check_writable(output)
     from laconic.bench.sparsity import bench_sparsity as measure
     from laconic.report.bench_table import bench_tables, write_bench
 

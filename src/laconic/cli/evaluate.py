@@ -188,13 +188,13 @@ def _show_tasks(result: dict[str, Any], json_: bool) -> None:
 
 def _check_pictures(*files: Path | None) -> None:
     """Before hours of measuring. Raises: ValueError for a file that no picture can be written to."""
-    from laconic.checkpoint.atomic import check_place
+    from laconic.checkpoint.atomic import check_writable
 
     for file in files:
         if file is not None:
             if file.suffix != ".svg":
                 raise ValueError(f"pictures are SVG; give {file} a name that ends in .svg")
-            check_place(file)
+            check_writable(file)
 
 
 def _draw_reliability(result: dict[str, Any], file: Path | None) -> None:

@@ -32,10 +32,10 @@ def profile_compress(
 ) -> None:
     """Compress a model, and trace the first blocks."""
     from laconic.bench.profiling import profile_compress as run
-    from laconic.checkpoint.atomic import check_place
+    from laconic.checkpoint.atomic import check_writable
     from laconic.pipeline.compression import prepare
 
-    check_place(trace)
+    check_writable(trace)
     if recipe is None and not source.endswith((".yaml", ".yml")):
         raise ValueError(f"'{source}' is no recipe file; to compress a model by a ready recipe add --recipe NAME")
     model, what = (source, recipe) if recipe else (None, source)
@@ -59,9 +59,9 @@ def profile_generate(
 ) -> None:
     """Read a prompt and write some tokens, and trace all of it."""
     from laconic.bench.profiling import profile_generation
-    from laconic.checkpoint.atomic import check_place
+    from laconic.checkpoint.atomic import check_writable
 
-    check_place(trace)
+    check_writable(trace)
     profile_generation(model, trace, prompt=prompt, tokens=tokens, batch=batch, nvtx=nvtx)
     _tell(trace, nvtx, each, json_)
 

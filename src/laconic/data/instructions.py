@@ -8,21 +8,21 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from laconic.checkpoint.files import reason
-from laconic.data.text import prefix_of, read_rows
+from laconic.checkpoint.files import first_line
+from laconic.data.text import bos_prefix, read_rows
 
-Turned = tuple[list[int], list[bool]]
+MaskedTokens = tuple[list[int], list[bool]]
 """Token ids, and for each whether it is to be learnt."""
 
 
-def read_turns(
+def read_conversations(
     dataset: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
     split: str = "train",
     config: str | None = None,
     answers_only: bool = True,
-) -> Iterator[Turned]:
+) -> Iterator[MaskedTokens]:
     """Conversations of a dataset, through the tokenizer's chat template where it has one.
 
     dataset: rows with `messages` (role, content), or with `instruction`, `output` and perhaps `input`. answers_only:
@@ -31,8 +31,8 @@ def read_turns(
     """
     for row, where in read_rows(dataset, split=split, config=config):
         messages = _messages(row, where)
-        ids, wanted = _templated(messages, tokenizer) if tokenizer.chat_template else _plain(messages, tokenizer)
-        yield ids, wanted if answers_only else [True] * len(ids)
+        ids, loss_mask = _templated(messages, tokenizer) if tokenizer.chat_template else _plain(messages, tokenizer)
+        yield ids, loss_mask if answers_only else [True] * len(ids)
 
 
 def _messages(row: Any, where: str) -> list[dict[str, str]]:
@@ -54,11 +54,11 @@ def _is_message(m: Any) -> bool:
     return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
 
 
-def _plain(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Turned:
+def _plain(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> MaskedTokens:
     """`role: content`, a line each, as calibration has them; an answer ends with EOS. Question and answer are encoded
     apart, so that no token belongs to both."""
-    ids = prefix_of(tokenizer)
-    wanted = [False] * len(ids)
+    ids = bos_prefix(tokenizer)
+    loss_mask = [False] * len(ids)
     eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     for message in messages:
         own = message["role"] == "assistant"
@@ -67,11 +67,11 @@ def _plain(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -
             piece = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
             piece += eos if answer else []
             ids += piece
-            wanted += [answer] * len(piece)
-    return ids, wanted
+            loss_mask += [answer] * len(piece)
+    return ids, loss_mask
 
 
-def _templated(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Turned:
+def _templated(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> MaskedTokens:
     """The whole chat by the template. An answer is what an assistant's message adds to the chat before it, as far as
     the template writes the same again when the chat goes on."""
 
@@ -83,15 +83,15 @@ def _templated(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBas
 
     try:
         whole = filled(messages, False)
-        wanted = [False] * len(whole)
+        loss_mask = [False] * len(whole)
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 start = _common(whole, filled(messages[:i], True)) if i else 0
                 stop = _common(whole, filled(messages[: i + 1], False))
-                wanted[start:stop] = [True] * (stop - start)
+                loss_mask[start:stop] = [True] * (stop - start)
     except Exception as e:
-        raise ValueError(f"a chat of the dataset does not fit the model's chat template: {reason(e)}") from e
-    return whole, wanted
+        raise ValueError(f"a chat of the dataset does not fit the model's chat template: {first_line(e)}") from e
+    return whole, loss_mask
 
 
 def _common(a: list[int], b: list[int]) -> int:

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from laconic.config import Config
-from laconic.data.instructions import Turned, read_turns
-from laconic.data.text import joined, prefix_of, read_documents
+from laconic.data.instructions import MaskedTokens, read_conversations
+from laconic.data.text import bos_prefix, concatenate_tokens, read_documents
 
 
-class Part(Config):
+class TextSource(Config):
     """One dataset of a mix. weight: its share of the sequences, as a ratio to the other parts'. answers_only: of
     instructions, learn what the assistant says alone. limit: take no more sequences than these. license, source,
     domain: for the data card."""
@@ -41,15 +41,15 @@ class Part(Config):
 
 @dataclass(frozen=True)
 class Example:
-    """ids: (n,) int64. wanted: (n,) bool, the tokens to be predicted from those before them; never the first."""
+    """ids: (n,) int64. loss_mask: (n,) bool, the tokens to be predicted from those before them; never the first."""
 
     ids: Tensor
-    wanted: Tensor
+    loss_mask: Tensor
 
     @property
     def targets(self) -> int:
         """How many tokens are to be predicted."""
-        return int(self.wanted.sum())
+        return int(self.loss_mask.sum())
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,16 @@ class Mix:
 
     @property
     def sha256(self) -> str:
-        """Of every token, and what is wanted of it."""
+        """Of every token, and what is loss_mask of it."""
         digest = hashlib.sha256(repr((self.shares, self.seed)).encode())
         for part in (*self.parts, self.held_out):
             for example in part:
-                digest.update(example.ids.numpy().tobytes() + example.wanted.numpy().tobytes())
+                digest.update(example.ids.numpy().tobytes() + example.loss_mask.numpy().tobytes())
         return digest.hexdigest()
 
 
 def read_mix(
-    parts: Sequence[Part],
+    parts: Sequence[TextSource],
     tokenizer: PreTrainedTokenizerBase,
     *,
     length: int,
@@ -149,22 +149,22 @@ def read_mix(
 
 
 def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """ids, wanted: (n, longest). What fills up the shorter ones comes after their end, where nothing looks at it."""
+    """ids, loss_mask: (n, longest). What fills up the shorter ones comes after their end, where nothing looks at it."""
     longest = max(len(e.ids) for e in examples)
     ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    wanted = torch.zeros(len(examples), longest, dtype=torch.bool)
+    loss_mask = torch.zeros(len(examples), longest, dtype=torch.bool)
     for row, example in enumerate(examples):
         ids[row, : len(example.ids)] = example.ids
-        wanted[row, : len(example.ids)] = example.wanted
-    return ids, wanted
+        loss_mask[row, : len(example.ids)] = example.loss_mask
+    return ids, loss_mask
 
 
-def _windows(part: Part, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:
+def _windows(part: TextSource, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:
     """Documents joined, and cut into windows of one length, each led by BOS where the tokenizer puts one."""
-    prefix = prefix_of(tokenizer)
+    prefix = bos_prefix(tokenizer)
     body = length - len(prefix)
     documents = read_documents(part.dataset, split=part.split, config=part.config)
-    stream = list(islice(joined(documents, tokenizer, prefix), part.limit and part.limit * body))
+    stream = list(islice(concatenate_tokens(documents, tokenizer, prefix), part.limit and part.limit * body))
     if len(stream) < body:
         if not stream:
             raise ValueError(f"{part.dataset} is empty; name another dataset")
@@ -174,19 +174,19 @@ def _windows(part: Part, tokenizer: PreTrainedTokenizerBase, length: int) -> lis
         )
     windows = torch.tensor(stream[: len(stream) // body * body]).view(-1, body)
     lead = torch.tensor(prefix, dtype=torch.long).expand(len(windows), -1)
-    wanted = torch.ones(length, dtype=torch.bool)
-    wanted[0] = False
-    return [Example(ids, wanted) for ids in torch.cat([lead, windows], 1)]
+    loss_mask = torch.ones(length, dtype=torch.bool)
+    loss_mask[0] = False
+    return [Example(ids, loss_mask) for ids in torch.cat([lead, windows], 1)]
 
 
-def _answers(part: Part, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:
+def _answers(part: TextSource, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:
     """One sequence a conversation, cut at its end where it is too long."""
-    found: Iterator[Turned] = read_turns(
+    found: Iterator[MaskedTokens] = read_conversations(
         part.dataset, tokenizer, split=part.split, config=part.config, answers_only=part.answers_only
     )
     examples = []
-    for ids, wanted in islice(found, part.limit):
-        told = torch.tensor(wanted[:length], dtype=torch.bool)
+    for ids, loss_mask in islice(found, part.limit):
+        told = torch.tensor(loss_mask[:length], dtype=torch.bool)
         told[:1] = False
         examples.append(Example(torch.tensor(ids[:length]), told))
     if not examples:
@@ -194,7 +194,7 @@ def _answers(part: Part, tokenizer: PreTrainedTokenizerBase, length: int) -> lis
     return examples
 
 
-def described(mix: Mix, parts: Sequence[Part], order: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+def describe_mix(mix: Mix, parts: Sequence[TextSource], order: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     """What the mix came to: of each part its sequences, and its share of the sequences and target tokens in `order`."""
     tokens = [0] * len(parts)
     for place in order:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from laconic.checkpoint.files import reason
+from laconic.checkpoint.files import first_line
 
 # Texts that perplexity is measured on, by the names they go by.
 HUB_TEXTS = {
@@ -89,7 +89,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         for batch in pq.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
     except Exception as e:
-        raise ValueError(f"{path} is not a readable Parquet file: {reason(e)}") from e
+        raise ValueError(f"{path} is not a readable Parquet file: {first_line(e)}") from e
 
 
 def _read_hub(name: str, split: str, config: str | None) -> Iterator[tuple[Any, str]]:
@@ -103,7 +103,7 @@ def _read_hub(name: str, split: str, config: str | None) -> Iterator[tuple[Any, 
         raise
     except Exception as e:
         raise ValueError(
-            f"dataset '{name}' is no local file and could not be fetched from the Hub ({reason(e)}); "
+            f"dataset '{name}' is no local file and could not be fetched from the Hub ({first_line(e)}); "
             "name a local file, or go online"
         ) from e
 
@@ -127,18 +127,20 @@ def encode(tokenizer: PreTrainedTokenizerBase, document: Any) -> list[int]:
             encoded: Any = tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)
             return list(encoded["input_ids"])
         except Exception as e:
-            raise ValueError(f"a chat of the dataset does not fit the model's chat template: {reason(e)}") from e
+            raise ValueError(f"a chat of the dataset does not fit the model's chat template: {first_line(e)}") from e
     turns = "\n".join(f"{m.get('role', 'user')}: {m.get('content', '')}" for m in document)
     return list(tokenizer(turns, verbose=False).input_ids)
 
 
-def prefix_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that the tokenizer puts before every text ([BOS] for most, nothing for some)."""
     ids = tokenizer("", verbose=False).input_ids
     return list(ids[:1]) if ids and ids[0] == tokenizer.bos_token_id else []
 
 
-def joined(documents: Iterable[Any], tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> Iterator[int]:
+def concatenate_tokens(
+    documents: Iterable[Any], tokenizer: PreTrainedTokenizerBase, prefix: list[int]
+) -> Iterator[int]:
     """The tokens of all documents in one row; a BOS leads windows, not documents."""
     for document in documents:
         ids = encode(tokenizer, document)
@@ -153,10 +155,10 @@ def calibration_windows(
 
     Returns: (n, length) int64, n <= samples. Raises: ValueError when the text does not fill one window.
     """
-    prefix = prefix_of(tokenizer)
+    prefix = bos_prefix(tokenizer)
     body = length - len(prefix)
     # Reading stops at a few times what is needed: enough to choose from, and a large dataset is not read whole.
-    stream = list(islice(joined(documents, tokenizer, prefix), 4 * samples * body))
+    stream = list(islice(concatenate_tokens(documents, tokenizer, prefix), 4 * samples * body))
     count = len(stream) // body
     if count < 1:
         raise ValueError(
@@ -176,9 +178,9 @@ def evaluation_windows(
 
     Returns: (n, length) int64. Raises: ValueError when the text does not fill one window.
     """
-    prefix = prefix_of(tokenizer)
+    prefix = bos_prefix(tokenizer)
     body = length - len(prefix)
-    stream = list(joined(documents, tokenizer, prefix))
+    stream = list(concatenate_tokens(documents, tokenizer, prefix))
     count = len(stream) // body
     if count < 1:
         raise ValueError(

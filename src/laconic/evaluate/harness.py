@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from laconic.artifact.artifact import Artifact
-from laconic.checkpoint.files import reason
+from laconic.checkpoint.files import first_line
 from laconic.checkpoint.source import load_tokenizer, model_folder, read_config
 from laconic.evaluate.bootstrap import method_of
 from laconic.evaluate.caches import of_caches, read_stage, resolve, title
@@ -143,7 +143,7 @@ def require_lm_eval() -> None:
         import laconic.evaluate.lm  # noqa: F401
     except ImportError as e:
         raise ValueError(
-            f"tasks are measured by lm-eval, which cannot be imported ({reason(e)}); pip install 'laconic[eval]'"
+            f"tasks are measured by lm-eval, which cannot be imported ({first_line(e)}); pip install 'laconic[eval]'"
         ) from e
 
 

@@ -13,7 +13,7 @@ import torch
 
 from laconic.artifact.artifact import Artifact
 from laconic.checkpoint.source import load_tokenizer, model_folder
-from laconic.data.text import HUB_TEXTS, evaluation_windows, prefix_of, read_documents
+from laconic.data.text import HUB_TEXTS, bos_prefix, evaluation_windows, read_documents
 from laconic.evaluate.cache_cost import memory_by_length, speed_by_length
 from laconic.evaluate.caches import caches_for, of_caches
 from laconic.evaluate.context_perplexity import perplexity_by_position
@@ -105,7 +105,7 @@ def evaluate_long(
         ids = evaluation_windows(
             read_documents(**HUB_TEXTS.get(text, {"dataset": text})), tokenizer, length=chosen[-1], limit=None
         )
-        hay = ids[:, len(prefix_of(tokenizer)) :].flatten().tolist()
+        hay = ids[:, len(bos_prefix(tokenizer)) :].flatten().tolist()
     if "needle" in parts:
         # Says what is wrong now rather than in an hour.
         make_prompt(tokenizer, hay, FORMS[prompt], length=chosen[0], depth=0.5, seed="")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from laconic.data.text import prefix_of
+from laconic.data.text import bos_prefix
 from laconic.evaluate.through_cache import Caches, continue_greedily
 
 _COLOURS = "red green blue white black golden silver brown grey purple orange pink yellow quiet broken hidden"
@@ -88,7 +88,7 @@ def make_prompt(
         list(tokenizer(part.format(name=name, number=number), add_special_tokens=False).input_ids)
         for part in (form.said, form.asked)
     )
-    prefix = prefix_of(tokenizer)
+    prefix = bos_prefix(tokenizer)
     room = length - room_for_answer(form) - len(prefix) - len(said) - len(asked)
     if room < 1:
         raise ValueError(f"--lengths {length} leaves no room for hay; the needle alone takes {length - room} tokens")

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from laconic.checkpoint.files import reason
+from laconic.checkpoint.files import first_line
 from laconic.evaluate.longbench import as_lm_eval, fields_of, is_extended, is_longbench
 
 Row = Mapping[str, Any]
@@ -98,8 +98,8 @@ def _kinds(folder: Path) -> dict[str, _Kind]:
 def explain(name: str, error: Exception) -> str:
     """Why lm-eval cannot open a task, and what to do where packages are missing."""
     if not isinstance(error, ImportError):
-        return f"the task '{name}' could not be opened ({reason(error)})"
-    wanted = "pip install 'laconic[longbench]'" if is_longbench(name) else f"it says: {reason(error)}"
+        return f"the task '{name}' could not be opened ({first_line(error)})"
+    wanted = "pip install 'laconic[longbench]'" if is_longbench(name) else f"it says: {first_line(error)}"
     return f"the task '{name}' needs packages that are not installed; {wanted}"
 
 

@@ -54,7 +54,7 @@ def affine_columns_torch(
     return codes.to(torch.int8), E
 
 
-def pruned_columns(W: Tensor, X: Tensor, A: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def prune_columns(W: Tensor, X: Tensor, A: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """Prune the n columns of a unit, one after another: remaining weights compensate the errors of earlier columns.
 
     Args:

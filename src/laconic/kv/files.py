@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from laconic.checkpoint.files import KV_CACHE, KV_CONFIG, reason
+from laconic.checkpoint.files import KV_CACHE, KV_CONFIG, first_line
 from laconic.kv.cache import Calibrated
 from laconic.kv.scheme import KvScheme
 
@@ -31,7 +31,7 @@ def read_kv_scheme(folder: Path, config: Mapping[str, Any]) -> tuple[KvScheme, C
     try:
         fixed = by_layer(load_file(file), len(scheme.layers))
     except (SafetensorError, ValueError, IndexError) as e:
-        raise ValueError(f"{file} cannot be read ({reason(e)}); copy it again, or compress again") from e
+        raise ValueError(f"{file} cannot be read ({first_line(e)}); copy it again, or compress again") from e
     if lacking := _lacking(scheme, fixed):
         raise ValueError(f"{file} lacks '{lacking}'; copy it again, or compress again")
     return scheme, fixed

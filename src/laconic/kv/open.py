@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from laconic.checkpoint.files import reason
+from laconic.checkpoint.files import first_line
 from laconic.kv.attend import reads_packed
 from laconic.kv.cache import Calibrated, KvCache
 from laconic.kv.positions import places_of
@@ -50,10 +50,12 @@ def kv_shape(config: Any) -> KvShape:
         # What transformers itself would keep of it tells of what no name does.
         own = [type(layer).__name__ for layer in DynamicCache(config=config).layers]
     except KeyError as e:
-        raise ValueError(f"'{kind}' has a cache of its own ({reason(e)}), which a quantized one is not for") from e
+        raise ValueError(f"'{kind}' has a cache of its own ({first_line(e)}), which a quantized one is not for") from e
     except (AttributeError, RuntimeError) as e:
         # The latter is transformers' for what is another number in each layer.
-        raise ValueError(f"'{kind}' does not tell of one shape for all its layers' keys and values: {reason(e)}") from e
+        raise ValueError(
+            f"'{kind}' does not tell of one shape for all its layers' keys and values: {first_line(e)}"
+        ) from e
     if any("LinearAttention" in name for name in own):
         raise ValueError(f"'{kind}' has state-space or recurrent layers, which a quantized cache is not for")
     return shape

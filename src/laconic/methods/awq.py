@@ -23,7 +23,7 @@ from laconic.stages.block import Block, stacked, stacks
 from laconic.stages.stage import BlockStage, Outcome, QuantizingStage
 from laconic.structure.anatomy import Tap, linear_at
 from laconic.structure.hooks import capture_outputs
-from laconic.structure.links import Link, pooled
+from laconic.structure.links import Link, pool_to_source
 from laconic.train.block_tuning import standing_in
 
 # Tokens summed at a time.
@@ -148,8 +148,10 @@ def _search(
 
     Ratios are tried a fifth apart, then a tenth and a twentieth around the best.
     """
-    x = pooled(link, mean)
-    w = pooled(link, _relative_size(torch.cat([linear_at(module, n).weight for n in targets]), fmt.tiling.group_size))
+    x = pool_to_source(link, mean)
+    w = pool_to_source(
+        link, _relative_size(torch.cat([linear_at(module, n).weight for n in targets]), fmt.tiling.group_size)
+    )
 
     def attempt(ratio: float) -> tuple[float, Tensor]:
         s = (x.pow(ratio) / w.pow(1 - ratio).clamp(min=1e-6)).clamp(min=1e-4)

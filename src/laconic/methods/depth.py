@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.files import read_json
-from laconic.checkpoint.rebuild import parts_of, rebuilt
+from laconic.checkpoint.rebuild import rebuild_model, tensors_of
 from laconic.checkpoint.source import Source
 from laconic.runtime.reading import load
 from laconic.stages.model import ModelStage, Remade, Report, Work, check_finite, run_through, sizes_of
@@ -61,7 +61,7 @@ class Depth(ModelStage):
         dropped = sorted(influence.argsort(stable=True)[: self._count(len(blocks))].tolist())
         kept = [i for i in range(len(blocks)) if i not in dropped]
         config = _shortened(raw, kept)
-        made = rebuilt({**raw, **config}, _renumbered(parts_of(model), name, kept), torch.float32)
+        made = rebuild_model({**raw, **config}, _renumbered(tensors_of(model), name, kept), torch.float32)
         events = [
             {"event": "block_influence", "block": i, "influence": float(v), "dropped": i in dropped}
             for i, v in enumerate(influence)

@@ -16,11 +16,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from laconic.formats import Format, Params, Quantized, fit
-from laconic.solvers.grid import GridRounder, OnlineGridRounder, by_energy, swept
-from laconic.solvers.masks import Part
+from laconic.solvers.grid import GridRounder, OnlineGridRounder, order_by_energy, round_with_hessian
+from laconic.solvers.masks import StackedLinear
 from laconic.solvers.moments import Moments
-from laconic.solvers.obs import Feedback, feedback, sweep
-from laconic.solvers.prune import swept_mask
+from laconic.solvers.obs import LdlFactor, factor_hessian, run_column_loop
+from laconic.solvers.prune import prune_with_hessian
 from laconic.solvers.search import search_range
 from laconic.stages.pruning import Masking
 from laconic.stages.stage import LinearStage, Outcome, QuantizingStage
@@ -65,15 +65,17 @@ class Gptq(QuantizingStage, Masking, LinearStage):
     def compress(self, weight: Tensor, moments: Moments | None, dtype: torch.dtype) -> Outcome:
         return self.prune(weight, (), moments, dtype)
 
-    def prune(self, weight: Tensor, parts: Sequence[Part], moments: Moments | None, dtype: torch.dtype) -> Outcome:
+    def prune(
+        self, weight: Tensor, parts: Sequence[StackedLinear], moments: Moments | None, dtype: torch.dtype
+    ) -> Outcome:
         assert moments is not None
         assert moments.H is not None
         fmt = self.result.weights
         H = moments.H
         # Where the weight is zero as well nothing is lost: so are columns kept beside the codes.
         dead = (H.diagonal() == 0) & (weight != 0).any(0)
-        order = by_energy(H, self.structure.width) if self.actorder else torch.arange(len(H), device=H.device)
-        factor = feedback(H, self.dampening_frac, order if self.actorder else None)
+        order = order_by_energy(H, self.structure.width) if self.actorder else torch.arange(len(H), device=H.device)
+        factor = factor_hessian(H, self.dampening_frac, order if self.actorder else None)
         target = self._retarget(weight, moments, H, factor.dampening_frac)
         zeros = weight == 0
         if parts:
@@ -87,7 +89,7 @@ class Gptq(QuantizingStage, Masking, LinearStage):
         assert moments.H is not None
         if moments.D is None:
             return weight
-        return self._retarget(weight, moments, moments.H, feedback(moments.H, self.dampening_frac).dampening_frac)
+        return self._retarget(weight, moments, moments.H, factor_hessian(moments.H, self.dampening_frac).dampening_frac)
 
     def _retarget(self, W: Tensor, moments: Moments, H: Tensor, dampening_frac: float) -> Tensor:
         if moments.D is None:
@@ -99,7 +101,7 @@ class Gptq(QuantizingStage, Masking, LinearStage):
         fmt: Format,
         W: Tensor,
         H: Tensor,
-        factor: Feedback,
+        factor: LdlFactor,
         order: Tensor,
         zeros: Tensor | None,
         dtype: torch.dtype,
@@ -109,10 +111,12 @@ class Gptq(QuantizingStage, Masking, LinearStage):
         if self.actorder is None and fmt.tiling.strategy == "group":
             importance = H.diagonal() if self.observer == "mse" else None
             online = OnlineGridRounder(fmt, rounded, dtype, importance, zeros)
-            codes = sweep(W, factor.A, online, self.block_size)
+            codes = run_column_loop(W, factor.A, online, self.block_size)
             return Quantized(fmt, codes, online.params)
         params = self._grid(fmt, rounded, H, dtype)
-        codes = swept(fmt, W, H, params, factor=factor, order=order, block_size=self.block_size, zeros=zeros)
+        codes = round_with_hessian(
+            fmt, W, H, params, factor=factor, order=order, block_size=self.block_size, zeros=zeros
+        )
         return Quantized(fmt, codes, params)
 
     def _prune(
@@ -120,13 +124,13 @@ class Gptq(QuantizingStage, Masking, LinearStage):
         fmt: Format,
         W: Tensor,
         H: Tensor,
-        factor: Feedback,
+        factor: LdlFactor,
         order: Tensor,
         zeros: Tensor,
-        parts: Sequence[Part],
+        parts: Sequence[StackedLinear],
         dtype: torch.dtype,
     ) -> Quantized:
-        prune = partial(swept_mask, W, factor, order, zeros, parts, self.structure, columns=self.block_size)
+        prune = partial(prune_with_hessian, W, factor, order, zeros, parts, self.structure, columns=self.block_size)
         # Grids are fixed beforehand. What is kept grows as it answers for what goes: they are fitted to that.
         params = self._grid(fmt, prune(), H, dtype)
         grid = GridRounder(fmt, params, W.shape, order)

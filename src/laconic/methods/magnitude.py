@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.solvers.masks import Part, keep_parts
+from laconic.solvers.masks import StackedLinear, keep_mask_of_stack
 from laconic.solvers.moments import Moments
 from laconic.stages.pruning import PruningStage
 from laconic.stages.stage import Outcome
@@ -23,5 +23,7 @@ class Magnitude(PruningStage):
 
     method: Literal["magnitude"] = "magnitude"
 
-    def prune(self, weight: Tensor, parts: Sequence[Part], moments: Moments | None, dtype: torch.dtype) -> Outcome:
-        return Outcome(weight * keep_parts(weight.square(), parts, self.structure, "matrix"))
+    def prune(
+        self, weight: Tensor, parts: Sequence[StackedLinear], moments: Moments | None, dtype: torch.dtype
+    ) -> Outcome:
+        return Outcome(weight * keep_mask_of_stack(weight.square(), parts, self.structure, "matrix"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.files import read_json
-from laconic.checkpoint.rebuild import empty, parts_of, rebuilt
+from laconic.checkpoint.rebuild import build_empty_model, rebuild_model, tensors_of
 from laconic.checkpoint.source import Source
 from laconic.runtime.reading import load
 from laconic.stages.model import ModelStage, Remade, Report, Work, check_finite, run_through, sizes_of
@@ -48,7 +48,7 @@ class Reap(ModelStage):
         scores = saliency(model, work.windows, self.batch_size, work.report)
         left = self._left(model)
         kept = {name: s.argsort(descending=True, stable=True)[:left].sort().values for name, s in scores.items()}
-        made = rebuilt({**raw, **config}, _without(model, kept), torch.float32)
+        made = rebuild_model({**raw, **config}, _without(model, kept), torch.float32)
         events = [
             {
                 "event": "experts",
@@ -96,7 +96,7 @@ class Reap(ModelStage):
         for some in [*((k,) for k in keys), *combinations(keys, 2)]:
             changed = dict.fromkeys(some, left)
             try:
-                built = empty({**raw, **changed}, model.dtype)
+                built = build_empty_model({**raw, **changed}, model.dtype)
             except ValueError:
                 continue
             same = len(_layers(built)) == len(_layers(model)) and _fits(built, model, left)
@@ -187,7 +187,7 @@ def _watching(
 
 def _without(model: PreTrainedModel, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters and buffers without the experts that are not kept, and without their places beside them."""
-    tensors, layers = parts_of(model), _layers(model)
+    tensors, layers = tensors_of(model), _layers(model)
     out: dict[str, Tensor] = {}
     new = {n: {int(old): i for i, old in enumerate(k)} for n, k in kept.items()}
     routers = _routers(model)

@@ -13,11 +13,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from laconic.solvers.grid import by_energy
-from laconic.solvers.masks import Part
+from laconic.solvers.grid import order_by_energy
+from laconic.solvers.masks import StackedLinear
 from laconic.solvers.moments import Moments
-from laconic.solvers.obs import feedback
-from laconic.solvers.prune import least_squares, swept_mask
+from laconic.solvers.obs import factor_hessian
+from laconic.solvers.prune import least_squares, prune_with_hessian
 from laconic.stages.pruning import PruningStage
 from laconic.stages.stage import Outcome
 
@@ -44,15 +44,17 @@ class SparseGpt(PruningStage):
     def sequential(self) -> bool:
         return self.true_sequential
 
-    def prune(self, weight: Tensor, parts: Sequence[Part], moments: Moments | None, dtype: torch.dtype) -> Outcome:
+    def prune(
+        self, weight: Tensor, parts: Sequence[StackedLinear], moments: Moments | None, dtype: torch.dtype
+    ) -> Outcome:
         assert moments is not None
         assert moments.H is not None
         H = moments.H
         # A dead input moves nothing: its weights are the first to go, since they are worth next to nothing.
         dead = int(((H.diagonal() == 0) & (weight != 0).any(0)).sum())
-        order = by_energy(H, self.structure.width) if self.actorder else torch.arange(len(H), device=H.device)
-        factor = feedback(H, self.dampening_frac, order if self.actorder else None)
-        made = swept_mask(weight, factor, order, weight == 0, parts, self.structure, columns=self.block_size)
+        order = order_by_energy(H, self.structure.width) if self.actorder else torch.arange(len(H), device=H.device)
+        factor = factor_hessian(H, self.dampening_frac, order if self.actorder else None)
+        made = prune_with_hessian(weight, factor, order, weight == 0, parts, self.structure, columns=self.block_size)
         if self.update:
             made = least_squares(weight, made != 0, H, factor.dampening_frac)
         return Outcome(made.to(dtype).float(), {"dampening_frac": factor.dampening_frac, "dead_columns": dead})

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from laconic.solvers.masks import Part, keep_parts
+from laconic.solvers.masks import StackedLinear, keep_mask_of_stack
 from laconic.solvers.moments import Moments
 from laconic.solvers.prune import least_squares
 from laconic.stages.pruning import PruningStage
@@ -42,9 +42,11 @@ class Wanda(PruningStage):
     def sequential(self) -> bool:
         return self.true_sequential
 
-    def prune(self, weight: Tensor, parts: Sequence[Part], moments: Moments | None, dtype: torch.dtype) -> Outcome:
+    def prune(
+        self, weight: Tensor, parts: Sequence[StackedLinear], moments: Moments | None, dtype: torch.dtype
+    ) -> Outcome:
         assert moments is not None
-        keep = keep_parts(weight.square() * moments.energy, parts, self.structure, "row") & (weight != 0)
+        keep = keep_mask_of_stack(weight.square() * moments.energy, parts, self.structure, "row") & (weight != 0)
         if not self.update:
             return Outcome(weight * keep)
         assert moments.H is not None

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 from laconic.artifact.artifact import Artifact
 from laconic.artifact.locks import wait_for_lock
-from laconic.artifact.workspace import begun_with, check_begun, check_output, differences
+from laconic.artifact.workspace import check_identity, check_output, differing_keys, read_identity
 from laconic.cards.writing import write_cards
-from laconic.checkpoint.source import Source, open_source, skeleton
+from laconic.checkpoint.source import Source, build_skeleton, open_source
 from laconic.pipeline.model_step import run_model_step
 from laconic.pipeline.provenance import identify
 from laconic.pipeline.walking import Prepared, calibration_ids, device_of, prepare_walk, run_walk
@@ -148,7 +148,7 @@ def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Repor
             before = _work(prepared, number, before, overwrite, report)
             continue
         with wait_for_lock(step.output) if prepared.shared else nullcontext():
-            made = begun_with(step.output) == step.identity
+            made = read_identity(step.output) == step.identity
             before = step.output if made else _work(prepared, number, before, overwrite, report)
     if is_main() and not prepared.shared:
         _forget(_kept(prepared.output))
@@ -182,7 +182,7 @@ def _compose(
     if needing:
         windows = calibration_ids(recipe, source, needing[0], trust_remote_code=trust_remote_code)
     groups = _groups(recipe.stages)
-    model = skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
+    model = build_skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
     steps: list[Step] = []
     before = _Before()
     for number, (first, stages) in enumerate(groups):
@@ -207,11 +207,11 @@ def _compose(
             cache = f"stages.{first + len(stages) - 1} ({walk.plan.cache[0].method})" if walk.plan.cache else None
             before = replace(before, quantized=before.quantized or bool(walk.plan.schemes), cache=cache)
             identity = walk.identity
-        check_begun(target, identity, overwrite=overwrite)
-        made = None if last else begun_with(target)
+        check_identity(target, identity, overwrite=overwrite)
+        made = None if last else read_identity(target)
         if made not in (None, identity) and not overwrite:
             raise ValueError(
-                f"{target} was made by another recipe (different: {differences(made or {}, identity)}); "
+                f"{target} was made by another recipe (different: {differing_keys(made or {}, identity)}); "
                 "finish that, choose another output, or pass --overwrite"
             )
         steps.append(Step(first, stages, walk, target, identity))
@@ -335,7 +335,7 @@ def _groups(stages: Sequence[Any]) -> list[tuple[int, tuple[Any, ...]]]:
 
 def _await(folder: Path, identity: Mapping[str, Any]) -> None:
     """Wait until the first process has made what the next step begins with, however long that takes."""
-    while begun_with(folder) != identity:
+    while read_identity(folder) != identity:
         time.sleep(0.5)
 
 
@@ -366,7 +366,7 @@ def _is_step(entry: Path) -> bool:
     if not number.isdecimal() or rest not in ("", "partial") or not entry.is_dir() or entry.is_symlink():
         return False
     # One that was just begun is empty, but for a recipe that is being written.
-    return begun_with(entry) is not None or all(file.suffix == ".writing" for file in entry.iterdir())
+    return read_identity(entry) is not None or all(file.suffix == ".writing" for file in entry.iterdir())
 
 
 def _forget(kept: Path) -> None:

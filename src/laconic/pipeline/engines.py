@@ -10,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.files import Checkpoint
-from laconic.checkpoint.layout import TransposedLinear, names_for_engines
+from laconic.checkpoint.layout import TransposedLinear, engine_names
 from laconic.formats.schemes import Scheme
 from laconic.runtime.quant_config import to_config
-from laconic.structure.experts import experts_above
+from laconic.structure.experts import enclosing_experts
 from laconic.walk.plan import Plan, alike
 
 
@@ -25,9 +25,9 @@ def quantization_config(
     checkpoint: the source's, arranged. Returns: a function of the schemes as they came out, to be called after the
     walk, when the skeleton is no longer what it was.
     """
-    names = names_for_engines(checkpoint, model, [*plan.linears, *sorted(plan.anatomy.routers)])
-    inside = [n for n in plan.linears if experts_above(model, n)]
-    leaves = {str(experts_above(model, n)).rpartition(".")[2] for n in inside}
+    names = engine_names(checkpoint, model, [*plan.linears, *sorted(plan.anatomy.routers)])
+    inside = [n for n in plan.linears if enclosing_experts(model, n)]
+    leaves = {str(enclosing_experts(model, n)).rpartition(".")[2] for n in inside}
     unusual = len(set(plan.schemes.values())) == 1 and _packed_unusually(plan, model)
 
     def tell(written: Mapping[str, Scheme]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def closed_to_transformers(plan: Plan, model: PreTrainedModel) -> str | None:
     if any(isinstance(model.get_submodule(n), TransposedLinear) for n in quantized):
         return "quantized Conv1D linears (it makes up their weights, or stops)"
     schemes = set(quantized.values())
-    experts = {alike(quantized.get(n)) for n in plan.linears if experts_above(model, n)}
+    experts = {alike(quantized.get(n)) for n in plan.linears if enclosing_experts(model, n)}
     if any(s.native and s.outlier_columns is not None for s in schemes):
         # It opens those by way of laconic, where `weight` of an expert is no tensor of its own.
         unread = [s.name for s in experts if s and s.storage in ("int-quantized", "float-quantized")]

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic.artifact.artifact import Artifact
-from laconic.artifact.workspace import Workspace, partial_of, scratch_of
+from laconic.artifact.workspace import Workspace, partial_folder, scratch_folder
 from laconic.checkpoint.files import DTYPES, Checkpoint, open_checkpoint, read_json
-from laconic.checkpoint.layout import arrange, to_file
-from laconic.checkpoint.source import main_dtype, read_config, skeleton
+from laconic.checkpoint.layout import arrange, to_file_layout
+from laconic.checkpoint.source import build_skeleton, main_dtype, read_config
 from laconic.pipeline.provenance import account
 from laconic.pipeline.walking import device_of
 from laconic.recipe import Recipe
@@ -55,7 +55,7 @@ def run_model_step(
         return Work(folder, original, seen, device, recipe.seed, scratch, artifact, report, trust_remote_code)
 
     if not is_main():
-        stage.remake(work_in(partial_of(output), scratch_of(partial_of(output))))
+        stage.remake(work_in(partial_folder(output), scratch_folder(partial_folder(output))))
         return Artifact(output)
     with Workspace(output, identity, 0, overwrite=overwrite) as workspace:
         try:
@@ -81,7 +81,7 @@ def _layout(folder: Path, trust_remote_code: bool) -> Checkpoint:
     """The checkpoint that says how files name and lay out what the model holds."""
     _, config = read_config(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
-    return arrange(checkpoint, skeleton(config, main_dtype(checkpoint), trust_remote_code=trust_remote_code))
+    return arrange(checkpoint, build_skeleton(config, main_dtype(checkpoint), trust_remote_code=trust_remote_code))
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def _write_model(workspace: Workspace, model: PreTrainedModel, checkpoint: Check
         number = name.removeprefix(f"{blocks}.").partition(".")[0] if name.startswith(f"{blocks}.") else count
         shards[int(number)][name] = tensor.to(DTYPES.get(source.dtype, dtype) if source else dtype)
     for i, tensors in enumerate(shards):
-        workspace.write_shard(i, to_file(checkpoint, tensors), [])
+        workspace.write_shard(i, to_file_layout(checkpoint, tensors), [])
 
 
 def _stored(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor]:

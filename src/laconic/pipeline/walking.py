@@ -14,10 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic.artifact.artifact import Artifact
-from laconic.artifact.workspace import Workspace, check_begun
+from laconic.artifact.workspace import Workspace, check_identity
 from laconic.checkpoint.files import KV_CONFIG, read_json
-from laconic.checkpoint.layout import names_for_engines
-from laconic.checkpoint.source import Source, arranged, check_complete, check_tokens, load_tokenizer, skeleton
+from laconic.checkpoint.layout import engine_names
+from laconic.checkpoint.source import (
+    Source,
+    arrange_source,
+    build_skeleton,
+    check_complete,
+    check_tokens,
+    load_tokenizer,
+)
 from laconic.data.text import calibration_windows, read_documents
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import as_stored
@@ -71,8 +78,8 @@ def prepare_walk(
     recipe: its stages are those of this walk, the first of which is number `first` of the whole recipe. identity,
     windows: of the whole recipe, where they are known already. Raises: ValueError, one line that names the fix.
     """
-    whole = skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
-    source = arranged(source, whole)
+    whole = build_skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
+    source = arrange_source(source, whole)
     check_complete(whole, source.checkpoint)
     plan = make_plan(whole, dissect(whole), recipe.stages, first)
     check_experts(plan, bool(recipe.calibration and recipe.calibration.moe_calibrate_all_experts))
@@ -85,7 +92,7 @@ def prepare_walk(
     domains = _domains(recipe, source, plan, trust_remote_code)
     read = {"protect": {i: sha256(ids) for i, ids in domains.items()}} if domains else {}
     identity = {**(identity or identify(recipe, source, windows)), **read}
-    check_begun(output, identity, overwrite=overwrite)
+    check_identity(output, identity, overwrite=overwrite)
     samples, length = windows.shape if windows is not None else (0, 0)
     foretold = forecast(plan, source, samples, length)
     return Prepared(recipe, source, whole, plan, windows, foretold, output, identity, domains)
@@ -158,7 +165,7 @@ def _as_written(schemes: Mapping[str, Scheme], workspace: Workspace, prepared: P
     for name, shape in workspace.shapes().items():
         linear, _, leaf = name.rpartition(".")
         found.setdefault(linear, {})[leaf] = shape
-    stored = names_for_engines(prepared.source.checkpoint, prepared.model, [*schemes])
+    stored = engine_names(prepared.source.checkpoint, prepared.model, [*schemes])
     return {n: as_stored(s, found.get(n) or found.get(stored[n], {})) for n, s in schemes.items()}
 
 

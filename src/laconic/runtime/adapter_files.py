@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from laconic.checkpoint.atomic import write_file
-from laconic.checkpoint.files import read_json, reading
+from laconic.checkpoint.files import read_json, wrap_read_errors
 
 ADAPTER = "adapter"
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -68,7 +68,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
     numbers = [config.get(key) for key in ("r", "lora_alpha")] if isinstance(config, dict) else [None]
     if not all(isinstance(n, int | float) and n > 0 for n in numbers):
         raise ValueError(f"{folder / _CONFIG} does not say 'r' and 'lora_alpha' of an adapter; name another folder")
-    with reading(file):
+    with wrap_read_errors(file):
         tensors = load_file(file)
     state = {n.removeprefix(_PREFIX).removesuffix(".weight"): t for n, t in tensors.items()}
     return state, float(config["lora_alpha"]) / float(config["r"])

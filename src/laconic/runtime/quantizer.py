@@ -38,15 +38,17 @@ class LaconicQuantizer(HfQuantizer):
 
         from laconic.runtime.linear import replace_linear
         from laconic.runtime.quant_config import schemes_from_config
-        from laconic.structure.experts import experts_above, unstack
+        from laconic.structure.experts import enclosing_experts, unstack_experts
 
         config = self.quantization_config.to_dict()
-        unstack(model, lambda linear: bool(schemes_from_config(config, [linear])))
+        unstack_experts(model, lambda linear: bool(schemes_from_config(config, [linear])))
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
         dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
         for name, scheme in schemes_from_config(config, linears).items():
             conv1d = isinstance(model.get_submodule(name), Conv1D)
-            if conv1d or ("weight" in replace_linear(model, name, scheme, dtype).names and experts_above(model, name)):
+            if conv1d or (
+                "weight" in replace_linear(model, name, scheme, dtype).names and enclosing_experts(model, name)
+            ):
                 raise ValueError(f"transformers cannot read {name} as it is stored; open the model with laconic.load")
 
     @property

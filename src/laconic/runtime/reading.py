@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from laconic.checkpoint.files import linears_quantization, open_checkpoint
-from laconic.checkpoint.layout import arrange, names_for_engines
-from laconic.checkpoint.source import main_dtype, materialise, model_folder, read_config, skeleton
+from laconic.checkpoint.files import linear_quantization_config, open_checkpoint
+from laconic.checkpoint.layout import arrange, engine_names
+from laconic.checkpoint.source import build_skeleton, main_dtype, materialise, model_folder, read_config
 from laconic.kv.files import read_kv_scheme
 from laconic.kv.open import use_by_default
 from laconic.runtime.linear import QLinear, replace_linear
@@ -37,17 +37,17 @@ def load(
     raw, config = read_config(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
     dtype = dtype or main_dtype(checkpoint)
-    quantization = linears_quantization(raw)
+    quantization = linear_quantization_config(raw)
     if quantization:
         if not is_ours(quantization):
             raise ValueError(
                 f"{folder} is quantized by '{quantization.get('quant_method')}', which Laconic cannot read"
             )
         del config.quantization_config
-    model = skeleton(config, dtype, trust_remote_code=trust_remote_code)
+    model = build_skeleton(config, dtype, trust_remote_code=trust_remote_code)
     checkpoint = arrange(checkpoint, model)
     if quantization:
-        names = names_for_engines(checkpoint, model, linears_of(model))
+        names = engine_names(checkpoint, model, linears_of(model))
         for linear, scheme in schemes_of(quantization, names).items():
             with torch.device("meta"):
                 replace_linear(model, linear, scheme, dtype)

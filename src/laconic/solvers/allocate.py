@@ -34,7 +34,7 @@ def allocate(errors: Sequence[Sequence[float]], costs: Sequence[float], budget: 
         chosen[i] = j
 
 
-def share_out(
+def allocate_sparsity(
     errors: Sequence[Sequence[float]], sizes: Sequence[int], sparsities: Sequence[float], mean: float
 ) -> list[float]:
     """What share of each thing goes, so that errors add up to the least and the mean over all weights is `mean`.
@@ -72,7 +72,7 @@ def _hull(errors: Sequence[float], sparsities: Sequence[float]) -> list[tuple[fl
     return found
 
 
-def owl(outliers: Sequence[float], sizes: Sequence[int], mean: float, spread: float) -> list[float]:
+def owl_sparsities(outliers: Sequence[float], sizes: Sequence[int], mean: float, spread: float) -> list[float]:
     """Sparsities of blocks by their share of outliers (OWL, arXiv 2310.05175): what is kept rises with it, over a
     range of twice `spread` (lambda), around the mean over all weights.
 

@@ -8,19 +8,19 @@ from torch import Tensor
 from laconic.formats import Format, Params, fit, fit_shared
 from laconic.formats.int_affine import IntAffine
 from laconic.kernels.columns import affine_columns
-from laconic.solvers.obs import Feedback, feedback, lookahead, sweep
+from laconic.solvers.obs import LdlFactor, compensate_errors, factor_hessian, run_column_loop
 from laconic.solvers.search import search_range
 
 _ENDLESS = 1e30
 
 
-def swept(
+def round_with_hessian(
     fmt: Format,
     W: Tensor,
     H: Tensor,
     params: Params,
     *,
-    factor: Feedback | None = None,
+    factor: LdlFactor | None = None,
     order: Tensor | None = None,
     block_size: int = 128,
     zeros: Tensor | None = None,
@@ -30,13 +30,13 @@ def swept(
     order: of the columns, the loudest first when not given. factor: of H in that order, where it is at hand. zeros:
     (out, in) bool, weights that are to come out as zero.
     """
-    order = by_energy(H) if order is None else order
-    factor = feedback(H, order=order) if factor is None else factor
+    order = order_by_energy(H) if order is None else order
+    factor = factor_hessian(H, order=order) if factor is None else factor
     rounder = GridRounder(fmt, params, W.shape, order, zeros)
-    return sweep(W[:, order], factor.A, rounder, block_size)[:, order.argsort()]
+    return run_column_loop(W[:, order], factor.A, rounder, block_size)[:, order.argsort()]
 
 
-def by_energy(H: Tensor, together: int = 1) -> Tensor:
+def order_by_energy(H: Tensor, together: int = 1) -> Tensor:
     """Columns in the order of falling activation energy. together: neighbours that stay side by side, in their order;
     it divides the number of columns."""
     energy = H.diagonal().view(-1, together).sum(1)
@@ -100,7 +100,7 @@ class OnlineGridRounder:
 
     def __call__(self, first: int, W: Tensor, X: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         keep = None if self._kept is None else self._kept[first : first + W.shape[0]]
-        ahead = lookahead(W, X, A)
+        ahead = compensate_errors(W, X, A)
         group = ahead.T if keep is None else (ahead * keep).T
         if self.importance is None:
             params = fit(self.fmt, group, self.dtype, self._shared)

@@ -14,12 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Among = Literal["row", "matrix"]
+ComparisonGroup = Literal["row", "matrix"]
 """Among which weights the least go: those of an output row (of tiles), or all of a matrix."""
 
 
 @dataclass(frozen=True)
-class Structure:
+class MaskStructure:
     """What goes together. group: (N, M), N kept of every M inputs of a row. tile: (rows, columns) that stay or go."""
 
     group: tuple[int, int] | None = None
@@ -41,39 +41,41 @@ class Structure:
         return 1 - self.group[0] / self.group[1] if self.group else None
 
 
-def structure_of(text: str) -> Structure:
+def parse_mask_structure(text: str) -> MaskStructure:
     """`unstructured`, `N:M` (2:4: two of four inputs are kept), or `RxC` (tiles of R rows and C columns).
 
     Raises: ValueError for anything else.
     """
     if text == "unstructured":
-        return Structure()
+        return MaskStructure()
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         kept, of = int(match[1]), int(match[2])
         if 0 < kept < of:
-            return Structure(group=(kept, of))
+            return MaskStructure(group=(kept, of))
         raise ValueError(f"mask_structure '{text}' should keep at least one and less than all, as 2:4 does")
     if (match := re.fullmatch(r"(\d+)x(\d+)", text)) and int(match[1]) * int(match[2]) > 1:
-        return Structure(tile=(int(match[1]), int(match[2])))
+        return MaskStructure(tile=(int(match[1]), int(match[2])))
     raise ValueError(f"unknown mask_structure '{text}': write unstructured, N:M as in 2:4, or RxC as in 16x16")
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of several linears whose rows are stacked. rows: which of the stack. sparsity: the share that goes. spared:
+class StackedLinear:
+    """One of several linears whose rows are stacked. rows: which of the stack. sparsity: the share that goes. protected:
     (rows, 1) or (1, in) bool, rows or columns that stay as they are and do not count."""
 
     rows: slice
     sparsity: float
-    spared: Tensor | None = None
+    protected: Tensor | None = None
 
 
-def whole(weight: Tensor, sparsity: float) -> list[Part]:
+def single_linear(weight: Tensor, sparsity: float) -> list[StackedLinear]:
     """A matrix (out, in) as the only part of its stack."""
-    return [Part(slice(0, len(weight)), sparsity)]
+    return [StackedLinear(slice(0, len(weight)), sparsity)]
 
 
-def keep_parts(scores: Tensor, parts: Sequence[Part], structure: Structure, among: Among, first: int = 0) -> Tensor:
+def keep_mask_of_stack(
+    scores: Tensor, parts: Sequence[StackedLinear], structure: MaskStructure, among: ComparisonGroup, first: int = 0
+) -> Tensor:
     """Which weights of stacked linears to keep, (out, n) bool: each linear's own least go.
 
     scores: (out, n) of n neighbouring inputs, the first of which is input `first`.
@@ -81,19 +83,19 @@ def keep_parts(scores: Tensor, parts: Sequence[Part], structure: Structure, amon
     n = scores.shape[1]
     keep = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
     for part in parts:
-        own, spared = keep[part.rows], part.spared
-        if spared is None:
+        own, protected = keep[part.rows], part.protected
+        if protected is None:
             own.copy_(keep_mask(scores[part.rows], part.sparsity, structure, among))
-        elif spared.shape[1] == 1:
-            rows = (~spared[:, 0]).nonzero().flatten()
+        elif protected.shape[1] == 1:
+            rows = (~protected[:, 0]).nonzero().flatten()
             own[rows] = keep_mask(scores[part.rows][rows], part.sparsity, structure, among)
         else:
-            columns = (~spared[0, first : first + n]).nonzero().flatten()
+            columns = (~protected[0, first : first + n]).nonzero().flatten()
             own[:, columns] = keep_mask(scores[part.rows][:, columns], part.sparsity, structure, among)
     return keep
 
 
-def keep_mask(scores: Tensor, sparsity: float, structure: Structure, among: Among = "row") -> Tensor:
+def keep_mask(scores: Tensor, sparsity: float, structure: MaskStructure, among: ComparisonGroup = "row") -> Tensor:
     """Which weights of a matrix to keep, (out, in) bool.
 
     scores: (out, in). sparsity: the share that goes, which N:M has in itself. Raises: ValueError when the structure
@@ -110,7 +112,7 @@ def keep_mask(scores: Tensor, sparsity: float, structure: Structure, among: Amon
     if structure.tile:
         height, width = structure.tile
         tiles = scores.view(rows // height, height, columns // width, width).sum((1, 3))
-        keep = keep_mask(tiles, sparsity, Structure(), among)
+        keep = keep_mask(tiles, sparsity, MaskStructure(), among)
         return keep.repeat_interleave(height, 0).repeat_interleave(width, 1)
     lines = scores if among == "row" else scores.reshape(1, -1)
     return _without_least(lines, round(sparsity * lines.shape[1])).view(scores.shape)

@@ -30,7 +30,7 @@ class Moments:
     in_features: int
     device: torch.device
     gram: bool = True
-    asymmetric: bool = False
+    cross: bool = False
     tokens: int = 0
     H: Tensor | None = field(init=False, default=None)
     D: Tensor | None = field(init=False, default=None)
@@ -41,7 +41,7 @@ class Moments:
     def __post_init__(self) -> None:
         if self.gram:
             self.H = torch.zeros(self.in_features, self.in_features, device=self.device)
-        if self.asymmetric:
+        if self.cross:
             self.D = torch.zeros(self.in_features, self.in_features, device=self.device)
         self.lo = torch.zeros(self.in_features, device=self.device)
         self.hi = torch.zeros(self.in_features, device=self.device)
@@ -63,7 +63,7 @@ class Moments:
         Raises: ValueError when NaN or infinity was among the activations.
         """
         if not torch.isfinite(self.hi - self.lo).all():
-            raise not_finite()
+            raise non_finite_error()
         tokens = max(1, self.tokens)
         if self.H is not None:
             _mirror(self.H.div_(tokens))
@@ -89,7 +89,7 @@ class Moments:
             self.D.addmm_((full - x).T, x)
 
 
-def not_finite() -> ValueError:
+def non_finite_error() -> ValueError:
     """What to tell when NaN or infinity is among the activations."""
     return ValueError("the activations hold NaN or infinity; check the model and the calibration text")
 

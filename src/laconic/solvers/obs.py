@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Feedback:
+class LdlFactor:
     """A: (in, in) strictly lower triangular, A = U^T. D: (in,). dampening_frac: what it took to factor H."""
 
     A: Tensor
@@ -31,7 +31,9 @@ class Feedback:
 _PANEL = 512
 
 
-def feedback(H: Tensor, dampening_frac: float = 0.01, order: Tensor | None = None, *, attempts: int = 6) -> Feedback:
+def factor_hessian(
+    H: Tensor, dampening_frac: float = 0.01, order: Tensor | None = None, *, attempts: int = 6
+) -> LdlFactor:
     """Factor H + dampening_frac * mean(diag H) * I as (I + A^T) D (I + A), its inputs taken in this order.
 
     H: (in, in) float32, symmetric; an input that is always zero (a dead column) has a zero row and column, and
@@ -42,7 +44,7 @@ def feedback(H: Tensor, dampening_frac: float = 0.01, order: Tensor | None = Non
     if not torch.isfinite(mean):
         raise ValueError("the activations hold NaN or infinity; check the model and the calibration text")
     if mean == 0:
-        return Feedback(torch.zeros_like(H), torch.ones_like(H[0]), dampening_frac)
+        return LdlFactor(torch.zeros_like(H), torch.ones_like(H[0]), dampening_frac)
     for attempt in range(attempts):
         frac = min(dampening_frac * 10**attempt, 1.0) if attempt else dampening_frac
         # With both axes reversed, the lower Cholesky factor is R, the upper factor of H = R R^T.
@@ -56,7 +58,7 @@ def feedback(H: Tensor, dampening_frac: float = 0.01, order: Tensor | None = Non
             roots = R_T.diagonal().clone()
             A = R_T.div_(roots[:, None])
             A.diagonal().zero_()
-            return Feedback(A, roots.square(), frac)
+            return LdlFactor(A, roots.square(), frac)
         dampening_frac = dampening_frac or 1e-3
     raise ValueError("the calibration Hessian cannot be factored; use more calibration text or a larger dampening_frac")
 
@@ -98,7 +100,7 @@ class Rounder(Protocol):
         """
 
 
-def sweep(W: Tensor, A: Tensor, rounder: Rounder, block_size: int = 128) -> Tensor:
+def run_column_loop(W: Tensor, A: Tensor, rounder: Rounder, block_size: int = 128) -> Tensor:
     """Round W (rows, in) with error feedback A (in, in); returns the rounder's codes, (rows, in).
 
     Columns go in units (the rounder's), units in blocks: feedback from earlier blocks is one large matrix product a
@@ -112,7 +114,9 @@ def sweep(W: Tensor, A: Tensor, rounder: Rounder, block_size: int = 128) -> Tens
     for start in range(0, n, step):
         stop = min(start + step, n)
         X = torch.addmm(W[start:stop], A[start:stop, :start], E[:start]) if start else W[:stop]
-        rounded, E[start:stop] = in_units(rounder, rounder.unit, start, W[start:stop], X, A[start:stop, start:stop])
+        rounded, E[start:stop] = round_in_units(
+            rounder, rounder.unit, start, W[start:stop], X, A[start:stop, start:stop]
+        )
         if codes is None:
             codes = torch.empty(W.shape, dtype=rounded.dtype, device=W.device)
         codes[start:stop] = rounded
@@ -120,7 +124,7 @@ def sweep(W: Tensor, A: Tensor, rounder: Rounder, block_size: int = 128) -> Tens
     return codes.T.contiguous()
 
 
-def in_units(
+def round_in_units(
     rounder: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     unit: int,
     first: int,
@@ -143,7 +147,7 @@ def in_units(
     return codes, E
 
 
-def lookahead(W: Tensor, X: Tensor, A: Tensor) -> Tensor:
+def compensate_errors(W: Tensor, X: Tensor, A: Tensor) -> Tensor:
     """What the columns of a unit would be if none of them had to be rounded: the values a grid should fit.
 
     Where earlier errors can be answered for by the whole unit, its best real values are W + F (I + U)^-1, with

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from laconic.formats.pieces import at_once
-from laconic.kernels.columns import pruned_columns
+from laconic.kernels.columns import prune_columns
 from laconic.solvers.grid import GridRounder
-from laconic.solvers.masks import Part, Structure, keep_parts
-from laconic.solvers.obs import Feedback, in_units, lookahead, sweep
+from laconic.solvers.masks import MaskStructure, StackedLinear, keep_mask_of_stack
+from laconic.solvers.obs import LdlFactor, compensate_errors, round_in_units, run_column_loop
 
 
-class Pruner:
+class PruningRounder:
     """Chooses which weights of a unit of columns to keep, then has them rounded.
 
     D: (in,), of the sweep's factor. zeros: (out, in) bool, in the sweep's order, weights that are zero already and stay
@@ -30,8 +30,8 @@ class Pruner:
 
     def __init__(
         self,
-        parts: Sequence[Part],
-        structure: Structure,
+        parts: Sequence[StackedLinear],
+        structure: MaskStructure,
         D: Tensor,
         zeros: Tensor,
         columns: int = 128,
@@ -44,27 +44,27 @@ class Pruner:
     def __call__(self, first: int, W: Tensor, X: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         n = W.shape[0]
         zeros = self._zeros[first : first + n]
-        worth = lookahead(W, X, A).square_().mul_(self._D[first : first + n, None]).masked_fill_(zeros, 0)
-        keep = keep_parts(worth.T.contiguous(), self.parts, self.structure, "matrix", first).T & ~zeros
+        worth = compensate_errors(W, X, A).square_().mul_(self._D[first : first + n, None]).masked_fill_(zeros, 0)
+        keep = keep_mask_of_stack(worth.T.contiguous(), self.parts, self.structure, "matrix", first).T & ~zeros
 
         def rounded(at: int, W: Tensor, X: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
             own = keep[at - first : at - first + W.shape[0]]
-            return self._grid.round(at, W, X, A, own) if self._grid else pruned_columns(W, X, A, own.to(W.dtype))
+            return self._grid.round(at, W, X, A, own) if self._grid else prune_columns(W, X, A, own.to(W.dtype))
 
-        return in_units(rounded, self._grid.unit if self._grid else _SHORT, first, W, X, A)
+        return round_in_units(rounded, self._grid.unit if self._grid else _SHORT, first, W, X, A)
 
 
 # Columns treated one by one, as in `grid.GridRounder`.
 _SHORT = 32
 
 
-def swept_mask(
+def prune_with_hessian(
     W: Tensor,
-    factor: Feedback,
+    factor: LdlFactor,
     order: Tensor,
     zeros: Tensor,
-    parts: Sequence[Part],
-    structure: Structure,
+    parts: Sequence[StackedLinear],
+    structure: MaskStructure,
     *,
     columns: int = 128,
     grid: GridRounder | None = None,
@@ -74,11 +74,13 @@ def swept_mask(
     factor: of H in this order. zeros: (out, in) bool, weights that stay zero. grid: for columns in the same order.
     """
     parts = [
-        replace(part, spared=part.spared[:, order]) if part.spared is not None and part.spared.shape[1] > 1 else part
+        replace(part, protected=part.protected[:, order])
+        if part.protected is not None and part.protected.shape[1] > 1
+        else part
         for part in parts
     ]
-    pruner = Pruner(parts, structure, factor.D, zeros[:, order], columns, grid)
-    return sweep(W[:, order], factor.A, pruner, pruner.unit * max(1, 128 // pruner.unit))[:, order.argsort()]
+    pruner = PruningRounder(parts, structure, factor.D, zeros[:, order], columns, grid)
+    return run_column_loop(W[:, order], factor.A, pruner, pruner.unit * max(1, 128 // pruner.unit))[:, order.argsort()]
 
 
 def least_squares(W: Tensor, keep: Tensor, H: Tensor, dampening_frac: float = 0.01) -> Tensor:

@@ -12,9 +12,9 @@ from laconic.calibrate.observe import no_tokens
 from laconic.calibrate.passes import Passes
 from laconic.calibrate.stream import Stream
 from laconic.formats.schemes import Scheme
-from laconic.solvers.moments import not_finite
-from laconic.structure.anatomy import Call, Tap, linear_at
-from laconic.structure.experts import all_tokens
+from laconic.solvers.moments import non_finite_error
+from laconic.structure.anatomy import BlockCall, Tap, linear_at
+from laconic.structure.experts import calibrate_all_experts
 from laconic.structure.links import Link, fold
 
 
@@ -32,7 +32,7 @@ class Block:
     taps: Sequence[Tap]
     targeted: frozenset[str]
     links: Mapping[Tap, Link]
-    call: Call
+    call: BlockCall
     stream: Stream
     original_output: Stream | None
     device: torch.device
@@ -49,7 +49,7 @@ class Block:
         Raises: ValueError for NaN or infinity; and, at the end, for an expert to which no token was routed.
         """
         # Only while they are observed: what a stage runs, tunes and compares is what the router chooses.
-        with all_tokens(*[self.module] * self.all_experts):
+        with calibrate_all_experts(*[self.module] * self.all_experts):
             yield from self._inputs(taps)
         self._check_tokens(taps)
 
@@ -73,7 +73,7 @@ class Block:
         with Passes(self.module, self.taps, self.call, self.stream, self.device, held=False) as passes:
             for tap, x in passes.through(taps) if self.through else passes.inputs(taps):
                 if not torch.isfinite(x).all():
-                    raise not_finite()
+                    raise non_finite_error()
                 self.tokens[tap] += x.numel() // x.shape[-1]
                 yield tap, x
 

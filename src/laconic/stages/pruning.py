@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from laconic.config import Config
-from laconic.solvers.masks import Part, Structure, structure_of, whole
+from laconic.solvers.masks import MaskStructure, StackedLinear, parse_mask_structure, single_linear
 from laconic.solvers.moments import Moments
 from laconic.stages.stage import LinearStage, Outcome, Stage
 from laconic.stages.targets import check_patterns, matches
@@ -41,9 +41,9 @@ class Masking(Stage):
         return self
 
     @cached_property
-    def structure(self) -> Structure:
+    def structure(self) -> MaskStructure:
         """What goes together."""
-        return structure_of(self.mask_structure)
+        return parse_mask_structure(self.mask_structure)
 
     @property
     def prunes(self) -> bool:
@@ -74,7 +74,9 @@ class Masking(Stage):
                 "use another structure there, or ignore it"
             )
 
-    def prune(self, weight: Tensor, parts: Sequence[Part], moments: Moments | None, dtype: torch.dtype) -> Outcome:
+    def prune(
+        self, weight: Tensor, parts: Sequence[StackedLinear], moments: Moments | None, dtype: torch.dtype
+    ) -> Outcome:
         """weight: (out, in) float32, the rows of every linear on one tap. parts: of which linear they are, and what of
         it goes. dtype: of what is stored, a dense weight (float32) having no other values. What is zero in `weight`
         stays so."""
@@ -152,4 +154,4 @@ class PruningStage(Masking, LinearStage):
         return next((share for pattern, share in self.ratios.items() if matches(name, [pattern])), self.share)
 
     def compress(self, weight: Tensor, moments: Moments | None, dtype: torch.dtype) -> Outcome:
-        return self.prune(weight, whole(weight, self.share), moments, dtype)
+        return self.prune(weight, single_linear(weight, self.share), moments, dtype)

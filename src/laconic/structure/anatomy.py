@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from laconic.structure.experts import experts_above, routers_of
+from laconic.structure.experts import enclosing_experts, routers_of
 from laconic.structure.hooks import StopForward, capture_inputs, capture_outputs, forward_pre_hooks, patched_forwards
 
 
@@ -51,7 +51,7 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
-class Call:
+class BlockCall:
     """How the model calls one of its blocks, apart from the hidden states: the same for every calibration sample,
     since all have one length and no padding."""
 
@@ -64,10 +64,10 @@ class Call:
         first: Tensor = out[0] if isinstance(out, tuple) else out
         return first
 
-    def to(self, device: torch.device | str) -> Call:
+    def to(self, device: torch.device | str) -> BlockCall:
         """The same call with its tensors elsewhere."""
         move = lambda x: x.to(device) if isinstance(x, Tensor) else x  # noqa: E731
-        return Call(tree_map(move, self.args), tree_map(move, self.kwargs))
+        return BlockCall(tree_map(move, self.args), tree_map(move, self.kwargs))
 
 
 def dissect(model: PreTrainedModel) -> Anatomy:
@@ -81,7 +81,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     head = _find_head(model)
     try:
         # Made-up embeddings stand in for the embedding's weights, which are not loaded.
-        hidden, calls = capture_calls(model, name, inputs_embeds=blank_embeddings(model, 1, 4))
+        hidden, calls = capture_calls(model, name, inputs_embeds=zero_embeddings(model, 1, 4))
         traced = [_trace(block, call, hidden) for block, call in zip(blocks, calls, strict=True)]
     except ValueError:
         raise
@@ -96,7 +96,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     return Anatomy(name, tuple(taps for taps, _ in traced), head, tied, any(w for _, w in traced), routers)
 
 
-def rounds(taps: Sequence[Tap]) -> list[list[Tap]]:
+def observation_rounds(taps: Sequence[Tap]) -> list[list[Tap]]:
     """Taps that are observed together where a block is treated in sequence: each alone, but that of all experts at
     once, since none of them depends on another's."""
     found: dict[Any, list[Tap]] = {}
@@ -106,7 +106,7 @@ def rounds(taps: Sequence[Tap]) -> list[list[Tap]]:
     return list(found.values())
 
 
-def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) -> tuple[Tensor, list[Call]]:
+def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) -> tuple[Tensor, list[BlockCall]]:
     """Embed `input_ids` (or take `inputs_embeds`) and record how each block would be called, without running any block.
     Weights outside the blocks that are not loaded (learned positions) count as zero.
 
@@ -114,13 +114,13 @@ def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) ->
     """
     blocks = model.get_submodule(blocks_name)
     assert isinstance(blocks, nn.ModuleList)
-    calls: list[Call] = []
+    calls: list[BlockCall] = []
     first: list[Tensor] = []
 
     def bypass(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not first:
             first.append(hidden_states)
-        calls.append(Call(args, kwargs))
+        calls.append(BlockCall(args, kwargs))
         if len(calls) == len(blocks):
             raise StopForward
         return hidden_states
@@ -132,7 +132,7 @@ def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) ->
     return first[0], calls
 
 
-def head_input(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor) -> Tensor:
+def compute_head_input(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor) -> Tensor:
     """What the head reads when the last block has put out `hidden` (batch, tokens, hidden)."""
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
@@ -146,7 +146,7 @@ def head_input(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor) -> Tens
 
     head = model.get_submodule(anatomy.head)
     skipped = [*((block, skip_block) for block in blocks), (head, skip_head)]
-    blank = blank_embeddings(model, *hidden.shape[:2]).to(hidden.device, hidden.dtype)
+    blank = zero_embeddings(model, *hidden.shape[:2]).to(hidden.device, hidden.dtype)
     with capture_inputs({anatomy.head: head}) as inputs, patched_forwards(skipped):
         with torch.no_grad(), suppress(StopForward):
             model(inputs_embeds=blank, use_cache=False)
@@ -165,7 +165,7 @@ def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
-def blank_embeddings(model: PreTrainedModel, samples: int, tokens: int) -> Tensor:
+def zero_embeddings(model: PreTrainedModel, samples: int, tokens: int) -> Tensor:
     """Hidden states as if every embedding were zero."""
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)
@@ -182,7 +182,7 @@ def _blanks(model: PreTrainedModel, blocks: str) -> dict[str, Tensor]:
     }
 
 
-def _trace(block: nn.Module, call: Call, hidden: Tensor) -> tuple[tuple[Tap, ...], bool]:
+def _trace(block: nn.Module, call: BlockCall, hidden: Tensor) -> tuple[tuple[Tap, ...], bool]:
     """The taps of a block, and whether it returns a tuple."""
     # On the meta device a tensor has an identity but no memory, so a block of any size can be followed.
     block = copy.deepcopy(block).to("meta")
@@ -203,7 +203,7 @@ def _trace(block: nn.Module, call: Call, hidden: Tensor) -> tuple[tuple[Tap, ...
     observed = forward_pre_hooks((linear, hook(name)) for name, linear in linears.items())
     with torch.no_grad(), observed, capture_outputs({"block": block}) as outputs:
         call.to("meta")(block, hidden.to("meta"))
-    taps = tuple(Tap(tuple(names), experts_above(block, names[0])) for _, names in groups)
+    taps = tuple(Tap(tuple(names), enclosing_experts(block, names[0])) for _, names in groups)
     return taps, isinstance(outputs["block"], tuple)
 
 

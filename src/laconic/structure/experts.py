@@ -37,7 +37,7 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """The experts of a layer. all_tokens: show every token to every expert, beside those that are routed to it; the
+    """The experts of a layer. every_token: show every token to every expert, beside those that are routed to it; the
     output stays the same, bit for bit."""
 
     def __init__(self, stacked: nn.Module, names: Projections) -> None:
@@ -45,7 +45,7 @@ class Experts(nn.ModuleList):
         count, hidden, intermediate = down.shape
         super().__init__(Expert(act) for _ in range(count))
         self.num_experts, self.intermediate = count, intermediate
-        self.names, self.all_tokens = names, False
+        self.names, self.every_token = names, False
         shapes = [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
         for expert in self:
             for name, (inputs, outputs) in zip(names, shapes, strict=True):
@@ -58,7 +58,7 @@ class Experts(nn.ModuleList):
         """
         if hidden_states.is_meta:
             return self._trace(hidden_states)
-        if self.all_tokens:
+        if self.every_token:
             self._show(hidden_states)
         places = [torch.where(top_k_index == i) for i in range(self.num_experts)]
         routed = [(e, token, k) for e, (token, k) in zip(self, places, strict=True) if len(token)]
@@ -78,7 +78,7 @@ class Experts(nn.ModuleList):
     def _run(self, expert: nn.Module, name: str, x: Tensor) -> Tensor:
         linear = getattr(expert, name)
         # Whoever watches a linear has seen all tokens already.
-        out: Tensor = type(linear).forward(linear, x) if self.all_tokens else linear(x)
+        out: Tensor = type(linear).forward(linear, x) if self.every_token else linear(x)
         return out
 
     def _show(self, hidden_states: Tensor) -> None:
@@ -96,7 +96,7 @@ class Experts(nn.ModuleList):
         return torch.empty_like(hidden_states)
 
 
-def unstack(model: PreTrainedModel, where: Callable[[str], bool] = lambda _: True) -> None:
+def unstack_experts(model: PreTrainedModel, where: Callable[[str], bool] = lambda _: True) -> None:
     """Put `Experts` where a model keeps its experts stacked. where: asked of the name of a linear that there would be.
 
     Raises: ValueError for experts that are stacked in another way.
@@ -114,7 +114,7 @@ def unstack(model: PreTrainedModel, where: Callable[[str], bool] = lambda _: Tru
         setattr(model.get_submodule(parent), leaf, Experts(module, names))
 
 
-def unstack_as(block: nn.Module, taken_apart: nn.Module) -> None:
+def unstack_experts_like(block: nn.Module, taken_apart: nn.Module) -> None:
     """The same in a block that was built anew, as in one that is taken apart already."""
     for path, experts in taken_apart.named_modules():
         if isinstance(experts, Experts):
@@ -123,19 +123,19 @@ def unstack_as(block: nn.Module, taken_apart: nn.Module) -> None:
 
 
 @contextmanager
-def all_tokens(*modules: nn.Module) -> Iterator[None]:
+def calibrate_all_experts(*modules: nn.Module) -> Iterator[None]:
     """Show every token to every expert in these modules."""
     experts = [m for module in modules for m in module.modules() if isinstance(m, Experts)]
     for m in experts:
-        m.all_tokens = True
+        m.every_token = True
     try:
         yield
     finally:
         for m in experts:
-            m.all_tokens = False
+            m.every_token = False
 
 
-def experts_above(module: nn.Module, linear: str) -> str | None:
+def enclosing_experts(module: nn.Module, linear: str) -> str | None:
     """The name of the experts that the linear of this name is in, None when it is in none."""
     parts = linear.split(".")
     above = (".".join(parts[:i]) for i in range(len(parts)))

@@ -26,7 +26,7 @@ class Heads:
     output: str
     tap: Tap
 
-    def spared(self, linear: str, heads: Set[int]) -> Tensor | None:
+    def protected(self, linear: str, heads: Set[int]) -> Tensor | None:
         """What of a linear is these heads': (rows, 1) or (1, columns) bool, None of one that has no heads. Keys and
         values go with any head that reads them."""
         if linear == self.output:
@@ -40,7 +40,7 @@ class Heads:
         return torch.tensor([i in chosen for i in range(count)]).repeat_interleave(self.size)
 
 
-def heads_of(taps: Sequence[Tap], shapes: Mapping[str, tuple[int, int]], config: PreTrainedConfig) -> Heads:
+def find_heads(taps: Sequence[Tap], shapes: Mapping[str, tuple[int, int]], config: PreTrainedConfig) -> Heads:
     """taps: of a block, in order of execution. shapes: (out, in) of its linears.
 
     Raises: ValueError where queries, keys and values are not linears of their own, or the shapes are others.

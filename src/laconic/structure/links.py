@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.structure.anatomy import Anatomy, Call, Tap, blank_embeddings, capture_calls, linear_at
+from laconic.structure.anatomy import Anatomy, BlockCall, Tap, capture_calls, linear_at, zero_embeddings
 from laconic.structure.experts import Experts, routers_of
 from laconic.structure.hooks import capture_inputs, forward_hooks
 
@@ -57,7 +57,7 @@ def fold(block: nn.Module, link: Link, s: Tensor) -> Tensor:
         assert link.channels is not None
         linear = linear_at(block, link.source)
         full = torch.ones(linear.out_features, device=s.device)
-        full[used(link).to(s.device)] = s.float()
+        full[linked_channels(link).to(s.device)] = s.float()
         linear.weight.data = (linear.weight.float() / full[:, None]).to(linear.weight.dtype)
         if linear.bias is not None:
             linear.bias.data = (linear.bias.float() / full).to(linear.bias.dtype)
@@ -68,14 +68,14 @@ def fold(block: nn.Module, link: Link, s: Tensor) -> Tensor:
     return columns
 
 
-def used(link: Link) -> Tensor:
+def linked_channels(link: Link) -> Tensor:
     """The source's channels that feed the readers, each once, ascending."""
     assert link.channels is not None
     channels: Tensor = torch.unique(link.channels)
     return channels
 
 
-def pooled(link: Link, x: Tensor) -> Tensor:
+def pool_to_source(link: Link, x: Tensor) -> Tensor:
     """A figure of every input channel, as one of every linked channel of the source: the largest of those it feeds."""
     if link.channels is None:
         return x
@@ -85,14 +85,14 @@ def pooled(link: Link, x: Tensor) -> Tensor:
     return out
 
 
-def without(links: Mapping[Tap, Link], quantized: Set[str]) -> Mapping[Tap, Link]:
+def links_without(links: Mapping[Tap, Link], quantized: Set[str]) -> Mapping[Tap, Link]:
     """Those of a block's links that touch none of these linears: codes take no scale."""
     return {tap: link for tap, link in links.items() if quantized.isdisjoint((link.source, *link.readers))}
 
 
 def find_links(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Mapping[Tap, Link], ...]:
     """The link of every tap that has one, block by block."""
-    hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=blank_embeddings(model, 1, 4))
+    hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=zero_embeddings(model, 1, 4))
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
     known: dict[Any, Mapping[Tap, Link]] = {}
@@ -105,8 +105,10 @@ def find_links(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Mapping[Tap, L
     return tuple(found)
 
 
-def _links_of(block: nn.Module, call: Call, taps: Sequence[Tap], heads: Sequence[int], width: int) -> dict[Tap, Link]:
-    block = randomised(block)
+def _links_of(
+    block: nn.Module, call: BlockCall, taps: Sequence[Tap], heads: Sequence[int], width: int
+) -> dict[Tap, Link]:
+    block = copy_with_random_weights(block)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 4, width, generator=generator).to(next(block.parameters()).dtype)
     found: dict[Tap, Link] = {}
@@ -144,7 +146,7 @@ def _experts_links(
                 yield Link((down,), up, torch.arange(experts.intermediate)), [tap]
 
 
-def randomised(block: nn.Module) -> nn.Module:
+def copy_with_random_weights(block: nn.Module) -> nn.Module:
     """The same block with weights of its own: random matrices, norms that do nothing."""
     block = copy.deepcopy(block)
     noise = torch.randn(65537, generator=torch.Generator().manual_seed(0))
@@ -160,7 +162,7 @@ def randomised(block: nn.Module) -> nn.Module:
 
 
 def _norms_before(
-    block: nn.Module, call: Call, hidden: Tensor, taps: Sequence[Tap]
+    block: nn.Module, call: BlockCall, hidden: Tensor, taps: Sequence[Tap]
 ) -> tuple[dict[Tap | str, list[Link]], Tensor]:
     """For each tap, and for all experts of a layer by their name, the norm that made the tensor read there, if one did;
     and the block's output."""
@@ -242,12 +244,16 @@ def _of_heads(head: Tensor, d: int) -> Tensor:
 
 
 def _holds(
-    block: nn.Module, call: Call, hidden: Tensor, link: Link, expected: Tensor, generator: torch.Generator
+    block: nn.Module, call: BlockCall, hidden: Tensor, link: Link, expected: Tensor, generator: torch.Generator
 ) -> bool:
     """Whether the block computes the same when scales that are powers of two go through the link."""
     names = [link.source, *link.readers]
     before = {(n, leaf): p.data for n in names for leaf, p in block.get_submodule(n).named_parameters()}
-    count = block.get_submodule(link.source).get_parameter("weight").shape[0] if link.is_norm else len(used(link))
+    count = (
+        block.get_submodule(link.source).get_parameter("weight").shape[0]
+        if link.is_norm
+        else len(linked_channels(link))
+    )
     s = torch.tensor([0.5, 1.0, 2.0, 4.0])[torch.randint(4, (count,), generator=generator)]
     try:
         fold(block, link, s)

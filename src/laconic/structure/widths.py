@@ -29,7 +29,7 @@ CONFIG_MAPPING_NAMES: Mapping[str, str] = vars(configuration_auto)["CONFIG_MAPPI
 BASE, WIDTHS, _PREFIX = "laconic_base", "laconic_widths", "Laconic"
 
 
-class OfBlock:
+class BlockConfig:
     """The config of one block: the model's own, as it is at any time, but for the block's widths."""
 
     def __init__(self, config: Any, widths: Mapping[str, int]) -> None:
@@ -65,7 +65,7 @@ def make_config(raw: Mapping[str, Any]) -> PretrainedConfig:
     return kind.from_dict(copy.deepcopy(dict(raw)))
 
 
-def with_widths(raw: Mapping[str, Any], widths: list[dict[str, int]]) -> dict[str, Any]:
+def add_widths(raw: Mapping[str, Any], widths: list[dict[str, int]]) -> dict[str, Any]:
     """The keys of a config.json, as they are with such widths of each block, beside those it has already."""
     before = raw.get(WIDTHS) or [{} for _ in widths]
     names = [n if n.startswith(_PREFIX) else f"{_PREFIX}{n}" for n in raw.get("architectures") or ()]
@@ -86,13 +86,13 @@ def build_block(kind: type[nn.Module], config: Any, widths: Mapping[str, int], i
     """
     make: Any = kind
     own = {key: width for key, width in widths.items() if "." not in key}
-    block: nn.Module = make(OfBlock(config, own), i)
+    block: nn.Module = make(BlockConfig(config, own), i)
     told: dict[str, dict[str, int]] = {}
     for key in widths.keys() - own.keys():
         path, _, leaf = key.rpartition(".")
         told.setdefault(path, {})[leaf] = widths[key]
     for path, inside in told.items():
-        part = make(OfBlock(config, own | inside), i).get_submodule(path)
+        part = make(BlockConfig(config, own | inside), i).get_submodule(path)
         _widen_to_stream(part, block.get_submodule(path))
         parent, _, leaf = path.rpartition(".")
         setattr(block.get_submodule(parent), leaf, part)
@@ -102,7 +102,7 @@ def build_block(kind: type[nn.Module], config: Any, widths: Mapping[str, int], i
 def block_configs(config: Any) -> list[Any]:
     """The config that each block's attention is built from; one for all, where these do not differ."""
     widths: Sequence[Mapping[str, int]] = getattr(config, WIDTHS, None) or ({},)
-    return [OfBlock(config, {key.rpartition(".")[2]: width for key, width in own.items()}) for own in widths]
+    return [BlockConfig(config, {key.rpartition(".")[2]: width for key, width in own.items()}) for own in widths]
 
 
 def _widen_to_stream(part: nn.Module, stock: nn.Module) -> None:

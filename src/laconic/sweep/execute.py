@@ -11,7 +11,7 @@ from typing import Any
 
 from laconic.artifact.artifact import Artifact
 from laconic.artifact.locks import wait_for_lock
-from laconic.artifact.workspace import begun_with
+from laconic.artifact.workspace import read_identity
 from laconic.cards.writing import refresh_cards
 from laconic.checkpoint.atomic import write_text
 from laconic.pipeline.compression import compress
@@ -139,7 +139,7 @@ def _is_complete(run: Run, result: Mapping[str, Any]) -> bool:
 def _compress(run: Run, folder: Path, report: Report) -> Artifact:
     target = run.artifact(folder)
     # A folder gets its final name only when it is complete.
-    if begun_with(target) and (target / "results" / "compress.json").is_file():
+    if read_identity(target) and (target / "results" / "compress.json").is_file():
         return Artifact(target)
     if target.exists():
         raise ValueError(f"{target} is not a complete artifact of this run; move it away, and the sweep makes it again")

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 import torch
 
-from laconic.artifact.workspace import partial_of
+from laconic.artifact.workspace import partial_folder
 from laconic.sweep.execute import execute, record_failure, start_event
 from laconic.sweep.runs import Run
 from laconic.sweep.study import Resources
@@ -73,7 +73,7 @@ def execute_on_ray(
 def _report_progress(run: Run, folder: Path, reported: dict[str, int], report: RunReport) -> None:
     """Report new shards of a run on disk; `reported` holds the number of reported shards by run id."""
     target = run.artifact(folder)
-    partial = partial_of(target)
+    partial = partial_folder(target)
     if run.id not in reported and (target.exists() or partial.exists()):
         reported[run.id] = 0
         report(run, start_event(run))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from laconic.artifact.locks import lock_folder
-from laconic.checkpoint.atomic import check_place
+from laconic.checkpoint.atomic import check_writable
 from laconic.sweep.execute import LOCKS, STEPS, execute, read_result, start_event
 from laconic.sweep.runs import Run, forecast_run, plan_runs
 from laconic.sweep.study import Resources, Study
@@ -129,7 +129,7 @@ def _checked_folder(folder: str | Path) -> Path:
     """Return the absolute folder of a sweep, after checking that its files can be written."""
     absolute = Path(folder).expanduser().resolve()
     for name in ("results.parquet", "results/ID.json", "runs/ID/config.json"):
-        check_place(absolute / name)
+        check_writable(absolute / name)
     return absolute
 
 

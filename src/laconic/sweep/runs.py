@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from laconic.artifact.workspace import begun_with
+from laconic.artifact.workspace import read_identity
 from laconic.checkpoint.source import Source, open_source
 from laconic.pipeline.compression import prepare
 from laconic.pipeline.provenance import identify
@@ -121,7 +121,7 @@ def forecast_run(run: Run, folder: Path) -> dict[str, Any]:
         nothing if the artifact of the run exists.
     """
     target = run.artifact(folder).expanduser().resolve()
-    if begun_with(target):
+    if read_identity(target):
         return {}
     try:
         forecast = prepare(None, run.recipe, target).forecast

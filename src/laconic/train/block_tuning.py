@@ -18,7 +18,7 @@ from laconic.formats.schemes import Activations
 from laconic.kernels.half_linear import half_linear
 from laconic.runtime.linear import QLinear
 from laconic.runtime.products import round_activations
-from laconic.solvers.moments import not_finite
+from laconic.solvers.moments import non_finite_error
 from laconic.stages.block import Block
 from laconic.structure.anatomy import linear_at
 from laconic.structure.hooks import gradient_hooks, patched_forwards
@@ -68,7 +68,7 @@ def tune(
     probe = torch.linspace(0, count - 1, min(count, batch_size)).long()
     before = _error(block, weights, targets, probe, acts)
     if not math.isfinite(before):
-        raise not_finite()
+        raise non_finite_error()
     groups = [(group, group["lr"]) for o in optimizers for group in o.param_groups]
     with torch.enable_grad(), _moved_at_once(optimizers), passing_gradients(block.module, block.dtype):
         for step in range(iters):

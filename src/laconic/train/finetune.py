@@ -176,9 +176,9 @@ def _step(
 
 
 def _loss(model: nn.Module, loss: Loss, part: Sequence[Example], course: Course, accelerator: Accelerator) -> Tensor:
-    ids, wanted = (t.to(accelerator.device) for t in collate(part))
+    ids, loss_mask = (t.to(accelerator.device) for t in collate(part))
     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=course.bf16):
-        return loss(model, ids, wanted)
+        return loss(model, ids, loss_mask)
 
 
 @torch.no_grad()

@@ -9,27 +9,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""Of a model, ids (n, tokens) and wanted (n, tokens) bool: the sum over all wanted tokens."""
+"""loss(model, ids, loss_mask), ids and loss_mask (n, tokens): the sum over all tokens of the mask."""
 
 
-def language_loss(model: nn.Module, ids: Tensor, wanted: Tensor) -> Tensor:
-    """How unlikely the model finds the wanted tokens."""
-    return F.cross_entropy(_logits(model, ids, wanted), ids[:, 1:][wanted[:, 1:]], reduction="sum")
+def language_loss(model: nn.Module, ids: Tensor, loss_mask: Tensor) -> Tensor:
+    """Compute the cross-entropy of the tokens in the loss mask."""
+    return F.cross_entropy(_logits(model, ids, loss_mask), ids[:, 1:][loss_mask[:, 1:]], reduction="sum")
 
 
 def distillation_loss(teacher: nn.Module) -> Loss:
-    """KL(teacher || model), where wanted tokens are predicted."""
+    """Make a loss that is KL(teacher || model) at the tokens in the loss mask."""
 
-    def loss(model: nn.Module, ids: Tensor, wanted: Tensor) -> Tensor:
+    def loss(model: nn.Module, ids: Tensor, loss_mask: Tensor) -> Tensor:
         with torch.no_grad():
-            theirs = F.log_softmax(_logits(teacher, ids, wanted), -1)
-        ours = F.log_softmax(_logits(model, ids, wanted), -1)
+            theirs = F.log_softmax(_logits(teacher, ids, loss_mask), -1)
+        ours = F.log_softmax(_logits(model, ids, loss_mask), -1)
         return F.kl_div(ours, theirs, log_target=True, reduction="sum")
 
     return loss
 
 
-def _logits(model: nn.Module, ids: Tensor, wanted: Tensor) -> Tensor:
-    """Of the wanted tokens, float32 (wanted, vocabulary). What fills rows up comes last, so no mask is needed."""
+def _logits(model: nn.Module, ids: Tensor, loss_mask: Tensor) -> Tensor:
+    """Compute logits of the tokens in the loss mask: (tokens, vocabulary) float32. Padding is last: no attention mask."""
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits[:, :-1][wanted[:, 1:]].float()
+    return logits[:, :-1][loss_mask[:, 1:]].float()

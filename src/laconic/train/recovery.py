@@ -22,15 +22,15 @@ from laconic.checkpoint.files import open_checkpoint
 from laconic.checkpoint.layout import TransposedLinear, arrange
 from laconic.checkpoint.source import (
     Source,
+    build_skeleton,
     check_tokens,
     load_tokenizer,
     main_dtype,
     materialise,
     model_folder,
     read_config,
-    skeleton,
 )
-from laconic.data.mix import Mix, Part, described, read_mix
+from laconic.data.mix import Mix, TextSource, describe_mix, read_mix
 from laconic.runtime.adapter_files import ADAPTER, check_adapter, check_peft, read_adapter, write_adapter
 from laconic.runtime.adapters import adapt, merge
 from laconic.runtime.reading import load
@@ -50,7 +50,7 @@ class Recovery(ModelStage):
     steps. keep_adapters: leave them beside the weights; beside codes they always are. start: a folder with
     adapters to begin from."""
 
-    data: tuple[Part, ...] = Field(min_length=1)
+    data: tuple[TextSource, ...] = Field(min_length=1)
     targets: Patterns = Field(("Linear",), min_length=1)
     ignore: Patterns = ("lm_head",)
     rank: int = Field(16, ge=1)
@@ -133,7 +133,7 @@ class Recovery(ModelStage):
         begun = time.monotonic()
         raw, config = read_config(work.folder, trust_remote_code=work.trust_remote_code)
         quantized = "quantization_config" in raw
-        shape = skeleton(_plain(config), torch.bfloat16, trust_remote_code=work.trust_remote_code)
+        shape = build_skeleton(_plain(config), torch.bfloat16, trust_remote_code=work.trust_remote_code)
         anatomy = dissect(shape)
         names = self._names(shape, anatomy, kept=self.keep_adapters or quantized)
         if self.start:
@@ -170,7 +170,7 @@ class Recovery(ModelStage):
             self._write(work.artifact / ADAPTER, trained.parameters, shape, str(work.folder))
             return Remade(None, results=results)
         dtype = main_dtype(open_checkpoint(work.folder))
-        model = skeleton(config, dtype, trust_remote_code=work.trust_remote_code)
+        model = build_skeleton(config, dtype, trust_remote_code=work.trust_remote_code)
         materialise(model, "", arrange(open_checkpoint(work.folder), model), torch.device("cpu"))
         merge(model, trained.parameters, self.alpha / self.rank)
         return Remade(model, results=results)
@@ -181,7 +181,7 @@ class Recovery(ModelStage):
         """The dense model with its adapters, loaded block by block, so that of what is held in 4 bits only one block is
         on the device in 16."""
         _, config = read_config(work.folder, trust_remote_code=work.trust_remote_code)
-        model = skeleton(config, _dtype(course), trust_remote_code=work.trust_remote_code)
+        model = build_skeleton(config, _dtype(course), trust_remote_code=work.trust_remote_code)
         checkpoint = arrange(open_checkpoint(work.folder), model)
         generator, masked = torch.Generator().manual_seed(work.seed), not self.keep_adapters
         for i, block in enumerate(model.get_submodule(blocks).children()):
@@ -318,7 +318,7 @@ class Recovery(ModelStage):
             "bf16": course.bf16,
             "trained_parameters": sum(t.numel() for t in trained.parameters.values()),
             "seconds": round(seconds, 2),
-            "data": described(mix, self.data, mix.order(trained.steps * sequences)),
+            "data": describe_mix(mix, self.data, mix.order(trained.steps * sequences)),
             "dropped": mix.dropped,
             "held_out_sequences": len(mix.held_out),
             "held_out": trained.held_out,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from laconic.formats import LowRank, Outliers, Quantized
-from laconic.solvers.masks import Part
+from laconic.solvers.masks import StackedLinear
 from laconic.solvers.moments import Moments
 from laconic.stages.pruning import Masking
 from laconic.stages.stage import LinearStage, Outcome, QuantizingStage, Stage
@@ -35,7 +35,7 @@ def compress_tap(
     rows: Sequence[int],
     moments: Moments | None,
     dtype: torch.dtype,
-    shares: Sequence[Part] = (),
+    shares: Sequence[StackedLinear] = (),
 ) -> list[Outcome]:
     """What a stage makes of the linears of one tap, each with what is kept beside its codes.
 
@@ -44,9 +44,13 @@ def compress_tap(
     """
     parts = _parts(rows)
     if isinstance(stage, Masking) and stage.prunes:
-        shares = shares or [Part(part, stage.share) for part in parts]
+        shares = shares or [StackedLinear(part, stage.share) for part in parts]
         own = [
-            replace(share, rows=part, spared=share.spared if share.spared is None else share.spared.to(weight.device))
+            replace(
+                share,
+                rows=part,
+                protected=share.protected if share.protected is None else share.protected.to(weight.device),
+            )
             for share, part in zip(shares, parts, strict=True)
         ]
         made = stage.prune(weight, own, moments, dtype)

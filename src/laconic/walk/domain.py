@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from laconic.calibrate.observe import observe
 from laconic.calibrate.passes import Passes
 from laconic.calibrate.stream import Stream
-from laconic.structure.anatomy import Call, Tap, linear_at
+from laconic.structure.anatomy import BlockCall, Tap, linear_at
 from laconic.structure.heads import Heads
 
 
 def head_shares(
-    block: nn.Module, taps: Sequence[Tap], heads: Heads, call: Call, stream: Stream, device: torch.device
+    block: nn.Module, taps: Sequence[Tap], heads: Heads, call: BlockCall, stream: Stream, device: torch.device
 ) -> list[float]:
     """What each head of a block counts; leaves in the stream what the block puts out."""
     with Passes(block, taps, call, stream, device, held=False) as passes:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from laconic.calibrate.memory import free_memory
 from laconic.calibrate.stream import Room, Stream
 from laconic.checkpoint.source import Source
-from laconic.structure.anatomy import Call, capture_calls
+from laconic.structure.anatomy import BlockCall, capture_calls
 from laconic.walk.outside import forget_outside, materialise_outside
 from laconic.walk.plan import Plan
 from laconic.walk.settings import Settings
@@ -26,7 +26,7 @@ class Flow:
     """The calibration set on its way: how each block is called, the compressed model's stream, the original's.
     held: whether there is room for halted passes. room: for one more stream of the kind."""
 
-    calls: Sequence[Call]
+    calls: Sequence[BlockCall]
     stream: Stream
     original: Stream | None
     held: bool

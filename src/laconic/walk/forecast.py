@@ -10,7 +10,7 @@ import torch
 from laconic.checkpoint.files import count_elements
 from laconic.checkpoint.source import Source
 from laconic.formats.storage import stored_bytes
-from laconic.structure.anatomy import Tap, rounds
+from laconic.structure.anatomy import Tap, observation_rounds
 from laconic.walk.plan import Plan
 
 # Bytes that a weight of the tap in hand takes while it is searched, swept and packed: float32 and int64 temporaries.
@@ -50,7 +50,9 @@ def forecast(plan: Plan, source: Source, samples: int, length: int) -> Forecast:
     streams = 1 + plan.two_streams
     hidden = getattr(source.config.get_text_config(), "hidden_size", 0)
     activations = samples * length * hidden * item * streams if plan.observing else 0
-    hessians = max((_squares(plan, i, together) for i, t in enumerate(plan.anatomy.taps) for together in rounds(t)))
+    hessians = max(
+        (_squares(plan, i, together) for i, t in enumerate(plan.anatomy.taps) for together in observation_rounds(t))
+    )
     squares = (3 * widest * widest + hessians) * 4 if plan.observing else 0
     outside = sum(s for n, s in sizes.items() if not n.startswith(f"{plan.anatomy.blocks}.")) * item
     peak = max(block * (1 + streams) + largest_tap * _WORKING + squares, outside) + activations

@@ -15,14 +15,14 @@ from laconic.formats.schemes import Scheme
 from laconic.formats.tiling import groups_for
 from laconic.kv.open import KvShape, kv_shape
 from laconic.kv.positions import places_of
-from laconic.solvers.masks import Part
+from laconic.solvers.masks import StackedLinear
 from laconic.stages.cache import CacheStage
 from laconic.stages.pruning import Masking, PruningStage
 from laconic.stages.stage import BlockStage, Stage
 from laconic.stages.targets import find_targets, matches
 from laconic.structure.anatomy import Anatomy, Tap, linears_of
-from laconic.structure.heads import Heads, heads_of
-from laconic.structure.links import Link, find_links, without
+from laconic.structure.heads import Heads, find_heads
+from laconic.structure.links import Link, find_links, links_without
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Plan:
     linears: Mapping[str, tuple[int, int]]
     links: tuple[Mapping[Tap, Link], ...] = ()
     cache: tuple[CacheStage, KvShape] | None = None
-    shares: tuple[Mapping[str, Part], ...] = ()
+    shares: tuple[Mapping[str, StackedLinear], ...] = ()
     heads: tuple[Heads, ...] = ()
     first: int = 0
 
@@ -195,7 +195,7 @@ def _heads(
         try:
             blocks = [(anatomy.block_name(i), taps) for i, taps in enumerate(anatomy.taps)]
             local = [{n: shapes[f"{block}.{n}"] for tap in taps for n in tap.linears} for block, taps in blocks]
-            found = tuple(heads_of(t, own, model.config) for t, own in zip(anatomy.taps, local, strict=True))
+            found = tuple(find_heads(t, own, model.config) for t, own in zip(anatomy.taps, local, strict=True))
         except ValueError as e:
             raise ValueError(f"stages.{number}.protect: {e}; leave it out, and ignore linears instead") from e
         held = {f"{anatomy.block_name(i)}.{n}" for i, own in enumerate(found) for n in (*own.rows, own.output)}
@@ -213,10 +213,10 @@ def _heads(
     return found
 
 
-def _shares(stage: Stage, names: Set[str], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
+def _shares(stage: Stage, names: Set[str], shapes: Mapping[str, tuple[int, int]]) -> dict[str, StackedLinear]:
     if not isinstance(stage, Masking) or not stage.prunes:
         return {}
-    return {n: Part(slice(0, shapes[n][0]), stage.share_of(n)) for n in sorted(names)}
+    return {n: StackedLinear(slice(0, shapes[n][0]), stage.share_of(n)) for n in sorted(names)}
 
 
 def _cache_apart(
@@ -261,7 +261,7 @@ def _check_blocks(
                 codes = {n for t in taps for n in t.linears if f"{block}.{n}" in quantized}
                 widths = {t: shapes[f"{block}.{t.linears[0]}"][1] for t in meant}
                 try:
-                    stage.check(widths, without(links[i], codes) if links else {})
+                    stage.check(widths, links_without(links[i], codes) if links else {})
                 except ValueError as e:
                     raise ValueError(f"stages.{number} ({stage.method}), {block}: {e}") from e
         quantized |= names if stage.result else frozenset()

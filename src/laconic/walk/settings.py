@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from laconic.structure.experts import all_tokens
+from laconic.structure.experts import calibrate_all_experts
 
 
 @dataclass(frozen=True)
@@ -23,4 +23,4 @@ class Settings:
 
     def showing(self, *modules: nn.Module | None) -> AbstractContextManager[None]:
         """While this lasts every token is shown to every expert, if that was asked for."""
-        return all_tokens(*(m for m in modules if m is not None and self.all_experts))
+        return calibrate_all_experts(*(m for m in modules if m is not None and self.all_experts))

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from laconic.calibrate.observe import observe
 from laconic.calibrate.passes import Passes
 from laconic.calibrate.stream import Stream
-from laconic.solvers.allocate import owl, share_out
-from laconic.solvers.masks import Part, whole
+from laconic.solvers.allocate import allocate_sparsity, owl_sparsities
+from laconic.solvers.masks import StackedLinear, single_linear
 from laconic.solvers.moments import Moments
 from laconic.stages.pruning import PruningStage
-from laconic.structure.anatomy import Call, linear_at
+from laconic.structure.anatomy import BlockCall, linear_at
 from laconic.train.block_tuning import standing_in
 from laconic.walk.domain import most
 from laconic.walk.plan import Plan
@@ -41,7 +41,7 @@ _SAMPLE = 4096
 
 
 def survey_block(
-    block: nn.Module, i: int, plan: Plan, call: Call, stream: Stream, device: torch.device
+    block: nn.Module, i: int, plan: Plan, call: BlockCall, stream: Stream, device: torch.device
 ) -> list[Figures]:
     """What each stage that asks for it wants to know of block i; leaves in the stream what the block puts out."""
     name, taps = plan.anatomy.block_name(i), plan.anatomy.taps[i]
@@ -81,12 +81,12 @@ def by_survey(plan: Plan, allotted: Sequence[Mapping[str, Mapping[str, Any]]]) -
     return replace(plan, shares=tuple(shares))
 
 
-def _by_figures(plan: Plan, name: str, part: Part, figures: Mapping[str, Any]) -> Part:
-    spared = None
+def _by_figures(plan: Plan, name: str, part: StackedLinear, figures: Mapping[str, Any]) -> StackedLinear:
+    protected = None
     if figures.get("heads"):
         block, _, linear = name.removeprefix(f"{plan.anatomy.blocks}.").partition(".")
-        spared = plan.heads[int(block)].spared(linear, set(figures["heads"]))
-    return replace(part, sparsity=figures.get("sparsity", part.sparsity), spared=spared)
+        protected = plan.heads[int(block)].protected(linear, set(figures["heads"]))
+    return replace(part, sparsity=figures.get("sparsity", part.sparsity), protected=protected)
 
 
 def protect(plan: Plan, number: int, shares: Sequence[Sequence[float]]) -> Figures:
@@ -108,7 +108,7 @@ def _allot(plan: Plan, stage: PruningStage, figures: Figures) -> Figures:
     if stage.allocation == "search":
         names = list(figures)
         errors = [figures[n]["errors"] for n in names]
-        shares = share_out(errors, [sizes[n] for n in names], _tried(stage.share), stage.share)
+        shares = allocate_sparsity(errors, [sizes[n] for n in names], _tried(stage.share), stage.share)
         return {n: {**figures[n], "sparsity": share} for n, share in zip(names, shares, strict=True)}
     blocks: dict[str, list[str]] = {}
     for n in figures:
@@ -116,7 +116,7 @@ def _allot(plan: Plan, stage: PruningStage, figures: Figures) -> Figures:
         blocks.setdefault(block, []).append(n)
     outliers = [figures[own[0]]["outliers"] for own in blocks.values()]
     weights = [sum(sizes[n] for n in own) for own in blocks.values()]
-    shares = owl(outliers, weights, stage.share, stage.owl_lambda)
+    shares = owl_sparsities(outliers, weights, stage.share, stage.owl_lambda)
     return {
         n: {**figures[n], "sparsity": share} for own, share in zip(blocks.values(), shares, strict=True) for n in own
     }
@@ -132,7 +132,7 @@ def _outliers(block: nn.Module, linears: Mapping[str, Moments], m: float) -> Fig
 
 
 def _errors(
-    block: nn.Module, linears: Mapping[str, Moments], stage: PruningStage, call: Call, sample: Tensor
+    block: nn.Module, linears: Mapping[str, Moments], stage: PruningStage, call: BlockCall, sample: Tensor
 ) -> Figures:
     """What each linear costs the block at several sparsities, the other linears being whole."""
     expected = call(block, sample).float()
@@ -143,7 +143,7 @@ def _errors(
         W = linear.weight.detach().float()
         own, ours = [], W
         for share in _tried(stage.share):
-            made = stage.prune(W, whole(W, share), seen, linear.weight.dtype).weight
+            made = stage.prune(W, single_linear(W, share), seen, linear.weight.dtype).weight
             assert isinstance(made, Tensor)
             own.append(_own_error(W - made, seen))
             ours = made if share == stage.share else ours

@@ -23,12 +23,12 @@ from laconic.calibrate.stream import Stream
 from laconic.checkpoint.source import Source
 from laconic.formats import Quantized
 from laconic.runtime.linear import QLinear
-from laconic.solvers.masks import Part
+from laconic.solvers.masks import StackedLinear
 from laconic.solvers.moments import Moments, output_error
 from laconic.stages.block import Block, stacked, stacks
 from laconic.stages.stage import BlockStage, LinearStage, Outcome, Stage
-from laconic.structure.anatomy import Tap, head_input, linear_at, rounds
-from laconic.structure.links import without
+from laconic.structure.anatomy import Tap, compute_head_input, linear_at, observation_rounds
+from laconic.structure.links import links_without
 from laconic.walk.beside import attach, compress_tap
 from laconic.walk.flow import Flow, passes_on
 from laconic.walk.install import install
@@ -104,7 +104,7 @@ class Treatment:
                 moments = Moments(width, self.settings.device, gram=stage.gram)
                 materialise_outside(self.model, self.plan.anatomy, self.source, self.settings.device, embeddings=False)
                 for hidden in flow.stream.batches():
-                    moments.add(head_input(self.model, self.plan.anatomy, hidden.to(self.settings.device)))
+                    moments.add(compute_head_input(self.model, self.plan.anatomy, hidden.to(self.settings.device)))
                 moments.finish()
             yield from self._compress_tap(self.model, "", [head], stage, shares, moments)
             zeros = watch_zeros(self.model, "", zeros, stage, [head])
@@ -116,7 +116,7 @@ class Treatment:
         name: str,
         stage: LinearStage,
         linears: Set[str],
-        shares: Mapping[str, Part],
+        shares: Mapping[str, StackedLinear],
         flow: Flow | None,
         original: Original | None,
         at_once: bool,
@@ -136,7 +136,7 @@ class Treatment:
                 if stage.cross and original:
                     taught = Passes(original.module, taps, call, original.stream, device, held)
                     others = open_passes.enter_context(taught)
-            for together in rounds(taps) if sequential else [taps]:
+            for together in observation_rounds(taps) if sequential else [taps]:
                 moments: dict[Tap, Moments] = {}
                 if passes:
                     with span("observe"), self.settings.showing(block, original.module if original else None):
@@ -171,7 +171,7 @@ class Treatment:
         begun = time.monotonic()
         taps, device, call = self.plan.anatomy.taps[i], self.settings.device, flow.calls[i]
         quantized = {n for n, m in block.named_modules() if isinstance(m, QLinear)}
-        links = without(self.plan.links[i], quantized) if stage.links else {}
+        links = links_without(self.plan.links[i], quantized) if stage.links else {}
         given = Block(
             block,
             name,
@@ -215,7 +215,7 @@ class Treatment:
         prefix: str,
         linears: Sequence[str],
         stage: LinearStage,
-        shares: Mapping[str, Part],
+        shares: Mapping[str, StackedLinear],
         moments: Moments | None,
     ) -> Iterator[dict[str, Any]]:
         """Compress linears that read one tensor, their rows together: each comes out as it would alone, but for a scale

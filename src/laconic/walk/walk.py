@@ -22,7 +22,7 @@ from laconic.calibrate.memory import give_back
 from laconic.calibrate.observe import advance
 from laconic.calibrate.original import Original
 from laconic.checkpoint.files import open_shard
-from laconic.checkpoint.layout import arrange, to_file
+from laconic.checkpoint.layout import arrange, to_file_layout
 from laconic.checkpoint.source import Source, materialise
 from laconic.kv.positions import places_of
 from laconic.runtime.linear import QLinear
@@ -135,7 +135,7 @@ class _Walker:
             if flow and self.plan.calibrates_cache:
                 tensors |= self._calibrate_cache(block, i, name, flow)
             with span("write"):
-                self.workspace.write_shard(i, to_file(self.source.checkpoint, tensors), events)
+                self.workspace.write_shard(i, to_file_layout(self.source.checkpoint, tensors), events)
         if flow and read_after(self.plan, i):
             with span("pass on"):
                 if not passed_on:
@@ -157,7 +157,7 @@ class _Walker:
             self._materialise(head, f"{anatomy.head}.")
             events = list(self._treatment.head(flow))
             tensors.update(stored(self.model.get_submodule(anatomy.head), anatomy.head))
-        self.workspace.write_shard(i, to_file(checkpoint, tensors), events)
+        self.workspace.write_shard(i, to_file_layout(checkpoint, tensors), events)
 
     @property
     def _treatment(self) -> Treatment:

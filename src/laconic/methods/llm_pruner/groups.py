@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.layout import unwrap_conv1d
-from laconic.structure.anatomy import Anatomy, Call, Tap, blank_embeddings, capture_calls, linear_at
-from laconic.structure.experts import Experts, unstack_as
-from laconic.structure.links import head_widths, randomised
+from laconic.structure.anatomy import Anatomy, BlockCall, Tap, capture_calls, linear_at, zero_embeddings
+from laconic.structure.experts import Experts, unstack_experts_like
+from laconic.structure.links import copy_with_random_weights, head_widths
 from laconic.structure.widths import WIDTHS, build_block
 
 Kind = Literal["attention", "mlp"]
@@ -89,7 +89,7 @@ def find_groups(
     model: PreTrainedModel, anatomy: Anatomy, kinds: Sequence[Kind] = KINDS
 ) -> tuple[tuple[Group, ...], ...]:
     """The groups of every block that can be made narrower, of one kind each."""
-    hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=blank_embeddings(model, 1, 4))
+    hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=zero_embeddings(model, 1, 4))
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
     known: dict[Any, tuple[Group, ...]] = {}
@@ -136,11 +136,11 @@ def part_of(linear: str) -> str:
 class _Trial:
     """A block with random weights, and what it computes."""
 
-    def __init__(self, model: PreTrainedModel, number: int, block: nn.Module, call: Call, width: int) -> None:
+    def __init__(self, model: PreTrainedModel, number: int, block: nn.Module, call: BlockCall, width: int) -> None:
         self.number, self.config, self.heads = number, model.config, head_widths(model)
-        self.block = randomised(block).float()
+        self.block = copy_with_random_weights(block).float()
         floats = lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
-        self.call = Call(tree_map(floats, call.args), tree_map(floats, call.kwargs))
+        self.call = BlockCall(tree_map(floats, call.args), tree_map(floats, call.kwargs))
         self.hidden = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0))
         self.own = dict((getattr(model.config, WIDTHS, None) or {number: {}})[number])
         with torch.no_grad():
@@ -169,7 +169,7 @@ class _Trial:
         except Exception:  # whatever a model says of a width that it cannot have
             return None
         unwrap_conv1d(block)
-        unstack_as(block, self.block)
+        unstack_experts_like(block, self.block)
         if {n: p.shape for n, p in block.named_parameters()} != {n: t.shape for n, t in tensors.items()}:
             return None
         for name, tensor in tensors.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from laconic.checkpoint.rebuild import empty
+from laconic.checkpoint.rebuild import build_empty_model
 from laconic.methods.llm_pruner.groups import Group, Kind, find_groups
 from laconic.methods.llm_pruner.reach import Reach, check_reach
 from laconic.methods.llm_pruner.saliency import cut
@@ -211,7 +211,7 @@ def sizes_of_units(model: PreTrainedModel, anatomy: Anatomy, targeted: Targeted)
 def _is_said(raw: Mapping[str, Any], group: Group, kept: int, dtype: torch.dtype) -> bool:
     """Whether a stock config can say that all blocks have so many units."""
     try:
-        empty({**raw, **group.widths(kept)}, dtype)
+        build_empty_model({**raw, **group.widths(kept)}, dtype)
     except ValueError:
         return False
     return group.stock

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.files import read_json
-from laconic.checkpoint.rebuild import parts_of, rebuilt
+from laconic.checkpoint.rebuild import rebuild_model, tensors_of
 from laconic.checkpoint.source import Source
 from laconic.methods.llm_pruner.gradients import Gradients, gradients
 from laconic.methods.llm_pruner.groups import Group, Kind, Slice, matched, narrow
@@ -25,7 +25,7 @@ from laconic.methods.llm_pruner.stream_width import by_channel, kept_channels, n
 from laconic.runtime.reading import load
 from laconic.stages.model import ModelStage, Remade, Work, check_finite, sizes_of
 from laconic.structure.anatomy import Anatomy, dissect
-from laconic.structure.widths import make_config, with_widths
+from laconic.structure.widths import add_widths, make_config
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -130,7 +130,7 @@ class LlmPruner(ModelStage):
             if not bool(mask.all()) or (self.uniform and group.stock)
         }
         config = self._config(raw, len(anatomy.taps), masks)
-        made = rebuilt({**raw, **config}, _narrowed(model, anatomy, masks), _DTYPES[self.dtype])
+        made = rebuild_model({**raw, **config}, _narrowed(model, anatomy, masks), _DTYPES[self.dtype])
         events = [{"event": "pruned", "block": i, **_told(group, mask)} for (i, group), mask in masks.items()]
         result = {"method": self.method, **sizes_of(model, made), "blocks": events}
         return Remade(made, config, events, {"pruning": result})
@@ -151,7 +151,7 @@ class LlmPruner(ModelStage):
             check_finite(importance, "the gradients" if self.observes else "the weights")
         mask = kept_channels(importance, self.sparsity, self.narrowing.channel_step(hidden))
         config = narrower(raw, int(mask.sum()))
-        made = rebuilt({**raw, **config}, without_channels(parts_of(model), axes, mask), _DTYPES[self.dtype])
+        made = rebuild_model({**raw, **config}, without_channels(tensors_of(model), axes, mask), _DTYPES[self.dtype])
         event = {"event": "pruned", "group": "hidden", "channels": int(mask.sum()), "of": hidden}
         result = {"method": self.method, **sizes_of(model, made), "blocks": [event]}
         return Remade(made, {k: v for k, v in config.items() if raw.get(k) != v}, [event], {"pruning": result})
@@ -228,7 +228,7 @@ class LlmPruner(ModelStage):
         for (i, group), mask in masks.items():
             widths[i] |= group.widths(int(mask.sum()))
         if not self.uniform:
-            changed = with_widths(raw, widths) if masks else dict(raw)
+            changed = add_widths(raw, widths) if masks else dict(raw)
             return {k: v for k, v in changed.items() if raw.get(k) != v}
         heads = any(group.kind == "attention" for _, group in masks)
         # A head's width is told by the number of heads where it is not given.
@@ -248,7 +248,7 @@ def _head_dim(raw: Mapping[str, Any]) -> int | None:
 
 
 def _narrowed(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[tuple[int, Group], Tensor]) -> dict[str, Tensor]:
-    tensors = parts_of(model)
+    tensors = tensors_of(model)
     for (i, group), mask in masks.items():
         prefix = f"{anatomy.block_name(i)}."
         inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

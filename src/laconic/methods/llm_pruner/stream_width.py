@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.checkpoint.rebuild import empty
+from laconic.checkpoint.rebuild import build_empty_model
 from laconic.structure.anatomy import capture_calls, find_blocks
 from laconic.structure.widths import BASE, make_config
 
@@ -48,7 +48,10 @@ def stream_axes(model: PreTrainedModel, raw: Mapping[str, Any]) -> dict[str, int
     hidden = model.config.get_text_config().hidden_size
     # Half, so that whatever must divide it still does.
     try:
-        whole, other = empty(raw, model.dtype), empty({**raw, **narrower(raw, hidden // 2)}, model.dtype)
+        whole, other = (
+            build_empty_model(raw, model.dtype),
+            build_empty_model({**raw, **narrower(raw, hidden // 2)}, model.dtype),
+        )
     except ValueError as e:
         raise refused from e
     shapes = {n: p.shape for n, p in other.named_parameters(remove_duplicate=False)}
