@@ -9,21 +9,38 @@ from laconic.runtime.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from laconic.artifact.artifact import Artifact
+    from laconic.methods import METHODS
     from laconic.pipeline.compression import compress
     from laconic.pipeline.kv_cache import kv_cache
-    from laconic.recipe import Recipe
+    from laconic.pipeline.preview import CompressionPlan, plan
+    from laconic.recipe import Recipe, gallery
     from laconic.runtime.reading import load
 
-__all__ = ["Artifact", "Recipe", "__version__", "compress", "kv_cache", "load"]
+__all__ = [
+    "METHODS",
+    "Artifact",
+    "CompressionPlan",
+    "Recipe",
+    "__version__",
+    "compress",
+    "gallery",
+    "kv_cache",
+    "load",
+    "plan",
+]
 
 # Module of each public name, imported when the name is first read: `import laconic` imports neither torch nor
 # transformers.
 _MODULES = {
     "Artifact": "laconic.artifact.artifact",
+    "CompressionPlan": "laconic.pipeline.preview",
+    "METHODS": "laconic.methods",
     "Recipe": "laconic.recipe",
     "compress": "laconic.pipeline.compression",
+    "gallery": "laconic.recipe",
     "kv_cache": "laconic.pipeline.kv_cache",
     "load": "laconic.runtime.reading",
+    "plan": "laconic.pipeline.preview",
 }
 
 register_with_transformers()

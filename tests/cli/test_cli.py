@@ -81,7 +81,7 @@ def test_an_interruption_is_130_and_says_how_to_go_on(
     monkeypatch.setattr(sys.modules["laconic.pipeline.walking"], "walk", interrupt)
     ran = laconic("compress", recipe)
     assert (ran.code, ran.out) == (130, "")
-    assert ran.err == "interrupted; run the same command again to go on where it stopped\n"
+    assert ran.err == "interrupted; run the same command again to resume\n"
 
 
 def test_help_is_0_and_no_command_is_2(laconic: Laconic) -> None:
@@ -104,7 +104,7 @@ def test_the_installed_command_is_interrupted_and_goes_on(recipe: Path, tmp_path
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
-    assert err.splitlines()[-1] == "interrupted; run the same command again to go on where it stopped"
+    assert err.splitlines()[-1] == "interrupted; run the same command again to resume"
     assert not (tmp_path / "out").exists()
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert (tmp_path / "out" / "config.json").exists()

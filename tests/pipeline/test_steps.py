@@ -225,7 +225,7 @@ def test_the_plan_shows_the_steps(laconic: Laconic, llama: Path, text: Path, tmp
     said = laconic(*arguments)
     for line in ("step 1", "step 2       depth on the whole model", "stage 2      rtn on 14 linears", "8 x 32 tokens"):
         assert line in said.out
-    assert "sizes foretold for rtn are those of the model before it is made smaller" in said.err
+    assert "sizes of rtn are those of the model before it is made smaller" in said.err
     told = json.loads(laconic(*arguments, "--json").out)
     assert told["steps"] == [["smoothquant"], ["depth"], ["rtn"]]
     assert told["schemes"] == {"W8A16": 14}
@@ -356,4 +356,4 @@ def test_adapters_beside_a_model_are_left_out_with_a_warning(
     file = make_recipe(tmp_path / "recipe.yaml", RTN, model=str(kept))
     ran = laconic("compress", file, "-o", tmp_path / "out")
     assert ran.code == 0
-    assert f"warning: the adapters in {kept}/adapter are no part of its weights, and are left out" in ran.err
+    assert f"warning: the adapters in {kept}/adapter are not part of its weights, and are left out" in ran.err

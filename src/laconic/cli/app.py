@@ -1,5 +1,9 @@
-"""The commands of `laconic`, and what becomes of their errors. Exit codes: 0 done, 2 the user's mistake, 1 ours, 130
-interrupted."""
+"""The commands of `laconic` and their exit codes.
+
+0: done. 1: a bug, with a traceback. 2: a mistake of the user, with one line that names the fix. 130: interrupted.
+The modules of commands import only what describes their options; each command imports its implementation, and with it
+torch and transformers, when it is called. `laconic --help` answers at once (`benchmarks/startup.py`).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Compress Hugging Face language models, and say honestly what it cost.",
+    help="Compress Hugging Face language models, and measure what it costs.",
 )
 app.add_typer(bench, name="bench")
 app.add_typer(profile, name="profile")
@@ -41,7 +45,7 @@ app.command()(validate)
 
 
 def main() -> None:
-    """The entry point: every error of the user's is one line and exit code 2."""
+    """Run the command line."""
     try:
         _quieten()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -49,27 +53,27 @@ def main() -> None:
         if app(standalone_mode=False) == 130:
             raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted; run the same command again to go on where it stopped", soft_wrap=True)
+        err.print("interrupted; run the same command again to resume", soft_wrap=True)
         sys.exit(130)
     except ValueError as e:
-        _complain(str(e))
+        _fail(str(e))
     except OSError as e:
-        _complain(f"{e.strerror or e}: {e.filename}" if e.filename else str(e))
+        _fail(f"{e.strerror or e}: {e.filename}" if e.filename else str(e))
     except Exception as e:
-        if hasattr(e, "format_message"):  # what click says of the command line itself
-            _complain(e.format_message() or "name a command")
+        if hasattr(e, "format_message"):  # an error in the command line itself
+            _fail(e.format_message() or "name a command")
         err.print_exception()
         sys.exit(1)
 
 
 def _quieten() -> None:
-    """What the libraries below would say is not for the user of a command line."""
+    """Hide warnings and progress bars of libraries, which a user of the command line cannot act on."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for noisy in ("transformers", "huggingface_hub", "datasets", "httpx", "lm_eval"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    for library in ("transformers", "huggingface_hub", "datasets", "httpx", "lm_eval"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _complain(message: str) -> None:
+def _fail(message: str) -> None:
     err.print(f"laconic: {' '.join(message.split())}", style="red", highlight=False, soft_wrap=True)
     sys.exit(2)

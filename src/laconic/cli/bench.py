@@ -1,4 +1,4 @@
-"""`laconic bench`: what things take, timed."""
+"""`laconic bench`: time, bytes and energy of artifacts and of linear shapes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from laconic.cli.console import err, out, print_json
-from laconic.cli.options import Json, check_dtype, numbers
+from laconic.cli.options import Json, check_dtype, numbers, words
 
-bench = typer.Typer(no_args_is_help=True, help="What an artifact, or a shape, takes: time, bytes, energy.")
+bench = typer.Typer(no_args_is_help=True, help="Measure the time, bytes and energy of an artifact or of linear shapes.")
 
 
 @bench.command("sparsity")
@@ -20,33 +20,36 @@ def bench_sparsity(
     ] = None,
     baseline: Annotated[str | None, typer.Option(help="The original; the first DIR by default.")] = None,
     shapes: Annotated[
-        str | None, typer.Option(metavar="PRESET | OUTxIN,...", help="Linears; the model's, or llama-3-8b's.")
+        str | None,
+        typer.Option(metavar="PRESET | OUTxIN,...", help="Shapes of linears; by default the model's, or llama-3-8b's."),
     ] = None,
     scaled: Annotated[
-        int | None, typer.Option(metavar="HIDDEN", help="A random model of DIR's architecture, this wide, instead.")
+        int | None, typer.Option(metavar="HIDDEN", help="Use a random model of this width and of DIR's architecture.")
     ] = None,
-    sparsity: Annotated[str, typer.Option(metavar="S,...", help="Shares that are pruned away here.")] = "0.5",
+    sparsity: Annotated[str, typer.Option(metavar="S,...", help="Shares of weights to prune here.")] = "0.5",
     block: Annotated[int, typer.Option(help="Side of zero blocks.")] = 64,
     kinds: Annotated[
-        str, typer.Option(metavar="KIND,...", help="Of sparsity; all by default.")
+        str, typer.Option(metavar="KIND,...", help="Kinds of sparsity; all by default.")
     ] = "structured,unstructured,block,2:4",
-    batch: Annotated[str, typer.Option(metavar="N,...", help="Tokens a linear multiplies at once.")] = (
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Numbers of tokens that a linear multiplies at once.")] = (
         "1,16,64,256,1024,4096"
     ),
-    prompt: Annotated[int, typer.Option(help="Tokens that whole models read, and decode after.")] = 512,
-    sequences: Annotated[int, typer.Option(help="Sequences side by side, of whole models.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt of whole models, after which they decode.")] = 512,
+    sequences: Annotated[int, typer.Option(help="Sequences of a batch of whole models.")] = 1,
     parts: Annotated[
-        str | None, typer.Option("--measure", metavar="NAME,...", help="Of linears, models; both by default.")
+        str | None,
+        typer.Option("--measure", metavar="NAME,...", help="What to measure: linears, models; both by default."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="Times each is timed, at most.")] = 30,
-    seconds: Annotated[float, typer.Option(help="After these no round is begun.")] = 2.0,
+    rounds: Annotated[int, typer.Option(min=3, help="Largest number of rounds of each measurement.")] = 30,
+    seconds: Annotated[float, typer.Option(help="Start no further round after this time.")] = 2.0,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE.md|.json", help="Write tables, or the result.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE.md|.json", help="Write the tables, or the result, to this file."),
     ] = None,
     json_: Json = False,
 ) -> None:
-    """What sparsity buys: dense, 2:4, block-sparse and smaller linears, and whole models beside their original."""
+    """Time dense, 2:4, block-sparse and smaller linears, and whole models beside their original."""
     check_dtype(dtype)
     if output is not None and output.suffix not in (".md", ".json"):
         raise ValueError(f"--output {output} is neither Markdown nor JSON; give it a name that ends in .md or .json")
@@ -57,26 +60,26 @@ def bench_sparsity(
     from laconic.bench.sparsity import bench_sparsity as measure
     from laconic.report.bench_table import bench_tables, write_bench
 
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "baseline": baseline,
         "shapes": shapes,
         "scaled_to": scaled,
         "sparsities": numbers("--sparsity", sparsity, float),
         "block": block,
-        "kinds": kinds.split(","),
+        "kinds": words(kinds),
         "batches": numbers("--batch", batch),
         "prompt": prompt,
         "sequences": sequences,
-        "parts": None if parts is None else parts.split(","),
+        "parts": None if parts is None else words(parts),
         "dtype": dtype,
         "rounds": rounds,
         "seconds": seconds,
     }
     if json_ or not err.is_terminal:
-        result = measure(models or [], **asked)
+        result = measure(models or [], **options)
     else:
         with err.status("") as status:
-            result = measure(models or [], **asked, report=status.update)
+            result = measure(models or [], **options, report=status.update)
     if output is not None:
         write_bench(result, output)
     if json_:

@@ -6,8 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -22,14 +21,25 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from laconic.pipeline.preview import format_bytes
+
+if TYPE_CHECKING:
+    from laconic.pipeline.preview import CompressionPlan
+
 # No markup: a path may hold brackets.
 _WIDTH = None if sys.stdout.isatty() else 120
 out, err = Console(markup=False, width=_WIDTH), Console(stderr=True, markup=False)
 
 
-class Walking:
-    """Step of a recipe, block (or what else a stage works through), linear and error, or step of training and loss;
-    memory and time left, on stderr."""
+class CompressionProgress:
+    """Progress bar of a compression on stderr.
+
+    It shows the step of the recipe; the block, or another unit of work; the linear with its error, or the training step
+    with its loss; memory and the time left. Called with the events of `laconic.compress`.
+
+    Attributes:
+        notes: Messages of `note` events, to be printed after the bar.
+    """
 
     def __init__(self, *, quiet: bool) -> None:
         self._bar = Progress(
@@ -37,15 +47,15 @@ class Walking:
             TextColumn("{task.fields[step]}{task.fields[unit]}"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[told]}  memory {task.fields[memory]}"),
+            TextColumn("{task.fields[detail]}  memory {task.fields[memory]}"),
             TimeRemainingColumn(),
             console=err,
             disable=quiet,
         )
-        self._task = self._bar.add_task("", total=None, step="", unit="block", told="", memory="-")
+        self._task = self._bar.add_task("", total=None, step="", unit="block", detail="", memory="-")
         self.notes: list[str] = []
 
-    def __enter__(self) -> Walking:
+    def __enter__(self) -> CompressionProgress:
         self._bar.start()
         return self
 
@@ -55,33 +65,36 @@ class Walking:
     def __call__(self, event: Mapping[str, Any]) -> None:
         import psutil
 
-        memory = in_bytes(psutil.Process().memory_info().rss)
+        memory = format_bytes(psutil.Process().memory_info().rss)
         if event["event"] == "note":
             self.notes.append(event["said"])
         elif event["event"] == "step":
             step = f"step {event['step'] + 1} of {event['steps']} ({', '.join(event['methods'])}), "
-            self._bar.reset(self._task, total=None, step=step, unit="block", told="", memory=memory)
+            self._bar.reset(self._task, total=None, step=step, unit="block", detail="", memory=memory)
         elif event["event"] == "work":
             self._bar.update(self._task, total=event["total"], completed=event["done"], memory=memory)
         elif event["event"] in ("survey", "block"):
             self._bar.update(self._task, unit="block", total=event["blocks"], completed=event["block"], memory=memory)
         elif event["event"] == "linear":
             error = event.get("output_error", event["weight_error"])
-            self._bar.update(self._task, told=f"{event['linear']}  error {error:.1e}", memory=memory)
+            self._bar.update(self._task, detail=f"{event['linear']}  error {error:.1e}", memory=memory)
         elif event["event"] == "train":
-            held = "" if event["held_out"] is None else f", held out {event['held_out']:.4f}"
+            held_out = "" if event["held_out"] is None else f", held out {event['held_out']:.4f}"
             self._bar.update(
                 self._task,
                 unit="step",
                 total=event["steps"],
                 completed=event["step"],
-                told=f"loss {event['loss']:.4f}{held}",
+                detail=f"loss {event['loss']:.4f}{held_out}",
                 memory=memory,
             )
 
 
-class Sweeping:
-    """All runs of a study, and those in flight, on stderr; where that is no terminal, a line for each that ends."""
+class SweepProgress:
+    """Progress bars of a study on stderr: all runs, and each run in progress.
+
+    Where stderr is no terminal, one line per finished run. Called with the events of `laconic.sweep.sweeping.sweep`.
+    """
 
     def __init__(self, *, quiet: bool) -> None:
         self._lines = not quiet and not err.is_terminal
@@ -98,7 +111,7 @@ class Sweeping:
         self._running: dict[str, TaskID] = {}
         self._done = self._runs = 0
 
-    def __enter__(self) -> Sweeping:
+    def __enter__(self) -> SweepProgress:
         self._bar.start()
         return self
 
@@ -130,116 +143,41 @@ class Sweeping:
         self._bar.update(self._all, completed=self._done)
         failed = event["state"] == "failed"
         if failed or self._lines:
-            how = f"failed: {event['error']}" if failed else f"done in {event['seconds']:.1f} s"
-            line = f"run {event['run']} ({event['name']}): {how}"
+            outcome = f"failed: {event['error']}" if failed else f"done in {event['seconds']:.1f} s"
+            line = f"run {event['run']} ({event['name']}): {outcome}"
             line = f"{self._done} of {self._runs}, {line}" if self._lines else line
             err.print(line, style="red" if failed else None, highlight=False, soft_wrap=True)
 
 
-def print_plan(prepared: Any, as_json: bool) -> None:
-    """What a recipe will do: one walk, or several steps."""
-    steps = [step.walk or step.stages[0] for step in getattr(prepared, "steps", ())]
-    walks = [s for s in steps if hasattr(s, "plan")] or ([] if steps else [prepared])
+def print_plan(plan: CompressionPlan, as_json: bool) -> None:
+    """Print what a recipe will do: its table on stdout and its warnings on stderr, or one JSON object."""
     if as_json:
-        told = _foretold(walks[-1]) if walks else {}
-        more = {"steps": [[s.method for s in step.stages] for step in prepared.steps]} if steps else {}
-        print_json({**told, **more, "output": str(prepared.output)})
+        print_json(plan.to_dict())
         return
-    warn(prepared)
+    print_warnings(plan)
     table = Table(show_header=False, box=None)
-    blocks = f" ({len(walks[0].plan.anatomy.taps)} blocks)" if walks else ""
-    table.add_row("model", f"{prepared.source.name}{blocks}")
-    for number, step in enumerate(steps or [prepared], 1):
-        if steps:
-            table.add_row(f"step {number}", "a walk" if hasattr(step, "plan") else f"{step.method} on the whole model")
-        if hasattr(step, "plan"):
-            _add_stages(table, step.plan)
-    if walks:
-        schemes = _foretold(walks[-1])["schemes"]
-        table.add_row("schemes", ", ".join(f"{n} x {s}" for s, n in schemes.items()) or "none")
-    windows = prepared.windows
-    table.add_row("calibration", "none needed" if windows is None else f"{len(windows)} x {windows.shape[1]} tokens")
-    if walks:
-        _add_forecast(table, walks[-1].forecast)
-    table.add_row("output", str(prepared.output))
+    for name, value in plan.rows():
+        table.add_row(name, value)
     out.print(table)
 
 
-def _foretold(walk: Any) -> dict[str, Any]:
-    counts: dict[str, int] = {}
-    for scheme in walk.plan.schemes.values():
-        counts[scheme.name] = counts.get(scheme.name, 0) + 1
-    return {**asdict(walk.forecast), "schemes": counts, "blocks": len(walk.plan.anatomy.taps)}
-
-
-def _add_stages(table: Table, plan: Any) -> None:
-    for i, (stage, names) in enumerate(zip(plan.stages, plan.touched, strict=True), plan.first):
-        table.add_row(f"stage {i}", f"{stage.method} on {len(names)} linears")
-    if plan.cache:
-        table.add_row("cache", f"{plan.cache[0].method}, {plan.cache[1].layers} layers x {plan.cache[1].heads} heads")
-
-
-def _add_forecast(table: Table, forecast: Any) -> None:
-    smaller = forecast.bytes_before / forecast.bytes_after
-    table.add_row(
-        "size", f"{in_bytes(forecast.bytes_before)} -> {in_bytes(forecast.bytes_after)} ({smaller:.2f}x smaller)"
-    )
-    table.add_row("memory", f"about {in_bytes(forecast.peak_bytes)} beyond Python and torch")
-
-
-def warn(prepared: Any) -> None:
-    """Things a user would want to know that are no errors."""
-    for warning in dict.fromkeys(_warnings(prepared)):
+def print_warnings(plan: CompressionPlan) -> None:
+    """Print on stderr what is allowed, but may surprise."""
+    for warning in plan.warnings:
         err.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
 
 
-def _warnings(prepared: Any) -> Iterator[str]:
-    asked, windows = prepared.recipe.calibration, prepared.windows
-    if (prepared.source.folder / "adapter" / "adapter_config.json").exists():
-        yield f"the adapters in {prepared.source.folder / 'adapter'} are no part of its weights, and are left out"
-    if windows is not None and len(windows) < asked.num_calibration_samples:
-        yield f"the calibration text fills {len(windows)} of {asked.num_calibration_samples} samples; using those"
-    reshaped = False
-    for step in getattr(prepared, "steps", ()):
-        if step.walk:
-            yield from _walk_warnings(step.walk)
-            if reshaped:
-                yield f"sizes foretold for {step.stages[0].method} are those of the model before it is made smaller"
-        else:
-            yield from step.stages[0].warnings(prepared.source)
-            reshaped |= step.stages[0].reshapes
-    if not hasattr(prepared, "steps"):
-        yield from _walk_warnings(prepared)
-
-
-def _walk_warnings(walk: Any) -> Iterator[str]:
-    from laconic.pipeline.engines import closed_to_transformers
-
-    unserved = sorted({s.name for s in walk.plan.schemes.values() if s.engine == "transformers"})
-    if unserved:
-        yield f"vLLM has no kernel for {', '.join(unserved)}; transformers opens it"
-    simulated = sorted({s.title for s in walk.plan.schemes.values() if s.simulated})
-    if simulated:
-        yield f"neither vLLM nor transformers runs {', '.join(simulated)}; its arithmetic is simulated by laconic"
-    if any(s.outlier_columns is None for s in walk.plan.schemes.values()):
-        yield "how many columns stay in 16 bit is known once calibrated; the size foretold counts none"
-    if reason := closed_to_transformers(walk.plan, walk.model):
-        yield f"transformers cannot open {reason}; vLLM and laconic.load can"
-    if walk.plan.schemes and walk.forecast.covered < 0.5:
-        yield f"only {walk.forecast.covered:.0%} of the parameters will be quantized"
-
-
-def remarks(log: list[dict[str, Any]]) -> Iterator[str]:
-    """What the calibration set could not say, from the log."""
+def calibration_notes(log: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield what an artifact's log says about calibration that the user may want to act on."""
     dead = [e for e in log if e.get("dead_columns")]
     if dead:
         count = sum(e["dead_columns"] for e in dead)
         yield f"{count} inputs of {len(dead)} linears were always zero in calibration; rounded to nearest (log.jsonl)"
-    loud = [e for e in log if e.get("outlier_share", 0) > 0.1]
-    if loud:
-        most = max(e["outlier_share"] for e in loud)
+    wide = [e for e in log if e.get("outlier_share", 0) > 0.1]
+    if wide:
+        largest = max(e["outlier_share"] for e in wide)
         yield (
-            f"{len(loud)} linears keep up to {most:.0%} of their inputs in 16 bit (log.jsonl); "
+            f"{len(wide)} linears keep up to {largest:.0%} of their inputs in 16 bit (log.jsonl); "
             "for a smaller file raise the threshold there, or give outlier_ratio"
         )
     few = [e for e in log if e.get("event") == "few_tokens"]
@@ -262,25 +200,17 @@ def remarks(log: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _is_odd(event: Mapping[str, Any]) -> bool:
-    heads, shared = event.get("heads", 0), event.get("kv_heads", 0)
-    # A single key-value head is given to every GPU.
-    return bool(heads % 2 or (shared > 1 and shared % 2))
-
-
-def in_bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
-        n /= 1000
-    return f"{n:.2f} TB"
+    heads, kv_heads = event.get("heads", 0), event.get("kv_heads", 0)
+    # Every GPU gets a copy of a single key-value head.
+    return bool(heads % 2 or (kv_heads > 1 and kv_heads % 2))
 
 
 def print_json(value: Any) -> None:
+    """Print one JSON object on stdout; NaN and infinity, which JSON lacks, become null."""
     sys.stdout.write(json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no word for NaN and infinity; they become null."""
     if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -68,7 +68,8 @@ def evaluate(
 ) -> None:
     """Perplexity, fidelity to the original, calibration, bits per weight and bytes; or, with --domain, the same on
     several kinds of text; or, with --tasks or --suite standard, standard tasks; or, with --suite long, what a quantized
-    cache costs and saves."""
+    cache costs and saves.
+    """
     check_dtype(dtype)
     _check_pictures(reliability, heat_map)
     long: dict[str, Any] = {

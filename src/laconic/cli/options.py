@@ -1,25 +1,61 @@
-"""Options that several commands have, and what is read from their words."""
+"""Options that several commands share, and how their values are read."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Vary a recipe's key.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
+ArtifactFolder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of a finished artifact.")]
+RecipeOrModel = Annotated[
+    str, typer.Argument(metavar="RECIPE.yaml | MODEL", help="A recipe file, or with --recipe a model.")
+]
+RecipeName = Annotated[str | None, typer.Option("--recipe", help="A gallery name or a recipe file, for MODEL.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the artifact.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing output, once the new one is complete.")
+]
+
+
+def model_and_recipe(source: str, recipe: str | None) -> tuple[str | None, str]:
+    """Return the model and the recipe that `RECIPE.yaml` or `MODEL --recipe NAME` name; no model for the first.
+
+    Raises:
+        ValueError: `source` is no recipe file, and no recipe is given.
+    """
+    if recipe:
+        return source, recipe
+    if not source.endswith((".yaml", ".yml")):
+        raise ValueError(f"'{source}' is no recipe file; to compress a model by a ready recipe add --recipe NAME")
+    return None, source
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Raises: ValueError for a dtype that is none to compute in."""
+    """Check a dtype to compute in.
+
+    Raises:
+        ValueError: There is no such dtype.
+    """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype} is not one of float32, bfloat16, float16")
 
 
 def numbers(option: str, text: str, kind: type = int) -> list[Any]:
-    """A list of numbers with commas between them. Raises: ValueError when it is none."""
+    """Read numbers separated by commas.
+
+    Raises:
+        ValueError: The text is no such list.
+    """
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as e:
         example = "512,2048" if kind is int else "0.5,0.8"
         raise ValueError(f"{option} {text} is no list of numbers; write it as in {option} {example}") from e
+
+
+def words(text: str) -> list[str]:
+    """Read names separated by commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]

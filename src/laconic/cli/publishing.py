@@ -1,4 +1,4 @@
-"""The commands that describe an artifact to others and pass it on: `laconic card`, `laconic push`."""
+"""The commands that describe and publish an artifact: `laconic card`, `laconic push`."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ import typer
 from rich import box
 from rich.table import Table
 
-from laconic.cli.console import err, in_bytes, out, print_json
-from laconic.cli.options import Json
-
-Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of a finished artifact.")]
+from laconic.cli.console import err, out, print_json
+from laconic.cli.options import ArtifactFolder, Json
+from laconic.pipeline.preview import format_bytes
 
 
 def card(
-    artifact: Folder,
+    artifact: ArtifactFolder,
     against: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="Look for this evaluation set in the texts that were used. Repeatable."),
+        typer.Option(metavar="FILE", help="An evaluation set to look for in the texts that were used. Repeatable."),
     ] = None,
-    ngram: Annotated[int, typer.Option(min=2, help="Words in a row that must be the same.")] = 13,
+    ngram: Annotated[int, typer.Option(min=2, help="Number of equal words in a row that make an overlap.")] = 13,
     json_: Json = False,
 ) -> None:
-    """Write an artifact's model card and data card anew, and check its texts against evaluation sets."""
+    """Rewrite an artifact's model card and data card, and check its texts against evaluation sets."""
     from laconic.cards.writing import DATA, README, check_against, refresh_cards
 
     remarks = refresh_cards(artifact)
-    found = check_against(artifact, against, n=ngram) if against else []
+    overlaps = check_against(artifact, against, n=ngram) if against else []
     cards = [str(artifact.resolve() / name) for name in (README, f"cards/{DATA}")]
     for remark in remarks:
         err.print(f"note: {remark}", highlight=False, soft_wrap=True)
     if json_:
-        print_json({"cards": cards, "remarks": remarks, "contamination": found})
+        print_json({"cards": cards, "remarks": remarks, "contamination": overlaps})
         return
-    if found:
-        out.print(_overlaps(found))
+    if overlaps:
+        out.print(_overlaps_table(overlaps))
     elif against:
         out.print("nothing to check: no text was read to make this artifact")
     for name in cards:
@@ -46,14 +45,16 @@ def card(
 
 
 def push(
-    artifact: Folder,
-    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the Hub; made if it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made.")] = False,
+    artifact: ArtifactFolder,
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the Hub; created if it does not exist.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[
         str | None, typer.Option(metavar="BRANCH", help="Commit to this branch; main by default.")
     ] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="List the files with their sizes, send nothing.")] = False,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="List the files with their sizes, and send nothing.")] = False,
     json_: Json = False,
 ) -> None:
     """Send a finished artifact to the Hugging Face Hub, in one commit."""
@@ -66,31 +67,31 @@ def push(
     if README not in files and not dry_run:
         refresh_cards(artifact)
         files = files_to_push(artifact)
-    where = None
+    commit = None
     if not dry_run:
-        where = send(artifact, repo_id, list(files), private=private, revision=revision, message=message)
+        commit = send(artifact, repo_id, list(files), private=private, revision=revision, message=message)
     if json_:
-        print_json({"repo_id": repo_id, "revision": revision or "main", "files": files, "commit": where})
+        print_json({"repo_id": repo_id, "revision": revision or "main", "files": files, "commit": commit})
         return
-    if where is None:
+    if commit is None:
         table = Table(box=box.SIMPLE, pad_edge=False)
         table.add_column("file", overflow="fold")
         table.add_column("bytes", justify="right", no_wrap=True)
         for name, size in files.items():
             table.add_row(name, f"{size:,}")
         out.print(table)
-    told = f"{len(files)} files, {in_bytes(sum(files.values()))}"
-    said = f"would go to {repo_id}, branch {revision or 'main'}" if where is None else f"pushed: {where}"
-    out.print(f"{told} {said}", highlight=False, soft_wrap=True)
+    outcome = f"would go to {repo_id}, branch {revision or 'main'}" if commit is None else f"pushed: {commit}"
+    total = format_bytes(sum(files.values()))
+    out.print(f"{len(files)} files, {total} {outcome}", highlight=False, soft_wrap=True)
 
 
 def refreshing(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that measures an artifact (its `model`), after which the cards tell the results."""
+    """Wrap a command that measures an artifact (its argument `model`), so that it updates the artifact's cards."""
 
     @wraps(command)
-    def run(*args: Any, **asked: Any) -> None:
-        command(*args, **asked)
-        folder = Path(str(asked.get("model", ""))).expanduser()
+    def run(*args: Any, **options: Any) -> None:
+        command(*args, **options)
+        folder = Path(str(options.get("model", ""))).expanduser()
         if not (folder / "recipe.yaml").is_file():
             return
         from laconic.cards.writing import refresh_cards
@@ -98,18 +99,18 @@ def refreshing(command: Callable[..., None]) -> Callable[..., None]:
         try:
             remarks = refresh_cards(folder)
         except (ValueError, OSError) as e:
-            remarks = [f"the cards were not brought up to date: {e}"]
+            remarks = [f"the cards were not updated: {e}"]
         for remark in remarks:
             err.print(f"note: {' '.join(remark.split())}", highlight=False, soft_wrap=True)
 
     return run
 
 
-def _overlaps(found: list[dict[str, Any]]) -> Table:
+def _overlaps_table(overlaps: list[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False)
     for name in ("set", "evaluation set", "documents", "with an overlap", "runs of words", "shared"):
         table.add_column(name, justify="left" if "set" in name else "right", overflow="fold")
-    for check in found:
+    for check in overlaps:
         if "unchecked" in check:
             table.add_row(check["set"], check["against"], "not checked", check["unchecked"], "", "")
             continue

@@ -1,4 +1,4 @@
-"""The commands that go by a recipe, and what there is to write one of: `laconic compress`, `validate`, `ls`."""
+"""The commands that read a recipe or list what it may name: `laconic compress`, `validate`, `ls`."""
 
 from __future__ import annotations
 
@@ -10,58 +10,65 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from laconic.cli.console import Walking, err, in_bytes, out, print_json, print_plan, remarks, warn
-from laconic.cli.options import Json, Sets
+from laconic.cli.console import (
+    CompressionProgress,
+    calibration_notes,
+    err,
+    out,
+    print_json,
+    print_plan,
+    print_warnings,
+)
+from laconic.cli.options import Json, Output, Overwrite, RecipeName, RecipeOrModel, Sets, model_and_recipe
+from laconic.pipeline.preview import format_bytes
 
 
 def compress(
-    source: Annotated[
-        str, typer.Argument(metavar="RECIPE.yaml | MODEL", help="A recipe file, or with --recipe a model.")
-    ],
-    recipe: Annotated[str | None, typer.Option(help="A gallery name or a recipe file, for MODEL.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the artifact.")] = None,
+    source: RecipeOrModel,
+    recipe: RecipeName = None,
+    output: Output = None,
     set_: Sets = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing output, once the new one is whole.")] = False,
+    overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option(help="Check everything, print the plan, write nothing.")] = False,
     allow_pickle: Annotated[bool, typer.Option(help="Read pickle weights (only from a source you trust).")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model's own code (only if you trust it).")] = False,
     json_: Json = False,
 ) -> None:
-    """Compress a model by a recipe; run again after an interruption to go on where it stopped."""
+    """Compress a model by a recipe. Run the same command again after an interruption to resume."""
     from laconic.pipeline.compression import prepare, run
+    from laconic.pipeline.preview import describe_plan
     from laconic.train.ranks import is_main
 
-    if recipe is None and not source.endswith((".yaml", ".yml")):
-        raise ValueError(f"'{source}' is no recipe file; to compress a model by a ready recipe add --recipe NAME")
-    model, what = (source, recipe) if recipe else (None, source)
+    model, recipe = model_and_recipe(source, recipe)
     prepared = prepare(
         model,
-        what,
+        recipe,
         output,
         overrides=set_,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
     )
+    plan = describe_plan(prepared)
     if dry_run:
-        print_plan(prepared, json_)
+        print_plan(plan, json_)
         return
-    warn(prepared)
-    with Walking(quiet=json_ or not err.is_terminal or not is_main()) as progress:
+    print_warnings(plan)
+    with CompressionProgress(quiet=json_ or not err.is_terminal or not is_main()) as progress:
         artifact = run(prepared, overwrite=overwrite, report=progress)
     if not is_main():
         return
     _draw_training(artifact.path / "results")
-    done = artifact.results["compress"]
-    for remark in [*remarks(artifact.log), *progress.notes]:
-        err.print(f"note: {remark}", highlight=False, soft_wrap=True)
+    result = artifact.results["compress"]
+    for note in [*calibration_notes(artifact.log), *progress.notes]:
+        err.print(f"note: {note}", highlight=False, soft_wrap=True)
     if json_:
-        print_json({"output": str(artifact.path), "forecast": prepared.forecast and asdict(prepared.forecast), **done})
+        print_json({"output": str(artifact.path), "forecast": plan.forecast and asdict(plan.forecast), **result})
         return
-    before, after = prepared.source.checkpoint.nbytes, _weights(artifact.path)
+    before, after = prepared.source.checkpoint.nbytes, _bytes_of_weights(artifact.path)
     out.print(
-        f"{artifact.path}: {in_bytes(before)} -> {in_bytes(after)} ({before / after:.2f}x smaller), "
-        f"{done['seconds']:.1f} s, peak memory {in_bytes(done['peak_memory_bytes'])}",
+        f"{artifact.path}: {format_bytes(before)} -> {format_bytes(after)} ({before / after:.2f}x smaller), "
+        f"{result['seconds']:.1f} s, peak memory {format_bytes(result['peak_memory_bytes'])}",
         soft_wrap=True,
     )
 
@@ -74,25 +81,23 @@ def validate(
     """Check a recipe without a model."""
     from laconic.recipe import load_recipe
 
-    loaded = load_recipe(recipe, set_).model_dump(mode="json")
+    keys = load_recipe(recipe, set_).model_dump(mode="json")
     if json_:
-        print_json(loaded)
-    else:
-        out.print(
-            f"{recipe}: valid, {len(loaded['stages'])} stage(s): {', '.join(s['method'] for s in loaded['stages'])}",
-            soft_wrap=True,
-        )
+        print_json(keys)
+        return
+    methods = [stage["method"] for stage in keys["stages"]]
+    out.print(f"{recipe}: valid, {len(methods)} stage(s): {', '.join(methods)}", soft_wrap=True)
 
 
 def list_(json_: Json = False) -> None:
-    """Methods, schemes and ready recipes."""
+    """List methods, schemes and ready recipes."""
     from laconic.report.catalogue import catalogue
 
-    known = catalogue()
+    tables = catalogue()
     if json_:
-        print_json(known)
+        print_json(tables)
         return
-    for title, rows in known.items():
+    for title, rows in tables.items():
         table = Table(title=title, title_justify="left", show_header=False, box=None)
         for row in rows:
             table.add_row(*(str(v) for v in row.values()))
@@ -101,7 +106,7 @@ def list_(json_: Json = False) -> None:
 
 
 def _draw_training(folder: Path) -> None:
-    """Draw the loss of each training beside its figures."""
+    """Draw the loss curve of each training beside its JSON file."""
     from laconic.checkpoint.atomic import write_text
     from laconic.report.chart import standalone
     from laconic.report.loss_curve import loss_curve
@@ -110,5 +115,5 @@ def _draw_training(folder: Path) -> None:
         write_text(file.with_suffix(".svg"), standalone(loss_curve(file.stem, json.loads(file.read_text()))))
 
 
-def _weights(folder: Path) -> int:
+def _bytes_of_weights(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""The commands that read what artifacts hold: `laconic report`, `laconic inspect`."""
+"""The commands that show artifacts and their results: `laconic report`, `laconic inspect`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from laconic.cli.console import in_bytes, out, print_json
+from laconic.cli.console import out, print_json
 from laconic.cli.options import Json
+from laconic.pipeline.preview import format_bytes
 
 
 def report(
@@ -21,21 +22,22 @@ def report(
         "laconic-report.html"
     ),
     pareto: Annotated[
-        bool, typer.Option("--pareto", help="Sparsity and size against quality and speed, of one model's artifacts.")
+        bool,
+        typer.Option("--pareto", help="Plot quality and speed over sparsity and size, for artifacts of one model."),
     ] = False,
     json_: Json = False,
 ) -> None:
-    """One self-contained HTML page, and a table, from artifacts and their results."""
+    """Write one self-contained HTML page, and print a table, of artifacts and their results."""
     if pareto:
         from laconic.report.pareto import gather_points
         from laconic.report.pareto_page import pareto_table, write_pareto
 
-        points, how = gather_points(artifacts)
-        files = write_pareto(points, how, output)
+        points, settings = gather_points(artifacts)
+        files = write_pareto(points, settings, output)
         if json_:
-            print_json({"files": [str(f.resolve()) for f in files], "points": [asdict(p) for p in points], **how})
+            print_json({"files": [str(f.resolve()) for f in files], "points": [asdict(p) for p in points], **settings})
             return
-        out.print(pareto_table(points, how))
+        out.print(pareto_table(points, settings))
         out.print(f"page: {output.resolve()}", soft_wrap=True)
         return
     from laconic.report.gathered import gather
@@ -45,21 +47,21 @@ def report(
     from laconic.report.table import results_table
     from laconic.report.task_table import tasks_table
 
-    found = gather(artifacts)
-    files = write_page(found, output)
+    measured = gather(artifacts)
+    files = write_page(measured, output)
     if json_:
-        said = {"page": str(output.resolve()), "files": [str(f.resolve()) for f in files]}
-        print_json(said | {"artifacts": [str(a.path) for a in found]})
+        paths = {"page": str(output.resolve()), "files": [str(f.resolve()) for f in files]}
+        print_json(paths | {"artifacts": [str(a.path) for a in measured]})
         return
-    long = [r for a in found for r in a.long]
-    evaluations = [r for a in found for r in a.evaluations]
-    tasks = [r for a in found for r in a.tasks]
-    domains = [r for a in found for r in a.domains]
+    long = [r for a in measured for r in a.long]
+    evaluations = [r for a in measured for r in a.evaluations]
+    tasks = [r for a in measured for r in a.tasks]
+    domains = [r for a in measured for r in a.domains]
     if evaluations or not (long or tasks or domains):
         out.print(results_table(evaluations))
     for result in tasks:
         out.print(tasks_table(result))
-    for result in [] if any(a.values for a in found) else evaluations + domains + tasks:
+    for result in [] if any(a.values for a in measured) else evaluations + domains + tasks:
         for table in interval_tables(result):
             table.title = str(result["model"]).rstrip("/").rpartition("/")[2]
             out.print(table)
@@ -69,7 +71,7 @@ def report(
 
 
 def inspect(model: Annotated[str, typer.Argument(metavar="DIR")], json_: Json = False) -> None:
-    """What a checkpoint holds: schemes, bits per weight, bytes, its recipe, its worst linears."""
+    """Show a checkpoint: schemes, bits per weight, bytes, its recipe, its linears with the largest errors."""
     from laconic.artifact.artifact import Artifact
     from laconic.artifact.size import measure_size
     from laconic.checkpoint.source import model_folder
@@ -82,7 +84,7 @@ def inspect(model: Annotated[str, typer.Argument(metavar="DIR")], json_: Json = 
         print_json({**asdict(size), "recipe": artifact.recipe, "linears": linears})
         return
     table = Table(show_header=False, box=None)
-    table.add_row("weights", in_bytes(size.file_bytes))
+    table.add_row("weights", format_bytes(size.file_bytes))
     table.add_row("parameters", f"{size.parameters:,}")
     table.add_row("bits per weight", f"{size.bits_per_weight:.2f} (embeddings, head, scales included)")
     table.add_row("quantized", f"{size.covered:.1%} of parameters")

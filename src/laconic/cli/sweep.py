@@ -1,4 +1,4 @@
-"""`laconic sweep`: a study's runs."""
+"""`laconic sweep`: the runs of a study."""
 
 from __future__ import annotations
 
@@ -7,36 +7,42 @@ from typing import Annotated
 
 import typer
 
-from laconic.cli.console import Sweeping, out, print_json
+from laconic.cli.console import SweepProgress, out, print_json
 from laconic.cli.options import Json
 
 
 def sweep(
-    study: Annotated[str, typer.Argument(metavar="STUDY.yaml", help="What is varied, and what is measured.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs, their results, the table.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Vary a study's key.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="List the runs with what they would take, write nothing.")] = False,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster's; a Ray of this machine by default.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Run them all, even if they are more than 500.")] = False,
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY.yaml", help="The file that says what varies and what is measured.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs, their results and their table.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the study.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="List the runs with their size and memory, and write nothing.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster; by default a Ray on this machine.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Run all of them, even if they are more than 500.")] = False,
     json_: Json = False,
 ) -> None:
-    """Compress and measure every variant of a recipe; run again after an interruption to go on where it stopped."""
+    """Compress and measure every variant of a recipe; run again after an interruption to resume."""
     from laconic.report.sweep_table import plan_caption, plan_table, sweep_table
     from laconic.sweep.runner import dry_run as list_runs
     from laconic.sweep.runner import sweep as run_study
     from laconic.sweep.study import load_study
 
-    asked = load_study(study, set_ or ())
+    config = load_study(study, set_ or ())
     if dry_run:
-        listed = list_runs(asked, output, yes=yes)
+        runs = list_runs(config, output, yes=yes)
         if json_:
-            print_json({"runs": listed})
+            print_json({"runs": runs})
             return
-        out.print(plan_table(listed))
-        out.print(plan_caption(listed), highlight=False, soft_wrap=True)
+        out.print(plan_table(runs))
+        out.print(plan_caption(runs), highlight=False, soft_wrap=True)
         return
-    with Sweeping(quiet=json_) as progress:
-        rows = run_study(asked, output, address=address, yes=yes, report=progress)
+    with SweepProgress(quiet=json_) as progress:
+        rows = run_study(config, output, address=address, yes=yes, report=progress)
     table = output / "results.parquet"
     if json_:
         print_json({"table": str(table.resolve()), "rows": rows})
@@ -45,8 +51,8 @@ def sweep(
         out.print(f"table: {table.resolve()}", soft_wrap=True)
     failed = {row["run"]: row["error"] for row in rows if row["status"] == "failed"}
     if failed:
-        runs = len({row["run"] for row in rows})
+        total = len({row["run"] for row in rows})
         raise ValueError(
-            f"{len(failed)} of {runs} runs failed, the first: {next(iter(failed.values()))} (the others are measured; "
+            f"{len(failed)} of {total} runs failed, the first: {next(iter(failed.values()))} (the others are measured; "
             "run the same command again to try those that failed)"
         )

@@ -1,0 +1,222 @@
+"""What a recipe will do to a model, known before any work: `laconic compress --dry-run` and `laconic.plan`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from laconic.pipeline.compression import Composed, Step
+    from laconic.pipeline.walking import Prepared
+    from laconic.recipe import Recipe
+    from laconic.walk.forecast import Forecast
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage of a recipe, matched with a model.
+
+    Attributes:
+        number: Position in the recipe's `stages`.
+        method: Name of the method.
+        scope: What the stage works on, such as `14 linears` or `the whole model`.
+    """
+
+    number: int
+    method: str
+    scope: str
+
+    def __str__(self) -> str:
+        return f"{self.method} on {self.scope}"
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """Stages of a recipe that share one pass through the model.
+
+    Attributes:
+        stages: The stages, in order.
+        walk: Whether the model streams through them block by block; otherwise they hold it whole.
+    """
+
+    stages: tuple[PlannedStage, ...]
+    walk: bool
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """A recipe matched with a model; `str()` of it is the table of `laconic compress --dry-run`.
+
+    Attributes:
+        model: Name of the model.
+        output: Folder of the artifact.
+        blocks: Number of decoder blocks; None where no stage streams the model block by block.
+        steps: Steps of the recipe, in order.
+        schemes: Number of linears that the last walk quantizes, by name of the scheme.
+        calibration: Number of calibration samples and their length in tokens; None where no stage needs any.
+        forecast: Size of the artifact and peak memory in bytes, of the last walk; None where there is no walk.
+        warnings: What is allowed, but may surprise.
+    """
+
+    model: str
+    output: Path
+    blocks: int | None
+    steps: tuple[PlannedStep, ...]
+    schemes: Mapping[str, int]
+    calibration: tuple[int, int] | None
+    forecast: Forecast | None
+    warnings: tuple[str, ...]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the rows of the table, each a name and its value."""
+        rows = [("model", self.model + (f" ({self.blocks} blocks)" if self.blocks else ""))]
+        for number, step in enumerate(self.steps, 1):
+            if not self._is_one_walk:
+                rows.append((f"step {number}", "a walk" if step.walk else ", ".join(map(str, step.stages))))
+            if step.walk:
+                rows += [(f"stage {stage.number}", str(stage)) for stage in step.stages]
+        if self.blocks:
+            rows.append(("schemes", ", ".join(f"{n} x {s}" for s, n in self.schemes.items()) or "none"))
+        samples = "none needed" if self.calibration is None else "{} x {} tokens".format(*self.calibration)
+        rows.append(("calibration", samples))
+        if self.forecast:
+            before, after = self.forecast.bytes_before, self.forecast.bytes_after
+            sizes = f"{format_bytes(before)} -> {format_bytes(after)} ({before / after:.2f}x smaller)"
+            rows.append(("size", sizes))
+            rows.append(("memory", f"about {format_bytes(self.forecast.peak_bytes)} beyond Python and torch"))
+        return [*rows, ("output", str(self.output))]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `laconic compress --dry-run --json` prints."""
+        values: dict[str, Any] = {}
+        if self.forecast:
+            values = {**asdict(self.forecast), "schemes": dict(self.schemes), "blocks": self.blocks}
+        if not self._is_one_walk:
+            values["steps"] = [[stage.method for stage in step.stages] for step in self.steps]
+        return values | {"output": str(self.output)}
+
+    @property
+    def _is_one_walk(self) -> bool:
+        return len(self.steps) == 1 and self.steps[0].walk
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        return "\n".join([*(f"warning: {warning}" for warning in self.warnings), *lines])
+
+
+def plan(
+    model: str | None = None,
+    recipe: str | Path | dict[str, Any] | Recipe = "gptq-w4a16",
+    output: str | Path | None = None,
+    **options: Any,
+) -> CompressionPlan:
+    """Check a recipe against a model and return what it will do, without doing it.
+
+    Args:
+        model: Folder of a model or its name on the Hub, in place of the recipe's.
+        recipe: Name of a gallery recipe, a YAML file, or the keys of a recipe.
+        output: Folder of the artifact, in place of the recipe's. Nothing is written there.
+        **options: The keyword arguments of `laconic.compress` that say how the model is opened: `overrides`,
+            `overwrite` and whom to trust.
+
+    Returns:
+        The plan, which `print` shows as a table.
+
+    Raises:
+        ValueError: The recipe, the model or the output cannot be used; the message names the fix.
+    """
+    from laconic.pipeline.compression import prepare
+
+    return describe_plan(prepare(model, recipe, output, **options))
+
+
+def describe_plan(prepared: Prepared | Composed) -> CompressionPlan:
+    """Return what a prepared recipe will do."""
+    from laconic.pipeline.compression import Composed
+
+    if isinstance(prepared, Composed):
+        walks = [step.walk for step in prepared.steps if step.walk]
+        steps = [_walk_step(step.walk) if step.walk else _model_step(step) for step in prepared.steps]
+    else:
+        walks, steps = [prepared], [_walk_step(prepared)]
+    windows = prepared.windows
+    return CompressionPlan(
+        model=prepared.source.name,
+        output=prepared.output,
+        blocks=len(walks[0].plan.anatomy.taps) if walks else None,
+        steps=tuple(steps),
+        schemes=Counter(scheme.name for scheme in walks[-1].plan.schemes.values()) if walks else {},
+        calibration=None if windows is None else (windows.shape[0], windows.shape[1]),
+        forecast=walks[-1].forecast if walks else None,
+        warnings=tuple(dict.fromkeys(_warnings(prepared))),
+    )
+
+
+def _walk_step(walk: Prepared) -> PlannedStep:
+    plan = walk.plan
+    linears = enumerate(zip(plan.stages, plan.touched, strict=True), plan.first)
+    stages = [PlannedStage(i, stage.method, f"{len(names)} linears") for i, (stage, names) in linears]
+    if plan.cache:
+        stage, shape = plan.cache
+        scope = f"the cache of {shape.layers} layers x {shape.heads} heads"
+        stages.append(PlannedStage(plan.first + len(stages), stage.method, scope))
+    return PlannedStep(tuple(stages), walk=True)
+
+
+def _model_step(step: Step) -> PlannedStep:
+    stages = (PlannedStage(i, stage.method, "the whole model") for i, stage in enumerate(step.stages, step.first))
+    return PlannedStep(tuple(stages), walk=False)
+
+
+def _warnings(prepared: Prepared | Composed) -> Iterator[str]:
+    from laconic.pipeline.compression import Composed
+
+    calibration, windows = prepared.recipe.calibration, prepared.windows
+    if (prepared.source.folder / "adapter" / "adapter_config.json").exists():
+        yield f"the adapters in {prepared.source.folder / 'adapter'} are not part of its weights, and are left out"
+    if windows is not None and calibration is not None and len(windows) < calibration.num_calibration_samples:
+        asked = calibration.num_calibration_samples
+        yield f"the calibration text fills {len(windows)} of {asked} samples; using those"
+    if not isinstance(prepared, Composed):
+        yield from _walk_warnings(prepared)
+        return
+    reshaped = False
+    for step in prepared.steps:
+        if step.walk:
+            yield from _walk_warnings(step.walk)
+            if reshaped:
+                yield f"the sizes of {step.stages[0].method} are those of the model before it is made smaller"
+        else:
+            yield from step.stages[0].warnings(prepared.source)
+            reshaped |= step.stages[0].reshapes
+
+
+def _walk_warnings(walk: Prepared) -> Iterator[str]:
+    from laconic.pipeline.engines import closed_to_transformers
+
+    unserved = sorted({s.name for s in walk.plan.schemes.values() if s.engine == "transformers"})
+    if unserved:
+        yield f"vLLM has no kernel for {', '.join(unserved)}; transformers opens it"
+    simulated = sorted({s.title for s in walk.plan.schemes.values() if s.simulated})
+    if simulated:
+        yield f"neither vLLM nor transformers runs {', '.join(simulated)}; its arithmetic is simulated by laconic"
+    if any(s.outlier_columns is None for s in walk.plan.schemes.values()):
+        yield "the number of columns in 16 bit is known after calibration; the predicted size counts none"
+    if reason := closed_to_transformers(walk.plan, walk.model):
+        yield f"transformers cannot open {reason}; vLLM and laconic.load can"
+    if walk.plan.schemes and walk.forecast.covered < 0.5:
+        yield f"only {walk.forecast.covered:.0%} of the parameters will be quantized"
+
+
+def format_bytes(n: float) -> str:
+    """Return a number of bytes in words, such as `1.23 MB` (of 10^6 bytes)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1000
+    return f"{n:.2f} TB"
