@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -37,6 +41,26 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "calibration.txt"
     file.write_text(make_text(6000))
     return file
+
+
+@pytest.fixture(scope="session")
+def on_triton() -> Iterator[Callable[..., Any]]:
+    """Call a function where Triton's kernels run: here on a GPU, and without one in a process whose Triton interprets.
+
+    A process of its own, since Triton chooses its interpreter when it is first imported, and one for all tests, since
+    most of its time is its start. Functions and arguments are pickled.
+    """
+    pytest.importorskip("triton", reason="Triton is not installed here")
+    import torch
+
+    if torch.cuda.is_available():
+        yield lambda function, *given, **named: function(*given, **named)
+        return
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as interpreter:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            interpreter.submit(int).result()
+        yield lambda function, *given, **named: interpreter.submit(function, *given, **named).result()
 
 
 @pytest.fixture

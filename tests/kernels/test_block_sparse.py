@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -57,19 +57,11 @@ def test_blocks_that_do_not_divide_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def kernel() -> Iterator[Product]:
-    """The Triton kernel. Without a GPU Triton's interpreter runs it, in a process of its own, since that choice is
-    made when Triton is first imported."""
-    pytest.importorskip("triton", reason="Triton is not installed here")
+def kernel(on_triton: Callable[..., Any]) -> Product:
+    """The Triton kernel."""
     from laconic.kernels.block_sparse_triton import block_sparse_linear_triton
 
-    if DEVICE.type == "cuda":
-        yield block_sparse_linear_triton
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as interpreter:
-            yield lambda *given, **how: interpreter.submit(block_sparse_linear_triton, *given, **how).result()
+    return partial(on_triton, block_sparse_linear_triton)
 
 
 @pytest.mark.parametrize(("n", "parts"), [(1, None), (7, 1), (33, 3), (150, None)])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -148,19 +148,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="module")
-def kernel() -> Iterator[Columns]:
-    """The Triton kernel. Without a GPU Triton's interpreter runs it, in a process of its own, since that choice is
-    made when Triton is first imported."""
-    pytest.importorskip("triton", reason="Triton is not installed here")
+def kernel(on_triton: Callable[..., Any]) -> Columns:
+    """The Triton kernel."""
     from laconic.kernels.columns_triton import affine_columns_triton
 
-    if DEVICE.type == "cuda":
-        yield affine_columns_triton
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as interpreter:
-            yield lambda *arguments: interpreter.submit(affine_columns_triton, *arguments).result()
+    return partial(on_triton, affine_columns_triton)
 
 
 Unit = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, int, int]

@@ -1,14 +1,9 @@
-"""A model that reads a packed cache by the kernel, against the same model that has it decoded first.
-
-Without a GPU Triton's interpreter runs the kernel, in a process of its own, since that choice is made when Triton is
-first imported.
-"""
+"""A model that reads a packed cache by the kernel, against the same model that has it decoded first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +81,7 @@ def by_kernel(folder: Path, way: Way, run: Callable[[PreTrainedModel, KvCache], 
 
 def a_text(model: PreTrainedModel, cache: KvCache) -> Tensor:
     """Logits of two rows, the first of them padded, by many tokens, by few, and one by one."""
+    # The last tokens are those at which one residual length after another fills a group.
     tokens, pads = ids(2, 51), 21
     mask = torch.ones_like(tokens)
     mask[0, :pads] = 0
@@ -94,7 +90,7 @@ def a_text(model: PreTrainedModel, cache: KvCache) -> Tensor:
 
 
 def parts(tokens: Tensor) -> list[tuple[Tensor, int, int]]:
-    return [(tokens[:, :40], 40, 40), (tokens[:, 40:46], 3, 46), (tokens[:, 46:], 1, 51)]
+    return [(tokens[:, :45], 45, 45), (tokens[:, 45:48], 3, 48), (tokens[:, 48:], 1, 51)]
 
 
 def beams(model: PreTrainedModel, cache: KvCache) -> Tensor:
@@ -141,20 +137,20 @@ def own_mask(model: PreTrainedModel, cache: KvCache) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def both() -> Iterator[Callable[..., tuple[Tensor, Tensor, int]]]:
-    pytest.importorskip("triton", reason="Triton is not installed here")
-    if DEVICE.type == "cuda":
-        yield by_kernel
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as interpreter:
-            yield lambda *given: interpreter.submit(by_kernel, *given).result()
+def both(on_triton: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, int]]:
+    return partial(on_triton, by_kernel)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "llama", dtype=torch.float32, head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one layer: in a second, the kernel's float16 would let some codes round the other way."""
+    sizes = {"head_dim": 32, "num_hidden_layers": 1}
+    return make_model(tmp_path_factory.mktemp("models") / "shallow", dtype=torch.float32, **sizes)
 
 
 WAYS: list[Way] = [
@@ -189,12 +185,11 @@ def test_the_reference_gives_what_the_decoded_cache_gives(
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_the_kernel_gives_what_the_decoded_cache_gives(way: Way, both: Any, folder: Path) -> None:
-    found, expected, calls = both(folder, way, a_text)
-    # Two layers, seven passes of few tokens, and a call for each group of heads.
-    assert calls == 2 * 7 * (2 if "by_head" in way else 1)
-    # The kernel's float16 lets some of the second layer's codes round the other way.
-    assert close(found, expected, 1e-2)
+def test_the_kernel_gives_what_the_decoded_cache_gives(way: Way, both: Any, shallow: Path) -> None:
+    found, expected, calls = both(shallow, way, a_text)
+    # Four passes of few tokens, and a call for each group of heads.
+    assert calls == 4 * (2 if "by_head" in way else 1)
+    assert close(found, expected, 3e-3)
 
 
 @pytest.mark.slow

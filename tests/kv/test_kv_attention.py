@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -137,19 +136,11 @@ Attention = Callable[..., Tensor]
 
 
 @pytest.fixture(scope="module")
-def kernel() -> Iterator[Attention]:
-    """The Triton kernel. Without a GPU Triton's interpreter runs it, in a process of its own, since that choice is
-    made when Triton is first imported."""
-    pytest.importorskip("triton", reason="Triton is not installed here")
+def kernel(on_triton: Callable[..., Any]) -> Attention:
+    """The Triton kernel."""
     from laconic.kv.attention_triton import kv_attention_triton
 
-    if DEVICE.type == "cuda":
-        yield kv_attention_triton
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as interpreter:
-            yield lambda **arguments: interpreter.submit(kv_attention_triton, **arguments).result()
+    return partial(on_triton, kv_attention_triton)
 
 
 def agree(kernel: Attention, given: Problem, **rest: Any) -> None:
@@ -206,16 +197,16 @@ def test_kernel_reads_numbers_stored_apart(kernel: Attention, axis: Any, rest: d
     agree(kernel, given, splits=2)
 
 
-@pytest.mark.parametrize("rows", [1, BATCH])
 @pytest.mark.parametrize(
-    "fmt",
+    ("fmt", "rows"),
     [
-        KvFormat(3, "channel", 32, "table", outlier_ratio=0.01),
-        KvFormat(2, "channel", 32),
-        KvFormat(3, "token", 16, outlier_ratio=0.02),
-        KvFormat(4, "channel", None),
-        KvFormat(8, "token", 64),
-        KvFormat(8, "channel", 32, "float", symmetric=True),
+        (KvFormat(3, "channel", 32, "table", outlier_ratio=0.01), 1),
+        (KvFormat(3, "channel", 32, "table", outlier_ratio=0.01), BATCH),
+        (KvFormat(2, "channel", 32), BATCH),
+        (KvFormat(3, "token", 16, outlier_ratio=0.02), BATCH),
+        (KvFormat(4, "channel", None), BATCH),
+        (KvFormat(8, "token", 64), 1),
+        (KvFormat(8, "channel", 32, "float", symmetric=True), BATCH),
     ],
     ids=str,
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -64,12 +62,9 @@ def check(case: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_kernel_is_the_reference(case: int) -> None:
-    """In a process of its own: Triton asks for its interpreter once, when it is imported."""
-    code = f"import test_paged_kernel as t\nfor seed in range(3): t.check({case}, seed)"
-    env = {**os.environ, "TRITON_INTERPRET": "0" if DEVICE.type == "cuda" else "1"}
-    env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
-    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+def test_kernel_is_the_reference(case: int, on_triton: Callable[..., Any]) -> None:
+    for seed in range(3):
+        on_triton(check, case, seed)
 
 
 @pytest.mark.parametrize("fmt", [KvFormat(4, outlier_ratio=0.1), KvFormat(16), KvFormat(5)])
