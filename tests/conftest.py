@@ -25,6 +25,14 @@ settings.register_profile("laconic", max_examples=50, deadline=None)
 settings.load_profile("laconic")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_flushing() -> Iterator[None]:
+    """No test outlives a loss of power: files are not flushed to the disk, which takes long on a busy one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama in bfloat16. Not to be changed: a test that damages a model copies it."""

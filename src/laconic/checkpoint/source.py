@@ -80,10 +80,11 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote
     """
     # Imported here, since vLLM, which our plugin runs in, comes without it.
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     unsupported = f"unsupported architecture '{config.model_type}': it is no causal language model"
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )

@@ -9,6 +9,7 @@ import resource
 import shlex
 import sys
 import time
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,12 @@ def command_line() -> str:
 def versions() -> dict[str, str]:
     """What a result depends on."""
     packages = ("laconic", "torch", "transformers", "compressed-tensors", "safetensors")
-    return {"python": platform.python_version()} | {p: version(p) for p in packages}
+    return {"python": platform.python_version()} | {p: _version_of(p) for p in packages}
+
+
+@cache
+def _version_of(package: str) -> str:
+    return version(package)
 
 
 def _fingerprint(source: Source) -> str:
