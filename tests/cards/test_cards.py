@@ -149,7 +149,7 @@ def test_a_card_that_a_person_edited_keeps_what_they_wrote(artifact: Path) -> No
     file.write_text(file.read_text().replace("license: other", "license: mit") + "\nTry it on poems.\n")
     save(artifact, "eval-wikitext2-64-3", EVAL)
     (said,) = refresh_cards(artifact)
-    assert "keeps what was changed by hand: license" in said
+    assert "keeps the metadata that was edited by hand: license" in said
     assert "Try it on poems." in file.read_text()
     assert "12.500" in file.read_text()
     assert ModelCard.load(file).data.license == "mit"
@@ -159,7 +159,7 @@ def test_a_card_of_a_persons_own_is_left_alone(artifact: Path) -> None:
     file = artifact / "README.md"
     file.write_text("# All mine\n")
     (said,) = refresh_cards(artifact)
-    assert "was not brought up to date" in said
+    assert "was not updated" in said
     assert file.read_text() == "# All mine\n"
 
 
@@ -272,8 +272,8 @@ def test_card_prints_what_it_found(laconic: Laconic, artifact: Path, texts: Path
 
 
 def test_wrong_input_is_one_line(laconic: Laconic, artifact: Path, llama: Path, tmp_path: Path) -> None:
-    assert "is no artifact of Laconic" in laconic("card", llama).complaint
-    assert "is no artifact of Laconic" in laconic("card", tmp_path / "nothing").complaint
+    assert "is not a Laconic artifact" in laconic("card", llama).complaint
+    assert "is not a Laconic artifact" in laconic("card", tmp_path / "nothing").complaint
     assert "no text file" in laconic("card", artifact, "--against", "nothing.txt").complaint
     (tmp_path / "empty").mkdir()
     assert "has no .txt" in laconic("card", artifact, "--against", tmp_path / "empty").complaint

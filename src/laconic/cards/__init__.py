@@ -1,1 +1,1 @@
-"""The model card and the data card of an artifact: what it is made of, what that cost, and where its texts are from."""
+"""Model card and data card of an artifact: its sizes, its measurements, and the sources of its texts."""

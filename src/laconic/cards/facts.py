@@ -1,4 +1,4 @@
-"""What the cards say and no other file of an artifact has: `cards/facts.json`. The cards are drawn from it."""
+"""Contents of the cards that no other file of an artifact holds: `cards/facts.json`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,21 @@ from laconic.checkpoint.atomic import write_text
 from laconic.checkpoint.source import Source
 
 FOLDER, FACTS = "cards", "facts.json"
-_CARRIED = ("license", "license_name", "license_link", "language")
+# Metadata that a card takes over from the card of the original.
+_INHERITED = ("license", "license_name", "license_link", "language")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What is known of an artifact; nothing where it was made without cards.
+    """Read the facts of an artifact.
 
-    Raises: ValueError for a file that is none of ours.
+    Args:
+        folder: Folder of the artifact.
+
+    Returns:
+        The facts; empty for an artifact without cards.
+
+    Raises:
+        ValueError: The file is not a facts file.
     """
     file = folder / FOLDER / FACTS
     try:
@@ -36,31 +44,31 @@ def read_facts(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{file} is not valid JSON; delete it, and run 'laconic card {folder}'") from e
     if not isinstance(facts, dict):
-        raise ValueError(f"{file} holds no keys and values; delete it, and run 'laconic card {folder}'")
+        raise ValueError(f"{file} is not a mapping of keys to values; delete it, and run 'laconic card {folder}'")
     return facts
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Keep them, whole or not at all."""
+    """Write the facts of an artifact, atomically."""
     (folder / FOLDER).mkdir(exist_ok=True)
     write_text(folder / FOLDER / FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def describe_base(source: Source) -> dict[str, Any]:
-    """The original: its name, and the licence and languages that its own card tells."""
-    carried = {k: v for k, v in _metadata(source.folder / "README.md").items() if k in _CARRIED and v}
+    """Describe the original model: name, size, and the licence and languages of its own card."""
+    inherited = {k: v for k, v in _metadata(source.folder / "README.md").items() if k in _INHERITED and v}
     return {
         "model": hub_id(source),
         "name": hub_id(source) or source.folder.resolve().name,
         "file_bytes": source.checkpoint.nbytes,
         "dtype": str(source.dtype).removeprefix("torch."),
         "license_file": next((f.name for f in sorted(source.folder.glob("LICENSE*"))), None),
-        **carried,
+        **inherited,
     }
 
 
 def hub_id(source: Source) -> str | None:
-    """The name on the Hub of a model that was fetched from there; None for a folder of one's own."""
+    """Return the Hub name of a model that came from the Hub; None for a local folder."""
     for part in source.folder.resolve().parts[::-1]:
         # The Hub's cache: models--OWNER--NAME/snapshots/REVISION
         if part.startswith("models--"):
@@ -69,28 +77,36 @@ def hub_id(source: Source) -> str | None:
 
 
 def describe_set(texts: TextSet, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Source, licence, filters, sizes, hash and languages of a set. One that cannot be read says so under `unread`."""
+    """Describe a text set: source, licence, filters, sizes, hashes and languages.
+
+    Args:
+        texts: The set.
+        tokenizer: Tokenizer of the model.
+
+    Returns:
+        The facts of the set. If the set cannot be read, `unread` holds the reason, and sizes and hashes are missing.
+    """
     spec = texts.spec
     file = Path(spec.dataset).expanduser()
-    said = declared(texts)
-    told: dict[str, Any] = {
+    declarations = declared(texts)
+    facts: dict[str, Any] = {
         "key": texts.key,
         "use": texts.use,
         "dataset": file.name if file.is_file() else spec.dataset,
         "on_hub": not file.is_file(),
         "config": spec.config,
         "split": None if file.is_file() else spec.split,
-        **said,
-        **_license(spec.dataset, file, said["license"]),
+        **declarations,
+        **_license(spec.dataset, file, declarations["license"]),
         "filters": filters_of(texts),
     }
     try:
         ids = token_ids(texts, tokenizer)
-        told["file"] = _file(file) if file.is_file() else None
+        facts["file"] = _file(file) if file.is_file() else None
     except (ValueError, OSError) as e:
-        return told | {"unread": " ".join(str(e).split())}
+        return facts | {"unread": " ".join(str(e).split())}
     pieces = decode(ids, tokenizer)
-    return told | {
+    return facts | {
         "sequences": len(ids),
         "tokens": sum(len(i) for i in ids),
         "text_bytes": sum(len(p.encode()) for p in pieces),
@@ -100,31 +116,34 @@ def describe_set(texts: TextSet, tokenizer: PreTrainedTokenizerBase) -> dict[str
 
 
 def decode(ids: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of sequences."""
+    """Decode token sequences to text."""
     return [str(tokenizer.decode(i, skip_special_tokens=True)) for i in ids]
 
 
 def digest(ids: Sequence[Tensor]) -> str:
-    """Of token ids: what the artifact's recipe.yaml has for its calibration set."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of token ids, as `recipe.yaml` of an artifact has it for the calibration set."""
+    sha256 = hashlib.sha256()
     for sequence in ids:
-        found.update(sequence.contiguous().numpy().tobytes())
-    return found.hexdigest()
+        sha256.update(sequence.contiguous().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def _license(dataset: str, file: Path, stated: str | None) -> dict[str, Any]:
-    """The licence of a set, and who says so."""
+    """Return the licence of a set, and its origin."""
     if stated:
         return {"license": stated, "license_from": "the recipe"}
     if file.is_file():
-        found, where = _metadata(file.with_name("README.md")).get("license"), "the README.md beside the file"
+        value, origin = _metadata(file.with_name("README.md")).get("license"), "the README.md beside the file"
     else:
-        found, where = _hub_license(dataset), "its card on the Hub"
-    return {"license": ", ".join(found) if isinstance(found, list) else found, "license_from": where if found else None}
+        value, origin = _hub_license(dataset), "its card on the Hub"
+    return {
+        "license": ", ".join(value) if isinstance(value, list) else value,
+        "license_from": origin if value else None,
+    }
 
 
 def _hub_license(name: str) -> Any:
-    """What the card of a data set says; None where there is no card, no licence in it, or no way to it."""
+    """Return the licence on the Hub card of a data set; None without a card, a licence, or a connection."""
     try:
         return DatasetCard.load(name, ignore_metadata_errors=True).data.to_dict().get("license")
     except Exception:
@@ -132,7 +151,7 @@ def _hub_license(name: str) -> Any:
 
 
 def _metadata(file: Path) -> dict[str, Any]:
-    """The front matter of a card; nothing where there is none that can be read."""
+    """Return the front matter of a card; empty if there is none that can be read."""
     try:
         return (metadata_load(file) if file.is_file() else None) or {}
     except (ValueError, OSError, yaml.YAMLError):
@@ -140,7 +159,7 @@ def _metadata(file: Path) -> dict[str, Any]:
 
 
 def _file(file: Path) -> dict[str, Any]:
-    """The whole file that a set is from. documents: rows of it; a .txt file is one."""
+    """Describe the whole file of a set; `documents` counts its rows, and a .txt file is one document."""
     with file.open("rb") as f:
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     return {"bytes": file.stat().st_size, "sha256": sha256, "documents": _documents(file)}

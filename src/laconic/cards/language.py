@@ -1,19 +1,25 @@
-"""Which languages a text is in, by py3langid (97 languages, its model within the package), where that is installed."""
+"""Language detection by the optional package py3langid (97 languages; the package includes its model)."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 
-# A piece is long enough to tell, and so many of them that a share is known to a few percent.
+# A piece is long enough for detection, and the pieces are enough to know a share to a few percent.
 PIECES, CHARACTERS = 256, 600
 
 
 def language_mix(texts: Sequence[str]) -> dict[str, float] | None:
-    """The share of pieces of a set by language (ISO 639-1), most first; None without py3langid, or without text.
+    """Estimate the languages of a set of texts.
 
-    A piece is at most 600 characters from the middle of a text; texts are taken at even distances. Source code is no
-    language to the detector, which calls it whatever is nearest, mostly English.
+    The detector classifies one piece, at most 600 characters from the middle, of at most 256 texts at even distances.
+    It has no class for source code, and returns some language for it, mostly English.
+
+    Args:
+        texts: The texts.
+
+    Returns:
+        Share of the pieces by language (ISO 639-1), largest first; None without py3langid or without text.
     """
     try:
         from py3langid import classify

@@ -1,9 +1,10 @@
-"""The model card, `README.md`: the Hub's metadata, and what was done to the model and what that cost."""
+"""The model card, `README.md`: metadata for the Hub, size, results, use, recipe, commands and data."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -16,20 +17,35 @@ from laconic.checkpoint.files import KV_CONFIG
 from laconic.formats.schemes import PRESETS
 from laconic.runtime.quant_config import NATIVE
 
-# A folder of one's own is nobody else's business, and of no use to them.
+# Local folders are private, and useless to a reader of the card.
 _FOLDERS = re.compile(r"(?<![\w.:/])(?:~|/)(?:[^\s'\"/]*/)+")
 
 
-def metadata(
-    name: str,
-    facts: Mapping[str, Any],
-    recipe: Mapping[str, Any],
-    config: Mapping[str, Any],
-    size: Size,
-    results: Results,
-) -> dict[str, Any]:
-    """The front matter, as plain values. recipe, config: the artifact's."""
-    base, methods = facts.get("base") or {}, _methods(recipe)
+@dataclass(frozen=True)
+class CardInputs:
+    """Inputs of a model card.
+
+    Attributes:
+        name: Name of the artifact.
+        facts: Facts of `read_facts`.
+        recipe: The recipe, as `recipe.yaml` holds it.
+        config: The model's `config.json`.
+        size: Measured size.
+        results: Results by name.
+    """
+
+    name: str
+    facts: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    config: Mapping[str, Any]
+    size: Size
+    results: Results
+
+
+def card_metadata(inputs: CardInputs) -> dict[str, Any]:
+    """Return the metadata (front matter) of a model card as plain values."""
+    size, config = inputs.size, inputs.config
+    base, methods = inputs.facts.get("base") or {}, _methods(inputs.recipe)
     quantized = bool(size.schemes) or KV_CONFIG in config
     quantization = {
         "methods": methods,
@@ -39,9 +55,9 @@ def metadata(
     }
     if cache := config.get(KV_CONFIG):
         quantization["kv_cache"] = cache.get("method", "quantized")
-    datasets = [s["dataset"] for s in facts.get("sets") or [] if s["on_hub"]]
-    carried: dict[str, Any] = {k: base.get(k) for k in ("license", "license_name", "license_link", "language")}
-    told: Any = ModelCardData(
+    datasets = [s["dataset"] for s in inputs.facts.get("sets") or [] if s["on_hub"]]
+    inherited: dict[str, Any] = {k: base.get(k) for k in ("license", "license_name", "license_link", "language")}
+    data: Any = ModelCardData(
         base_model=base.get("model"),
         base_model_relation=("quantized" if quantized else "finetune") if base.get("model") else None,
         library_name="transformers",
@@ -49,29 +65,23 @@ def metadata(
         tags=list(dict.fromkeys(["laconic", *_format_tags(config), *methods, *size.schemes])),
         datasets=list(dict.fromkeys(datasets)) or None,
         quantization=quantization,
-        eval_results=model_index(results) or None,
-        model_name=name,
-        **carried,
+        eval_results=model_index(inputs.results) or None,
+        model_name=inputs.name,
+        **inherited,
     )
-    plain: dict[str, Any] = told.to_dict()
-    return plain
+    metadata: dict[str, Any] = data.to_dict()
+    return metadata
 
 
-def body(
-    name: str,
-    facts: Mapping[str, Any],
-    recipe: Mapping[str, Any],
-    config: Mapping[str, Any],
-    size: Size,
-    results: Results,
-) -> str:
-    """The card's Markdown."""
-    base = facts.get("base") or {}
-    original = base.get("model") or base.get("name") or "a model that is not named here"
-    made = results.get("compress") or {}
-    version = (made.get("versions") or {}).get("laconic", "")
+def card_body(inputs: CardInputs) -> str:
+    """Return the Markdown of a model card, without its metadata."""
+    results, recipe = inputs.results, inputs.recipe
+    base = inputs.facts.get("base") or {}
+    original = base.get("model") or base.get("name") or "an unnamed model"
+    compression = results.get("compress") or {}
+    version = (compression.get("versions") or {}).get("laconic", "")
     lines = [
-        f"# {name}",
+        f"# {inputs.name}",
         "",
         f"`{original}`, compressed by Laconic {version} with {', '.join(_methods(recipe)) or 'nothing'}.".replace(
             "  ", " "
@@ -81,37 +91,37 @@ def body(
         "",
         "## Size",
         "",
-        *_size(base, size),
+        *_size(base, inputs.size),
         "",
-        "## What it cost",
+        "## Results",
         "",
-        *_cost(results, made),
-        "## How to load it",
+        *_results(results),
+        "## Usage",
         "",
-        *_loading(config, size),
+        *_usage(inputs.config, inputs.size),
         "",
-        "## How it was made",
+        "## Recipe",
         "",
         "```yaml",
         shortened(yaml.safe_dump(_recipe(recipe), sort_keys=False, allow_unicode=True)).rstrip(),
         "```",
         "",
-        "Commands, the folders of paths left out:",
+        "Commands, with paths shortened to file names:",
         "",
         "```",
         *(shortened(command) for command in commands(results)),
         "```",
         "",
-        *_made(made),
+        *_run(compression),
         "## Data",
         "",
-        *_data(facts.get("sets") or []),
+        *_data(inputs.facts.get("sets") or []),
     ]
     return "\n".join(lines)
 
 
 def shortened(text: str) -> str:
-    """A text whose absolute paths are names alone."""
+    """Replace every absolute path in a text by its file name."""
     return _FOLDERS.sub("", text)
 
 
@@ -125,12 +135,12 @@ def _format_tags(config: Mapping[str, Any]) -> list[str]:
 
 
 def _license(base: Mapping[str, Any]) -> str:
-    if found := base.get("license"):
-        named = f"{found} ({base['license_name']})" if base.get("license_name") else found
-        return f"{named}, that of the original."
+    if name := base.get("license"):
+        full_name = f"{name} ({base['license_name']})" if base.get("license_name") else name
+        return f"{full_name}, the licence of the original."
     file = base.get("license_file")
-    beside = f" A file `{file}` came with it, and is here." if file else ""
-    return f"**not known**: the original has no card that names one.{beside}"
+    copied = f" Its file `{file}` is included." if file else ""
+    return f"**not known**: the card of the original names none.{copied}"
 
 
 def _size(base: Mapping[str, Any], size: Size) -> list[str]:
@@ -138,26 +148,26 @@ def _size(base: Mapping[str, Any], size: Size) -> list[str]:
     rows = {"weight files": f"{size.file_bytes:,} bytes"}
     if before := base.get("file_bytes"):
         rows["weight files of the original"] = (
-            f"{before:,} bytes in {base['dtype']}, {before / size.file_bytes:.2f} times as many"
+            f"{before:,} bytes in {base['dtype']}, {before / size.file_bytes:.2f} times as large"
         )
     rows |= {
         "parameters": f"{size.parameters:,}, of which {size.covered:.1%} are quantized",
-        "bits per weight": f"{size.bits_per_weight:.2f}, with embeddings, head, scales and zero points",
+        "bits per weight": f"{size.bits_per_weight:.2f}, including embeddings, head, scales and zero points",
         "schemes": schemes,
     }
     if size.simulated:
-        rows["arithmetic"] = "simulated: no engine has it, and speed says nothing"
+        rows["arithmetic"] = "simulated: no engine implements it, so its speed is not meaningful"
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
 
 
-def _cost(results: Results, made: Mapping[str, Any]) -> list[str]:
-    found = tables(results) or ["Not measured yet: `laconic eval ARTIFACT --baseline ORIGINAL` fills this in.", ""]
+def _results(results: Results) -> list[str]:
+    lines = tables(results) or ["Not measured yet: run `laconic eval ARTIFACT --baseline ORIGINAL`.", ""]
     if any(name.startswith("long-") for name in results):
-        found += ["What its cache costs over long contexts is in `results/long-*.json`.", ""]
-    return found
+        lines += ["Results of the key-value cache at long contexts: `results/long-*.json`.", ""]
+    return lines
 
 
-def _loading(config: Mapping[str, Any], size: Size) -> list[str]:
+def _usage(config: Mapping[str, Any], size: Size) -> list[str]:
     method = (config.get("quantization_config") or {}).get("quant_method")
     native = method == NATIVE or config.get("model_type") == "laconic"
     cache = KV_CONFIG in config
@@ -177,41 +187,42 @@ def _loading(config: Mapping[str, Any], size: Size) -> list[str]:
     ]
     if cache:
         lines += [
-            "The weights open as ever; the quantized key-value cache comes by `laconic.load(folder)`, which generates "
-            "through it, and in vLLM by the plugin that Laconic installs.",
+            "This loads the weights only. For the quantized key-value cache use `laconic.load(folder)`, which "
+            "generates through it, or vLLM with the plugin that Laconic installs.",
             "",
         ]
     if engines - {"vllm"} and not native:
-        return [*lines, "vLLM has no kernel for weights of these bits; it does not open this model."]
-    how = " with Laconic installed beside it, whose plugin reads the format" if native or cache else ""
-    return [*lines, f"In vLLM{how}:", "", "```", "vllm serve FOLDER_OR_REPO_ID", "```"]
+        return [*lines, "vLLM has no kernel for weights with this number of bits, and does not load this model."]
+    plugin = ", with Laconic installed, whose plugin reads the format" if native or cache else ""
+    return [*lines, f"In vLLM{plugin}:", "", "```", "vllm serve FOLDER_OR_REPO_ID", "```"]
 
 
 def _recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What was said, without keys that were left alone."""
-    told = {k: v for k, v in recipe.items() if v is not None and k not in ("output", "device")}
-    if calibration := told.get("calibration"):
-        told["calibration"] = {k: v for k, v in calibration.items() if v is not None}
-    told["stages"] = [{k: v for k, v in stage.items() if v not in (None, {}, [])} for stage in told.get("stages") or []]
-    return told
+    """Return the keys of a recipe that were set."""
+    keys = {k: v for k, v in recipe.items() if v is not None and k not in ("output", "device")}
+    if calibration := keys.get("calibration"):
+        keys["calibration"] = {k: v for k, v in calibration.items() if v is not None}
+    keys["stages"] = [{k: v for k, v in stage.items() if v not in (None, {}, [])} for stage in keys.get("stages") or []]
+    return keys
 
 
-def _made(made: Mapping[str, Any]) -> list[str]:
-    if not made:
+def _run(compression: Mapping[str, Any]) -> list[str]:
+    if not compression:
         return []
-    versions = ", ".join(f"{name} {number}" for name, number in (made.get("versions") or {}).items())
+    versions = ", ".join(f"{name} {number}" for name, number in (compression.get("versions") or {}).items())
+    memory = f"{compression['peak_memory_bytes'] / 1e9:.2f} GB"
     return [
-        f"It took {made['seconds']:.1f} s and {made['peak_memory_bytes'] / 1e9:.2f} GB of memory at most on "
-        f"{made['device']}, seed {made['seed']}; {versions}.",
+        f"Compression took {compression['seconds']:.1f} s, with a peak memory of {memory}, "
+        f"on {compression['device']}, seed {compression['seed']}; {versions}.",
         "",
     ]
 
 
 def _data(sets: Sequence[Mapping[str, Any]]) -> list[str]:
     if not sets:
-        return ["No text was read to make it."]
+        return ["No text was read."]
     lines = ["| set | used for | licence | sequences | tokens |", "|---|---|---|---:|---:|"]
-    for found in sets:
-        counts = [f"{found[key]:,}" if key in found else "not known" for key in ("sequences", "tokens")]
-        lines.append(f"| {found['dataset']} | {found['use']} | {license_of(found)} | {' | '.join(counts)} |")
+    for entry in sets:
+        counts = [f"{entry[key]:,}" if key in entry else "not known" for key in ("sequences", "tokens")]
+        lines.append(f"| {entry['dataset']} | {entry['use']} | {license_of(entry)} | {' | '.join(counts)} |")
     return [*lines, "", "Sources, filters, hashes, languages and contamination: [the data card](cards/data.md)."]

@@ -1,6 +1,6 @@
-"""Contamination: how much of an evaluation set stands in a calibration or recovery set, word for word.
+"""Contamination: verbatim overlap between an evaluation set and a calibration or recovery set.
 
-As GPT-3 did it (arXiv 2005.14165, appendix C): runs of 13 words, lower case, without punctuation.
+The measure is that of GPT-3 (arXiv 2005.14165, appendix C): n-grams of 13 words, lower case, without punctuation.
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Overlap:
-    """documents: of the evaluation set. judged: those of n words or more; shorter ones cannot be judged. hit: those of
-    them that share at least one run of n words with the set. ngrams: different runs of n words in the evaluation set;
-    shared: those of them that the set has too."""
+    """Overlap of an evaluation set with a set of texts.
+
+    Attributes:
+        n: Words per n-gram.
+        documents: Documents of the evaluation set.
+        judged: Documents of at least n words; shorter ones have no n-gram.
+        hit: Judged documents that share at least one n-gram with the texts.
+        ngrams: Distinct n-grams of the evaluation set.
+        shared: Distinct n-grams of the evaluation set that the texts contain too.
+    """
 
     n: int
     documents: int
@@ -31,34 +38,51 @@ class Overlap:
 
 
 def ngrams(text: str, n: int = NGRAM) -> Iterator[int]:
-    """Every run of n words of a text, hashed. Hashes of two processes do not compare."""
+    """Hash every n-gram of a text; hashes are only comparable within one process."""
     words = _WORD.findall(text.lower())
     return (hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1))
 
 
 def index(texts: Iterable[str], n: int = NGRAM) -> set[int]:
-    """All runs of n words of a set."""
+    """Return the hashes of all n-grams of a set of texts."""
     return {gram for text in texts for gram in ngrams(text, n)}
 
 
-def overlap(seen: set[int], documents: Iterable[str], n: int = NGRAM) -> Overlap:
-    """Compare an evaluation set with what `index` found in another, for the same n."""
+def overlap(indexed: set[int], documents: Iterable[str], n: int = NGRAM) -> Overlap:
+    """Measure the overlap of an evaluation set with a set of texts.
+
+    Args:
+        indexed: Result of `index` for the texts, with the same n.
+        documents: Documents of the evaluation set.
+        n: Words per n-gram.
+
+    Returns:
+        The counts.
+    """
     count = judged = hit = 0
-    found: set[int] = set()
+    distinct: set[int] = set()
     for document in documents:
         grams = set(ngrams(document, n))
         count += 1
         judged += bool(grams)
-        hit += not seen.isdisjoint(grams)
-        found |= grams
-    return Overlap(n, count, judged, hit, len(found), len(found & seen))
+        hit += not indexed.isdisjoint(grams)
+        distinct |= grams
+    return Overlap(n, count, judged, hit, len(distinct), len(distinct & indexed))
 
 
 def evaluation_texts(dataset: str, *, split: str = "test", config: str | None = None) -> Iterator[str]:
-    """Documents of an evaluation set: of a text, its `text`; of a task's row, all words in it (question, choices,
-    answer) in one.
+    """Read the documents of an evaluation set.
 
-    Raises: ValueError when it cannot be read.
+    Args:
+        dataset: Local file or data set of the Hub.
+        split: Split of a data set of the Hub.
+        config: Config of a data set of the Hub.
+
+    Yields:
+        One text per row: all strings of the row (question, choices, answer) joined by newlines.
+
+    Raises:
+        ValueError: The set cannot be read.
     """
     for row, _ in read_rows(dataset, split=split, config=config):
         yield "\n".join(_strings(row))

@@ -1,4 +1,4 @@
-"""Send an artifact to a repository of the Hub: all its files in one commit, and no pickle among them."""
+"""Upload of an artifact to a repository of the Hub: all its files in one commit, without pickles."""
 
 from __future__ import annotations
 
@@ -21,38 +21,49 @@ from laconic.artifact.workspace import partial_folder
 from laconic.cards.writing import recipe_of
 from laconic.checkpoint.files import first_line, open_checkpoint
 
-# Of the HTTP library that huggingface_hub goes by, which is not the same in all its versions.
+# Base error of the HTTP library of huggingface_hub; the library depends on the version.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".msgpack", ".h5")
-_LEFT_OUT = {".git", ".cache", ".huggingface", "__pycache__"}
+_IGNORED = {".git", ".cache", ".huggingface", "__pycache__"}
 
 
 def files_to_push(folder: Path) -> dict[str, int]:
-    """The files of a finished artifact, by their names in the repository, with their bytes.
+    """List the files of a finished artifact.
 
-    Raises: ValueError for an artifact that is not finished or not whole, for pickles, and for links out of it.
+    Args:
+        folder: Folder of the artifact.
+
+    Returns:
+        Size in bytes by name in the repository.
+
+    Raises:
+        ValueError: The artifact is not finished or incomplete, holds a pickle, or a link to a file outside of it.
     """
     if folder.name.endswith(".partial") or (folder.name.isdigit() and folder.parent.name.endswith(".steps")):
-        raise ValueError(f"{folder} is where a run goes on, not a finished artifact; run 'laconic compress' to its end")
+        raise ValueError(
+            f"{folder} belongs to an unfinished run and is not a finished artifact; run 'laconic compress' to its end"
+        )
     if not folder.is_dir() and partial_folder(folder).is_dir():
         raise ValueError(
-            f"{folder} is not finished ({partial_folder(folder).name} is there); run 'laconic compress' again"
+            f"{folder} is not finished ({partial_folder(folder).name} exists); run 'laconic compress' again"
         )
     recipe_of(folder)
     open_checkpoint(folder)
     if not (folder / "results" / "compress.json").is_file():
-        raise ValueError(f"{folder} lacks results/compress.json, so it was not finished; run 'laconic compress' again")
-    found = {}
+        raise ValueError(f"{folder} lacks results/compress.json, so it is not finished; run 'laconic compress' again")
+    sizes = {}
     for file in sorted(f for f in folder.rglob("*") if f.is_file()):
         name = file.relative_to(folder).as_posix()
-        if _LEFT_OUT.intersection(file.relative_to(folder).parts) or file.suffix == ".writing":
+        if _IGNORED.intersection(file.relative_to(folder).parts) or file.suffix == ".writing":
             continue
         if not file.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{name} is a link that leads out of {folder}; put the file itself there, or take it away")
+            raise ValueError(f"{name} is a link to a file outside of {folder}; replace it by the file, or remove it")
         if _is_pickle(file):
-            raise ValueError(f"{name} in {folder} is, or may hold, a pickle, which runs code when opened; take it away")
-        found[name] = file.stat().st_size
-    return found
+            raise ValueError(
+                f"{name} in {folder} is or may hold a pickle, which runs code when it is opened; remove it"
+            )
+        sizes[name] = file.stat().st_size
+    return sizes
 
 
 def push(
@@ -64,15 +75,26 @@ def push(
     revision: str | None = None,
     message: str | None = None,
 ) -> str:
-    """Make the repository (and the branch `revision`) where there is none, and commit the files. private: of a
-    repository that is made here; one that is there stays as it is.
+    """Commit files to a repository of the Hub; create the repository and the branch if they do not exist.
 
-    Returns: where the commit is. Raises: ValueError when the Hub cannot be reached, or refuses.
+    Args:
+        folder: Folder of the artifact.
+        repo_id: Repository, `OWNER/NAME`.
+        files: Names of the files, from `files_to_push`.
+        private: Make a new repository private; an existing one stays unchanged.
+        revision: Branch; None for the main branch.
+        message: Commit message; None for a default.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        ValueError: The Hub cannot be reached, or refuses.
     """
     check_repo_id(repo_id)
     with _hub_errors(repo_id, revision):
         api = HfApi()
-        # The name of a repository without an owner is completed by the Hub.
+        # The Hub completes a name without an owner.
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -86,11 +108,18 @@ def push(
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises: ValueError for what cannot be the name of a repository."""
+    """Check the name of a repository.
+
+    Args:
+        repo_id: The name.
+
+    Raises:
+        ValueError: It is not a valid name.
+    """
     try:
         validate_repo_id(repo_id)
     except ValueError as e:
-        raise ValueError(f"'{repo_id}' is no name of a repository; write it as OWNER/NAME ({first_line(e)})") from e
+        raise ValueError(f"'{repo_id}' is not a valid repository name; write it as OWNER/NAME ({first_line(e)})") from e
 
 
 def _is_pickle(file: Path) -> bool:
@@ -109,23 +138,27 @@ def _is_pickle(file: Path) -> bool:
 
 @contextmanager
 def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
-    """What goes wrong between here and the Hub, in a line that says what to do."""
-    login = "log in by 'hf auth login', or set HF_TOKEN, with a token that may write"
+    """Turn errors of the Hub and of the connection into one line that names the fix."""
+    login = "log in with 'hf auth login', or set HF_TOKEN, with a token that has write access"
     try:
         yield
     except LocalTokenNotFoundError as e:
         raise ValueError(f"no token for the Hub; {login}") from e
     except OfflineModeIsEnabled as e:
-        raise ValueError("the Hub is off: HF_HUB_OFFLINE is set; unset it, or list what would go with --dry-run") from e
+        raise ValueError(
+            "the Hub is disabled since HF_HUB_OFFLINE is set; unset it, or list the files with --dry-run"
+        ) from e
     except RevisionNotFoundError as e:
-        raise ValueError(f"{repo_id} has no branch '{revision}', and it could not be made") from e
+        raise ValueError(f"{repo_id} has no branch '{revision}', and creating it failed; create it on the Hub") from e
     except HfHubHTTPError as e:
         status = e.response.status_code if e.response is not None else None
         if status in (401, 403):
             raise ValueError(f"the Hub refuses to write to {repo_id} ({status}); {login}, and check the owner") from e
         if isinstance(e, RepositoryNotFoundError):
-            raise ValueError(f"the Hub finds no {repo_id}, or hides it; {login}, and check the name") from e
-        raise ValueError(f"the Hub answered {status} for {repo_id}: {first_line(e)}; nothing was committed") from e
+            raise ValueError(f"the Hub has no repository {repo_id}, or hides it; {login}, and check the name") from e
+        raise ValueError(
+            f"the Hub answered {status} for {repo_id}: {first_line(e)}; nothing was committed, try again later"
+        ) from e
     except (_HTTP_ERROR, ConnectionError, TimeoutError) as e:
         raise ValueError(
             f"the Hub cannot be reached ({first_line(e)}); go online and run the same command again"

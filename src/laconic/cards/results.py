@@ -1,4 +1,4 @@
-"""What was measured of an artifact, as a card tells it: in the Hub's `model-index`, and in tables."""
+"""Results of an artifact for its card: entries of the Hub's `model-index`, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _TEXT_METRICS = {
 
 
 def model_index(results: Results) -> list[EvalResult]:
-    """Every perplexity, distance to the original and task score that was measured."""
+    """Return every perplexity, distance to the original and task score as an entry of the `model-index`."""
     return [*_text_scores(results), *_tasks(results)]
 
 
 def measured_on(results: Results) -> list[str]:
-    """The texts and tasks, by the names that `--against` and a card have for them."""
+    """Return the names of all measured texts and tasks, as `--against` and the data card spell them."""
     texts = [Path(str(r["text"])).name for r in _texts(results)]
     tasks = [row["task"] for name, r in results.items() if name.startswith("tasks-") for row in r["rows"]]
     return list(dict.fromkeys([*texts, *tasks]))
 
 
 def tables(results: Results) -> list[str]:
-    """Markdown, one table of texts and one of tasks."""
+    """Return the lines of two Markdown tables, one of texts and one of tasks."""
     texts = _texts(results)
     tasks = [(r, row) for name, r in results.items() if name.startswith("tasks-") for row in r["rows"]]
     lines: list[str] = []
     if texts:
         lines += [
-            "| text | windows x tokens | computed in | perplexity | original | KL mean / p99 | same top-1 |",
+            "| text | windows x tokens | dtype | perplexity | original | KL mean / p99 | same top-1 |",
             "|---|---:|---|---:|---:|---:|---:|",
             *map(_text_row, texts),
             "",
@@ -49,26 +49,25 @@ def tables(results: Results) -> list[str]:
             "|---|---|---:|---:|---:|---:|",
             *(_task_row(row) for _, row in tasks),
             "",
-            "±: one standard error, of differences paired by document.",
+            "±: one standard error; differences are paired by document.",
             "",
         ]
     return lines
 
 
 def commands(results: Results) -> list[str]:
-    """The commands that gave all this, the compression first."""
-    first = [results["compress"]] if "compress" in results else []
-    rest = [r for name, r in results.items() if name != "compress"]
-    return list(dict.fromkeys(str(r["command"]) for r in [*first, *rest] if r.get("command")))
+    """Return the commands that made and measured the artifact, the compression first."""
+    ordered = sorted(results.items(), key=lambda item: item[0] != "compress")
+    return list(dict.fromkeys(str(r["command"]) for _, r in ordered if r.get("command")))
 
 
 def _texts(results: Results) -> list[Mapping[str, Any]]:
-    """What was measured on one text each, alone or as one domain of several."""
-    found: list[Mapping[str, Any]] = [r for name, r in results.items() if name.startswith("eval-")]
+    """Return one result per text, also for each domain of an evaluation of several domains."""
+    texts: list[Mapping[str, Any]] = [r for name, r in results.items() if name.startswith("eval-")]
     for name, result in results.items():
         if name.startswith("domains-"):
-            found += [{**result, **row} for row in result["domains"]]
-    return found
+            texts += [{**result, **row} for row in result["domains"]]
+    return texts
 
 
 def _text_scores(results: Results) -> Iterator[EvalResult]:
@@ -88,7 +87,7 @@ def _text_scores(results: Results) -> Iterator[EvalResult]:
                     metric_type=metric,
                     metric_name=f"{title} ({result['context_length']} tokens)",
                     metric_value=value,
-                    metric_args=dict(how),  # YAML would write one mapping once, and then point at it
+                    metric_args=dict(how),  # a copy, since YAML would write a reference to a shared mapping
                 )
 
 
@@ -132,7 +131,7 @@ def _task_row(row: Mapping[str, Any]) -> str:
     compared = row.get("baseline") is not None
     cells = [
         row["task"],
-        row["metric"] + ("" if row["higher_is_better"] else " (low is good)"),
+        row["metric"] + ("" if row["higher_is_better"] else " (lower is better)"),
         f"{row['documents']:,}",
         _with_error(row["value"], row["stderr"]),
         _with_error(row["baseline"], row["baseline_stderr"]) if compared else "not measured",

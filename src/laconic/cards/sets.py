@@ -1,4 +1,4 @@
-"""The texts of a recipe: what calibrates, trains, or finds what is protected, and the very tokens that were used."""
+"""Text sets of a recipe (calibration, recovery, protection of heads), and the tokens that were used of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from laconic.stages.pruning import Protect
 
 @dataclass(frozen=True)
 class TextSet:
-    """key: of the recipe, where it stands. use: what it was used for. length: tokens a sequence has at most."""
+    """One text set of a recipe.
+
+    Attributes:
+        key: Dotted path of the set in the recipe.
+        use: Purpose of the set.
+        spec: Entry of the recipe that names the set.
+        length: Largest number of tokens per sequence.
+        seed: Seed of the choice of sequences.
+    """
 
     key: str
     use: str
@@ -26,28 +34,43 @@ class TextSet:
 
 
 def sets_of(recipe: Recipe, *, calibrated: bool) -> list[TextSet]:
-    """Every set that a recipe reads. calibrated: whether a stage of it looked at the calibration set."""
-    found = []
+    """List every text set that a recipe reads.
+
+    Args:
+        recipe: The recipe.
+        calibrated: Whether a stage used the calibration set.
+
+    Returns:
+        The sets, in the order of the recipe.
+    """
+    sets = []
     if recipe.calibration and calibrated:
         length = recipe.calibration.max_seq_length
-        found.append(TextSet("calibration", "calibration", recipe.calibration, length, recipe.seed))
+        sets.append(TextSet("calibration", "calibration", recipe.calibration, length, recipe.seed))
     for number, stage in enumerate(recipe.stages):
         protect = getattr(stage, "protect", None)
         if isinstance(protect, Protect):
             key = f"stages.{number}.protect"
-            found.append(TextSet(key, "protection of heads", protect, protect.max_seq_length, recipe.seed))
+            sets.append(TextSet(key, "protection of heads", protect, protect.max_seq_length, recipe.seed))
         for place, part in enumerate(getattr(stage, "data", None) or ()):
             if isinstance(part, TextSource):
                 key = f"stages.{number}.data.{place}"
-                found.append(TextSet(key, "recovery", part, stage.max_seq_length, recipe.seed))
-    return found
+                sets.append(TextSet(key, "recovery", part, stage.max_seq_length, recipe.seed))
+    return sets
 
 
 def token_ids(texts: TextSet, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """The sequences (n,) int64 that were used, read anew: the same choice by the same seed. Of a recovery set, those
-    held out of training are among them.
+    """Read again the token sequences that were used of a set; the seed gives the same choice.
 
-    Raises: ValueError when the set cannot be read any more.
+    Args:
+        texts: The set.
+        tokenizer: Tokenizer of the model.
+
+    Returns:
+        Token ids, one int64 tensor (n,) per sequence; of a recovery set also the held-out sequences.
+
+    Raises:
+        ValueError: The set cannot be read any more.
     """
     spec = texts.spec
     if isinstance(spec, TextSource):
@@ -62,7 +85,7 @@ def token_ids(texts: TextSet, tokenizer: PreTrainedTokenizerBase) -> list[Tensor
 
 
 def filters_of(texts: TextSet) -> list[str]:
-    """In words, what was taken of the set and what was not."""
+    """Describe, for a reader, which part of a set was used."""
     spec, length = texts.spec, texts.length
     if not isinstance(spec, TextSource):
         return [
@@ -70,17 +93,19 @@ def filters_of(texts: TextSet) -> list[str]:
             f"at most {spec.num_calibration_samples:,} of the windows, chosen by seed {texts.seed} among the first "
             f"{4 * spec.num_calibration_samples:,}",
         ]
-    said = []
+    filters = []
     if spec.format == "text":
-        said.append(f"documents joined and cut into sequences of {length:,} tokens")
+        filters.append(f"documents joined and cut into sequences of {length:,} tokens")
     else:
-        said.append(f"conversations cut at {length:,} tokens; those without an answer within them dropped")
-        said.append("answers alone are learnt" if spec.answers_only else "whole conversations are learnt")
+        filters.append(
+            f"conversations cut at {length:,} tokens; conversations without an answer before the cut dropped"
+        )
+        filters.append("loss on answers only" if spec.answers_only else "loss on whole conversations")
     if spec.limit:
-        said.append(f"the first {spec.limit:,} sequences")
-    return [*said, f"weight {spec.weight:g} in the mix, as a ratio to the other parts'"]
+        filters.append(f"the first {spec.limit:,} sequences")
+    return [*filters, f"weight {spec.weight:g} in the mix, relative to the other parts"]
 
 
 def declared(texts: TextSet) -> dict[str, Any]:
-    """What the recipe says of the set's licence, origin and domain."""
+    """Return licence, source and domain of a set as the recipe declares them."""
     return {key: getattr(texts.spec, key) for key in ("license", "source", "domain")}

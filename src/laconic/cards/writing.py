@@ -1,4 +1,4 @@
-"""Write the cards of an artifact, and write them anew when more is known of it."""
+"""Writing and updating the cards of an artifact."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from laconic.artifact.artifact import Artifact
 from laconic.artifact.size import measure_size
 from laconic.cards.data_card import data_card
 from laconic.cards.facts import FOLDER, decode, describe_base, describe_set, digest, read_facts, write_facts
-from laconic.cards.model_card import body, metadata
+from laconic.cards.model_card import CardInputs, card_body, card_metadata
 from laconic.cards.overlap import NGRAM, evaluation_texts, index, overlap
 from laconic.cards.readme import merge
 from laconic.cards.results import measured_on
@@ -27,99 +27,131 @@ README, DATA = "README.md", "data.md"
 def write_cards(
     folder: Path, recipe: Recipe, source: Source, *, name: str | None = None, trust_remote_code: bool = False
 ) -> list[str]:
-    """The cards of an artifact that was just made. recipe: as it was given, with what it declares of its texts. name:
-    the artifact's, where the folder does not have it yet.
+    """Write the cards of a new artifact.
 
-    Returns: remarks, one line each, on what of a README.md was left as a person wrote it.
+    Args:
+        folder: Folder of the artifact.
+        recipe: The recipe as the user wrote it, including what it declares of its texts.
+        source: The original model.
+        name: Name of the artifact, if it differs from the name of the folder.
+        trust_remote_code: Run the model's own code to load its tokenizer.
+
+    Returns:
+        Remarks, one line each, about parts of a README.md that stay as the user wrote them.
     """
     identity = Artifact(folder).recipe or {}
-    told = identity.get("calibration") or {}
+    calibration = identity.get("calibration") or {}
     sets = []
-    if wanted := sets_of(recipe, calibrated=bool(told)):
+    if text_sets := sets_of(recipe, calibrated=bool(calibration)):
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        for texts in wanted:
-            found = describe_set(texts, tokenizer)
-            found["changed"] = texts.key == "calibration" and found.get("sha256") not in (None, told.get("sha256"))
-            sets.append(found)
+        for texts in text_sets:
+            entry = describe_set(texts, tokenizer)
+            known = (None, calibration.get("sha256"))
+            entry["changed"] = texts.key == "calibration" and entry.get("sha256") not in known
+            sets.append(entry)
     written = read_facts(folder).get("written", [])
     facts = {"base": describe_base(source), "sets": sets, "contamination": [], "written": written}
-    return _draw(folder, facts, name)
+    return _write(folder, facts, name)
 
 
 def refresh_cards(folder: Path) -> list[str]:
-    """Draw the cards of an artifact with the results it has by now; of one that was made without any, make them.
+    """Update the cards of an artifact to its current results; write them if it has none.
 
-    Returns: remarks, as `write_cards`. Raises: ValueError for a folder that is no artifact.
+    Args:
+        folder: Folder of the artifact.
+
+    Returns:
+        Remarks, as `write_cards`.
+
+    Raises:
+        ValueError: The folder is not an artifact.
     """
     recipe = recipe_of(folder)
     if facts := read_facts(folder):
-        return _draw(folder, facts)
+        return _write(folder, facts)
     try:
         source = open_source(str(recipe.model))
     except ValueError:
-        # Where the original is gone, nothing can be carried over from it.
+        # The original is not available, so its licence and languages are unknown.
         name = str(recipe.model).rstrip("/")
         on_hub = name.count("/") == 1 and not name.startswith((".", "~", "/"))
         base = {"model": name if on_hub else None, "name": name.rpartition("/")[2]}
-        return _draw(folder, {"base": base, "sets": [], "contamination": [], "written": []})
+        return _write(folder, {"base": base, "sets": [], "contamination": [], "written": []})
     return write_cards(folder, recipe, source)
 
 
 def check_against(folder: Path, evaluations: Sequence[str], *, n: int = NGRAM) -> list[dict[str, Any]]:
-    """Look for evaluation sets in the texts of an artifact, and keep what was found in its data card.
+    """Check the texts of an artifact for contamination, and write the outcome to its data card.
 
-    evaluations: files (.txt, .jsonl, .json, .parquet), folders of them, wikitext2, c4, or Hub data sets. n: words that
-    must be the same in a row.
-    Returns: one mapping a set and evaluation set. Raises: ValueError for what cannot be read, or no artifact.
+    Args:
+        folder: Folder of the artifact.
+        evaluations: Evaluation sets: files (.txt, .jsonl, .json, .parquet), folders of them, wikitext2, c4, or data
+            sets of the Hub.
+        n: Words per n-gram.
+
+    Returns:
+        One mapping per text set and evaluation set: the counts of `Overlap`, or the reason under `unchecked`.
+
+    Raises:
+        ValueError: An evaluation set cannot be read, or the folder is not an artifact.
     """
     recipe = recipe_of(folder)
     facts = read_facts(folder)
     if not facts:
         refresh_cards(folder)
         facts = read_facts(folder)
-    wanted = sets_of(recipe, calibrated=bool((Artifact(folder).recipe or {}).get("calibration")))
+    text_sets = sets_of(recipe, calibrated=bool((Artifact(folder).recipe or {}).get("calibration")))
     named = [each for name in evaluations for each in _evaluation(name)]
-    if not wanted:
+    if not text_sets:
         return []
     tokenizer = load_tokenizer(folder)
     known = {s["key"]: s for s in facts["sets"]}
-    found: list[dict[str, Any]] = []
-    for texts in wanted:
+    checks: list[dict[str, Any]] = []
+    for texts in text_sets:
         about = {"set": texts.key}
         try:
             ids = token_ids(texts, tokenizer)
         except (ValueError, OSError) as e:
-            found += [{**about, "against": name, "unchecked": " ".join(str(e).split())} for name, _ in named]
+            checks += [{**about, "against": name, "unchecked": " ".join(str(e).split())} for name, _ in named]
             continue
         if digest(ids) != known.get(texts.key, {}).get("sha256", digest(ids)):
-            why = "the set has changed since it was used"
-            found += [{**about, "against": name, "unchecked": why} for name, _ in named]
+            reason = "the set has changed since it was used"
+            checks += [{**about, "against": name, "unchecked": reason} for name, _ in named]
             continue
-        seen = index(decode(ids, tokenizer), n)
-        for name, where in named:
-            found.append({**about, "against": name, **asdict(overlap(seen, evaluation_texts(**where), n))})
-    fresh = {(c["set"], c["against"], c.get("n")) for c in found}
+        indexed = index(decode(ids, tokenizer), n)
+        for name, arguments in named:
+            checks.append({**about, "against": name, **asdict(overlap(indexed, evaluation_texts(**arguments), n))})
+    fresh = {(c["set"], c["against"], c.get("n")) for c in checks}
     older = [c for c in facts.get("contamination", []) if (c["set"], c["against"], c.get("n")) not in fresh]
     older = [c for c in older if "unchecked" not in c or (c["set"], c["against"]) not in {f[:2] for f in fresh}]
-    _draw(folder, {**facts, "contamination": [*older, *found]})
-    return found
+    _write(folder, {**facts, "contamination": [*older, *checks]})
+    return checks
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """The recipe of an artifact. Raises: ValueError for a folder that is none."""
+    """Return the recipe of an artifact.
+
+    Args:
+        folder: Folder of the artifact.
+
+    Raises:
+        ValueError: The folder is not an artifact.
+    """
     identity = Artifact(folder).recipe if folder.is_dir() else None
     if not isinstance(identity, dict) or "recipe" not in identity:
-        raise ValueError(f"{folder} is no artifact of Laconic: it has no recipe.yaml; make one with 'laconic compress'")
+        raise ValueError(
+            f"{folder} is not a Laconic artifact, since it has no recipe.yaml; make one with 'laconic compress'"
+        )
     return load_recipe(identity["recipe"])
 
 
-def _draw(folder: Path, facts: dict[str, Any], name: str | None = None) -> list[str]:
-    """Both cards. A README.md that cannot be told apart from a person's stays as it is."""
+def _write(folder: Path, facts: dict[str, Any], name: str | None = None) -> list[str]:
+    """Write both cards; a README.md without the marks of Laconic stays unchanged."""
     artifact, size = Artifact.measured(folder)[0], measure_size(folder)
     results, recipe = artifact.results, (artifact.recipe or {})["recipe"]
     name = name or folder.resolve().name
-    told = name, facts, recipe, artifact.config, size, results
-    ours = metadata(*told)
+    inputs = CardInputs(name, facts, recipe, artifact.config, size, results)
+    metadata = card_metadata(inputs)
     remarks: list[str] = []
     file = folder / README
     (folder / FOLDER).mkdir(exist_ok=True)
@@ -127,24 +159,25 @@ def _draw(folder: Path, facts: dict[str, Any], name: str | None = None) -> list[
     written = facts.get("written") or []
     try:
         old = file.read_text(encoding="utf-8") if file.exists() else None
-        merged = merge(old, ours, body(*told), written)
+        merged = merge(old, metadata, card_body(inputs), written)
     except UnicodeDecodeError:
-        remarks.append(f"{README} of {name} is not UTF-8 text, and was left as it is")
+        remarks.append(f"{README} of {name} is not UTF-8 text, and was not updated; delete it to get a new one")
     except ValueError as e:
-        remarks.append(f"{README} of {name} was not brought up to date: {e}")
+        remarks.append(f"{README} of {name} was not updated: {e}")
     else:
-        # Before the file itself, and with what it has now: whichever of the two a kill leaves there is known as ours.
-        write_facts(folder, {**facts, "written": [*(w for w in written[-1:] if w != ours), ours]})
+        # Written before the README and with both its current and its new metadata: after a kill between the two writes,
+        # the next merge still recognizes either as Laconic's own.
+        write_facts(folder, {**facts, "written": [*(w for w in written[-1:] if w != metadata), metadata]})
         write_text(file, merged.text)
         if merged.kept:
-            remarks.append(f"{README} of {name} keeps what was changed by hand: {', '.join(merged.kept)}")
+            remarks.append(f"{README} of {name} keeps the metadata that was edited by hand: {', '.join(merged.kept)}")
         return remarks
     write_facts(folder, facts)
     return remarks
 
 
 def _evaluation(name: str) -> list[tuple[str, dict[str, Any]]]:
-    """Evaluation sets by the name they go by, each with what reads it."""
+    """Resolve one value of `--against` to pairs of a name and the arguments of `evaluation_texts`."""
     if name in HUB_TEXTS:
         return [(name, HUB_TEXTS[name])]
     path = Path(name).expanduser()
