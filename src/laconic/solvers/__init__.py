@@ -1,1 +1,1 @@
-"""Pure maths on tensors: second moments, the optimal-brain-surgeon sweep, scale searches."""
+"""Pure maths on tensors: second moments, the column loop of GPTQ and SparseGPT, masks, range searches, allocation."""

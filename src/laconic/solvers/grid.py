@@ -1,4 +1,4 @@
-"""Rounders onto the grids of `formats`, for the sweep."""
+"""Rounders to the grids of `formats`, for the column loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from laconic.kernels.columns import affine_columns
 from laconic.solvers.obs import LdlFactor, compensate_errors, factor_hessian, run_column_loop
 from laconic.solvers.search import search_range
 
-_ENDLESS = 1e30
+_HUGE_SCALE = 1e30
 
 
 def round_with_hessian(
@@ -25,10 +25,20 @@ def round_with_hessian(
     block_size: int = 128,
     zeros: Tensor | None = None,
 ) -> Tensor:
-    """Codes (out, in) of W on grids fixed beforehand, by a sweep under H (in, in).
+    """Round W to fixed grids by the column loop, minimising tr(E H E^T) (GPTQ, LDLQ).
 
-    order: of the columns, the loudest first when not given. factor: of H in that order, where it is at hand. zeros:
-    (out, in) bool, weights that are to come out as zero.
+    Args:
+        fmt: Format of the grids.
+        W: (out, in) float32.
+        H: (in, in) float32, Hessian of the inputs, X X^T.
+        params: Parameters of the grids, as the format stores them.
+        factor: Factors of H in this order; None computes them.
+        order: (in,) indices, the order of the columns; None takes them by falling activation energy.
+        block_size: Columns per block of the loop.
+        zeros: (out, in) bool, weights whose codes are zero in any case.
+
+    Returns:
+        Codes (out, in), in the original order of the columns.
     """
     order = order_by_energy(H) if order is None else order
     factor = factor_hessian(H, order=order) if factor is None else factor
@@ -37,45 +47,74 @@ def round_with_hessian(
 
 
 def order_by_energy(H: Tensor, together: int = 1) -> Tensor:
-    """Columns in the order of falling activation energy. together: neighbours that stay side by side, in their order;
-    it divides the number of columns."""
+    """Order columns by falling activation energy, the diagonal of the Hessian.
+
+    Args:
+        H: (in, in) Hessian.
+        together: Number of neighbouring columns that stay together, in their order; it divides the number of columns.
+
+    Returns:
+        (in,) indices.
+    """
     energy = H.diagonal().view(-1, together).sum(1)
     order = energy.argsort(descending=True, stable=True)
     return (order[:, None] * together + torch.arange(together, device=H.device)).flatten()
 
 
 class GridRounder:
-    """Rounds onto grids fixed beforehand. order: for each column of the sweep, which column of the weight it is. zeros:
-    (out, in) bool, which weights become zero, in the order of the weight."""
+    """Rounder to fixed grids.
+
+    Args:
+        fmt: Format of the grids.
+        params: Parameters of the grids, as the format stores them.
+        shape: Shape (out, in) of the weight.
+        order: (in,) indices: the column of the weight that each step of the loop rounds.
+        zeros: (out, in) bool, weights that become zero, in the order of the weight; None for none.
+    """
 
     def __init__(
         self, fmt: Format, params: Params, shape: tuple[int, ...], order: Tensor, zeros: Tensor | None = None
     ) -> None:
         self.fmt = fmt
-        self._kept = None if zeros is None else ~zeros.T[order]
-        # One row of parameters for each column that has its own, and the row that each swept column uses.
-        self._params, self._row = _by_column(fmt, params, shape, order)
+        self._keep = None if zeros is None else ~zeros.T[order]
+        # One row of parameters for each column or group, and the row that each step of the loop uses.
+        self._params, self._row = _params_by_column(fmt, params, shape, order)
 
     @property
     def unit(self) -> int:
-        # A GPU takes a whole block in one launch; on a CPU short units keep the column by column work small.
+        # A GPU rounds a whole block in one launch; on a CPU short units keep the column-by-column part small.
         return 128 if self._row.is_cuda else 32
 
     def __call__(self, first: int, W: Tensor, X: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        return self.round(first, W, X, A, None if self._kept is None else self._kept[first : first + W.shape[0]])
+        return self.round(first, W, X, A, None if self._keep is None else self._keep[first : first + W.shape[0]])
 
     def round(self, first: int, W: Tensor, X: Tensor, A: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Round a unit. keep: (n, rows) bool, or None for all; the others become zero."""
+        """Round a unit of columns; weights outside a mask become zero.
+
+        Args:
+            first: Index of the first column, in the order of the loop.
+            W: (n, rows), as for `obs.Rounder`.
+            X: (n, rows), as for `obs.Rounder`.
+            A: (n, n), as for `obs.Rounder`.
+            keep: (n, rows) bool, weights that are rounded; None for all.
+
+        Returns:
+            Codes and errors, both (n, rows).
+        """
         rows = self._row[first : first + W.shape[0]]
         return round_columns(self.fmt, {n: p[rows] for n, p in self._params.items()}, W, X, A, keep)
 
 
 class OnlineGridRounder:
-    """Rounds group by group, fitting each group's grid to what the sweep has made of its weights so far.
+    """Rounder that fits the grid of each group when the loop reaches it, to the weights compensated so far.
 
-    W: (out, in), what will be swept; parameters of the whole tensor are fitted to it beforehand. importance: (in,)
-    column weights for the search of least squared error, or None for min-max ranges. zeros: (out, in) bool, which
-    weights become zero.
+    Args:
+        fmt: Format with groups of columns.
+        W: (out, in) float32, the weight to round; parameters of the whole tensor are fitted to it at once.
+        dtype: Dtype in which parameters are stored.
+        importance: (in,) weights of the columns in the search for the range of least squared error; None takes
+            min-max ranges.
+        zeros: (out, in) bool, weights that become zero; None for none.
     """
 
     def __init__(
@@ -83,9 +122,9 @@ class OnlineGridRounder:
     ) -> None:
         assert fmt.tiling.group_size is not None
         self.fmt, self.dtype, self.importance = fmt, dtype, importance
-        self._kept = None if zeros is None else ~zeros.T
+        self._keep = None if zeros is None else ~zeros.T
         self._shared = fit_shared(fmt, W)
-        self._found: list[Params] = []
+        self._group_params: list[Params] = []
 
     @property
     def unit(self) -> int:
@@ -94,50 +133,62 @@ class OnlineGridRounder:
 
     @property
     def params(self) -> Params:
-        """Parameters of all groups seen, each (out, groups), and of the whole tensor."""
-        own = [n for n in self._found[0] if n not in self._shared]
-        return {n: torch.cat([p[n] for p in self._found], dim=1) for n in own} | dict(self._shared)
+        """Parameters of all groups rounded so far, each (out, groups), and of the whole tensor."""
+        names = [n for n in self._group_params[0] if n not in self._shared]
+        return {n: torch.cat([p[n] for p in self._group_params], dim=1) for n in names} | dict(self._shared)
 
     def __call__(self, first: int, W: Tensor, X: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        keep = None if self._kept is None else self._kept[first : first + W.shape[0]]
-        ahead = compensate_errors(W, X, A)
-        group = ahead.T if keep is None else (ahead * keep).T
+        keep = None if self._keep is None else self._keep[first : first + W.shape[0]]
+        compensated = compensate_errors(W, X, A)
+        group = compensated.T if keep is None else (compensated * keep).T
         if self.importance is None:
             params = fit(self.fmt, group, self.dtype, self._shared)
         else:
             h = self.importance[first : first + W.shape[0]]
             params = search_range(self.fmt, group, h, dtype=self.dtype, shared=self._shared)
-        self._found.append(params)
-        own = {n: p.expand(len(group), 1).T.expand(W.shape) for n, p in params.items()}
-        return round_columns(self.fmt, own, W, X, A, keep)
+        self._group_params.append(params)
+        elementwise = {n: p.expand(len(group), 1).T.expand(W.shape) for n, p in params.items()}
+        return round_columns(self.fmt, elementwise, W, X, A, keep)
 
 
 def round_columns(
     fmt: Format, params: Params, W: Tensor, X: Tensor, A: Tensor, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Round a unit column by column; see `obs.Rounder`. params: each (n, rows), one value for every element. keep:
-    (n, rows) bool, or None for all; the others become zero, and leave the error W."""
+    """Round a unit column by column; weights outside a mask become zero, with an error of W.
+
+    Args:
+        fmt: Format of the grids.
+        params: Parameters, each (n, rows), one value per element.
+        W: (n, rows), as for `obs.Rounder`.
+        X: (n, rows), as for `obs.Rounder`.
+        A: (n, n), as for `obs.Rounder`.
+        keep: (n, rows) bool, weights that are rounded; None for all.
+
+    Returns:
+        Codes and errors, both (n, rows).
+    """
     if isinstance(fmt, IntAffine):
         zero_point = None if fmt.symmetric else params["zero_point"].float()
         scale = params["scale"].float()
-        # On a step so wide everything is nearest to zero: no kernel needs to know of masks.
-        scale = scale if keep is None else torch.where(keep, scale, _ENDLESS)
+        # A huge scale rounds every value to zero, so that kernels need no mask.
+        scale = scale if keep is None else torch.where(keep, scale, _HUGE_SCALE)
         return affine_columns(W, X, A, scale, zero_point, fmt.qmin, fmt.qmax)
     codes = torch.empty(W.shape, dtype=fmt.code_dtype, device=W.device)
     E = torch.empty_like(W)
     for j in range(W.shape[0]):
         x = torch.addmv(X[j], E[:j].T, A[j, :j]) if j else X[j]
         x = x if keep is None else x * keep[j]
-        own = {n: p[j] for n, p in params.items()}
-        codes[j] = fmt.encode_tiles(x[:, None], own)[:, 0]
-        E[j] = W[j] - fmt.decode_tiles(codes[j][:, None], own)[:, 0]
+        column = {n: p[j] for n, p in params.items()}
+        codes[j] = fmt.encode_tiles(x[:, None], column)[:, 0]
+        E[j] = W[j] - fmt.decode_tiles(codes[j][:, None], column)[:, 0]
     return codes, E
 
 
-def _by_column(fmt: Format, params: Params, shape: tuple[int, ...], order: Tensor) -> tuple[Params, Tensor]:
+def _params_by_column(fmt: Format, params: Params, shape: tuple[int, ...], order: Tensor) -> tuple[Params, Tensor]:
+    """Lay parameters out as (distinct columns, rows), with the index among them of each step of the loop."""
     rows = shape[0]
     tiling = fmt.tiling
-    # A parameter of the whole tensor is every tile's.
+    # A parameter of the whole tensor holds for every tile.
     params = {n: p.expand(tiling.param_shape(shape)) for n, p in params.items()}
     match tiling.strategy:
         case "group":

@@ -1,7 +1,7 @@
-"""Which weights to keep, given what each is worth: the best of a row or of a matrix, N of every M inputs, or tiles.
+"""Pruning masks from scores: unstructured per row or per matrix, N of every M inputs, or tiles.
 
-Scores are worths in squares (w^2 times what the input weighs), so that those of a tile add up to about what the output
-loses without it. Among equals the first goes; so much and no more goes as was asked for.
+Scores are squared importances (w^2 times the energy of the input), so that the scores of a tile add up to about the
+output error without it. Among equal scores the first weight is pruned; exactly the requested number is pruned.
 """
 
 from __future__ import annotations
@@ -15,43 +15,49 @@ import torch
 from torch import Tensor
 
 ComparisonGroup = Literal["row", "matrix"]
-"""Among which weights the least go: those of an output row (of tiles), or all of a matrix."""
+"""Weights that are compared with each other: those of an output row (or row of tiles), or all of a matrix."""
 
 
 @dataclass(frozen=True)
 class MaskStructure:
-    """What goes together. group: (N, M), N kept of every M inputs of a row. tile: (rows, columns) that stay or go."""
+    """Structure of a pruning mask; unstructured if neither attribute is set.
+
+    Attributes:
+        group: (N, M): N weights remain of every M neighbouring inputs of a row.
+        tile: (rows, columns) of the tiles that remain or are pruned as a whole.
+    """
 
     group: tuple[int, int] | None = None
     tile: tuple[int, int] | None = None
 
     @property
     def height(self) -> int:
-        """Rows that go together."""
+        """Number of rows pruned together."""
         return self.tile[0] if self.tile else 1
 
     @property
     def width(self) -> int:
-        """Neighbouring inputs that have to be chosen from at once."""
+        """Number of neighbouring inputs whose mask is chosen together."""
         return self.tile[1] if self.tile else self.group[1] if self.group else 1
 
     @property
     def sparsity(self) -> float | None:
-        """The share that goes, where the structure fixes it."""
+        """Sparsity, where the structure fixes it; otherwise None."""
         return 1 - self.group[0] / self.group[1] if self.group else None
 
 
 def parse_mask_structure(text: str) -> MaskStructure:
-    """`unstructured`, `N:M` (2:4: two of four inputs are kept), or `RxC` (tiles of R rows and C columns).
+    """Parse `unstructured`, `N:M` (2:4: two of four inputs remain) or `RxC` (tiles of R rows and C columns).
 
-    Raises: ValueError for anything else.
+    Raises:
+        ValueError: The text is none of these.
     """
     if text == "unstructured":
         return MaskStructure()
     if match := re.fullmatch(r"(\d+):(\d+)", text):
-        kept, of = int(match[1]), int(match[2])
-        if 0 < kept < of:
-            return MaskStructure(group=(kept, of))
+        n, m = int(match[1]), int(match[2])
+        if 0 < n < m:
+            return MaskStructure(group=(n, m))
         raise ValueError(f"mask_structure '{text}' should keep at least one and less than all, as 2:4 does")
     if (match := re.fullmatch(r"(\d+)x(\d+)", text)) and int(match[1]) * int(match[2]) > 1:
         return MaskStructure(tile=(int(match[1]), int(match[2])))
@@ -60,8 +66,13 @@ def parse_mask_structure(text: str) -> MaskStructure:
 
 @dataclass(frozen=True)
 class StackedLinear:
-    """One of several linears whose rows are stacked. rows: which of the stack. sparsity: the share that goes. protected:
-    (rows, 1) or (1, in) bool, rows or columns that stay as they are and do not count."""
+    """One of several linears whose rows are stacked into one matrix.
+
+    Attributes:
+        rows: Rows of the matrix that belong to this linear.
+        sparsity: Share of its weights to prune.
+        protected: (rows, 1) or (1, in) bool: rows or columns that are not pruned and do not count; None for none.
+    """
 
     rows: slice
     sparsity: float
@@ -69,37 +80,60 @@ class StackedLinear:
 
 
 def single_linear(weight: Tensor, sparsity: float) -> list[StackedLinear]:
-    """A matrix (out, in) as the only part of its stack."""
+    """Describe a matrix (out, in) as a stack of one linear."""
     return [StackedLinear(slice(0, len(weight)), sparsity)]
 
 
 def keep_mask_of_stack(
-    scores: Tensor, parts: Sequence[StackedLinear], structure: MaskStructure, among: ComparisonGroup, first: int = 0
+    scores: Tensor,
+    linears: Sequence[StackedLinear],
+    structure: MaskStructure,
+    comparison_group: ComparisonGroup,
+    first: int = 0,
 ) -> Tensor:
-    """Which weights of stacked linears to keep, (out, n) bool: each linear's own least go.
+    """Choose the weights of stacked linears that remain, within each linear by itself.
 
-    scores: (out, n) of n neighbouring inputs, the first of which is input `first`.
+    Args:
+        scores: (out, n) scores of n neighbouring inputs.
+        linears: The linears of the stack.
+        structure: Structure of the mask.
+        comparison_group: Weights that are compared with each other.
+        first: Index of the first of the n inputs.
+
+    Returns:
+        (out, n) bool, True for weights that remain.
     """
     n = scores.shape[1]
     keep = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
-    for part in parts:
-        own, protected = keep[part.rows], part.protected
+    for linear in linears:
+        mask, own_scores, protected = keep[linear.rows], scores[linear.rows], linear.protected
         if protected is None:
-            own.copy_(keep_mask(scores[part.rows], part.sparsity, structure, among))
+            mask.copy_(keep_mask(own_scores, linear.sparsity, structure, comparison_group))
         elif protected.shape[1] == 1:
             rows = (~protected[:, 0]).nonzero().flatten()
-            own[rows] = keep_mask(scores[part.rows][rows], part.sparsity, structure, among)
+            mask[rows] = keep_mask(own_scores[rows], linear.sparsity, structure, comparison_group)
         else:
             columns = (~protected[0, first : first + n]).nonzero().flatten()
-            own[:, columns] = keep_mask(scores[part.rows][:, columns], part.sparsity, structure, among)
+            mask[:, columns] = keep_mask(own_scores[:, columns], linear.sparsity, structure, comparison_group)
     return keep
 
 
-def keep_mask(scores: Tensor, sparsity: float, structure: MaskStructure, among: ComparisonGroup = "row") -> Tensor:
-    """Which weights of a matrix to keep, (out, in) bool.
+def keep_mask(
+    scores: Tensor, sparsity: float, structure: MaskStructure, comparison_group: ComparisonGroup = "row"
+) -> Tensor:
+    """Choose the weights of a matrix that remain.
 
-    scores: (out, in). sparsity: the share that goes, which N:M has in itself. Raises: ValueError when the structure
-    does not divide the matrix.
+    Args:
+        scores: (out, in).
+        sparsity: Share of weights to prune; unused for N:M, which fixes it.
+        structure: Structure of the mask.
+        comparison_group: Weights that are compared with each other; unused for N:M.
+
+    Returns:
+        (out, in) bool, True for weights that remain.
+
+    Raises:
+        ValueError: The structure does not divide the matrix.
     """
     rows, columns = scores.shape
     if rows % structure.height or columns % structure.width:
@@ -107,40 +141,40 @@ def keep_mask(scores: Tensor, sparsity: float, structure: MaskStructure, among: 
     if not scores.numel():
         return torch.ones_like(scores, dtype=torch.bool)
     if structure.group:
-        kept, of = structure.group
-        return _without_least(scores.reshape(-1, of), of - kept).view(scores.shape)
+        n, m = structure.group
+        return _mask_lowest(scores.reshape(-1, m), m - n).view(scores.shape)
     if structure.tile:
         height, width = structure.tile
         tiles = scores.view(rows // height, height, columns // width, width).sum((1, 3))
-        keep = keep_mask(tiles, sparsity, MaskStructure(), among)
+        keep = keep_mask(tiles, sparsity, MaskStructure(), comparison_group)
         return keep.repeat_interleave(height, 0).repeat_interleave(width, 1)
-    lines = scores if among == "row" else scores.reshape(1, -1)
-    return _without_least(lines, round(sparsity * lines.shape[1])).view(scores.shape)
+    lines = scores if comparison_group == "row" else scores.reshape(1, -1)
+    return _mask_lowest(lines, round(sparsity * lines.shape[1])).view(scores.shape)
 
 
-def _without_least(scores: Tensor, gone: int) -> Tensor:
-    """All but the `gone` least of every row; of equals, the first go."""
+# Up to this width, counting how many scores precede each is faster than selecting the k-th.
+_COUNTED_WIDTH = 16
+
+
+def _mask_lowest(scores: Tensor, pruned: int) -> Tensor:
+    """Mask the `pruned` lowest scores of every row as False, among equal ones the first."""
     n = scores.shape[1]
-    if gone == 0:
+    if pruned == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    if n <= _FEW:
-        # How many come before it: for the few of a group, counted faster than sorted.
-        before = torch.zeros(scores.shape, dtype=torch.int16, device=scores.device)
+    if n <= _COUNTED_WIDTH:
+        rank = torch.zeros(scores.shape, dtype=torch.int16, device=scores.device)
         for k in range(n):
-            other = scores[:, k : k + 1]
-            before[:, : k + 1] += other < scores[:, : k + 1]
-            before[:, k + 1 :] += other <= scores[:, k + 1 :]
-        return before >= gone
-    limit = scores.kthvalue(gone, 1, keepdim=True).values
+            score = scores[:, k : k + 1]
+            rank[:, : k + 1] += score < scores[:, : k + 1]
+            rank[:, k + 1 :] += score <= scores[:, k + 1 :]
+        return rank >= pruned
+    limit = scores.kthvalue(pruned, 1, keepdim=True).values
     keep = scores > limit
-    # More than one may have the value of the last to go.
-    spare = n - gone - keep.sum(1)
-    short = (spare > 0).nonzero().flatten()
+    # Several scores may equal the limit: as many of them remain as are missing, the last ones.
+    missing = n - pruned - keep.sum(1)
+    short = (missing > 0).nonzero().flatten()
     if len(short):
         equal = scores[short] == limit[short]
         from_last = equal.flip(1).cumsum(1).flip(1)
-        keep[short] |= equal & (from_last <= spare[short, None])
+        keep[short] |= equal & (from_last <= missing[short, None])
     return keep
-
-
-_FEW = 16

@@ -1,4 +1,4 @@
-"""Second moments of a linear's input, the one statistic that GPTQ and its kin need of the calibration set."""
+"""Second moments of a linear's input over the calibration set: the Hessian of GPTQ and SparseGPT, and ranges."""
 
 from __future__ import annotations
 
@@ -7,24 +7,33 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# Tokens that matrix units sum in one go. They truncate where float32 arithmetic rounds, and what is lost grows with the
-# length of the sum: 1e-5 of it here, 6e-5 at four times as many (measured on an H200). On a CPU they are widened first,
-# and fewer take less memory and no more time.
+# Tokens summed in one matrix product. Matrix units truncate where float32 arithmetic rounds, with a relative error that
+# grows with the length of the sum: 1e-5 here, 6e-5 at four times as many tokens (measured on an H200). On a CPU tokens
+# are converted to float32 first; fewer at a time take less memory and the same time.
 _RUN_CUDA, _RUN = 4096, 1024
 
-# Rows of a Gram matrix made at once: few enough that half of it need not be computed, enough to be worth a product. On
-# a CPU, 2,048 wide, 256 rows take two thirds of the time that 1,024 do.
+# Rows of a panel of H: small enough to skip almost half of the symmetric matrix, large enough for an efficient product.
+# On a CPU, at a width of 2,048, panels of 256 rows take two thirds of the time of panels of 1,024.
 _PANEL, _PANEL_CUDA = 256, 1024
 
 
 @dataclass
 class Moments:
-    """Means over calibration tokens x (the input the compressed model sees) and, where asymmetric calibration is
-    asked for, of x_full (the input the original model sees): sums, until `finish`.
+    """Statistics of the input x of a linear in the compressed model, and of x_full, the same in the original model.
 
-    H: (in, in) float32, the mean of x x^T. D: (in, in) or None, that of (x_full - x) x^T.
-    lo, hi: (in,) float32, the smallest and largest value seen of each input, zero included. squares: (in,) float32, the
-    mean square of each where H is not kept. tokens: how many.
+    Attributes hold sums until `finish` turns them into means over tokens.
+
+    Attributes:
+        in_features: Number of inputs.
+        device: Device of all statistics.
+        gram: Whether H is collected.
+        cross: Whether D is collected, from x and x_full.
+        tokens: Number of tokens added.
+        H: (in, in) float32, the mean of x x^T; None without `gram`.
+        D: (in, in) float32, the mean of (x_full - x) x^T; None without `cross`.
+        lo: (in,) float32, the smallest value of each input, at most zero.
+        hi: (in,) float32, the largest value of each input, at least zero.
+        squares: (in,) float32, the mean square of each input; zeros where H is collected.
     """
 
     in_features: int
@@ -49,18 +58,22 @@ class Moments:
 
     @property
     def peak(self) -> Tensor:
-        """(in,) the largest magnitude seen of each input."""
+        """Largest magnitude of each input, (in,)."""
         return torch.maximum(-self.lo, self.hi)
 
     @property
     def energy(self) -> Tensor:
-        """(in,) the mean square of each input."""
+        """Mean square of each input, the activation energy, (in,)."""
         return self.squares if self.H is None else self.H.diagonal()
 
     def finish(self) -> Moments:
-        """Complete what only half was summed, and make means of the sums, once all activations are in.
+        """Turn sums into means, and fill the lower half of H, after all activations are added.
 
-        Raises: ValueError when NaN or infinity was among the activations.
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: The activations hold NaN or infinity.
         """
         if not torch.isfinite(self.hi - self.lo).all():
             raise non_finite_error()
@@ -73,7 +86,12 @@ class Moments:
         return self
 
     def add(self, x: Tensor, x_full: Tensor | None = None) -> None:
-        """Take in activations of shape (..., in). H is whole only after `finish`."""
+        """Add activations to the sums; of H only the upper half until `finish`.
+
+        Args:
+            x: (..., in), inputs in the compressed model.
+            x_full: (..., in), the same tokens in the original model; needed with `cross`.
+        """
         x = x.reshape(-1, self.in_features).to(self.device)
         self.tokens += x.shape[0]
         self.lo = torch.minimum(self.lo, x.amin(0).float())
@@ -90,13 +108,13 @@ class Moments:
 
 
 def non_finite_error() -> ValueError:
-    """What to tell when NaN or infinity is among the activations."""
+    """Make the error for activations that hold NaN or infinity."""
     return ValueError("the activations hold NaN or infinity; check the model and the calibration text")
 
 
 def _add_gram(H: Tensor, x: Tensor) -> None:
-    """H (in, in) float32 += x^T x, in panels of rows from the diagonal on. x: (tokens, in)."""
-    # The product of two half-precision numbers is exact in float32, and a GPU's matrix units add them up in it.
+    """Add x^T x to the upper half of H (in, in) float32, in panels of rows. x: (tokens, in)."""
+    # The product of two half-precision numbers is exact in float32, and a GPU's matrix units sum in float32.
     half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
     for run in x.split(_RUN_CUDA if x.is_cuda else _RUN):
         run = run if half else run.float()
@@ -113,18 +131,25 @@ def _panel(H: Tensor) -> int:
 
 
 def _mirror(H: Tensor) -> None:
-    """Fill what lies below the diagonal panels of a symmetric H, in place."""
+    """Fill the part below the diagonal panels of a symmetric H, in place."""
     for i in range(0, H.shape[0], panel := _panel(H)):
         j = i + panel
         H[j:, i:j] = H[i:j, j:].T
 
 
 def output_error(W: Tensor, Q: Tensor, H: Tensor, max_rows: int = 256) -> float:
-    """||(W - Q) X||^2 / ||W X||^2 over the calibration set, estimated on evenly spaced rows of W.
+    """Compute ||(W - Q) X||^2 / ||W X||^2 over the calibration set, estimated on evenly spaced rows of W.
 
-    W, Q: (out, in). H: (in, in), of x x^T.
+    Args:
+        W: (out, in), the original weight.
+        Q: (out, in), the compressed weight.
+        H: (in, in), the mean of x x^T.
+        max_rows: Number of rows to compute it on.
+
+    Returns:
+        The relative squared error of the output.
     """
     rows = torch.linspace(0, W.shape[0] - 1, min(max_rows, W.shape[0]), device=W.device).long()
     w, e = W[rows].float(), (W[rows].float() - Q[rows].float())
-    lost, kept = ((e @ H) * e).sum(), ((w @ H) * w).sum()
-    return float(lost / kept.clamp(min=torch.finfo(torch.float32).tiny))
+    error, norm = ((e @ H) * e).sum(), ((w @ H) * w).sum()
+    return float(error / norm.clamp(min=torch.finfo(torch.float32).tiny))

@@ -1,11 +1,11 @@
-"""The optimal-brain-surgeon sweep: round a weight column by column, later columns making up for earlier errors.
+"""The column loop of GPTQ, SparseGPT and LDLQ: process a weight column by column, later columns compensate errors.
 
 GPTQ (arXiv 2210.17323) minimises ||(W - Q) X||^2 = tr(E H E^T), E = W - Q, H = X X^T. Factor H = (I + U) D (I + U)^T
 with U strictly upper triangular; then tr(E H E^T) = sum_j D_j ||E_j + sum_{k<j} E_k U_kj||^2, and rounding column j at
-x_j = W_j + sum_{k<j} E_k U_kj makes each term as small as a grid allows. This is LDLQ (QuIP, arXiv 2307.13304, Theorem
-6 shows that it is GPTQ, step for step). It needs one Cholesky factor and no inverse, its feedback is a matrix product
-with the small errors rather than a running update of large weights, and it takes any *rounder*: an integer grid, FP8,
-a pruning mask, a codebook.
+x_j = W_j + sum_{k<j} E_k U_kj makes each term as small as a grid allows. This is LDLQ (QuIP, arXiv 2307.13304; its
+Theorem 6 shows that LDLQ and GPTQ are the same algorithm). It needs one Cholesky factor and no inverse, and its error
+feedback is a matrix product with the small errors, not a running update of the large weights. A `Rounder` chooses the
+values: an integer grid, FP8, a pruning mask, a codebook.
 """
 
 from __future__ import annotations
@@ -20,25 +20,42 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LdlFactor:
-    """A: (in, in) strictly lower triangular, A = U^T. D: (in,). dampening_frac: what it took to factor H."""
+    """Factors of a damped Hessian H + dampening_frac * mean(diag H) * I = (I + A^T) D (I + A).
+
+    Attributes:
+        A: (in, in) float32, strictly lower triangular; A = U^T of the module's docstring.
+        D: (in,) float32, the diagonal of D.
+        dampening_frac: The damping with which the factorization succeeded.
+    """
 
     A: Tensor
     D: Tensor
     dampening_frac: float
 
 
-# Rows moved at a time: what holds the moments of a wide linear should hold no more copies than it must.
+# Rows copied or reversed at a time: bounds the memory beside the moments of a wide linear.
 _PANEL = 512
 
 
 def factor_hessian(
     H: Tensor, dampening_frac: float = 0.01, order: Tensor | None = None, *, attempts: int = 6
 ) -> LdlFactor:
-    """Factor H + dampening_frac * mean(diag H) * I as (I + A^T) D (I + A), its inputs taken in this order.
+    """Factor H + dampening_frac * mean(diag H) * I as (I + A^T) D (I + A), with the columns of H in a given order.
 
-    H: (in, in) float32, symmetric; an input that is always zero (a dead column) has a zero row and column, and
-    after damping has no influence on the others. When the factorisation breaks down the damping is multiplied by
-    ten, up to 1, and tried again. Raises: ValueError when H holds NaN or infinity, or cannot be factored at all.
+    An input that is always zero (a dead column) has a zero row and column in H; after damping it has no influence on
+    the others. When the factorization fails, the damping is multiplied by ten, up to 1, and tried again.
+
+    Args:
+        H: (in, in) float32, symmetric.
+        dampening_frac: Share of the mean diagonal that is added to the diagonal.
+        order: (in,) indices, the order of the columns; None keeps theirs.
+        attempts: Number of dampings to try.
+
+    Returns:
+        The factors, their columns in this order.
+
+    Raises:
+        ValueError: H holds NaN or infinity, or cannot be factored with any damping.
     """
     mean = H.diagonal().mean()
     if not torch.isfinite(mean):
@@ -50,11 +67,11 @@ def factor_hessian(
         # With both axes reversed, the lower Cholesky factor is R, the upper factor of H = R R^T.
         R_T = _reversed(H, order)
         R_T.diagonal().add_(frac * mean)
-        # What LAPACK would put there column by column is the transpose as we look at it: the factor takes H's place.
+        # LAPACK writes column-major: the transposed views let the factor overwrite H without a copy.
         info = torch.empty((), dtype=torch.int32, device=H.device)
         torch.linalg.cholesky_ex(R_T.mT, out=(R_T.mT, info))
         if info == 0 and torch.isfinite(R_T.diagonal()).all():
-            _turn_round(R_T)
+            _reverse_in_place(R_T)
             roots = R_T.diagonal().clone()
             A = R_T.div_(roots[:, None])
             A.diagonal().zero_()
@@ -64,18 +81,18 @@ def factor_hessian(
 
 
 def _reversed(H: Tensor, order: Tensor | None) -> Tensor:
-    """H with its rows and columns in the opposite of this order, in new memory."""
+    """Copy H with its rows and columns in the reverse of an order."""
     if order is None:
         return H.flip(0, 1)
     last_first = order.flip(0)
     out = torch.empty_like(H)
-    for rows, into in zip(last_first.split(_PANEL), out.split(_PANEL), strict=True):
-        torch.index_select(H[rows], 1, last_first, out=into)
+    for rows, panel in zip(last_first.split(_PANEL), out.split(_PANEL), strict=True):
+        torch.index_select(H[rows], 1, last_first, out=panel)
     return out
 
 
-def _turn_round(M: Tensor) -> None:
-    """Reverse both axes in place, a few numbers from either end at a time."""
+def _reverse_in_place(M: Tensor) -> None:
+    """Reverse both axes of a matrix in place, swapping panels from both ends."""
     flat = M.view(-1)
     n, step = len(flat), _PANEL * M.shape[1]
     for i in range(0, n // 2, step):
@@ -90,21 +107,36 @@ class Rounder(Protocol):
 
     @property
     def unit(self) -> int:
-        """Columns given at a time."""
+        """Number of columns per call."""
 
     def __call__(self, first: int, W: Tensor, X: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         """Round columns [first, first + n).
 
-        W, X: (n, rows) target values, and the same with the feedback of all earlier columns added.
-        A: (n, n) strictly lower triangular. Returns: codes (n, rows), any dtype, and E = W - q (n, rows).
+        Args:
+            first: Index of the first column, in the order of the loop.
+            W: (n, rows) float32, the values to approximate.
+            X: (n, rows) float32, W with the compensation of the errors of all earlier columns added.
+            A: (n, n) float32, strictly lower triangular.
+
+        Returns:
+            Codes (n, rows) of any dtype, and errors E = W - q, (n, rows) float32.
         """
 
 
 def run_column_loop(W: Tensor, A: Tensor, rounder: Rounder, block_size: int = 128) -> Tensor:
-    """Round W (rows, in) with error feedback A (in, in); returns the rounder's codes, (rows, in).
+    """Round all columns of a weight in order, compensating each column's error in later columns.
 
-    Columns go in units (the rounder's), units in blocks: feedback from earlier blocks is one large matrix product a
-    block, from earlier units of the block a small one a unit, and only inside a unit is it column by column.
+    Columns are processed in units (of the rounder), units in blocks: compensation between blocks is one large matrix
+    product per block, between units of a block a small one per unit, and only inside a unit is it column by column.
+
+    Args:
+        W: (rows, in) float32.
+        A: (in, in) float32, strictly lower triangular, of `factor_hessian`.
+        rounder: Chooses the values of a unit.
+        block_size: Columns of a block; rounded down to a multiple of the unit, at least one unit.
+
+    Returns:
+        The rounder's codes, (rows, in).
     """
     W = W.T.contiguous()
     n = W.shape[0]
@@ -132,7 +164,19 @@ def round_in_units(
     X: Tensor,
     A: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Round neighbouring columns unit by unit, with the feedback between units. Shapes as in Rounder."""
+    """Round neighbouring columns unit by unit, compensating errors between units.
+
+    Args:
+        rounder: Rounds a unit; arguments and results as of `Rounder`.
+        unit: Columns per call.
+        first: Index of the first column, in the order of the loop.
+        W: (n, rows), as for `Rounder`.
+        X: (n, rows), as for `Rounder`.
+        A: (n, n), as for `Rounder`.
+
+    Returns:
+        Codes and errors E, both (n, rows).
+    """
     n = W.shape[0]
     E = torch.empty_like(W)
     codes: Tensor | None = None
@@ -148,11 +192,19 @@ def round_in_units(
 
 
 def compensate_errors(W: Tensor, X: Tensor, A: Tensor) -> Tensor:
-    """What the columns of a unit would be if none of them had to be rounded: the values a grid should fit.
+    """Compute the columns of a unit that compensate all earlier errors best if none of them is rounded.
 
-    Where earlier errors can be answered for by the whole unit, its best real values are W + F (I + U)^-1, with
-    F = X - W the feedback so far; these are the updated weights that GPTQ's own form keeps. Shapes as in Rounder.
+    A grid or a mask of the unit is fitted to these values. They are W + F (I + U)^-1, with F = X - W the feedback so
+    far: the updated weights that GPTQ's own formulation keeps.
+
+    Args:
+        W: (n, rows), as for `Rounder`.
+        X: (n, rows), as for `Rounder`.
+        A: (n, n), as for `Rounder`.
+
+    Returns:
+        (n, rows) float32.
     """
     identity = torch.eye(A.shape[0], device=A.device)
-    answer: Tensor = torch.linalg.solve_triangular(identity + A, X - W, upper=False, unitriangular=True)
-    return W + answer
+    compensation: Tensor = torch.linalg.solve_triangular(identity + A, X - W, upper=False, unitriangular=True)
+    return W + compensation
