@@ -19,7 +19,8 @@ from laconic.kv.attend import reads_packed
 from laconic.kv.cache import Calibrated, KvCache
 from laconic.kv.positions import places_of
 from laconic.kv.scheme import KvScheme
-from laconic.structure.widths import BASE, block_configs
+from laconic.structure.config_keys import BASE
+from laconic.structure.widths import block_configs
 
 _OTHER_STATE = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "xlstm")
 

@@ -17,7 +17,7 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 from vllm.model_executor.models.utils import make_layers
 
-from laconic.structure.widths import BASE, WIDTHS
+from laconic.structure.config_keys import BASE, WIDTHS
 
 # Those that were tried; more may work.
 _SERVED = (

@@ -1,1 +1,1 @@
-"""The parts of a model, found by structure and not by name: blocks, taps, links, experts, heads, widths."""
+"""Parts of a model, found by their structure and not by names: blocks, taps, links, experts, heads, widths."""

@@ -1,7 +1,7 @@
-"""The parts of a model a compressor needs, found by structure: its decoder blocks, and which linears share an input.
+"""Parts of a model that a compressor needs, found by structure: its decoder blocks, and linears that share an input.
 
-Nothing here knows an architecture's name. The blocks are the longest ModuleList of modules that hold linears; the taps
-of a block are found by running it on the meta device, where a tensor has an identity but no memory.
+No architecture is named. The blocks are the longest ModuleList of modules that contain linears; the taps of a block are
+found by running it on the meta device, where a tensor has an identity but no memory.
 """
 
 from __future__ import annotations
@@ -19,13 +19,24 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from laconic.structure.experts import enclosing_experts, routers_of
-from laconic.structure.hooks import StopForward, capture_inputs, capture_outputs, forward_pre_hooks, patched_forwards
+from laconic.structure.hooks import (
+    Hook,
+    StopForward,
+    capture_inputs,
+    capture_outputs,
+    forward_pre_hooks,
+    patched_forwards,
+)
 
 
 @dataclass(frozen=True)
 class Tap:
-    """Linears that read the same tensor (q/k/v; gate/up), in order of execution; names within the block. experts: the
-    name of the experts that they belong to, if any."""
+    """Linears of a block that read the same input tensor (q/k/v; gate/up), and so share one Hessian.
+
+    Attributes:
+        linears: Names within the block, in order of execution.
+        experts: Name within the block of the `Experts` module that contains them; None for other linears.
+    """
 
     linears: tuple[str, ...]
     experts: str | None = None
@@ -33,10 +44,16 @@ class Tap:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """blocks: name of the ModuleList (`model.layers`). taps: for each block its taps in order of execution.
-    head: name of the linear that makes logits. tied: whether it shares its weight with the embeddings. wrapped: whether
-    a block returns its hidden states in a tuple. routers: what weighs experts; it stays as
-    it is."""
+    """Decoder blocks of a model, the taps of each block, and the output head.
+
+    Attributes:
+        blocks: Name of the ModuleList of blocks (`model.layers`).
+        taps: Taps of each block, in order of execution.
+        head: Name of the linear that computes logits.
+        tied: Whether the head shares its weight with the embeddings.
+        wrapped: Whether a block returns its hidden states in a tuple.
+        routers: Full names of modules that weigh experts or a shared expert; they are not compressed.
+    """
 
     blocks: str
     taps: tuple[tuple[Tap, ...], ...]
@@ -46,41 +63,51 @@ class Anatomy:
     routers: frozenset[str] = frozenset()
 
     def block_name(self, i: int) -> str:
-        """Full name of block i."""
+        """Return the full name of block i."""
         return f"{self.blocks}.{i}"
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """How the model calls one of its blocks, apart from the hidden states: the same for every calibration sample,
-    since all have one length and no padding."""
+    """Arguments with which the model calls one of its blocks, apart from the hidden states.
+
+    They are the same for every calibration sample, since all samples have one length and no padding.
+
+    Attributes:
+        args: Positional arguments after the hidden states.
+        kwargs: Keyword arguments (position embeddings, attention mask).
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Run the block on hidden states (batch, tokens, hidden)."""
+        """Run the block on hidden states (batch, tokens, hidden), and return those it computes."""
         out = block(hidden, *self.args, **self.kwargs)
         first: Tensor = out[0] if isinstance(out, tuple) else out
         return first
 
     def to(self, device: torch.device | str) -> BlockCall:
-        """The same call with its tensors elsewhere."""
+        """Copy the call with its tensors on a device."""
         move = lambda x: x.to(device) if isinstance(x, Tensor) else x  # noqa: E731
         return BlockCall(tree_map(move, self.args), tree_map(move, self.kwargs))
 
 
 def dissect(model: PreTrainedModel) -> Anatomy:
-    """Find blocks, taps and head of a model skeleton.
+    """Find blocks, taps and head of a model.
 
-    Raises: ValueError for a model that has no decoder blocks with linears, or whose blocks cannot be traced.
+    Args:
+        model: A model; its parameters may be on the meta device (`checkpoint.source.build_skeleton`).
+
+    Raises:
+        ValueError: The model has no decoder blocks with linears, or its blocks cannot be traced.
     """
     name = find_blocks(model)
     blocks = model.get_submodule(name)
     assert isinstance(blocks, nn.ModuleList)
     head = _find_head(model)
     try:
-        # Made-up embeddings stand in for the embedding's weights, which are not loaded.
+        # The embedding's weights may not be loaded; zeros replace its output.
         hidden, calls = capture_calls(model, name, inputs_embeds=zero_embeddings(model, 1, 4))
         traced = [_trace(block, call, hidden) for block, call in zip(blocks, calls, strict=True)]
     except ValueError:
@@ -97,20 +124,39 @@ def dissect(model: PreTrainedModel) -> Anatomy:
 
 
 def observation_rounds(taps: Sequence[Tap]) -> list[list[Tap]]:
-    """Taps that are observed together where a block is treated in sequence: each alone, but that of all experts at
-    once, since none of them depends on another's."""
-    found: dict[Any, list[Tap]] = {}
+    """Group taps for sequential calibration of a block: the taps of a group are observed in one pass.
+
+    Every tap is a group of its own, except that the same tap of all experts of a layer forms one group, since no expert
+    reads another's output.
+
+    Args:
+        taps: Taps of the block, in order of execution.
+
+    Returns:
+        The groups, in order of execution.
+    """
+    groups: dict[Any, list[Tap]] = {}
     for tap in taps:
         leaves = tuple(n.rpartition(".")[2] for n in tap.linears)
-        found.setdefault((tap.experts, leaves) if tap.experts else tap, []).append(tap)
-    return list(found.values())
+        groups.setdefault((tap.experts, leaves) if tap.experts else tap, []).append(tap)
+    return list(groups.values())
 
 
 def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) -> tuple[Tensor, list[BlockCall]]:
-    """Embed `input_ids` (or take `inputs_embeds`) and record how each block would be called, without running any block.
-    Weights outside the blocks that are not loaded (learned positions) count as zero.
+    """Record the arguments with which the model calls its blocks, without running any block.
 
-    Returns: hidden states as the first block gets them, and one Call a block.
+    Weights outside the blocks that are not loaded (learned positions) are replaced by zeros.
+
+    Args:
+        model: The model.
+        blocks_name: Name of its ModuleList of blocks.
+        **inputs: Inputs of the model: `input_ids`, or `inputs_embeds`.
+
+    Returns:
+        Hidden states as the first block gets them, and one call per block.
+
+    Raises:
+        ValueError: The model does not call its blocks one after another.
     """
     blocks = model.get_submodule(blocks_name)
     assert isinstance(blocks, nn.ModuleList)
@@ -126,14 +172,23 @@ def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) ->
         return hidden_states
 
     with torch.no_grad(), suppress(StopForward), patched_forwards((block, bypass) for block in blocks):
-        functional_call(model, _blanks(model, blocks_name), kwargs={**inputs, "use_cache": False})
+        functional_call(model, _zero_weights(model, blocks_name), kwargs={**inputs, "use_cache": False})
     if len(calls) != len(blocks):
         raise ValueError(f"unsupported architecture '{model.config.model_type}': its blocks are not called one by one")
     return first[0], calls
 
 
 def compute_head_input(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor) -> Tensor:
-    """What the head reads when the last block has put out `hidden` (batch, tokens, hidden)."""
+    """Compute the input of the head from the output of the last block.
+
+    Args:
+        model: The model, its modules outside the blocks loaded.
+        anatomy: Its blocks and head.
+        hidden: (batch, tokens, hidden), the output of the last block.
+
+    Returns:
+        (batch, tokens, hidden), after the final norm.
+    """
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
     output = (hidden,) if anatomy.wrapped else hidden
@@ -147,33 +202,32 @@ def compute_head_input(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor)
     head = model.get_submodule(anatomy.head)
     skipped = [*((block, skip_block) for block in blocks), (head, skip_head)]
     blank = zero_embeddings(model, *hidden.shape[:2]).to(hidden.device, hidden.dtype)
-    with capture_inputs({anatomy.head: head}) as inputs, patched_forwards(skipped):
-        with torch.no_grad(), suppress(StopForward):
-            model(inputs_embeds=blank, use_cache=False)
-    return inputs[anatomy.head]
+    with capture_inputs({"head": head}) as inputs, patched_forwards(skipped), suppress(StopForward), torch.no_grad():
+        model(inputs_embeds=blank, use_cache=False)
+    return inputs["head"]
 
 
 def linear_at(module: nn.Module, name: str) -> nn.Linear:
-    """The linear of this name in a module."""
+    """Return the linear of this name in a module."""
     linear = module.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     return linear
 
 
 def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
-    """Linears inside a module, by name."""
+    """Return the linears inside a module, by name."""
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
 def zero_embeddings(model: PreTrainedModel, samples: int, tokens: int) -> Tensor:
-    """Hidden states as if every embedding were zero."""
+    """Make embeddings (samples, tokens, hidden) of zeros, in the dtype of the model."""
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)
     return torch.zeros(samples, tokens, embeddings.shape[1], dtype=model.dtype)
 
 
-def _blanks(model: PreTrainedModel, blocks: str) -> dict[str, Tensor]:
-    """Zeros in place of weights that are not loaded, of what is neither block nor embedding nor head."""
+def _zero_weights(model: PreTrainedModel, blocks: str) -> dict[str, Tensor]:
+    """Make zeros for unloaded parameters outside the blocks, the embeddings and the head."""
     ends = [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     return {
         n: torch.zeros_like(p, device="cpu")
@@ -183,41 +237,42 @@ def _blanks(model: PreTrainedModel, blocks: str) -> dict[str, Tensor]:
 
 
 def _trace(block: nn.Module, call: BlockCall, hidden: Tensor) -> tuple[tuple[Tap, ...], bool]:
-    """The taps of a block, and whether it returns a tuple."""
-    # On the meta device a tensor has an identity but no memory, so a block of any size can be followed.
+    """Find the taps of a block, and whether it returns a tuple."""
+    # On the meta device a tensor has an identity but no memory, so that a block of any size can be traced.
     block = copy.deepcopy(block).to("meta")
     linears = linears_of(block)
-    # The tensors themselves are kept while tracing, because the id of a freed one is used again.
+    # References are held while tracing: the id of a freed tensor would be used again.
     groups: list[tuple[Tensor, list[str]]] = []
 
-    def hook(name: str) -> Any:
-        def remember(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def group_by_input(name: str) -> Hook:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             for tensor, names in groups:
                 if tensor is args[0]:
                     names.append(name)
                     return
             groups.append((args[0], [name]))
 
-        return remember
+        return hook
 
-    observed = forward_pre_hooks((linear, hook(name)) for name, linear in linears.items())
-    with torch.no_grad(), observed, capture_outputs({"block": block}) as outputs:
+    hooks = forward_pre_hooks((linear, group_by_input(name)) for name, linear in linears.items())
+    with torch.no_grad(), hooks, capture_outputs({"block": block}) as outputs:
         call.to("meta")(block, hidden.to("meta"))
     taps = tuple(Tap(tuple(names), enclosing_experts(block, names[0])) for _, names in groups)
     return taps, isinstance(outputs["block"], tuple)
 
 
 def find_blocks(model: nn.Module) -> str:
-    """The name of the list of decoder blocks: the longest ModuleList of modules that hold linears.
+    """Find the name of the list of decoder blocks: the longest ModuleList of modules that contain linears.
 
-    Raises: ValueError when there is none.
+    Raises:
+        ValueError: There is none.
     """
     candidates: dict[str, nn.ModuleList] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(linears_of(child) for child in module)
     }
-    # Lists inside blocks (experts, heads) are not the blocks.
+    # Lists inside blocks (experts) are not the blocks.
     outer = {n: m for n, m in candidates.items() if not any(n.startswith(f"{o}.") for o in candidates)}
     if not outer:
         raise ValueError(

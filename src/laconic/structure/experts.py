@@ -1,7 +1,7 @@
-"""Mixtures of experts, taken apart: a linear for each expert and projection, where transformers keeps them stacked.
+"""Mixtures of experts with a linear for each expert and projection, where transformers stacks them in two tensors.
 
-transformers holds all experts of a layer in two tensors (gate_up_proj (E, 2 I, H), down_proj (E, H, I)). Checkpoints
-and engines have a linear each, under names that transformers' own conversion from one to the other tells.
+transformers stores all experts of a layer in two tensors: gate_up_proj (E, 2 I, H) and down_proj (E, H, I). Checkpoints
+and engines have one linear each; their names are taken from transformers' conversion between the two.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
 
 class Projections(NamedTuple):
-    """What an expert's linears are called in checkpoints."""
+    """Names of an expert's linears in checkpoints."""
 
     gate: str
     up: str
@@ -29,7 +29,7 @@ class Projections(NamedTuple):
 
 
 class Expert(nn.Module):
-    """The linears of one expert, and what its gate goes through."""
+    """Linears of one expert, and the activation function of its gate."""
 
     def __init__(self, act: nn.Module) -> None:
         super().__init__()
@@ -37,8 +37,19 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """The experts of a layer. every_token: show every token to every expert, beside those that are routed to it; the
-    output stays the same, bit for bit."""
+    """Experts of a layer, each with linears of its own.
+
+    Args:
+        stacked: The module of transformers that holds the stacked experts.
+        names: Names of an expert's linears.
+
+    Attributes:
+        num_experts: Number of experts.
+        intermediate: Width of an expert.
+        names: Names of an expert's linears.
+        every_token: Whether hooks of an expert's linears see every token, not only those routed to it. The output of
+            the layer is the same, bit for bit.
+    """
 
     def __init__(self, stacked: nn.Module, names: Projections) -> None:
         down, act = stacked.get_parameter(DOWN), stacked.get_submodule("act_fn")
@@ -52,19 +63,28 @@ class Experts(nn.ModuleList):
                 setattr(expert, name, nn.Linear(inputs, outputs, bias=False, device=down.device, dtype=down.dtype))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states: (tokens, H). top_k_index, top_k_weights: (tokens, k). Returns: (tokens, H).
+        """Route tokens to their experts, and sum the weighted outputs.
 
-        Every gate and up runs before any down, so that one pass can show the inputs of either of all experts.
+        Every gate and up projection runs before any down projection, so that one pass observes the inputs of all
+        experts' gate and up projections, or of all down projections.
+
+        Args:
+            hidden_states: (tokens, H).
+            top_k_index: (tokens, k), the experts of each token.
+            top_k_weights: (tokens, k), their weights.
+
+        Returns:
+            (tokens, H).
         """
         if hidden_states.is_meta:
             return self._trace(hidden_states)
         if self.every_token:
-            self._show(hidden_states)
-        places = [torch.where(top_k_index == i) for i in range(self.num_experts)]
-        routed = [(e, token, k) for e, (token, k) in zip(self, places, strict=True) if len(token)]
+            self._run_every_token(hidden_states)
+        routes = [torch.where(top_k_index == i) for i in range(self.num_experts)]
+        routed = [(e, token, k) for e, (token, k) in zip(self, routes, strict=True) if len(token)]
         inner = [self._inner(e, hidden_states[token]) for e, token, _ in routed]
         dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
-        # A place for every product: summed in one order, where adding in place would be in any on a GPU.
+        # One slot per product, summed in a fixed order: adding in place has no fixed order on a GPU.
         out = torch.zeros(*top_k_index.shape, hidden_states.shape[-1], dtype=dtype, device=hidden_states.device)
         for (e, token, k), x in zip(routed, inner, strict=True):
             out[token, k] = self._run(e, self.names.down, x) * top_k_weights[token, k, None]
@@ -77,11 +97,12 @@ class Experts(nn.ModuleList):
 
     def _run(self, expert: nn.Module, name: str, x: Tensor) -> Tensor:
         linear = getattr(expert, name)
-        # Whoever watches a linear has seen all tokens already.
+        # Hooks of the linear have seen every token already; calling `forward` directly does not run them again.
         out: Tensor = type(linear).forward(linear, x) if self.every_token else linear(x)
         return out
 
-    def _show(self, hidden_states: Tensor) -> None:
+    def _run_every_token(self, hidden_states: Tensor) -> None:
+        """Run every expert on every token, for the hooks of its linears."""
         for expert in self:
             getattr(expert, self.names.gate)(hidden_states)
             getattr(expert, self.names.up)(hidden_states)
@@ -89,7 +110,7 @@ class Experts(nn.ModuleList):
             getattr(expert, self.names.down)(self._inner(expert, hidden_states))
 
     def _trace(self, hidden_states: Tensor) -> Tensor:
-        """Without values there is no routing: every expert reads a tensor of its own, as when there is."""
+        """Run every expert on its own view of the input, as tracing needs; meta tensors have no values to route by."""
         inner = [self._inner(e, hidden_states.view_as(hidden_states)) for e in self]
         for expert, x in zip(self, inner, strict=True):
             self._run(expert, self.names.down, x)
@@ -97,9 +118,14 @@ class Experts(nn.ModuleList):
 
 
 def unstack_experts(model: PreTrainedModel, where: Callable[[str], bool] = lambda _: True) -> None:
-    """Put `Experts` where a model keeps its experts stacked. where: asked of the name of a linear that there would be.
+    """Replace the stacked experts of a model by `Experts` modules.
 
-    Raises: ValueError for experts that are stacked in another way.
+    Args:
+        model: The model, changed in place.
+        where: Tells by the name of a layer's first gate linear whether to replace that layer.
+
+    Raises:
+        ValueError: Experts are stacked in another way.
     """
     names = _stored_names(model)
     for path, module in list(model.named_modules()):
@@ -107,16 +133,21 @@ def unstack_experts(model: PreTrainedModel, where: Callable[[str], bool] = lambd
             continue
         if names is None or not _is_known(module):
             raise ValueError(
-                f"unsupported architecture '{model.config.model_type}': its experts ({path}) are kept in a way that "
-                "cannot be taken apart yet"
+                f"unsupported architecture '{model.config.model_type}': its experts ({path}) are stored in a "
+                "layout that Laconic cannot split into linears"
             )
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, Experts(module, names))
 
 
-def unstack_experts_like(block: nn.Module, taken_apart: nn.Module) -> None:
-    """The same in a block that was built anew, as in one that is taken apart already."""
-    for path, experts in taken_apart.named_modules():
+def unstack_experts_like(block: nn.Module, example: nn.Module) -> None:
+    """Replace the stacked experts of a newly built block where another block of its kind has `Experts`.
+
+    Args:
+        block: The block, changed in place.
+        example: A block with `Experts`.
+    """
+    for path, experts in example.named_modules():
         if isinstance(experts, Experts):
             parent, _, leaf = path.rpartition(".")
             setattr(block.get_submodule(parent), leaf, Experts(block.get_submodule(path), experts.names))
@@ -124,7 +155,11 @@ def unstack_experts_like(block: nn.Module, taken_apart: nn.Module) -> None:
 
 @contextmanager
 def calibrate_all_experts(*modules: nn.Module) -> Iterator[None]:
-    """Show every token to every expert in these modules."""
+    """Let hooks of every expert's linears see every token while the context lasts, not only the routed ones.
+
+    Args:
+        *modules: Modules that contain `Experts`, at any depth.
+    """
     experts = [m for module in modules for m in module.modules() if isinstance(m, Experts)]
     for m in experts:
         m.every_token = True
@@ -136,15 +171,20 @@ def calibrate_all_experts(*modules: nn.Module) -> Iterator[None]:
 
 
 def enclosing_experts(module: nn.Module, linear: str) -> str | None:
-    """The name of the experts that the linear of this name is in, None when it is in none."""
+    """Return the name of the `Experts` module that contains a linear, or None.
+
+    Args:
+        module: The module in which both have their names.
+        linear: Name of the linear.
+    """
     parts = linear.split(".")
     above = (".".join(parts[:i]) for i in range(len(parts)))
     return next((n for n in above if isinstance(module.get_submodule(n), Experts)), None)
 
 
 def routers_of(module: nn.Module) -> set[str]:
-    """What, beside experts, weighs them or a shared expert; engines have linears there, and keep them as they are."""
-    found = set()
+    """Find modules beside experts that weigh them or a shared expert, by name; engines keep them uncompressed."""
+    routers = set()
     for path, experts in module.named_modules():
         if isinstance(experts, Experts):
             beside = path.rpartition(".")[0]
@@ -153,18 +193,18 @@ def routers_of(module: nn.Module) -> set[str]:
                 if isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) in (1, experts.num_experts):
                     full = f"{beside}.{name}" if beside else name
                     if not full.startswith(f"{path}."):
-                        found.add(full)
-    return found
+                        routers.add(full)
+    return routers
 
 
 def _is_stacked(module: nn.Module) -> bool:
-    """Whether a module holds many experts in one tensor."""
+    """Return whether a module stores several experts in one tensor."""
     matrices = [p for p in module.parameters(recurse=False) if p.dim() == 3]
     return bool(matrices) and not isinstance(module, _ConvNd) and hasattr(module, "num_experts")
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether stacked experts are gate and up, one after the other, and down; no bias, nothing transposed."""
+    """Return whether stacked experts are a concatenated gate and up, and down, without bias and not transposed."""
     parameters = {n: tuple(p.shape) for n, p in module.named_parameters()}
     if parameters.keys() != {GATE_UP, DOWN} or len(parameters[DOWN]) != 3:
         return False
@@ -182,9 +222,8 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def _stored_names(model: PreTrainedModel) -> Projections | None:
-    """What an expert's linears are called in checkpoints, by transformers' own conversion; None when that does more
-    than stack them."""
-    found: dict[str, list[str]] = {}
+    """Read the names of an expert's linears from transformers' conversion; None when that does more than stack them."""
+    stored: dict[str, list[str]] = {}
     for conversion in get_model_conversion_mapping(model):
         if isinstance(conversion, WeightConverter) and len(conversion.target_patterns) == 1:
             target = conversion.target_patterns[0].rpartition(".")[2]
@@ -193,6 +232,6 @@ def _stored_names(model: PreTrainedModel) -> Projections | None:
                 if [type(operation) for operation in conversion.operations] != expected:
                     return None
                 patterns = [p.removesuffix(".weight").removesuffix(r"\.weight") for p in conversion.source_patterns]
-                found[target] = [p.rpartition(".")[2] for p in patterns]
-    gate_up, down = found.get(GATE_UP, ["gate_proj", "up_proj"]), found.get(DOWN, ["down_proj"])
+                stored[target] = [p.rpartition(".")[2] for p in patterns]
+    gate_up, down = stored.get(GATE_UP, ["gate_proj", "up_proj"]), stored.get(DOWN, ["down_proj"])
     return Projections(*gate_up, *down) if (len(gate_up), len(down)) == (2, 1) else None

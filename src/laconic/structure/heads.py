@@ -1,4 +1,4 @@
-"""Which rows and columns of a block's attention belong to which head, found by shape."""
+"""Rows and columns of a block's attention linears by head, found by shape."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ from laconic.structure.anatomy import Tap
 
 @dataclass(frozen=True)
 class Heads:
-    """count: heads of queries, each of `size` channels, in `groups` that share a key and a value. rows: linears, by
-    name in the block, and in how many heads or groups their rows are. output: the linear whose columns are heads';
-    tap: its own."""
+    """Heads of a block's attention.
+
+    Attributes:
+        count: Number of query heads.
+        groups: Number of key-value heads.
+        size: Channels of a head.
+        rows: Linears whose rows are heads, by name within the block: the number of heads in their rows.
+        output: Name of the linear whose columns are heads (o_proj).
+        tap: Tap of the output linear.
+    """
 
     count: int
     groups: int
@@ -27,8 +34,17 @@ class Heads:
     tap: Tap
 
     def protected(self, linear: str, heads: Set[int]) -> Tensor | None:
-        """What of a linear is these heads': (rows, 1) or (1, columns) bool, None of one that has no heads. Keys and
-        values go with any head that reads them."""
+        """Make the mask of the rows or columns of a linear that belong to some query heads.
+
+        Keys and values belong to every query head that reads them.
+
+        Args:
+            linear: Name of the linear within the block.
+            heads: Numbers of the query heads.
+
+        Returns:
+            (rows, 1) or (1, columns) bool; None if the linear has no heads.
+        """
         if linear == self.output:
             return self._channels(self.count, heads)[None]
         if linear not in self.rows:
@@ -41,9 +57,15 @@ class Heads:
 
 
 def find_heads(taps: Sequence[Tap], shapes: Mapping[str, tuple[int, int]], config: PreTrainedConfig) -> Heads:
-    """taps: of a block, in order of execution. shapes: (out, in) of its linears.
+    """Find the attention heads of a block by the shapes of its linears.
 
-    Raises: ValueError where queries, keys and values are not linears of their own, or the shapes are others.
+    Args:
+        taps: Taps of the block, in order of execution.
+        shapes: Shape (out, in) of each linear, by name within the block.
+        config: Config of the model.
+
+    Raises:
+        ValueError: Queries, keys and values are not separate linears of the shapes that the config describes.
     """
     text = config.get_text_config()
     count = text.num_attention_heads

@@ -1,10 +1,10 @@
-"""Links: where a scale put on the input channels of some linears can be taken back without changing the function.
+"""Links: pairs of a source and its readers between which a scale can be moved without changing the block's function.
 
-AWQ and SmoothQuant multiply the columns of linears by s and divide what feeds them by s. What feeds them is a norm
-whose output they alone read, or a linear whose output channels reach them unmixed (v -> o through attention, also
-grouped; up -> down through a gate). Nothing is assumed: every candidate is tried on the block with random weights and
-scales that are powers of two, under which floating-point arithmetic is exact, and it is a link if the output of the
-block stays the same to the last bit.
+AWQ and SmoothQuant multiply the columns of linears (the readers) by s and divide the output channels of their source by
+s. The source is a norm whose output only the readers read, or a linear whose output channels reach them unmixed (v -> o
+through attention, also grouped; up -> down through a gate). Nothing is assumed: every candidate is tried on the block
+with random weights and scales that are powers of two, for which floating-point arithmetic is exact; it is a link if the
+output of the block stays the same to the last bit.
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ from transformers import PreTrainedModel
 
 from laconic.structure.anatomy import Anatomy, BlockCall, Tap, capture_calls, linear_at, zero_embeddings
 from laconic.structure.experts import Experts, routers_of
-from laconic.structure.hooks import capture_inputs, forward_hooks
+from laconic.structure.hooks import Hook, capture_inputs, forward_hooks
 
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """readers: what has its columns multiplied: all linears, and routers, that read the tensor. source: the norm or
-    linear whose output is divided. channels: for each input channel of the readers, the source's output channel that
-    feeds it; None when they are the same. offset: a norm that multiplies by 1 + weight."""
+    """A source and its readers, by names within the block.
+
+    Attributes:
+        readers: All linears and routers that read the source's output; their columns are multiplied.
+        source: Norm or linear whose output channels are divided.
+        channels: (in,) for each input channel of the readers, the output channel of the source that feeds it; None for
+            a norm, whose channels are in the same order.
+        offset: Whether the source is a norm that multiplies by 1 + weight.
+    """
 
     readers: tuple[str, ...]
     source: str
@@ -36,21 +42,27 @@ class Link:
 
     @property
     def is_norm(self) -> bool:
-        """Whether a norm feeds the readers."""
+        """Whether the source is a norm."""
         return self.channels is None
 
 
 def fold(block: nn.Module, link: Link, s: Tensor) -> Tensor:
-    """Divide what feeds the readers by s and multiply their columns by it, in place.
+    """Divide the source's channels by s and multiply the readers' columns by it, in place.
 
-    s: positive, one a channel of the source that is linked (all of a norm's; in order of `used`). Returns: the scales
-    of the readers' columns (in,), as they came out in the source's dtype.
+    Args:
+        block: The block that contains them.
+        link: The source and its readers.
+        s: Positive scales, one per linked channel of the source (all channels of a norm; `linked_channels` of a
+            linear).
+
+    Returns:
+        Scales of the readers' columns, (in,), as rounded to the source's dtype.
     """
     if link.is_norm:
         source = block.get_submodule(link.source)
         old = _multiplier(source, link)
         _divide_norm(source, s, link)
-        # Columns get what the norm really lost to rounding, so that the product stays as it was.
+        # Columns are scaled by the norm's change after rounding, so that the product stays the same.
         now = _multiplier(source, link)
         columns = torch.where((now != 0) & (old != 0), old / now, s)
     else:
@@ -69,14 +81,22 @@ def fold(block: nn.Module, link: Link, s: Tensor) -> Tensor:
 
 
 def linked_channels(link: Link) -> Tensor:
-    """The source's channels that feed the readers, each once, ascending."""
+    """Return the output channels of the source that feed the readers, each once, ascending."""
     assert link.channels is not None
     channels: Tensor = torch.unique(link.channels)
     return channels
 
 
 def pool_to_source(link: Link, x: Tensor) -> Tensor:
-    """A figure of every input channel, as one of every linked channel of the source: the largest of those it feeds."""
+    """Reduce values of the readers' input channels to the linked channels of the source, by their maximum.
+
+    Args:
+        link: The source and its readers.
+        x: (in,), a value per input channel.
+
+    Returns:
+        A value per linked channel of the source, in the order of `linked_channels`.
+    """
     if link.channels is None:
         return x
     _, index = link.channels.to(x.device).unique(return_inverse=True)
@@ -86,23 +106,33 @@ def pool_to_source(link: Link, x: Tensor) -> Tensor:
 
 
 def links_without(links: Mapping[Tap, Link], quantized: Set[str]) -> Mapping[Tap, Link]:
-    """Those of a block's links that touch none of these linears: codes take no scale."""
+    """Remove links that contain a quantized linear, since codes cannot be scaled.
+
+    Args:
+        links: Links of a block by tap.
+        quantized: Names of quantized linears within the block.
+    """
     return {tap: link for tap, link in links.items() if quantized.isdisjoint((link.source, *link.readers))}
 
 
 def find_links(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Mapping[Tap, Link], ...]:
-    """The link of every tap that has one, block by block."""
+    """Find the link of every tap that has one, block by block.
+
+    Args:
+        model: The model; its parameters may be on the meta device.
+        anatomy: Its blocks and taps.
+    """
     hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=zero_embeddings(model, 1, 4))
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    known: dict[Any, Mapping[Tap, Link]] = {}
-    found = []
+    by_kind: dict[Any, Mapping[Tap, Link]] = {}
+    links = []
     for block, call, taps in zip(blocks, calls, anatomy.taps, strict=True):
         kind = (taps, tuple((n, type(m), m.extra_repr()) for n, m in block.named_modules()))
-        if kind not in known:
-            known[kind] = _links_of(block, call, taps, head_widths(model), hidden.shape[-1])
-        found.append(known[kind])
-    return tuple(found)
+        if kind not in by_kind:
+            by_kind[kind] = _links_of(block, call, taps, head_widths(model), hidden.shape[-1])
+        links.append(by_kind[kind])
+    return tuple(links)
 
 
 def _links_of(
@@ -111,35 +141,38 @@ def _links_of(
     block = copy_with_random_weights(block)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 4, width, generator=generator).to(next(block.parameters()).dtype)
-    found: dict[Tap, Link] = {}
+    links: dict[Tap, Link] = {}
     with torch.no_grad():
         norms, expected = _norms_before(block, call, hidden, taps)
         for i, tap in enumerate(taps):
             for link in () if tap.experts else [*norms.get(tap, ()), *_linears_before(block, taps[:i], tap, heads)]:
-                if _holds(block, call, hidden, link, expected, generator):
-                    found[tap] = link
+                if _preserves_output(block, call, hidden, link, expected, generator):
+                    links[tap] = link
                     break
-        for link, behind in _experts_links(block, taps, norms):
-            # Which experts the tokens reach is chance; but all are treated alike, so that some show it of all.
-            if link.channels is not None or _holds(block, call, hidden, link, expected, generator):
-                found |= dict.fromkeys(behind, link)
-    return found
+        for link, reading_taps in _experts_links(block, taps, norms):
+            # Routing decides which experts compute anything; all have one structure, so that some show it for all.
+            if link.channels is not None or _preserves_output(block, call, hidden, link, expected, generator):
+                links |= dict.fromkeys(reading_taps, link)
+    return links
 
 
 def _experts_links(
     block: nn.Module, taps: Sequence[Tap], norms: Mapping[Tap | str, Sequence[Link]]
 ) -> Iterator[tuple[Link, list[Tap]]]:
-    """Links that might be, with the taps of experts that have them: the norm before all experts of a layer, their
-    router and whatever else reads it; and in each expert up before down, which is one by what `Experts` computes."""
+    """Propose links of experts, with the taps that have them.
+
+    A candidate is the norm before all experts of a layer, read by them, their router and other linears; in each
+    expert, up before down is a link by what `Experts` computes.
+    """
     for name in dict.fromkeys(tap.experts for tap in taps if tap.experts):
         experts = block.get_submodule(name)
         assert isinstance(experts, Experts)
-        ours = [tap for tap in taps if tap.experts == name]
-        first = [tap for tap in ours if experts.names.down not in {n.rpartition(".")[2] for n in tap.linears}]
+        expert_taps = [tap for tap in taps if tap.experts == name]
+        first = [tap for tap in expert_taps if experts.names.down not in {n.rpartition(".")[2] for n in tap.linears}]
         inside = [n for tap in first for n in tap.linears]
         for link in norms.get(name, ()):
             yield Link((*link.readers, *inside), link.source, offset=link.offset), first
-        for tap in ours:
+        for tap in expert_taps:
             if tap not in first:
                 (down,) = tap.linears
                 up = f"{down.rpartition('.')[0]}.{experts.names.up}"
@@ -147,13 +180,13 @@ def _experts_links(
 
 
 def copy_with_random_weights(block: nn.Module) -> nn.Module:
-    """The same block with weights of its own: random matrices, norms that do nothing."""
+    """Copy a block with random matrices, and norms whose weights are one."""
     block = copy.deepcopy(block)
     noise = torch.randn(65537, generator=torch.Generator().manual_seed(0))
     for module in block.modules():
         for name, old in list(module.named_parameters(recurse=False)):
             if old.dim() > 1:
-                # One stretch of noise, repeated with a prime length, is random enough and takes no time.
+                # Repeating noise of a prime length is random enough, and much faster than drawing all of it.
                 new = noise.repeat(old.numel() // len(noise) + 1)[: old.numel()].view(old.shape) / old.shape[-1] ** 0.5
             else:
                 new = torch.ones(old.shape) if name == "weight" else noise[: old.numel()]
@@ -164,53 +197,56 @@ def copy_with_random_weights(block: nn.Module) -> nn.Module:
 def _norms_before(
     block: nn.Module, call: BlockCall, hidden: Tensor, taps: Sequence[Tap]
 ) -> tuple[dict[Tap | str, list[Link]], Tensor]:
-    """For each tap, and for all experts of a layer by their name, the norm that made the tensor read there, if one did;
-    and the block's output."""
-    made: list[tuple[str, Tensor]] = []
+    """Find the norms that compute the input of each tap, and of all experts of a layer by their name; run the block.
 
-    def remember(name: str) -> Any:
-        return lambda _, __, output: made.append((name, output))
+    Returns:
+        Candidate links by tap or name of experts, and the block's output.
+    """
+    norm_outputs: list[tuple[str, Tensor]] = []
+
+    def record(name: str) -> Hook:
+        return lambda _, __, output: norm_outputs.append((name, output))
 
     norms = [n for n, m in block.named_modules() if getattr(getattr(m, "weight", None), "dim", lambda: 0)() == 1]
     plain = [n for tap in taps if not tap.experts for n in tap.linears]
     routers = sorted(routers_of(block) - set(plain))
     mixtures = list(dict.fromkeys(tap.experts for tap in taps if tap.experts))
     readers = {n: block.get_submodule(n) for n in (*plain, *routers, *mixtures)}
-    with forward_hooks((block.get_submodule(n), remember(n)) for n in norms), capture_inputs(readers) as read:
+    with forward_hooks((block.get_submodule(n), record(n)) for n in norms), capture_inputs(readers) as inputs:
         expected = call(block, hidden)
 
     def links_to(name: str) -> list[Link]:
-        # What is read may be a view of what the norm put out: tokens in one row.
-        sources = [n for n, y in made if name in read and _same(y, read[name])]
+        # The input may be a view of the norm's output, with all tokens in one dimension.
+        sources = [n for n, y in norm_outputs if name in inputs and _share_memory(y, inputs[name])]
         return [
             Link(
-                tuple(n for n in (*plain, *routers) if n in read and _same(read[n], read[name])),
+                tuple(n for n in (*plain, *routers) if n in inputs and _share_memory(inputs[n], inputs[name])),
                 source,
                 offset=_has_offset(block.get_submodule(source)),
             )
             for source in sources
         ]
 
-    found: dict[Tap | str, list[Link]] = {tap: links_to(tap.linears[0]) for tap in taps if not tap.experts}
-    return found | {name: links_to(name) for name in mixtures}, expected
+    by_tap: dict[Tap | str, list[Link]] = {tap: links_to(tap.linears[0]) for tap in taps if not tap.experts}
+    return by_tap | {name: links_to(name) for name in mixtures}, expected
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two tensors are one memory, if perhaps in different shapes."""
+def _share_memory(a: Any, b: Any) -> bool:
+    """Return whether two tensors are views of the same memory, perhaps in different shapes."""
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
 def _has_offset(norm: nn.Module) -> bool:
-    """Whether a norm multiplies by 1 + weight: with a weight of zero it still lets something through."""
-    silent = copy.deepcopy(norm)
-    for parameter in silent.parameters():
+    """Return whether a norm multiplies by 1 + weight: with a weight of zero its output is not zero."""
+    zeroed = copy.deepcopy(norm)
+    for parameter in zeroed.parameters():
         nn.init.zeros_(parameter)
     weight = norm.get_parameter("weight")
-    return bool(silent(torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype)[None]).any())
+    return bool(zeroed(torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype)[None]).any())
 
 
 def _linears_before(block: nn.Module, earlier: Sequence[Tap], tap: Tap, heads: Sequence[int]) -> Iterator[Link]:
-    """Links that might be, from the nearest linear back."""
+    """Propose links from earlier linears to a tap, the nearest linear first."""
     width = linear_at(block, tap.linears[0]).in_features
     for name in reversed([n for t in earlier for n in t.linears]):
         for channels in _channel_maps(linear_at(block, name).out_features, width, heads):
@@ -218,7 +254,13 @@ def _linears_before(block: nn.Module, earlier: Sequence[Tap], tap: Tap, heads: S
 
 
 def _channel_maps(out: int, width: int, heads: Sequence[int]) -> Iterator[Tensor]:
-    """Ways in which `out` channels of a linear may feed `width` inputs of another. heads: widths of a head."""
+    """Propose ways in which `out` channels of a linear may feed `width` inputs of another.
+
+    Args:
+        out: Output channels of the first linear.
+        width: Input channels of the second.
+        heads: Widths that a head may have.
+    """
     if out == width:
         yield torch.arange(width)
     if out == 2 * width:  # gate and up in one
@@ -228,25 +270,25 @@ def _channel_maps(out: int, width: int, heads: Sequence[int]) -> Iterator[Tensor
         if width % d or out % d:
             continue
         query = torch.arange(width // d)
-        alone, fused = out // d, (out - width) // d // 2
-        if out < width and len(query) % alone == 0:
-            yield _of_heads(query // (len(query) // alone), d)
+        kv_heads, fused = out // d, (out - width) // d // 2
+        if out < width and len(query) % kv_heads == 0:
+            yield _channels_of_heads(query // (len(query) // kv_heads), d)
         if out > width and out - width == 2 * fused * d and len(query) % fused == 0:
             group = query // (len(query) // fused)
-            yield _of_heads(len(query) + fused + group, d)  # all q, all k, all v
-            each = len(query) // fused + 2
-            yield _of_heads(group * each + each - 1, d)  # q, k, v of a head or a group, then of the next
+            yield _channels_of_heads(len(query) + fused + group, d)  # all q, all k, all v
+            group_size = len(query) // fused + 2
+            yield _channels_of_heads(group * group_size + group_size - 1, d)  # q, k, v of a group, then of the next
 
 
-def _of_heads(head: Tensor, d: int) -> Tensor:
-    """The channels of some heads, in this order."""
+def _channels_of_heads(head: Tensor, d: int) -> Tensor:
+    """List the channels of heads, in the order of the heads."""
     return (head[:, None] * d + torch.arange(d)).flatten()
 
 
-def _holds(
+def _preserves_output(
     block: nn.Module, call: BlockCall, hidden: Tensor, link: Link, expected: Tensor, generator: torch.Generator
 ) -> bool:
-    """Whether the block computes the same when scales that are powers of two go through the link."""
+    """Return whether the block computes the same after scales that are powers of two are moved through the link."""
     names = [link.source, *link.readers]
     before = {(n, leaf): p.data for n in names for leaf, p in block.get_submodule(n).named_parameters()}
     count = (
@@ -277,8 +319,8 @@ def _divide_norm(norm: nn.Module, s: Tensor, link: Link) -> None:
 
 
 def head_widths(model: PreTrainedModel) -> list[int]:
-    """How many channels a head may have."""
+    """Return the numbers of channels that a head may have by the config."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
-    given = getattr(config, "head_dim", None)
-    return list(dict.fromkeys(d for d in (given, heads and config.hidden_size // heads) if d))
+    head_dim = getattr(config, "head_dim", None)
+    return list(dict.fromkeys(d for d in (head_dim, heads and config.hidden_size // heads) if d))

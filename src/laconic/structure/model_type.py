@@ -1,4 +1,4 @@
-"""`model_type: laconic` in config.json, of models whose blocks differ in width (`structure.widths`)."""
+"""The model type `laconic` of transformers, for models whose blocks differ in width (`structure.widths`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
-MODEL_TYPE = "laconic"
+from laconic.structure.config_keys import BASE, MODEL_TYPE, WIDTHS
 
 
 class LaconicModelConfig(PretrainedConfig):
@@ -22,11 +22,13 @@ class LaconicModelConfig(PretrainedConfig):
             ValueError: The keys name no stock model type that transformers knows, or no widths.
         """
         # Imported here: this module is loaded while `transformers` is still half loaded.
-        from laconic.structure.widths import BASE, CONFIG_MAPPING_NAMES, WIDTHS, config_class
+        from laconic.structure.widths import CONFIG_MAPPING_NAMES, config_class
 
         base = config_dict.get(BASE)
         if base not in CONFIG_MAPPING_NAMES or not isinstance(config_dict.get(WIDTHS), list):
-            raise ValueError(f"config.json says model_type '{MODEL_TYPE}', and not {BASE} and {WIDTHS} with it")
+            raise ValueError(
+                f"config.json has model_type '{MODEL_TYPE}', but not the keys {BASE} and {WIDTHS}; copy the model again"
+            )
         return config_class(base).from_dict(config_dict, **kwargs)
 
 

@@ -1,12 +1,13 @@
-"""Models whose blocks differ in width, which no stock config can say.
+"""Models whose blocks differ in width, which the config of a stock model cannot describe.
 
-`model_type: laconic` in config.json; `laconic_base` is the stock model's type, and `laconic_widths` has for each block
-the keys of the config that it has a value of its own for. Nothing here knows an architecture: the stock model is built,
-and then each of its blocks anew from the config that it would have alone. transformers opens such a model after
+In config.json, `model_type` is `laconic`, `laconic_base` is the stock model's type, and `laconic_widths` has for each
+block the config keys that have a value of their own there. No architecture is named: the stock model is built, and then
+each of its blocks is rebuilt from the config it would have alone. transformers opens such a model after
 `import laconic`.
 
-Where an attention is as wide as the residual stream by its class, a key is said to it alone (`self_attn.hidden_size`):
-that part of the block is built from a config with this key, and then reads and puts out the stream as it is.
+In some models the attention is by its class as wide as the residual stream. There a key applies to a submodule of the
+block alone (`self_attn.hidden_size`): the submodule is built from a config with this key, and its linears are then
+widened to read and write the residual stream.
 """
 
 from __future__ import annotations
@@ -23,21 +24,26 @@ from transformers.models.auto import configuration_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from laconic.structure.model_type import MODEL_TYPE
+from laconic.structure.config_keys import BASE, MODEL_TYPE, WIDTHS
 
 CONFIG_MAPPING_NAMES: Mapping[str, str] = vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
-BASE, WIDTHS, _PREFIX = "laconic_base", "laconic_widths", "Laconic"
+_PREFIX = "Laconic"
 
 
 class BlockConfig:
-    """The config of one block: the model's own, as it is at any time, but for the block's widths."""
+    """Config of one block: a view of the model's config with the widths of this block.
+
+    Args:
+        config: Config of the model; later changes of it show in the view.
+        widths: Values of this block by config key.
+    """
 
     def __init__(self, config: Any, widths: Mapping[str, int]) -> None:
         self._config = config
         self._widths = {config.attribute_map.get(key, key): value for key, value in widths.items()}
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_config", "_widths"):  # asked for while being copied
+        if name.startswith("__") or name in ("_config", "_widths"):  # looked up while an instance is copied
             raise AttributeError(name)
         name = self._config.attribute_map.get(name, name)
         return self._widths[name] if name in self._widths else getattr(self._config, name)
@@ -45,28 +51,43 @@ class BlockConfig:
 
 @cache
 def config_class(base: str) -> type[PretrainedConfig]:
-    """The config of a stock model's type with widths by block, its model registered with transformers."""
+    """Make the config class of a stock model type with widths by block, and register its model with transformers."""
     stock = CONFIG_MAPPING[base]
     kind = type(f"{_PREFIX}{stock.__name__}", (stock,), {"model_type": MODEL_TYPE, "__module__": __name__})
     if stock in AutoModelForCausalLM._model_mapping:
         model: Any = AutoModelForCausalLM._model_mapping[stock]
-        own = _model_class(model, kind)
-        AutoModelForCausalLM.register(kind, own)
-        # Checkpoints have the names and stacks that transformers converts for the stock model.
+        model_class = _model_class(model, kind)
+        AutoModelForCausalLM.register(kind, model_class)
+        # Checkpoints need the same conversion (renamed tensors, stacked experts) as those of the stock model.
         conversions = get_checkpoint_conversion_mapping(model.__name__) or get_checkpoint_conversion_mapping(base)
         if conversions:
-            register_checkpoint_conversion_mapping(own.__name__, conversions, overwrite=True)
+            register_checkpoint_conversion_mapping(model_class.__name__, conversions, overwrite=True)
     return kind
 
 
 def make_config(raw: Mapping[str, Any]) -> PretrainedConfig:
-    """What transformers makes of the keys of a config.json. Raises: ValueError where it makes nothing of them."""
+    """Build the transformers config from the contents of a config.json.
+
+    Args:
+        raw: Contents of config.json.
+
+    Raises:
+        ValueError: transformers rejects the contents.
+    """
     kind = CONFIG_MAPPING[raw["model_type"]]
     return kind.from_dict(copy.deepcopy(dict(raw)))
 
 
 def add_widths(raw: Mapping[str, Any], widths: list[dict[str, int]]) -> dict[str, Any]:
-    """The keys of a config.json, as they are with such widths of each block, beside those it has already."""
+    """Add widths of each block to the contents of a config.json.
+
+    Args:
+        raw: Contents of config.json, perhaps with widths already.
+        widths: For each block, values by config key.
+
+    Returns:
+        The new contents; values already present for other keys remain.
+    """
     before = raw.get(WIDTHS) or [{} for _ in widths]
     names = [n if n.startswith(_PREFIX) else f"{_PREFIX}{n}" for n in raw.get("architectures") or ()]
     return {
@@ -79,48 +100,56 @@ def add_widths(raw: Mapping[str, Any], widths: list[dict[str, int]]) -> dict[str
 
 
 def build_block(kind: type[nn.Module], config: Any, widths: Mapping[str, int], i: int) -> nn.Module:
-    """Block i of a model, of this class, with widths of its own.
+    """Build block i of a model with its own widths.
 
-    widths: by key of the config; by part and key (`self_attn.hidden_size`) where only a part of the block is told it.
-    The last linear of such a part is taken to put out the residual stream, and the others to read it.
+    Args:
+        kind: Class of the block.
+        config: Config of the model.
+        widths: Values by config key, or by submodule and key (`self_attn.hidden_size`) for one submodule alone. The
+            last linear of such a submodule is taken to write the residual stream, the others to read it.
+        i: Number of the block.
+
+    Returns:
+        The block, with weights as its class initializes them.
     """
     make: Any = kind
-    own = {key: width for key, width in widths.items() if "." not in key}
-    block: nn.Module = make(BlockConfig(config, own), i)
-    told: dict[str, dict[str, int]] = {}
-    for key in widths.keys() - own.keys():
+    block_widths = {key: width for key, width in widths.items() if "." not in key}
+    block: nn.Module = make(BlockConfig(config, block_widths), i)
+    by_submodule: dict[str, dict[str, int]] = {}
+    for key in widths.keys() - block_widths.keys():
         path, _, leaf = key.rpartition(".")
-        told.setdefault(path, {})[leaf] = widths[key]
-    for path, inside in told.items():
-        part = make(BlockConfig(config, own | inside), i).get_submodule(path)
-        _widen_to_stream(part, block.get_submodule(path))
+        by_submodule.setdefault(path, {})[leaf] = widths[key]
+    for path, submodule_widths in by_submodule.items():
+        submodule = make(BlockConfig(config, block_widths | submodule_widths), i).get_submodule(path)
+        _widen_to_stream(submodule, block.get_submodule(path))
         parent, _, leaf = path.rpartition(".")
-        setattr(block.get_submodule(parent), leaf, part)
+        setattr(block.get_submodule(parent), leaf, submodule)
     return block
 
 
 def block_configs(config: Any) -> list[Any]:
-    """The config that each block's attention is built from; one for all, where these do not differ."""
+    """Make the config of each block's attention; one for all blocks where they do not differ."""
     widths: Sequence[Mapping[str, int]] = getattr(config, WIDTHS, None) or ({},)
-    return [BlockConfig(config, {key.rpartition(".")[2]: width for key, width in own.items()}) for own in widths]
+    return [BlockConfig(config, {key.rpartition(".")[2]: width for key, width in block.items()}) for block in widths]
 
 
-def _widen_to_stream(part: nn.Module, stock: nn.Module) -> None:
-    """Give the linears of a part the side that is the residual stream's, as wide as the stock part's."""
-    linears = [(name, m) for name, m in part.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+def _widen_to_stream(submodule: nn.Module, stock: nn.Module) -> None:
+    """Give each linear the residual width of the stock submodule on the side that meets the residual stream."""
+    linears = [(name, m) for name, m in submodule.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     for name, linear in linears:
-        (inputs, outputs), (stock_inputs, stock_outputs) = _sides(linear), _sides(stock.get_submodule(name))
-        sides = (inputs, stock_outputs) if linear is linears[-1][1] else (stock_inputs, outputs)
+        (inputs, outputs), (stock_inputs, stock_outputs) = _features(linear), _features(stock.get_submodule(name))
+        features = (inputs, stock_outputs) if linear is linears[-1][1] else (stock_inputs, outputs)
         parent, _, leaf = name.rpartition(".")
-        setattr(part.get_submodule(parent), leaf, _like(linear, *sides))
+        setattr(submodule.get_submodule(parent), leaf, _resized(linear, *features))
 
 
-def _sides(linear: nn.Module) -> tuple[int, int]:
-    """How many inputs and outputs a linear has."""
+def _features(linear: nn.Module) -> tuple[int, int]:
+    """Return the numbers of inputs and outputs of a linear."""
     return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)  # type: ignore[return-value]
 
 
-def _like(linear: nn.Linear | Conv1D, inputs: int, outputs: int) -> nn.Module:
+def _resized(linear: nn.Linear | Conv1D, inputs: int, outputs: int) -> nn.Module:
+    """Build a linear of the same class with other numbers of inputs and outputs."""
     if isinstance(linear, Conv1D):
         return Conv1D(outputs, inputs)
     return type(linear)(inputs, outputs, bias=linear.bias is not None)
@@ -139,7 +168,7 @@ def _model_class(stock: type[Any], kind: type[PretrainedConfig]) -> type[Any]:
 
 
 def __getattr__(name: str) -> Any:
-    """Classes by their names, for pickles of them."""
+    """Look up the config classes by name, so that they can be unpickled."""
     stock = name.removeprefix(_PREFIX)
     base = next((t for t, n in CONFIG_MAPPING_NAMES.items() if n == stock and stock != name), None)
     if base is None:

@@ -26,9 +26,10 @@ from transformers import PreTrainedModel
 
 from laconic.checkpoint.layout import unwrap_conv1d
 from laconic.structure.anatomy import Anatomy, BlockCall, Tap, capture_calls, linear_at, zero_embeddings
+from laconic.structure.config_keys import WIDTHS
 from laconic.structure.experts import Experts, unstack_experts_like
 from laconic.structure.links import copy_with_random_weights, head_widths
-from laconic.structure.widths import WIDTHS, build_block
+from laconic.structure.widths import build_block
 
 Kind = Literal["attention", "mlp"]
 KINDS: tuple[Kind, ...] = ("attention", "mlp")

@@ -16,7 +16,7 @@ from laconic.methods.llm_pruner.groups import Group, Kind, find_groups
 from laconic.methods.llm_pruner.reach import Reach, check_reach
 from laconic.methods.llm_pruner.saliency import cut
 from laconic.structure.anatomy import Anatomy
-from laconic.structure.widths import WIDTHS
+from laconic.structure.config_keys import WIDTHS
 
 # What widths of experts are a multiple of: products of all at once, in transformers, take rows of whole 16 bytes.
 _EXPERT_STEP = 8

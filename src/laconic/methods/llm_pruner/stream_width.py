@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from laconic.checkpoint.rebuild import build_empty_model
 from laconic.structure.anatomy import capture_calls, find_blocks
-from laconic.structure.widths import BASE, make_config
+from laconic.structure.config_keys import BASE
+from laconic.structure.widths import make_config
 
 
 def narrower(raw: Mapping[str, Any], hidden: int) -> dict[str, Any]:
