@@ -17,7 +17,7 @@ from torch import Tensor
 
 from laconic.checkpoint.source import load_tokenizer, model_folder
 from laconic.data.text import evaluation_windows, read_documents
-from laconic.evaluate.through_cache import PLAIN, chunks, step
+from laconic.evaluation.through_cache import PLAIN, chunks, step
 
 ROWS = [
     "{method: kivi, k_bits: 3, v_bits: 3, residual_length: 0}",

@@ -17,9 +17,9 @@ from functools import partial
 import torch
 from transformers import Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from laconic.evaluate.cache_cost import filled, stored_bytes
-from laconic.evaluate.caches import caches_for, read_stage, title
-from laconic.evaluate.through_cache import PLAIN, step
+from laconic.evaluation.cache_cost import filled, stored_bytes
+from laconic.evaluation.caches import caches_for, parse_stage, title
+from laconic.evaluation.through_cache import PLAIN, step
 from laconic.kv.cache import KvCache
 from laconic.kv.open import kv_shape
 
@@ -82,7 +82,7 @@ def a_llama(layers: int) -> PreTrainedModel:
 
 def ways(model: PreTrainedModel, asked: tuple[str, ...] | list[str]) -> Iterator[tuple[str, Callable[[], Cache]]]:
     """By name, what makes a new cache: 16 bit, and each one asked for, read by the kernel and decoded."""
-    named = {text: title(read_stage(text)) for text in asked}
+    named = {text: title(parse_stage(text)) for text in asked}
     made = caches_for(model, asked)
     yield PLAIN, made[PLAIN]
     for name in named.values():

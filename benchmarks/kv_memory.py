@@ -14,8 +14,8 @@ import os
 import torch
 
 import laconic
-from laconic.evaluate.cache_cost import memory_by_length, speed_by_length
-from laconic.evaluate.caches import caches_for
+from laconic.evaluation.cache_cost import memory_by_length, speed_by_length
+from laconic.evaluation.caches import caches_for
 
 KIVI = ("{method: kivi, k_bits: 4, v_bits: 4}", "{method: kivi, k_bits: 2, v_bits: 2}")
 

@@ -14,7 +14,7 @@ from kv_quality import opened
 
 from laconic.checkpoint.source import load_tokenizer, model_folder
 from laconic.data.text import bos_prefix, evaluation_windows, read_documents
-from laconic.evaluate.needle import FORMS, find_needles
+from laconic.evaluation.needle import TEMPLATES, NeedleOptions, find_needles
 
 ROWS = [
     *(f"{{method: kv_per_token, k_bits: {b}, v_bits: {b}}}" for b in (4, 3, 2)),
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--trials", type=int, default=4)
-    parser.add_argument("--prompt", default="needle", choices=FORMS)
+    parser.add_argument("--prompt", default="needle", choices=TEMPLATES)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--calibration-length", type=int, default=512, help="tokens of a calibration sample")
     parser.add_argument("--chunk", type=int, default=32)
@@ -56,12 +56,14 @@ def main() -> None:
             tokenizer,
             hay,
             {name: new_cache},
-            lengths=args.lengths,
-            depths=args.depths,
-            trials=args.trials,
-            form=FORMS[args.prompt],
-            chunk=args.chunk,
-            batch_size=args.batch_size,
+            args.lengths,
+            NeedleOptions(
+                depths=args.depths,
+                trials=args.trials,
+                template=TEMPLATES[args.prompt],
+                chunk=args.chunk,
+                batch_size=args.batch_size,
+            ),
         )[name]
         by_length = [[c for c in found if c.length == n] for n in args.lengths]
         told = [f"{sum(c.found for c in row)}/{sum(c.trials for c in row)}" for row in (*by_length, found)]

@@ -22,11 +22,11 @@ from transformers import Cache, PreTrainedModel, QuantizedCache
 import laconic
 from laconic.checkpoint.source import load_tokenizer
 from laconic.data.text import bos_prefix, evaluation_windows, read_documents
-from laconic.evaluate.cache_cost import memory_by_length, speed_by_length
-from laconic.evaluate.caches import caches_for
-from laconic.evaluate.context_perplexity import perplexity_by_position
-from laconic.evaluate.needle import FORMS, find_needles
-from laconic.evaluate.through_cache import PLAIN
+from laconic.evaluation.cache_cost import memory_by_length, speed_by_length
+from laconic.evaluation.caches import caches_for
+from laconic.evaluation.context_perplexity import perplexity_by_position
+from laconic.evaluation.needle import TEMPLATES, NeedleOptions, find_needles
+from laconic.evaluation.through_cache import PLAIN
 
 
 def peers(model: PreTrainedModel, bits: list[int], group: int, residual: int) -> dict[str, Callable[[], Cache]]:
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--trials", type=int, default=2)
-    parser.add_argument("--prompt", default="needle", choices=FORMS)
+    parser.add_argument("--prompt", default="needle", choices=TEMPLATES)
     parser.add_argument("--chunk", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=10, help="questions read at once")
     parser.add_argument("--dtype", default="float32")
@@ -96,12 +96,14 @@ def main() -> None:
             tokenizer,
             hay,
             alone,
-            lengths=lengths,
-            depths=args.depths,
-            trials=args.trials,
-            form=FORMS[args.prompt],
-            chunk=args.chunk,
-            batch_size=args.batch_size,
+            lengths,
+            NeedleOptions(
+                depths=args.depths,
+                trials=args.trials,
+                template=TEMPLATES[args.prompt],
+                chunk=args.chunk,
+                batch_size=args.batch_size,
+            ),
         )[name]
         memory = memory_by_length(model, alone, lengths[-1:])[name][-1]
         speed = speed_by_length(model, alone, lengths[-1:])[name][-1]

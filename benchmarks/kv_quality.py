@@ -22,9 +22,9 @@ import torch
 import laconic
 from laconic.checkpoint.source import load_tokenizer, model_folder
 from laconic.data.text import evaluation_windows, read_documents
-from laconic.evaluate.caches import read_stage, title
-from laconic.evaluate.context_perplexity import perplexity_by_position
-from laconic.evaluate.through_cache import PLAIN, chunks, plain_cache, step
+from laconic.evaluation.caches import parse_stage, title
+from laconic.evaluation.context_perplexity import perplexity_by_position
+from laconic.evaluation.through_cache import PLAIN, chunks, plain_cache, step
 from laconic.kv.files import read_kv_scheme
 from laconic.kv.open import make_cache
 
@@ -103,7 +103,7 @@ def opened(args: argparse.Namespace, rows: Sequence[str]) -> tuple[Any, dict[str
     model = laconic.load(args.model, device=device, dtype=torch.float32)
     caches: dict[str, Callable[[], Any]] = {PLAIN: partial(plain_cache, model)}
     for text in rows:
-        stage = read_stage(text)
+        stage = parse_stage(text)
         caches[title(stage)] = partial(make_cache, model, *calibrated(args, stage))
     return model, caches
 

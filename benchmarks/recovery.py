@@ -15,7 +15,8 @@ import torch
 
 import laconic
 from laconic.checkpoint.source import load_tokenizer
-from laconic.evaluate.run import evaluate
+from laconic.evaluation.options import TextOptions
+from laconic.evaluation.text import evaluate_text
 from laconic.runtime.reading import load
 from laconic.structure.anatomy import linears_of
 
@@ -55,8 +56,11 @@ def main() -> None:
         prune(given.model, given.sparsity, pruned)
 
     def measured(model: Path | str) -> dict[str, float]:
-        told = evaluate(
-            model, baseline=given.model, text=given.test, context_length=1024, windows=given.windows, dtype="float32"
+        told = evaluate_text(
+            model,
+            TextOptions(
+                baseline=given.model, text=given.test, context_length=1024, windows=given.windows, dtype="float32"
+            ),
         )
         return {key: told[key] for key in ("perplexity", "baseline_perplexity", "kl_mean")}
 

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 import laconic
-from laconic.evaluate.run import evaluate
+from laconic.evaluation.options import TextOptions
+from laconic.evaluation.text import evaluate_text
 
 Stages = list[dict[str, Any]]
 
@@ -61,13 +62,15 @@ def measured(args: argparse.Namespace, stages: Stages) -> dict[str, Any]:
         recipe = {"stages": [*stages, *args.then], "calibration": calibration}
         artifact = laconic.compress(args.model, recipe, Path(folder) / "artifact")
         seconds = time.monotonic() - begun
-        found = evaluate(
+        found = evaluate_text(
             artifact.path,
-            baseline=args.model,
-            text=args.text,
-            context_length=args.context_length,
-            windows=args.windows,
-            dtype="float32",
+            TextOptions(
+                baseline=args.model,
+                text=args.text,
+                context_length=args.context_length,
+                windows=args.windows,
+                dtype="float32",
+            ),
         )
         return {**found, "compress_seconds": seconds, "pruning": artifact.results.get("pruning")}
 

@@ -648,7 +648,7 @@ def test_a_folder_that_may_not_be_written(refused: Refused, tmp_path: Path, monk
 
 
 def test_tasks_without_lm_eval(laconic: Laconic, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "laconic.evaluate.lm", raising=False)
+    monkeypatch.delitem(sys.modules, "laconic.evaluation.lm", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     said = laconic("eval", llama, "--tasks", "arc_easy").complaint

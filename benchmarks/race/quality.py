@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import laconic
-from laconic.evaluate.fidelity import measure
+from laconic.evaluation.fidelity import measure
 
 
 def main() -> None:

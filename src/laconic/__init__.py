@@ -9,6 +9,8 @@ from laconic.runtime.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from laconic.artifact.artifact import Artifact
+    from laconic.evaluation.evaluate import evaluate
+    from laconic.evaluation.options import DomainOptions, LongBenchOptions, LongOptions, TaskOptions, TextOptions
     from laconic.methods import METHODS
     from laconic.pipeline.compression import compress
     from laconic.pipeline.kv_cache import kv_cache
@@ -20,9 +22,15 @@ __all__ = [
     "METHODS",
     "Artifact",
     "CompressionPlan",
+    "DomainOptions",
+    "LongBenchOptions",
+    "LongOptions",
     "Recipe",
+    "TaskOptions",
+    "TextOptions",
     "__version__",
     "compress",
+    "evaluate",
     "gallery",
     "kv_cache",
     "load",
@@ -34,9 +42,15 @@ __all__ = [
 _MODULES = {
     "Artifact": "laconic.artifact.artifact",
     "CompressionPlan": "laconic.pipeline.preview",
+    "DomainOptions": "laconic.evaluation.options",
+    "LongBenchOptions": "laconic.evaluation.options",
+    "LongOptions": "laconic.evaluation.options",
     "METHODS": "laconic.methods",
     "Recipe": "laconic.recipe",
+    "TaskOptions": "laconic.evaluation.options",
+    "TextOptions": "laconic.evaluation.options",
     "compress": "laconic.pipeline.compression",
+    "evaluate": "laconic.evaluation.evaluate",
     "gallery": "laconic.recipe",
     "kv_cache": "laconic.pipeline.kv_cache",
     "load": "laconic.runtime.reading",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from commands import Laconic
-from laconic.bench.trace import by_kind, read_trace
+from laconic.bench.trace import merge_blocks, read_trace
 from tiny import make_model, make_recipe
 
 
@@ -54,7 +54,7 @@ def test_spans_are_nested_by_time_and_added_up(tmp_path: Path) -> None:
     assert (rows["block 0",].seconds, rows["block 0",].own_seconds) == (2, 1)
     observed = rows["block 0", "rtn", "observe"]
     assert (observed.count, observed.seconds, observed.peak_bytes, observed.gpu_seconds) == (2, 0.5, None, None)
-    kinds = {row.path: row for row in by_kind(list(rows.values()))}
+    kinds = {row.path: row for row in merge_blocks(list(rows.values()))}
     assert (kinds["blocks",].count, kinds["blocks",].seconds) == (2, 3)
     assert (kinds["blocks", "rtn"].seconds, kinds["blocks", "rtn"].own_seconds) == (1.5, 1)
 
@@ -120,7 +120,7 @@ def test_a_generation_is_traced_by_block(laconic: Laconic, tmp_path: Path) -> No
 def test_a_prompt_too_long_is_told(laconic: Laconic, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", max_position_embeddings=32)
     said = laconic("profile", "generate", model, "--prompt", 30, "--tokens", 4, "--trace", tmp_path / "t.json")
-    assert said.complaint == "--prompt 30 and --tokens 4 are more than the model's context of 32"
+    assert said.complaint == "--prompt 30 and --tokens 4 are more than the model's context of 32; lower one"
 
 
 def test_nsight_needs_a_gpu(laconic: Laconic, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from transformers import LlamaConfig
 from artifacts import logits, original, press, rtn
 from commands import Laconic
 from laconic.bench.forms import forms_for
-from laconic.bench.models import count, random_model, with_sparse_kernels, with_zeros
-from laconic.bench.shapes import PRESETS, linear_shapes, narrower, scaled
+from laconic.bench.options import SparsityOptions
+from laconic.bench.shapes import PRESETS, linear_shapes, narrowed, scaled
+from laconic.bench.sparse_models import count_weights, random_model, with_sparse_kernels, with_zeros
 from laconic.bench.sparsity import SPARSE, bench_sparsity
 from laconic.bench.verdict import busy_verdict, linear_verdicts
 from laconic.bench.zeros import to_2_of_4, to_zero_blocks
@@ -62,18 +63,20 @@ def test_every_form_multiplies_by_the_weight_it_stands_for(form: Any) -> None:
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
     if form.kind == "2:4":
         with pytest.raises(RuntimeError, match="2:4 products need an NVIDIA GPU"):
-            form.hold(W)
+            form.pack(W)
         return
-    held = form.hold(W)
-    torch.testing.assert_close(held.call(form.cast(x)), F.linear(x, held.weight), rtol=1e-4, atol=1e-4)
-    zeros = 1 - int((held.weight != 0).sum()) / W.numel()
+    weight = form.pack(W)
+    torch.testing.assert_close(weight.multiply(form.cast(x)), F.linear(x, weight.dense), rtol=1e-4, atol=1e-4)
+    zeros = 1 - int((weight.dense != 0).sum()) / W.numel()
     assert zeros == pytest.approx(form.sparsity, abs=0.05)
     if form.kind != "structured":
-        assert held.weight.shape == W.shape
+        assert weight.dense.shape == W.shape
 
 
 def test_linears_are_told_beside_dense_and_what_is_not_here_says_why() -> None:
-    result = bench_sparsity(shapes="64x32,32x64", batches=(3, 1), block=16, sparsities=(0.5,), **QUICK)
+    result = bench_sparsity(
+        options=SparsityOptions(shapes="64x32,32x64", batches=(3, 1), block=16, sparsities=(0.5,), **QUICK)
+    )
     rows = result["linears"]
     dense = {(tuple(r["shape"]), r["batch"]): r for r in rows if r["kind"] == "dense"}
     assert set(dense) == {((64, 32), 1), ((64, 32), 3), ((32, 64), 1), ((32, 64), 3)}
@@ -87,9 +90,9 @@ def test_linears_are_told_beside_dense_and_what_is_not_here_says_why() -> None:
         kept = 1 if row["kernel"] in ("torch", "torch, dense") else 0.5
         assert row["flops"] == kept * 2 * row["batch"] * 64 * 32
     assert dense[(64, 32), 1]["weight_bytes"] == 64 * 32 * 4
-    (zeros,) = [s for s in result["said"] if s.startswith("unstructured 50%, float32, torch, dense")]
+    (zeros,) = [s for s in result["summary"] if s.startswith("unstructured 50%, float32, torch, dense")]
     assert "no engine here uses such zeros" in zeros
-    assert sum("not here (2:4 products need an NVIDIA GPU)" in s for s in result["said"]) == 2
+    assert sum("not measured (2:4 products need an NVIDIA GPU)" in s for s in result["summary"]) == 2
 
 
 def row(form: str, batch: int, speedup: float | None, **keys: Any) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def test_a_busy_machine_is_told() -> None:
     assert list(busy_verdict([{"ms_p50": 10.0, "cpu_ms_p50": 19.0}, {"unavailable": "here"}])) == []
     assert list(busy_verdict([{"ms_p50": 10.0, "cpu_ms_p50": None}])) == [], "a GPU's times have no such thing"
     (said,) = busy_verdict([{"ms_p50": 10.0, "cpu_ms_p50": 3.0}, {"ms_p50": 10.0, "cpu_ms_p50": 5.0}])
-    assert said.startswith("the machine was busy: this process worked 40% of the time; ")
+    assert said.startswith("the machine was busy: this process ran 40% of the time; ")
 
 
 # --- shapes ---
@@ -129,18 +132,18 @@ def test_shapes_are_what_engines_multiply() -> None:
     }
 
 
-def test_a_scaled_model_keeps_its_proportions_and_a_narrower_one_loses_its_share() -> None:
+def test_a_scaled_model_keeps_its_proportions_and_a_narrowed_one_loses_its_share() -> None:
     wide = scaled(tiny_config(), 320)
     assert (wide.hidden_size, wide.num_attention_heads, wide.num_key_value_heads, wide.head_dim) == (320, 20, 10, 16)
     assert wide.intermediate_size == 640
-    thin = narrower(wide, 0.2)
+    thin = narrowed(wide, 0.2)
     assert (thin.hidden_size, thin.num_attention_heads, thin.num_key_value_heads, thin.head_dim) == (320, 16, 8, 16)
     assert thin.intermediate_size == 512
     before, after = (random_model(c, CPU, torch.float32) for c in (wide, thin))
     ids = torch.arange(6)[None]
     assert before(ids).logits.shape == after(ids).logits.shape
     head = wide.vocab_size * wide.hidden_size
-    assert count(after).weights - head == pytest.approx(0.8 * (count(before).weights - head))
+    assert count_weights(after).weights - head == pytest.approx(0.8 * (count_weights(before).weights - head))
 
 
 # --- models ---
@@ -152,7 +155,7 @@ def test_sparse_kernels_compute_what_dense_ones_do() -> None:
     assert sum(used.values()) == 14, "all linears of the blocks"
     ids = torch.arange(12).view(2, 6)
     torch.testing.assert_close(logits(fast, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
-    dense, sparse = count(model), count(fast, used)
+    dense, sparse = count_weights(model), count_weights(fast, used)
     assert (sparse.weights, sparse.nonzero) == (dense.weights, dense.nonzero)
     assert sparse.nbytes < 0.6 * dense.nbytes
 
@@ -168,7 +171,8 @@ def test_folders_are_measured_beside_the_original_and_kept(llama: Path, blocks_m
     plain = press(llama, tmp_path / "w8", rtn("W8A16"))
     blocky = press(blocks_model, tmp_path / "blocky", rtn("W8A16"))
     result = bench_sparsity(
-        [str(plain.path), str(blocks_model), str(blocky.path)], baseline=str(llama), prompt=8, parts=["models"], **QUICK
+        [str(plain.path), str(blocks_model), str(blocky.path)],
+        SparsityOptions(baseline=str(llama), prompt=8, parts=["models"], **QUICK),
     )
     names = [r["name"] for r in result["models"]]
     assert names == ["llama", "w8", "model", f"model, {SPARSE}", "blocky", f"blocky, {SPARSE}"]
@@ -192,8 +196,8 @@ def test_folders_are_measured_beside_the_original_and_kept(llama: Path, blocks_m
 
 def test_zeros_that_nothing_uses_are_said_to_buy_nothing(llama: Path, tmp_path: Path) -> None:
     zeros = pruned(llama, tmp_path / "zeros", to_2_of_4)
-    result = bench_sparsity([str(llama), str(zeros)], prompt=8, parts=["models"], **QUICK)
-    said = result["said"][0]
+    result = bench_sparsity([str(llama), str(zeros)], SparsityOptions(prompt=8, parts=["models"], **QUICK))
+    said = result["summary"][0]
     assert "of its linear weights are zeros, which dense kernels multiply as any number" in said
 
 
@@ -203,14 +207,16 @@ def test_fewer_heads_and_channels_decode_faster() -> None:
     demo = Path(__file__).parents[2] / "models" / "demo"
     result = bench_sparsity(
         [str(demo)],
-        scaled_to=1280,
-        sparsities=(0.2,),
-        block=64,
-        prompt=128,
-        kinds=["structured"],
-        parts=["models"],
-        rounds=10,
-        device="cpu",
+        SparsityOptions(
+            scaled_to=1280,
+            sparsities=(0.2,),
+            block=64,
+            prompt=128,
+            kinds=["structured"],
+            parts=["models"],
+            rounds=10,
+            device="cpu",
+        ),
     )
     (thin,) = [r for r in result["models"] if r["name"] == "structured 20%"]
     assert thin["prefill"]["cpu_speedup"] > 1.05
@@ -246,17 +252,17 @@ def test_the_command_in_json(laconic: Laconic, tmp_path: Path) -> None:
     [
         (
             ["--shapes", "12by3"],
-            "--shapes 12by3 is no shape; write outputs x inputs, as in --shapes 4096x14336,4096x4096",
+            "--shapes 12by3 is not a shape; write outputs x inputs, as in --shapes 4096x14336,4096x4096",
         ),
-        (["--sparsity", "1"], "--sparsity 1.0 is not between 0 and 1; give the share that is gone, as in 0.5"),
+        (["--sparsity", "1"], "--sparsity 1.0 is not between 0 and 1; give the share to prune, as in 0.5"),
         (["--sparsity", "half"], "--sparsity half is no list of numbers; write it as in --sparsity 0.5,0.8"),
         (["--batch", "0"], "--batch 0 is less than 1"),
-        (["--block", "48"], "--block 48 is no power of two from 16 on; take 32, 64 or 128"),
+        (["--block", "48"], "--block 48 is not a power of two from 16 on; take 32, 64 or 128"),
         (["--kinds", "1:2"], "--kinds 1:2 is not one of structured, unstructured, block, 2:4"),
         (["--measure", "energy"], "--measure energy is not one of linears, models"),
         (["--measure", "models"], "name models to measure: folders, or one of llama-3-8b, llama-3.2-1b"),
-        (["--seconds", "-1"], "--seconds -1 is no time to measure in; give 0 or more"),
-        (["--seconds", "nan"], "--seconds nan is no time to measure in; give 0 or more"),
+        (["--seconds", "-1"], "--seconds -1 is not 0 or more; give a time in seconds"),
+        (["--seconds", "nan"], "--seconds nan is not 0 or more; give a time in seconds"),
         (["--baseline", "x"], "--baseline goes with a model; name one before it"),
         (["--shapes", "4x4", "--scaled", "64"], "--scaled goes with a model; name one before it"),
         (["--dtype", "int8"], "--dtype int8 is not one of float32, bfloat16, float16"),
@@ -266,7 +272,7 @@ def test_the_command_in_json(laconic: Laconic, tmp_path: Path) -> None:
         ),
         (
             ["llama-3-8b", "--baseline", "x"],
-            "a preset, or a model with --scaled, has random weights and stands alone; name nothing beside it",
+            "a preset, or a model with --scaled, has random weights; name no other model beside it",
         ),
         (
             ["-o", "bench.txt"],
@@ -281,7 +287,10 @@ def test_a_mistake_is_one_line(laconic: Laconic, arguments: list[str], complaint
 
 def test_mistakes_about_a_model(laconic: Laconic, llama: Path) -> None:
     wide = laconic("bench", "sparsity", llama, "--scaled", 100, "--measure", "models")
-    assert wide.complaint == "--scaled 100 is no multiple of 32, a group of heads of this model"
+    assert (
+        wide.complaint
+        == "--scaled 100 is not a multiple of 32, the width of a group of heads of this model; choose one"
+    )
     long = laconic("bench", "sparsity", llama, "--prompt", 256, "--measure", "models")
     assert long.complaint == "--prompt 256 leaves no room in the context of 256 of llama; lower it"
 
@@ -293,7 +302,7 @@ def test_what_is_wrong_with_a_model_is_told_before_anything_is_measured(
         raise AssertionError("measured already")
 
     monkeypatch.setattr("laconic.bench.sparsity.bench_linears", measured)
-    monkeypatch.setattr("laconic.bench.sparsity._opened", measured)
+    monkeypatch.setattr("laconic.bench.sparsity._folder_candidates", measured)
     artifact = press(llama, tmp_path / "w8", rtn("W8A16")).path
     shutil.rmtree(artifact / "results")
     (artifact / "results").write_text("in the way")
@@ -322,6 +331,9 @@ def test_what_is_wrong_with_a_model_is_told_before_anything_is_measured(
 
 def test_an_artifact_that_is_its_own_original_keeps_nothing(llama: Path, tmp_path: Path) -> None:
     alone = press(llama, tmp_path / "w8", rtn("W8A16"))
-    result = bench_sparsity([str(alone.path)], prompt=8, parts=["models"], **QUICK)
-    assert "is its own original here, so nothing is kept in it; name the original by --baseline" in result["said"][-1]
+    result = bench_sparsity([str(alone.path)], SparsityOptions(prompt=8, parts=["models"], **QUICK))
+    assert (
+        "was compared with itself, so no result is saved in it; name the original by --baseline"
+        in result["summary"][-1]
+    )
     assert alone.results.keys() == {"compress"}

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laconic.bench import energy
-from laconic.bench.energy import energy_of
-from laconic.bench.timing import WARM_UP, Times, take_turns
+from laconic.bench.energy import measure_energy
+from laconic.bench.timing import WARM_UP, Times, time_interleaved
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def test_each_has_its_turn_and_the_slower_is_slower() -> None:
         time.sleep(seconds)
         return None
 
-    times = take_turns(
+    times = time_interleaved(
         {"fast": [lambda: call("fast", 0.004)], "slow": [lambda: call("slow", 0.02)]}, CPU, rounds=4, seconds=60
     )
     assert [len(t.rounds) for t in times.values()] == [4, 4]
@@ -44,7 +44,7 @@ def test_each_has_its_turn_and_the_slower_is_slower() -> None:
 
 
 def test_time_of_one_of_several_calls_and_at_least_three_rounds() -> None:
-    times = take_turns({"a": [lambda: time.sleep(0.005)] * 3}, CPU, rounds=9, seconds=0)
+    times = time_interleaved({"a": [lambda: time.sleep(0.005)] * 3}, CPU, rounds=9, seconds=0)
     assert len(times["a"].rounds) == 3
     assert 0.005 <= times["a"].median < 0.014
 
@@ -63,7 +63,7 @@ def test_rapl_counts_all_packages_and_begins_anew_at_its_end(tmp_path: Path, mon
         (tmp_path / "intel-rapl:0" / "energy_uj").write_text("500000")
         (tmp_path / "intel-rapl:1" / "energy_uj").write_text("250005")
 
-    spent = energy_of(run, CPU, seconds=0)
+    spent = measure_energy(run, CPU, seconds=0)
     assert spent is not None
     assert (spent.source, spent.runs) == ("RAPL", 1)
     assert spent.joules == pytest.approx(0.51 + 0.25)
@@ -71,4 +71,4 @@ def test_rapl_counts_all_packages_and_begins_anew_at_its_end(tmp_path: Path, mon
 
 def test_no_meter_is_no_energy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
-    assert energy_of(lambda: None, CPU, seconds=0) is None
+    assert measure_energy(lambda: None, CPU, seconds=0) is None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import laconic
 from artifacts import Stage, inputs, logits, original, press, tensors, windows
-from laconic.evaluate.fidelity import measure
+from laconic.evaluation.fidelity import measure
 from laconic.formats import LowRank, Outliers, fit, quantize, schemes
 from laconic.formats.int_affine import IntAffine
 from laconic.formats.storage import to_stored

@@ -16,7 +16,8 @@ from artifacts import Stage, original, press, same_bytes, tensors, tokens
 from commands import Laconic
 from laconic.artifact.size import measure_size
 from laconic.checkpoint.files import KV_CACHE, KV_CONFIG
-from laconic.evaluate.run import evaluate
+from laconic.evaluation.options import TextOptions
+from laconic.evaluation.text import evaluate_text
 from laconic.kv.files import read_kv_scheme
 from laconic.kv.format import decode_kv, encode_kv
 from laconic.kv.open import make_cache
@@ -143,7 +144,7 @@ def test_an_artifact_of_fp8_is_measured_as_any_other(
     plain = press(llama, tmp_path / "plain", *weights).path if weights else llama
     found, expected = measure_size(artifact.path), measure_size(plain)
     assert (found.parameters, found.schemes, found.covered) == (expected.parameters, expected.schemes, expected.covered)
-    assert evaluate(artifact.path, text=str(text), context_length=64, windows=2)["perplexity"] > 1
+    assert evaluate_text(artifact.path, TextOptions(text=str(text), context_length=64, windows=2))["perplexity"] > 1
     assert (artifact.path / "README.md").exists()
 
 

@@ -10,7 +10,7 @@ import torch
 
 import laconic
 from artifacts import Stage, logits, press, windows
-from laconic.evaluate.fidelity import measure
+from laconic.evaluation.fidelity import measure
 from tiny import ARCHITECTURES, make_model
 
 METHODS: dict[str, list[Stage]] = {

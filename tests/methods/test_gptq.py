@@ -11,7 +11,7 @@ from linears import correlated, made_of, moments_of, output_error, weight
 
 import laconic
 from artifacts import original, press, windows
-from laconic.evaluate.fidelity import measure
+from laconic.evaluation.fidelity import measure
 from laconic.methods.gptq import Gptq, retarget
 
 W, X = weight(), correlated()

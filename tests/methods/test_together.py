@@ -9,7 +9,7 @@ import pytest
 
 import laconic
 from artifacts import Stage, gptq, original, press, quantized_linears, rtn, windows
-from laconic.evaluate.fidelity import measure
+from laconic.evaluation.fidelity import measure
 from tiny import make_model
 
 ATTENTION = "re:.*(self_attn|self_attention).*"

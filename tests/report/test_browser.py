@@ -57,7 +57,14 @@ def page_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     else:
         sample = {"prompt": "Once", "original": " upon a time there was", "written": " upon a time there is"}
         row = tasks(-0.01)["rows"][0]
-        full = {"main": True, "value": 0.5, "stderr": 0.01, "baseline": 0.51, "baseline_stderr": 0.01, "recovery": 0.98}
+        full = {
+            "main": True,
+            "value": 0.5,
+            "stderr": 0.01,
+            "baseline": 0.51,
+            "baseline_stderr": 0.01,
+            "retention": 0.98,
+        }
         told = {"higher_is_better": True, "tasks": 1, "documents": 500}
         how = {"model": "a", "shots": {"mmlu": 5}, "data": "d", "dtype": "float32", "limit": None, "command": "laconic"}
         log = [

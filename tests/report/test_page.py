@@ -186,13 +186,13 @@ def test_nothing_is_met_without_a_measurement() -> None:
 
 def tasks(difference: float, recovery: float = 0.99) -> dict[str, Any]:
     row = {"task": "mmlu", "metric": "acc", "difference": difference, "difference_stderr": 0.004}
-    return {"baseline": "base", "rows": [row], "mean_recovery": recovery}
+    return {"baseline": "base", "rows": [row], "mean_retention": recovery}
 
 
 def told(recovery: float, stderr: float) -> dict[str, Any]:
     """A task whose original has 0.5."""
     row = {"task": "piqa", "metric": "acc", "main": True, "baseline": 0.5, "difference_stderr": stderr}
-    return {"baseline": "base", "rows": [row], "mean_recovery": recovery}
+    return {"baseline": "base", "rows": [row], "mean_retention": recovery}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from artifacts import logits, original, press, rtn
 from laconic.artifact.artifact import Artifact
 from laconic.checkpoint.source import load_tokenizer
 from laconic.data.text import evaluation_windows
-from laconic.evaluate import context_perplexity
+from laconic.evaluation import context_perplexity
 from laconic.sweep.measure import measure
 from laconic.sweep.study import Evaluation
 

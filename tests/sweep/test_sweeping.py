@@ -19,7 +19,8 @@ import laconic.sweep.runner as runner
 from artifacts import press
 from commands import Laconic
 from interruptions import Killed
-from laconic.evaluate.run import evaluate
+from laconic.evaluation.options import TextOptions
+from laconic.evaluation.text import evaluate_text
 from laconic.sweep.runner import dry_run, sweep
 from laconic.sweep.study import Study, load_study
 
@@ -55,8 +56,9 @@ def test_every_run_is_made_and_measured_as_by_itself(llama: Path, text: Path, tm
     assert [row["status"] for row in rows] == ["done", "failed", "done"]
     for row, scheme in ((rows[0], "W8A16"), (rows[2], "W6A6")):
         artifact = press(llama, tmp_path / scheme, RTN | {"scheme": scheme})
-        alone = evaluate(
-            artifact.path, baseline=str(llama), text=str(text), context_length=32, windows=4, dtype="float32"
+        alone = evaluate_text(
+            artifact.path,
+            TextOptions(baseline=str(llama), text=str(text), context_length=32, windows=4, dtype="float32"),
         )
         for figure in ("perplexity", "baseline_perplexity", "kl_mean", "bits_per_weight", "file_bytes", "tokens"):
             assert row[figure] == alone[figure]
@@ -94,7 +96,7 @@ def test_what_each_run_writes_stands_side_by_side_on_the_page(
         (measured,) = json.loads((out / "results" / f"{row['run']}.json").read_text())["evaluations"]
         made = press(llama, tmp_path / scheme, RTN | {"scheme": scheme, "group_size": 32}).path
         how = {"text": str(text), "context_length": 32, "windows": 4, "dtype": "float32", "generate": 2}
-        assert measured["samples"] == evaluate(made, baseline=str(llama), **how)["samples"]
+        assert measured["samples"] == evaluate_text(made, TextOptions(baseline=str(llama), **how))["samples"]
         assert len(measured["samples"]) == 2
         written[scheme] = measured["samples"]
     if not kept:
@@ -154,13 +156,13 @@ def test_a_kill_loses_at_most_the_run_in_flight(
         if event["run"] == third and event["event"] == "block" and moment == "compressing":
             raise Killed
 
-    def measure(folder: Path, **keys: Any) -> Any:
+    def measure(folder: Path, options: TextOptions) -> Any:
         if folder.name == third and moment == "measuring":
             raise Killed
-        return evaluate(folder, **keys)
+        return evaluate_text(folder, options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(measuring, "evaluate", measure)
+        patch.setattr(measuring, "evaluate_text", measure)
         with pytest.raises(Killed):
             sweep(study, tmp_path / "out", report=lambda e: watch({"run": None} | dict(e)))
     table = pq.read_table(tmp_path / "out" / "results.parquet").to_pydict()
@@ -180,7 +182,7 @@ def test_a_defect_of_ours_fails_one_run_and_leaves_its_traceback(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr(measuring, "evaluate", broken)
+    monkeypatch.setattr(measuring, "evaluate_text", broken)
     rows = sweep(study, tmp_path)
     assert rows[0]["error"] == "RuntimeError: out of memory"
     assert "in broken" in json.loads((tmp_path / "results" / f"{rows[0]['run']}.json").read_text())["traceback"]

@@ -15,7 +15,7 @@ import torch
 import laconic
 from artifacts import tensors
 from laconic.checkpoint.source import load_tokenizer
-from laconic.evaluate.fidelity import log_probabilities
+from laconic.evaluation.fidelity import log_probabilities
 from tiny import MIXTURES, make_model
 from vllm_kernels import BLOCKS_OF_FP8, EIGHT_BITS, EXPERTS, FOUR_BITS
 

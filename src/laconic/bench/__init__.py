@@ -1,1 +1,1 @@
-"""What a finished artifact, or a shape, takes: time, bytes, energy."""
+"""Benchmarks of artifacts and of weight shapes: time, bytes and energy."""

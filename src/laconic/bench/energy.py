@@ -1,4 +1,4 @@
-"""Energy that a device says it took: NVML's or nvidia-smi's of a GPU, RAPL's of a CPU."""
+"""Energy that a device reports: through NVML or nvidia-smi for a GPU, through RAPL for a CPU."""
 
 from __future__ import annotations
 
@@ -12,23 +12,37 @@ from typing import Any
 import torch
 
 POWERCAP = Path("/sys/class/powercap")
-# Counters move in steps of up to a tenth of a second.
-LONG_ENOUGH = 2.0
+# Counters are updated every tenth of a second or faster, so this is accurate to a few percent.
+MIN_SECONDS = 2.0
+Measure = Callable[[Callable[[], None]], float]
+"""Runs a function and returns the energy in joules."""
 
 
 @dataclass(frozen=True)
 class Energy:
-    """joules: taken while `runs` calls ran. source: who said so."""
+    """Energy of repeated calls.
+
+    Attributes:
+        joules: Energy of all calls.
+        runs: Number of calls.
+        source: What reported it, `NVML`, `nvidia-smi` or `RAPL`.
+    """
 
     joules: float
     runs: int
     source: str
 
 
-def energy_of(run: Callable[[], object], device: torch.device, seconds: float = LONG_ENOUGH) -> Energy | None:
-    """What calls take of the device as a whole, idle power included, repeated for so many seconds.
+def measure_energy(run: Callable[[], object], device: torch.device, seconds: float = MIN_SECONDS) -> Energy | None:
+    """Measure the energy of repeated calls, for the whole device and including idle power.
 
-    Returns: None where the device reports none.
+    Args:
+        run: The call.
+        device: The device that does the work.
+        seconds: Time for which the call is repeated.
+
+    Returns:
+        The energy; None if the device does not report it.
     """
     meter = _meter(device)
     if meter is None:
@@ -38,8 +52,8 @@ def energy_of(run: Callable[[], object], device: torch.device, seconds: float = 
 
     def work() -> None:
         nonlocal runs
-        until = time.monotonic() + seconds
-        while runs == 0 or time.monotonic() < until:
+        end = time.monotonic() + seconds
+        while runs == 0 or time.monotonic() < end:
             run()
             runs += 1
             if device.type == "cuda":
@@ -49,9 +63,6 @@ def energy_of(run: Callable[[], object], device: torch.device, seconds: float = 
     return Energy(joules, runs, source)
 
 
-Measure = Callable[[Callable[[], None]], float]
-
-
 def _meter(device: torch.device) -> tuple[str, Measure] | None:
     if device.type == "cuda":
         return _nvml(device) or _smi(device)
@@ -59,22 +70,22 @@ def _meter(device: torch.device) -> tuple[str, Measure] | None:
 
 
 def _nvml(device: torch.device) -> tuple[str, Measure] | None:
-    """The counter of a GPU's board, in millijoules since the driver was loaded."""
+    """Return a meter by the energy counter of a GPU board, in millijoules since the driver was loaded."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         handle: Any = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # no library, no driver, no such counter, no right to read it: all the same here
+    except Exception:  # A missing library, driver, counter or permission: the next meter is tried.
         return None
     return "NVML", lambda work: _difference(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), work) / 1e3
 
 
 def _smi(device: torch.device) -> tuple[str, Measure] | None:
-    """Power as nvidia-smi prints it, ten times a second, times time."""
-    which = str(torch.cuda.get_device_properties(device).uuid)
-    command = ["nvidia-smi", f"--id=GPU-{which}", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+    """Return a meter by nvidia-smi's power, sampled ten times a second."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
     try:
         float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError, ValueError):
@@ -82,18 +93,18 @@ def _smi(device: torch.device) -> tuple[str, Measure] | None:
 
     def measure(work: Callable[[], None]) -> float:
         with subprocess.Popen([*command, "--loop-ms=100"], stdout=subprocess.PIPE, text=True) as smi:
-            begun = time.monotonic()
+            start = time.monotonic()
             work()
-            took = time.monotonic() - begun
+            seconds = time.monotonic() - start
             smi.terminate()
             watts = [float(line) for line in smi.communicate()[0].split()]
-        return took * sum(watts) / len(watts) if watts else float("nan")
+        return seconds * sum(watts) / len(watts) if watts else float("nan")
 
     return "nvidia-smi", measure
 
 
 def _rapl(powercap: Path) -> tuple[str, Measure] | None:
-    """The counters of all CPU packages, in microjoules, which begin anew at their largest value."""
+    """Return a meter by the counters of all CPU packages, in microjoules; a counter wraps around at its maximum."""
     packages = [p for p in powercap.glob("intel-rapl:*") if p.name.count(":") == 1 and _readable(p / "energy_uj")]
     if not packages:
         return None
@@ -102,8 +113,8 @@ def _rapl(powercap: Path) -> tuple[str, Measure] | None:
         before = [_count(p / "energy_uj") for p in packages]
         work()
         after = [_count(p / "energy_uj") for p in packages]
-        ends = [_count(p / "max_energy_range_uj") for p in packages]
-        return sum((b - a) % (end + 1) for a, b, end in zip(before, after, ends, strict=True)) / 1e6
+        maxima = [_count(p / "max_energy_range_uj") for p in packages]
+        return sum((b - a) % (m + 1) for a, b, m in zip(before, after, maxima, strict=True)) / 1e6
 
     return "RAPL", measure
 

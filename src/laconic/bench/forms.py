@@ -1,4 +1,4 @@
-"""Ways to hold a linear's weight and to multiply by it: dense, sparse, smaller; in 16 bit, int8, fp8."""
+"""Forms of a linear's weight and its product: dense, sparse or smaller, in 16 bit, int8 or fp8."""
 
 from __future__ import annotations
 
@@ -11,59 +11,82 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from laconic.bench.options import KINDS
 from laconic.bench.semi_structured import cuda_capability, cusparselt, cutlass, pad_rows
 from laconic.bench.zeros import to_2_of_4, to_unstructured, to_zero_blocks
 from laconic.kernels.block_sparse import block_sparse_linear
 from laconic.kernels.block_sparse_weight import to_block_sparse
 
 DENSE = "dense"
-KINDS = ("structured", "unstructured", "block", "2:4")
-# Int8 and fp8 products of torch's ask for more than 16 rows.
-_ROWS = 32
+# torch's int8 and fp8 products need more than 16 rows.
+_MIN_ROWS = 32
 
 
 @dataclass(frozen=True)
-class Held:
-    """A weight as a kernel reads it. call: x (tokens, in) to (tokens, out). nbytes: of the weight. kept: how many of
-    its numbers are multiplied. weight: what it stands for, (out, in)."""
+class KernelWeight:
+    """A weight in the layout of a kernel.
 
-    call: Callable[[Tensor], Tensor]
+    Attributes:
+        multiply: Maps x (tokens, in) to (tokens, out).
+        nbytes: Bytes of the weight in this layout.
+        multiplied: Number of weights that are multiplied.
+        dense: The dense weight (out, in) that it represents.
+    """
+
+    multiply: Callable[[Tensor], Tensor]
     nbytes: int
-    kept: int
-    weight: Tensor
+    multiplied: int
+    dense: Tensor
 
 
 @dataclass(frozen=True)
 class Form:
-    """kind: `dense`, `unstructured`, `2:4`, `block N`, `structured`. kernel: whose. dtype: of the products' operands.
-    sparsity: the share of the weights that is gone. hold: a dense weight (out, in) of floats, as this form keeps it,
-    raises what torch raises where it cannot. cast: what the product reads of x, which is not timed.
+    """A form of a weight.
+
+    Attributes:
+        kind: `dense`, `unstructured`, `2:4`, `block N` or `structured`.
+        kernel: Library of the kernel.
+        dtype: Dtype of the operands.
+        sparsity: Share of pruned weights.
+        pack: Converts a dense weight (out, in) of floats; raises torch's error if that is not possible.
+        cast: Converts activations to the dtype that the product reads; not timed.
     """
 
     kind: str
     kernel: str
     dtype: torch.dtype
     sparsity: float
-    hold: Callable[[Tensor], Held]
+    pack: Callable[[Tensor], KernelWeight]
     cast: Callable[[Tensor], Tensor] = lambda x: x
 
     @property
     def name(self) -> str:
-        """As tables have it."""
+        """Name in tables."""
         share = f" {self.sparsity:.0%}" if self.kind not in (DENSE, "2:4") else ""
         return f"{self.kind}{share}, {str(self.dtype).removeprefix('torch.')}, {self.kernel}"
 
     @property
-    def baseline(self) -> bool:
-        """Whether others of its dtype are compared with it."""
+    def is_dense(self) -> bool:
+        """Whether it is the baseline of the other forms of its dtype."""
         return self.kind == DENSE
 
 
 def forms_for(
     device: torch.device, dtype: torch.dtype, sparsities: Sequence[float], block: int, kinds: Sequence[str] = KINDS
 ) -> list[Form]:
-    """All forms of some kinds that a device may have, the dense one of each dtype first. dtype: a float type."""
-    return [f for f in _forms(device, dtype, sparsities, block) if f.baseline or f.kind.partition(" ")[0] in kinds]
+    """Return the forms that a device may support, the dense one of each dtype first.
+
+    Args:
+        device: Device of the weights.
+        dtype: A floating-point dtype.
+        sparsities: Shares of weights to prune.
+        block: Side of zero blocks.
+        kinds: Kinds of sparsity, of `options.KINDS`.
+
+    Returns:
+        The dense forms, and all forms of these kinds.
+    """
+    return [f for f in _forms(device, dtype, sparsities, block) if f.is_dense or f.kind.partition(" ")[0] in kinds]
 
 
 def _forms(device: torch.device, dtype: torch.dtype, sparsities: Sequence[float], block: int) -> Iterator[Form]:
@@ -75,64 +98,68 @@ def _forms(device: torch.device, dtype: torch.dtype, sparsities: Sequence[float]
         if device.type == "cpu":
             yield Form("unstructured", "torch CSR", dtype, s, _after(zeros, _csr))
         yield Form(f"block {block}", "torch BSR", dtype, s, _after(blocks, partial(_bsr, block=block)))
-        yield Form(f"block {block}", "laconic", dtype, s, _after(blocks, partial(blocked, block=block)))
-    yield Form("2:4", "cuSPARSELt", dtype, 0.5, lambda W: cusparselt_held(to_2_of_4(W)))
-    yield Form("2:4", "CUTLASS", dtype, 0.5, lambda W: _cutlass_held(to_2_of_4(W)))
-    if device.type != "cuda":
-        return
-    int8 = torch.int8
+        yield Form(f"block {block}", "laconic", dtype, s, _after(blocks, partial(pack_blocks, block=block)))
+    yield Form("2:4", "cuSPARSELt", dtype, 0.5, lambda W: pack_cusparselt(to_2_of_4(W)))
+    yield Form("2:4", "CUTLASS", dtype, 0.5, lambda W: _pack_cutlass(to_2_of_4(W)))
+    if device.type == "cuda":
+        yield from _narrow_forms(device)
+
+
+def _narrow_forms(device: torch.device) -> Iterator[Form]:
+    int8, fp8 = torch.int8, torch.float8_e4m3fn
     yield Form(DENSE, "torch", int8, 0.0, lambda W: _int8(_to_int8(W)), _to_int8)
-    yield Form("2:4", "cuSPARSELt", int8, 0.5, lambda W: cusparselt_held(to_2_of_4(_to_int8(W))), _to_int8)
-    yield Form("2:4", "CUTLASS", int8, 0.5, lambda W: _cutlass_held(to_2_of_4(_to_int8(W))), _to_int8)
+    yield Form("2:4", "cuSPARSELt", int8, 0.5, lambda W: pack_cusparselt(to_2_of_4(_to_int8(W))), _to_int8)
+    yield Form("2:4", "CUTLASS", int8, 0.5, lambda W: _pack_cutlass(to_2_of_4(_to_int8(W))), _to_int8)
     if cuda_capability(device) >= (8, 9):
-        fp8 = torch.float8_e4m3fn
         yield Form(DENSE, "torch", fp8, 0.0, lambda W: _fp8(W.to(fp8)), lambda x: x.to(fp8))
-        yield Form("2:4", "cuSPARSELt", fp8, 0.5, lambda W: cusparselt_held(to_2_of_4(W).to(fp8)), lambda x: x.to(fp8))
+        yield Form("2:4", "cuSPARSELt", fp8, 0.5, lambda W: pack_cusparselt(to_2_of_4(W).to(fp8)), lambda x: x.to(fp8))
 
 
-def _after(prune: Callable[[Tensor], Tensor], hold: Callable[[Tensor], Held]) -> Callable[[Tensor], Held]:
-    return lambda W: hold(prune(W))
+def _after(
+    prune: Callable[[Tensor], Tensor], pack: Callable[[Tensor], KernelWeight]
+) -> Callable[[Tensor], KernelWeight]:
+    return lambda W: pack(prune(W))
 
 
 def fewer_outputs(W: Tensor, sparsity: float) -> Tensor:
-    """The first rows of W (out, in), so many that this share is gone, to the nearest 16."""
+    """Return the first rows of W (out, in) without a share of `sparsity`, to the nearest multiple of 16."""
     return W[: max(16, round((1 - sparsity) * W.shape[0] / 16) * 16)].contiguous()
 
 
-def blocked(W: Tensor, block: int) -> Held:
-    """By our own kernel, W (out, in) in blocks (block, block)."""
-    kept = to_block_sparse(W, (block, block))
-    return Held(lambda x: block_sparse_linear(x, kept), kept.nbytes, kept.values.numel(), W)
+def pack_blocks(W: Tensor, block: int) -> KernelWeight:
+    """Pack W (out, in) in blocks (block, block) for Laconic's block-sparse kernel."""
+    blocks = to_block_sparse(W, (block, block))
+    return KernelWeight(lambda x: block_sparse_linear(x, blocks), blocks.nbytes, blocks.values.numel(), W)
 
 
-def cusparselt_held(W: Tensor) -> Held:
-    """By cuSPARSELt, W (out, in) with 2:4 zeros."""
-    return Held(*cusparselt(W), W.numel() // 2, W)
+def pack_cusparselt(W: Tensor) -> KernelWeight:
+    """Pack W (out, in) with 2:4 zeros for cuSPARSELt."""
+    return KernelWeight(*cusparselt(W), W.numel() // 2, W)
 
 
-def _cutlass_held(W: Tensor) -> Held:
-    return Held(*cutlass(W), W.numel() // 2, W)
+def _pack_cutlass(W: Tensor) -> KernelWeight:
+    return KernelWeight(*cutlass(W), W.numel() // 2, W)
 
 
-def _dense(W: Tensor) -> Held:
-    return Held(lambda x: F.linear(x, W), W.nbytes, W.numel(), W)
+def _dense(W: Tensor) -> KernelWeight:
+    return KernelWeight(lambda x: F.linear(x, W), W.nbytes, W.numel(), W)
 
 
-def _csr(W: Tensor) -> Held:
-    kept = _compressed(W.to_sparse_csr)
-    return Held(lambda x: (kept @ x.T.contiguous()).T, _compressed_bytes(kept), kept.values().numel(), W)
+def _csr(W: Tensor) -> KernelWeight:
+    sparse = _without_warning(W.to_sparse_csr)
+    return KernelWeight(lambda x: (sparse @ x.T.contiguous()).T, _compressed_bytes(sparse), sparse.values().numel(), W)
 
 
-def _bsr(W: Tensor, block: int) -> Held:
-    kept = _compressed(partial(W.to_sparse_bsr, (block, block)))
-    call = (lambda x: F.linear(x, kept)) if W.is_cuda else (lambda x: (kept @ x.T.contiguous()).T)
-    return Held(call, _compressed_bytes(kept), kept.values().numel(), W)
+def _bsr(W: Tensor, block: int) -> KernelWeight:
+    sparse = _without_warning(partial(W.to_sparse_bsr, (block, block)))
+    multiply = (lambda x: F.linear(x, sparse)) if W.is_cuda else (lambda x: (sparse @ x.T.contiguous()).T)
+    return KernelWeight(multiply, _compressed_bytes(sparse), sparse.values().numel(), W)
 
 
-def _compressed(make: Callable[[], Tensor]) -> Tensor:
+def _without_warning(convert: Callable[[], Tensor]) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse .* is in beta")
-        return make()
+        return convert()
 
 
 def _compressed_bytes(W: Tensor) -> int:
@@ -140,18 +167,19 @@ def _compressed_bytes(W: Tensor) -> int:
 
 
 def _to_int8(x: Tensor) -> Tensor:
-    """Numbers of about the spread of a normal distribution, in steps of 1/16."""
+    """Round values of about unit variance to multiples of 1/16."""
     return (16 * x).round().clamp(-127, 127).to(torch.int8)
 
 
-def _int8(W: Tensor) -> Held:
-    return Held(lambda x: torch._int_mm(pad_rows(x, _ROWS), W.T)[: len(x)], W.nbytes, W.numel(), W)
+def _int8(W: Tensor) -> KernelWeight:
+    return KernelWeight(lambda x: torch._int_mm(pad_rows(x, _MIN_ROWS), W.T)[: len(x)], W.nbytes, W.numel(), W)
 
 
-def _fp8(W: Tensor) -> Held:
+def _fp8(W: Tensor) -> KernelWeight:
     one = torch.ones((), device=W.device)
 
-    def call(x: Tensor) -> Tensor:
-        return torch._scaled_mm(pad_rows(x, _ROWS), W.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)[: len(x)]
+    def multiply(x: Tensor) -> Tensor:
+        y = torch._scaled_mm(pad_rows(x, _MIN_ROWS), W.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        return y[: len(x)]
 
-    return Held(call, W.nbytes, W.numel(), W)
+    return KernelWeight(multiply, W.nbytes, W.numel(), W)

@@ -1,4 +1,4 @@
-"""Whole models beside their original: tokens a second of prefill and of decoding, FLOPs, bytes, energy."""
+"""Speed of whole models beside their original: tokens per second of prefill and decoding, FLOPs, bytes, energy."""
 
 from __future__ import annotations
 
@@ -6,209 +6,125 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from laconic.bench.energy import energy_of
-from laconic.bench.forms import Held, blocked, cusparselt_held
-from laconic.bench.timing import Call, Times, captured, take_turns
-from laconic.bench.zeros import Zeros, zeros_of
-from laconic.runtime.linear import QLinear
-from laconic.structure.anatomy import linears_of
+from laconic.bench.energy import measure_energy
+from laconic.bench.options import SparsityOptions
+from laconic.bench.sparse_models import LinearCounts
+from laconic.bench.timing import Call, Times, capture_graph, time_interleaved
 
 PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
-class Counted:
-    """Of the linears of a model, head included. weights: numbers. nonzero: those that are not zero. nbytes: of what a
-    pass reads of them, as they are multiplied here. sparse: how many go through a sparse kernel, by pattern."""
+class Candidate:
+    """A model to time, and the sizes of its linears."""
 
-    weights: int
-    nonzero: int
-    nbytes: int
-    sparse: Mapping[str, int] = field(default_factory=dict)
-
-
-def random_model(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Of this shape, with random weights."""
-    with torch.random.fork_rng(), torch.device(device):
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.eval().requires_grad_(False)
-    return model
-
-
-@torch.no_grad()
-def with_zeros(model: PreTrainedModel, put: Callable[[Tensor], Tensor]) -> PreTrainedModel:
-    """A copy in which `put` set zeros in the linears of the blocks (the head is as it was)."""
-    model = copy.deepcopy(model)
-    head = model.get_output_embeddings()
-    for linear in linears_of(model).values():
-        if linear is not head:
-            linear.weight.copy_(put(linear.weight))
-    return model
-
-
-@torch.no_grad()
-def with_sparse_kernels(
-    model: PreTrainedModel, put: Callable[[Tensor], Tensor] | None = None
-) -> tuple[PreTrainedModel, dict[str, int]]:
-    """A copy whose linears are multiplied by a sparse kernel wherever their zeros and the device have one, and how many
-    are, by pattern: 2:4 on an NVIDIA GPU by cuSPARSELt, blocks by ours. put: sets zeros first, in the blocks' linears.
-    """
-    found: dict[str, int] = {}
-    used: dict[str, Held] = {}
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    multiplied = _multiplied(model)
-    for name, (linear, weight) in multiplied.items():
-        if weight is embeddings.weight:
-            continue
-        W = weight.detach() if put is None or linear is head else put(weight.detach())
-        zeros = zeros_of(W)
-        if (held := _sparse(W, zeros)) is not None:
-            used[name] = held
-            found[zeros.pattern] = found.get(zeros.pattern, 0) + 1
-    if not used:
-        return model, {}
-    # Weights that go through a sparse kernel are not copied.
-    shared = {id(multiplied[n][1]): nn.Parameter(torch.empty(0), False) for n in used}
-    model = copy.deepcopy(model, shared)
-    for name, held in used.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, SparseLinear(held, model.get_submodule(name).bias))
-    return model, found
-
-
-class SparseLinear(nn.Module):
-    """A linear that a sparse kernel multiplies."""
-
-    def __init__(self, held: Held, bias: Any) -> None:
-        super().__init__()
-        self.call, self.nbytes, self.bias = held.call, held.nbytes, bias
-        self.weights, self.nonzero = held.weight.numel(), int(held.weight.count_nonzero())
-        self.out_features = held.weight.shape[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.call(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
-
-
-def _multiplied(model: PreTrainedModel) -> dict[str, tuple[nn.Module, Tensor]]:
-    """Linears that multiply by a matrix in floating point, with it: those of a quantized one too, once it is decoded,
-    unless it rounds what it reads."""
-    found: dict[str, tuple[nn.Module, Tensor]] = {n: (m, m.weight) for n, m in linears_of(model).items()}
-    for name, module in model.named_modules():
-        if isinstance(module, QLinear) and module.dense is not None and module.scheme.input_activations is None:
-            found[name] = module, module.dense
-    return found
-
-
-def _sparse(W: Tensor, zeros: Zeros) -> Held | None:
-    try:
-        if zeros.pattern == "2:4" and W.is_cuda and W.element_size() == 2:
-            return cusparselt_held(W)
-        if zeros.block is not None:
-            return blocked(W, zeros.block)
-    except (RuntimeError, ValueError):
-        pass
-    return None
-
-
-@torch.no_grad()
-def count(model: PreTrainedModel, sparse: Mapping[str, int] | None = None) -> Counted:
-    """What the linears of a model hold."""
-    weights = nonzero = nbytes = 0
-    for module in model.modules():
-        if isinstance(module, SparseLinear):
-            weights, nonzero, nbytes = weights + module.weights, nonzero + module.nonzero, nbytes + module.nbytes
-        elif isinstance(module, nn.Linear | QLinear):
-            W = module.weight if isinstance(module, nn.Linear) else module.decode(module.dtype)
-            weights, nonzero, nbytes = weights + W.numel(), nonzero + int(W.count_nonzero()), nbytes + W.nbytes
-    return Counted(weights, nonzero, nbytes, sparse or {})
+    model: PreTrainedModel
+    counts: LinearCounts
 
 
 @torch.no_grad()
 def bench_models(
-    models: Mapping[str, PreTrainedModel],
-    counted: Mapping[str, Counted],
+    candidates: Mapping[str, Candidate],
+    options: SparsityOptions,
     *,
-    prompt: int,
-    sequences: int,
-    rounds: int,
-    seconds: float,
     energy: bool = True,
     report: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Time models in turns; the first is what the others are compared with.
+    """Time prefill and decoding of models in interleaved rounds.
 
-    prompt: tokens that prefill reads, and after which one is decoded. sequences: side by side. rounds, seconds: of each
-    phase, whichever is reached first.
-    Returns: a row a model. Raises: ValueError for a prompt longer than a model's context.
+    Args:
+        candidates: Models by name; the first one is the baseline of the others.
+        options: Prompt, sequences, rounds and seconds.
+        energy: Whether to measure energy.
+        report: Called with the name of each measurement before it starts.
+
+    Returns:
+        A row per model.
+
+    Raises:
+        ValueError: The prompt is longer than a model's context.
     """
-    device = next(iter(models.values())).device
-    for name, model in models.items():
-        check_prompt(name, model.config, prompt)
-    times: dict[str, dict[str, Times]] = {}
-    tokens = {"prefill": sequences * prompt, "decode": sequences}
-    calls = {phase: {n: _call(phase, m, sequences, prompt) for n, m in models.items()} for phase in PHASES}
+    first = next(iter(candidates.values())).model
+    for name, candidate in candidates.items():
+        check_prompt(name, candidate.model.config, options.prompt)
+    rows = {name: _sizes(name, candidate.counts) for name, candidate in candidates.items()}
+    tokens = {"prefill": options.sequences * options.prompt, "decode": options.sequences}
+    # All calls are made before any is timed: decoding has to fill a cache first.
+    calls = {
+        phase: {n: _call(phase, c.model, options.sequences, options.prompt) for n, c in candidates.items()}
+        for phase in PHASES
+    }
     for phase in PHASES:
         report(phase)
-        turns = {name: [call] for name, call in calls[phase].items()}
-        times[phase] = take_turns(turns, device, rounds=rounds, seconds=seconds)
-    first = next(iter(models))
-    rows = []
-    for name in models:
-        c = counted[name]
-        row: dict[str, Any] = {
-            "name": name,
-            "linear_weights": c.weights,
-            "linear_nonzero": c.nonzero,
-            "linear_bytes": c.nbytes,
-            "flops_per_token": 2 * (c.nonzero if c.sparse else c.weights),
-            "sparse_kernels": dict(c.sparse),
-        }
-        for phase in PHASES:
-            t = times[phase][name]
-            row[phase] = t.told() | {
-                "tokens_per_second": tokens[phase] / t.median,
-                "tokens_per_second_p99": tokens[phase] / t.percentile(0.99),
-                "speedup": times[phase][first].median / t.median,
-                "cpu_speedup": times[phase][first].worked / t.worked,
-                "joules_per_token": None,
-                "energy_from": None,
-            }
+        entries = {name: [call] for name, call in calls[phase].items()}
+        times = time_interleaved(entries, first.device, rounds=options.rounds, seconds=options.seconds)
+        baseline = next(iter(times.values()))
+        for name, row in rows.items():
+            row[phase] = _speed(times[name], baseline, tokens[phase])
             if energy:
                 report(f"energy of {name}")
-                spent = energy_of(_graphed(calls[phase][name], device, t.graph), device)
-                if spent is not None and math.isfinite(spent.joules):
-                    row[phase]["joules_per_token"] = spent.joules / spent.runs / tokens[phase]
-                    row[phase]["energy_from"] = spent.source
-        rows.append(row)
-    return rows
+                run = _as_timed(calls[phase][name], first.device, graph=times[name].graph)
+                row[phase] |= _energy(run, first.device, tokens[phase])
+    return list(rows.values())
+
+
+def _sizes(name: str, counts: LinearCounts) -> dict[str, Any]:
+    return {
+        "name": name,
+        "linear_weights": counts.weights,
+        "linear_nonzero": counts.nonzero,
+        "linear_bytes": counts.nbytes,
+        "flops_per_token": 2 * (counts.nonzero if counts.sparse else counts.weights),
+        "sparse_kernels": dict(counts.sparse),
+    }
+
+
+def _speed(times: Times, baseline: Times, tokens: int) -> dict[str, Any]:
+    return times.as_result() | {
+        "tokens_per_second": tokens / times.median,
+        "tokens_per_second_p99": tokens / times.percentile(0.99),
+        "speedup": baseline.median / times.median,
+        "cpu_speedup": baseline.cpu_median / times.cpu_median,
+        "joules_per_token": None,
+        "energy_from": None,
+    }
+
+
+def _energy(run: Call, device: torch.device, tokens: int) -> dict[str, Any]:
+    energy = measure_energy(run, device)
+    if energy is None or not math.isfinite(energy.joules):
+        return {}
+    return {"joules_per_token": energy.joules / energy.runs / tokens, "energy_from": energy.source}
 
 
 def check_prompt(name: str, config: PretrainedConfig, prompt: int) -> None:
-    """Raises: ValueError for a prompt longer than a model's context."""
+    """Check that a prompt fits the context of a model.
+
+    Raises:
+        ValueError: It does not.
+    """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and prompt >= limit:
         raise ValueError(f"--prompt {prompt} leaves no room in the context of {limit} of {name}; lower it")
 
 
-def _graphed(call: Call, device: torch.device, graph: bool) -> Call:
-    return captured(call) if graph and device.type == "cuda" else call
+def _as_timed(call: Call, device: torch.device, *, graph: bool) -> Call:
+    return capture_graph(call) if graph and device.type == "cuda" else call
 
 
 def _call(phase: str, model: PreTrainedModel, sequences: int, prompt: int) -> Call:
-    """One pass: over prompts into an empty cache, or over one token a sequence after them."""
-    highest = model.config.get_text_config().vocab_size
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, highest, (sequences, prompt), generator=g).to(model.device)
+    """Return one forward pass: over prompts into an empty cache, or over one token per sequence after them."""
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (sequences, prompt), generator=generator).to(model.device)
     if phase == "prefill":
         return lambda: _forward(model, ids, DynamicCache(config=model.config))
     cache = DynamicCache(config=model.config)
@@ -217,29 +133,29 @@ def _call(phase: str, model: PreTrainedModel, sequences: int, prompt: int) -> Ca
 
 
 def _decode(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor:
-    # Growing, a cache takes new tensors and leaves the old ones, so every call starts from the same.
-    again = copy.copy(cache)
-    again.layers = [copy.copy(layer) for layer in cache.layers]
-    return _forward(model, ids, again)
+    # A growing cache replaces its tensors, so shallow copies let every call start from the same cache.
+    fresh = copy.copy(cache)
+    fresh.layers = [copy.copy(layer) for layer in cache.layers]
+    return _forward(model, ids, fresh)
 
 
 def _forward(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor:
-    known = inspect.signature(type(model).forward).parameters
-    # transformers renamed it.
-    given: dict[str, Any] = {"cache" if "cache" in known else "past_key_values": cache}
-    if "logits_to_keep" in known:
-        given["logits_to_keep"] = 1
-    logits: Tensor = model(input_ids=ids, use_cache=True, **given).logits
+    parameters = inspect.signature(type(model).forward).parameters
+    # The argument has different names in different versions of transformers.
+    arguments: dict[str, Any] = {"cache" if "cache" in parameters else "past_key_values": cache}
+    if "logits_to_keep" in parameters:
+        arguments["logits_to_keep"] = 1
+    logits: Tensor = model(input_ids=ids, use_cache=True, **arguments).logits
     return logits
 
 
-def gone(row: Mapping[str, Any], original: Mapping[str, Any]) -> float:
-    """The share of the original's linear weights that a model has no more, or as zeros."""
+def removed_share(row: Mapping[str, Any], original: Mapping[str, Any]) -> float:
+    """Return the share of the original's linear weights that a model does not have, or has as zeros."""
     return 1.0 - float(row["linear_nonzero"]) / float(original["linear_nonzero"])
 
 
-def names(models: Iterable[str]) -> dict[str, str]:
-    """Short names of folders, as long as they tell them apart."""
-    given = list(dict.fromkeys(models))
-    short = {m: m.rstrip("/").rpartition("/")[2] for m in given}
-    return short if len(set(short.values())) == len(given) else {m: m for m in given}
+def short_names(folders: Iterable[str]) -> dict[str, str]:
+    """Return the last parts of folders, or the whole folders if last parts are equal."""
+    distinct = list(dict.fromkeys(folders))
+    last_parts = {f: f.rstrip("/").rpartition("/")[2] for f in distinct}
+    return last_parts if len(set(last_parts.values())) == len(distinct) else {f: f for f in distinct}

@@ -1,4 +1,4 @@
-"""A compression or a generation under torch's profiler: a Chrome trace, in which the stretches of work have names."""
+"""A compression or a generation under torch's profiler, which writes a Chrome trace with named spans."""
 
 from __future__ import annotations
 
@@ -31,38 +31,61 @@ def profile_compress(
     overwrite: bool = False,
     report: Report,
 ) -> Artifact:
-    """Compress, and write what the first `blocks` blocks of it took to `trace`; the rest runs without the profiler.
+    """Compress a model, and trace its first blocks.
 
-    nvtx: name ranges for Nsight instead, and leave tracing to it.
+    Args:
+        prepared: The prepared compression.
+        trace: File of the trace.
+        blocks: Number of blocks to trace; the rest runs without the profiler.
+        nvtx: Whether to name ranges for Nsight instead of writing a trace.
+        overwrite: Whether to replace an existing output.
+        report: Called with the events of the compression.
+
+    Returns:
+        The artifact.
     """
     with _profiler(trace, nvtx) as stop:
 
-        def watching(event: Mapping[str, Any]) -> None:
+        def stop_after_blocks(event: Mapping[str, Any]) -> None:
             if event["event"] == "block" and event["block"] == blocks:
                 stop()
             report(event)
 
-        return run(prepared, overwrite=overwrite, report=watching)
+        return run(prepared, overwrite=overwrite, report=stop_after_blocks)
 
 
 @torch.inference_mode()
 def profile_generation(
     model: str, trace: Path, *, prompt: int = 128, tokens: int = 16, batch: int = 1, nvtx: bool = False
 ) -> None:
-    """Read a prompt of random tokens and write more, greedily, into a trace. prompt, tokens: how many."""
+    """Trace the reading of random prompts and greedy generation.
+
+    Args:
+        model: Folder of an artifact or of any model, or a name on the Hub.
+        trace: File of the trace.
+        prompt: Tokens of a prompt.
+        tokens: Number of new tokens.
+        batch: Number of prompts.
+        nvtx: Whether to name ranges for Nsight instead of writing a trace.
+
+    Raises:
+        ValueError: Prompt and new tokens exceed the model's context.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    held: Any = load(model, device=device)
-    config = held.config.get_text_config()
-    room = getattr(config, "max_position_embeddings", None)
-    if room and prompt + tokens > room:
-        raise ValueError(f"--prompt {prompt} and --tokens {tokens} are more than the model's context of {room}")
+    opened: Any = load(model, device=device)
+    config = opened.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if context and prompt + tokens > context:
+        raise ValueError(
+            f"--prompt {prompt} and --tokens {tokens} are more than the model's context of {context}; lower one"
+        )
     ids = torch.randint(0, config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
-    limits = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
-    with _block_spans(held):
+    settings = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
+    with _block_spans(opened):
         with span("warm up"):
-            held.generate(ids, max_new_tokens=1, min_new_tokens=1, **limits)
+            opened.generate(ids, max_new_tokens=1, min_new_tokens=1, **settings)
         with _profiler(trace, nvtx), span("generate"):
-            held.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **limits)
+            opened.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **settings)
 
 
 @contextmanager
@@ -87,7 +110,7 @@ def _block_spans(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _profiler(trace: Path, nvtx: bool) -> Iterator[Callable[[], None]]:
-    """Profile until the end, or until what is given is called; the trace is there in any case, but for NVTX."""
+    """Profile until the end, or until the yielded function is called; then write the trace, unless NVTX is used."""
     if nvtx:
         if not torch.cuda.is_available():
             raise ValueError("--nvtx names ranges for Nsight, which needs a CUDA device; leave it out")
@@ -95,11 +118,13 @@ def _profiler(trace: Path, nvtx: bool) -> Iterator[Callable[[], None]]:
             yield lambda: None
         return
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    profiler, stopped = profile(activities=activities, profile_memory=True), list[bool]()
+    profiler = profile(activities=activities, profile_memory=True)
+    stopped = False
 
     def stop() -> None:
+        nonlocal stopped
         if not stopped:
-            stopped.append(True)
+            stopped = True
             profiler.stop()
             partial = trace.with_name(f".{trace.name}.writing")
             profiler.export_chrome_trace(str(partial))

@@ -1,4 +1,4 @@
-"""2:4 sparse products on NVIDIA's sparse tensor cores, through torch: cuSPARSELt's kernels, and CUTLASS'."""
+"""2:4 sparse products on NVIDIA's sparse tensor cores, through torch's cuSPARSELt and CUTLASS kernels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Product = tuple[Callable[[Tensor], Tensor], int]
-"""What multiplies x (tokens, in), and the bytes that it reads of the weight."""
+"""A function that multiplies x (tokens, in), and the bytes of the weight that it reads."""
 
 
 def cusparselt(W: Tensor) -> Product:
-    """W (out, in) with 2:4 zeros, on CUDA: bf16, fp16, int8 or fp8. For each number of tokens the library's fastest
-    algorithm is searched once. Int8 and fp8 put out bfloat16.
+    """Pack a weight with 2:4 zeros for cuSPARSELt; its fastest algorithm is searched once per number of tokens.
 
-    Raises: RuntimeError where torch or the device has no such kernel.
+    Args:
+        W: (out, in) in bf16, fp16, int8 or fp8, on CUDA.
+
+    Returns:
+        The product; for int8 and fp8 its result is bfloat16.
+
+    Raises:
+        RuntimeError: torch or the device has no such kernel.
     """
     _check(W)
     if not torch.backends.cusparselt.is_available():
@@ -27,40 +33,47 @@ def cusparselt(W: Tensor) -> Product:
     out: dict[str, Any] = {"out_dtype": torch.bfloat16} if narrow else {}
     algorithms: dict[int, int] = {}
 
-    def call(x: Tensor) -> Tensor:
-        read = pad_rows(x, 16 if narrow else 8).T
-        tokens = read.shape[1]
+    def multiply(x: Tensor) -> Tensor:
+        x_t = pad_rows(x, 16 if narrow else 8).T
+        tokens = x_t.shape[1]
         if tokens not in algorithms:
-            # Not while a graph is captured: what is captured has run before.
-            algorithms[tokens] = int(torch._cslt_sparse_mm_search(packed, read, transpose_result=True, **out))
-        return torch._cslt_sparse_mm(packed, read, transpose_result=True, alg_id=algorithms[tokens], **out)[: len(x)]
+            # Never searched during the capture of a graph, because a call is run before its capture.
+            algorithms[tokens] = int(torch._cslt_sparse_mm_search(packed, x_t, transpose_result=True, **out))
+        return torch._cslt_sparse_mm(packed, x_t, transpose_result=True, alg_id=algorithms[tokens], **out)[: len(x)]
 
-    return call, packed.nbytes
+    return multiply, packed.nbytes
 
 
 def cutlass(W: Tensor) -> Product:
-    """W (out, in) with 2:4 zeros, on CUDA: bf16, fp16 or int8, by torch.sparse.to_sparse_semi_structured's fallback.
+    """Pack a weight with 2:4 zeros for torch's CUTLASS kernel.
 
-    Raises: RuntimeError or ValueError where torch or the device has no such kernel.
+    Args:
+        W: (out, in) in bf16, fp16 or int8, on CUDA.
+
+    Returns:
+        The product.
+
+    Raises:
+        RuntimeError: torch or the device has no such kernel; ValueError for some shapes.
     """
     _check(W)
     from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
-    kept = SparseSemiStructuredTensorCUTLASS.from_dense(W)
-    nbytes = sum(t.nbytes for t in (kept.packed, kept.meta) if t is not None)
-    return lambda x: F.linear(x, kept), nbytes
+    sparse = SparseSemiStructuredTensorCUTLASS.from_dense(W)
+    nbytes = sum(t.nbytes for t in (sparse.packed, sparse.meta) if t is not None)
+    return lambda x: F.linear(x, sparse), nbytes
 
 
 def pad_rows(x: Tensor, multiple: int) -> Tensor:
-    """x (tokens, in) with rows of zeros up to a multiple, as kernels ask for."""
-    short = -len(x) % multiple
-    # F.pad knows no fp8.
+    """Append rows of zeros to x (tokens, in) up to a multiple of rows, which kernels require."""
+    missing = -len(x) % multiple
+    # F.pad does not support fp8.
     as_bytes = x.view(torch.int8) if x.element_size() == 1 else x
-    return F.pad(as_bytes, (0, 0, 0, short)).view(x.dtype) if short else x
+    return F.pad(as_bytes, (0, 0, 0, missing)).view(x.dtype) if missing else x
 
 
 def cuda_capability(device: torch.device) -> tuple[int, int]:
-    """(9, 0) of a Hopper."""
+    """Return the compute capability of a GPU, (9, 0) for Hopper."""
     return torch.cuda.get_device_capability(device)
 
 

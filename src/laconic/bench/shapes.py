@@ -1,4 +1,4 @@
-"""Shapes to measure: of linears that an engine multiplies by, and of whole models of no weights of their own."""
+"""Shapes to measure: linears as an engine multiplies them, and configs of whole models with random weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from laconic.checkpoint.source import build_skeleton, model_folder, read_config
 from laconic.structure.anatomy import dissect, linears_of
 
 Shape = tuple[int, int]
-"""(out, in)."""
+"""Shape (out, in) of a weight."""
 
 _LLAMA: dict[str, Any] = {"rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
 PRESETS: Mapping[str, LlamaConfig] = {
@@ -42,7 +42,11 @@ PRESETS: Mapping[str, LlamaConfig] = {
 
 
 def config_of(name: str) -> PretrainedConfig:
-    """Of a preset, or of a model. Raises: ValueError when it is neither."""
+    """Return the config of a preset or of a model, without quantization.
+
+    Raises:
+        ValueError: The name is neither.
+    """
     if name in PRESETS:
         return deepcopy(PRESETS[name])
     raw, config = read_config(model_folder(name))
@@ -52,76 +56,102 @@ def config_of(name: str) -> PretrainedConfig:
 
 
 def linear_shapes(config: PretrainedConfig) -> dict[Shape, str]:
-    """The linears of a block, with the names that have each shape; what reads one tensor (q, k, v; gate, up) is
-    stacked, as engines multiply it. Experts are counted one by one."""
+    """Return the shapes of the linears of a model's blocks, with the names of the linears.
+
+    Linears that read one tensor (q, k, v; gate, up) are stacked, as engines multiply them. Experts are single linears.
+    """
     model = build_skeleton(config, torch.bfloat16)
     anatomy = dissect(model)
-    found: dict[Shape, str] = {}
+    shapes: dict[Shape, str] = {}
     for i, taps in enumerate(anatomy.taps):
         linears = linears_of(model.get_submodule(anatomy.block_name(i)))
         for tap in taps:
             shape = sum(linears[n].weight.shape[0] for n in tap.linears), linears[tap.linears[0]].weight.shape[1]
-            found.setdefault(shape, "+".join(n.rpartition(".")[2] for n in tap.linears))
-    return found
+            shapes.setdefault(shape, "+".join(n.rpartition(".")[2] for n in tap.linears))
+    return shapes
 
 
-def read_shapes(text: str) -> dict[Shape, str]:
-    """`4096x14336,...`, each out x in. Raises: ValueError for anything else."""
-    found: dict[Shape, str] = {}
+def parse_shapes(text: str) -> dict[Shape, str]:
+    """Parse `4096x14336,...`, each out x in.
+
+    Raises:
+        ValueError: The text has another form.
+    """
+    shapes: dict[Shape, str] = {}
     for part in text.split(","):
         numbers = part.strip().split("x")
         if len(numbers) != 2 or not all(n.isdigit() and int(n) for n in numbers):
             raise ValueError(
-                f"--shapes {part} is no shape; write outputs x inputs, as in --shapes 4096x14336,4096x4096"
+                f"--shapes {part} is not a shape; write outputs x inputs, as in --shapes 4096x14336,4096x4096"
             )
-        found[int(numbers[0]), int(numbers[1])] = part.strip()
-    return found
+        shapes[int(numbers[0]), int(numbers[1])] = part.strip()
+    return shapes
 
 
 def scaled(config: PretrainedConfig, hidden: int) -> PretrainedConfig:
-    """The same architecture at another hidden size: as many blocks, heads of the same size, all else in proportion.
+    """Scale an architecture to another hidden size.
 
-    Raises: ValueError for a size that does not hold whole groups of heads.
+    The number of blocks and the size of a head stay; everything else is in proportion.
+
+    Args:
+        config: Config of a model.
+        hidden: The new hidden size.
+
+    Returns:
+        A new config.
+
+    Raises:
+        ValueError: The hidden size is not a multiple of a group of heads.
     """
-    heads, kv = _heads(config)
-    size = _head_dim(config)
-    group = heads // kv * size
+    heads, kv_heads = _heads(config)
+    head_dim = _head_dim(config)
+    group = heads // kv_heads * head_dim
     if hidden < group or hidden % group:
-        raise ValueError(f"--scaled {hidden} is no multiple of {group}, a group of heads of this model")
-    wide = deepcopy(config)
-    wide.head_dim = size
-    wide.num_attention_heads, wide.num_key_value_heads = hidden // size, hidden // group
-    wide.intermediate_size = round(config.intermediate_size * hidden / config.hidden_size / 64) * 64
-    wide.hidden_size = hidden
-    return wide
-
-
-def narrower(config: PretrainedConfig, sparsity: float) -> PretrainedConfig:
-    """The same model after structured pruning: this share of the MLP's channels (to the nearest 16) and of the heads
-    (to the nearest group) is gone from every block.
-
-    Raises: ValueError when nothing would be gone, or all of the heads.
-    """
-    heads, kv = _heads(config)
-    left = round(kv * (1 - sparsity))
-    channels = round(config.intermediate_size * (1 - sparsity) / 16) * 16
-    if left < 1 or not 0 < channels < config.intermediate_size:
         raise ValueError(
-            f"a share of {sparsity} cannot be cut from {kv} groups of heads and {config.intermediate_size} channels; "
-            "choose another sparsity, or --scaled to a larger size"
+            f"--scaled {hidden} is not a multiple of {group}, the width of a group of heads of this model; choose one"
         )
-    thin = deepcopy(config)
-    thin.head_dim = _head_dim(config)
-    thin.num_attention_heads, thin.num_key_value_heads = heads // kv * left, left
-    thin.intermediate_size = channels
-    return thin
+    result = deepcopy(config)
+    result.head_dim = head_dim
+    result.num_attention_heads, result.num_key_value_heads = hidden // head_dim, hidden // group
+    result.intermediate_size = round(config.intermediate_size * hidden / config.hidden_size / 64) * 64
+    result.hidden_size = hidden
+    return result
+
+
+def narrowed(config: PretrainedConfig, sparsity: float) -> PretrainedConfig:
+    """Return the config after structured pruning of every block.
+
+    Args:
+        config: Config of a model.
+        sparsity: Share of the MLP's channels to remove, to the nearest multiple of 16, and of the groups of heads.
+
+    Returns:
+        A new config.
+
+    Raises:
+        ValueError: Nothing would be removed, or all heads.
+    """
+    heads, kv_heads = _heads(config)
+    groups = round(kv_heads * (1 - sparsity))
+    channels = round(config.intermediate_size * (1 - sparsity) / 16) * 16
+    if groups < 1 or not 0 < channels < config.intermediate_size:
+        raise ValueError(
+            f"a share of {sparsity} cannot be cut from {kv_heads} groups of heads and {config.intermediate_size} "
+            "channels; choose another sparsity, or --scaled to a larger size"
+        )
+    result = deepcopy(config)
+    result.head_dim = _head_dim(config)
+    result.num_attention_heads, result.num_key_value_heads = heads // kv_heads * groups, groups
+    result.intermediate_size = channels
+    return result
 
 
 def _heads(config: PretrainedConfig) -> tuple[int, int]:
+    """Return the numbers of query heads and of key-value heads."""
     heads = getattr(config, "num_attention_heads", None)
     if heads is None or not hasattr(config, "intermediate_size"):
         raise ValueError(
-            f"models of type '{config.model_type}' cannot be scaled or cut by their config; take a Llama's"
+            f"models of type '{config.model_type}' cannot be scaled or cut by their config; take one of type 'llama'"
         )
     return heads, getattr(config, "num_key_value_heads", None) or heads
 

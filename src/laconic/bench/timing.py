@@ -1,4 +1,4 @@
-"""Times of calls that are compared: taken in turns, so that whatever slows the machine down slows all of them."""
+"""Interleaved timing of calls, so that a disturbance of the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ import torch
 Call = Callable[[], object]
 
 WARM_UP = 2
-# A round that costs less than this on its own is mostly the clock; calls are repeated within it.
-_SHORTEST = 2e-3
+# Seconds of a round below which the clock's overhead matters; shorter calls are repeated.
+_MIN_SECONDS = 2e-3
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a call, over rounds. cpu: processor time of this process in them, which others at work on the machine
-    hardly change. graph: whether a CUDA graph replayed it, so that launching takes no time."""
+    """Times of a call.
+
+    Attributes:
+        rounds: Seconds of each round.
+        cpu: Processor seconds of this process in each round, which other processes hardly change; empty on a GPU.
+        graph: Whether a CUDA graph was replayed, so that kernel launches take no time.
+    """
 
     rounds: tuple[float, ...]
     cpu: tuple[float, ...] = ()
@@ -28,65 +33,72 @@ class Times:
 
     @property
     def median(self) -> float:
-        """The one half of the rounds took at most."""
+        """Median seconds (the lower one of an even number)."""
         return self.percentile(0.5)
 
     @property
-    def worked(self) -> float:
-        """The median of processor time; of the clock's where none was taken."""
+    def cpu_median(self) -> float:
+        """Median processor seconds; median seconds where processor time was not measured."""
         return Times(self.cpu or self.rounds).median
 
     def percentile(self, share: float) -> float:
-        """What this share of the rounds took at most (nearest rank)."""
+        """Return the seconds that a share of the rounds did not exceed (nearest rank)."""
         return sorted(self.rounds)[max(1, math.ceil(share * len(self.rounds))) - 1]
 
-    def told(self) -> dict[str, float | int | bool | None]:
-        """Milliseconds, for a result."""
+    def as_result(self) -> dict[str, float | int | bool | None]:
+        """Return the times in milliseconds, as keys of a result."""
         return {
             "ms_p50": 1e3 * self.median,
             "ms_p99": 1e3 * self.percentile(0.99),
             "ms_best": 1e3 * min(self.rounds),
-            "cpu_ms_p50": 1e3 * self.worked if self.cpu else None,
+            "cpu_ms_p50": 1e3 * self.cpu_median if self.cpu else None,
             "rounds": len(self.rounds),
             "graph": self.graph,
         }
 
 
 @torch.no_grad()
-def take_turns(
-    contestants: Mapping[str, Sequence[Call]], device: torch.device, *, rounds: int, seconds: float
+def time_interleaved(
+    calls: Mapping[str, Sequence[Call]], device: torch.device, *, rounds: int, seconds: float
 ) -> dict[str, Times]:
-    """Time each contestant once a round, after rounds that are not counted.
+    """Time each entry once per round, after rounds that are not timed.
 
-    contestants: by name, calls that do the same on different data, so that no cache holds what the next one reads; the
-    time is that of one of them. rounds, seconds: the first that is reached ends it, but not before three rounds. On a
-    GPU the calls are one CUDA graph, where they can be captured.
+    On a GPU the calls of an entry are one CUDA graph, if they can be captured.
+
+    Args:
+        calls: By name, calls that do the same on different data, so that no cache holds the data of the next call. The
+            time of an entry is that of one call.
+        device: Device of the calls.
+        rounds: Largest number of rounds.
+        seconds: Time after which no round begins; at least three rounds are timed.
+
+    Returns:
+        Times by name.
     """
-    ready = {name: _ready(calls, device) for name, calls in contestants.items()}
-    spans: dict[str, list[float]] = {name: [] for name in contestants}
-    worked: dict[str, list[float]] = {name: [] for name in contestants}
+    ready = {name: _merge(entry, device) for name, entry in calls.items()}
+    elapsed: dict[str, list[float]] = {name: [] for name in calls}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(WARM_UP):
         for run, _ in ready.values():
             run()
     repeats = {
-        name: 1 if device.type == "cuda" else max(1, math.ceil(_SHORTEST / max(clock(run, device), 1e-7)))
+        name: 1 if device.type == "cuda" else max(1, math.ceil(_MIN_SECONDS / max(clock(run, device), 1e-7)))
         for name, (run, _) in ready.items()
     }
-    begun = time.monotonic()
-    for done in range(rounds):
-        if done >= 3 and time.monotonic() - begun > seconds:
+    start = time.monotonic()
+    for i in range(rounds):
+        if i >= 3 and time.monotonic() - start > seconds:
             break
         for name, (run, _) in ready.items():
-            before = time.process_time()
-            taken = clock(run, device, repeats[name])
-            spans[name].append(taken / len(contestants[name]))
-            worked[name].append((time.process_time() - before) / repeats[name] / len(contestants[name]))
-    counts = device.type == "cpu"
-    return {n: Times(tuple(spans[n]), tuple(worked[n]) if counts else (), ready[n][1]) for n in contestants}
+            cpu_start = time.process_time()
+            elapsed[name].append(clock(run, device, repeats[name]) / len(calls[name]))
+            cpu[name].append((time.process_time() - cpu_start) / repeats[name] / len(calls[name]))
+    on_cpu = device.type == "cpu"
+    return {n: Times(tuple(elapsed[n]), tuple(cpu[n]) if on_cpu else (), ready[n][1]) for n in calls}
 
 
 def clock(run: Call, device: torch.device, repeats: int = 1) -> float:
-    """Seconds of a call, of so many one after another."""
+    """Return the mean seconds of a call that is repeated."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -95,27 +107,31 @@ def clock(run: Call, device: torch.device, repeats: int = 1) -> float:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / repeats
-    begun = time.perf_counter()
+    began = time.perf_counter()
     for _ in range(repeats):
         run()
-    return (time.perf_counter() - begun) / repeats
+    return (time.perf_counter() - began) / repeats
 
 
-def _ready(calls: Sequence[Call], device: torch.device) -> tuple[Call, bool]:
-    """All calls as one, and whether that is a CUDA graph."""
+def _merge(calls: Sequence[Call], device: torch.device) -> tuple[Call, bool]:
+    """Merge calls into one; return also whether it is a CUDA graph."""
 
-    def all_of_them() -> None:
+    def run_all() -> None:
         for call in calls:
             call()
 
     if device.type == "cuda":
         with suppress(RuntimeError):
-            return captured(all_of_them), True
-    return all_of_them, False
+            return capture_graph(run_all), True
+    return run_all, False
 
 
-def captured(run: Call) -> Call:
-    """A CUDA graph of a call, as a call. Raises: RuntimeError when it cannot be captured."""
+def capture_graph(run: Call) -> Call:
+    """Capture a call as a CUDA graph, and return its replay.
+
+    Raises:
+        RuntimeError: The call cannot be captured.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

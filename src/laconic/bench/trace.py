@@ -1,4 +1,4 @@
-"""Where time and memory went, read from a Chrome trace of torch's profiler by the spans that our own code names."""
+"""Time and memory of named spans, read from a Chrome trace of torch's profiler."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from laconic.walk.span import PREFIX
 
 @dataclass(frozen=True)
 class Row:
-    """All spans of one path. path: names from the outermost in (`block 3`, `gptq`, `observe`). seconds: of the clock.
-    own_seconds: of these, outside of any span within. gpu_seconds: in which the device worked for it, None where there
-    is none. peak_bytes: the most that tensors took on the device (or in memory) while it lasted; None where the trace
-    has no memory."""
+    """All spans of one path.
+
+    Attributes:
+        path: Names of the spans from the outermost inwards (`block 3`, `gptq`, `observe`).
+        count: Number of spans.
+        seconds: Elapsed time.
+        own_seconds: Elapsed time outside inner spans.
+        gpu_seconds: Time of the GPU's work for these spans; None if the trace has none.
+        peak_bytes: Peak of allocated memory, of the GPU if there is one; None if the trace has no memory events.
+    """
 
     path: tuple[str, ...]
     count: int
@@ -31,61 +37,64 @@ class Row:
 class _Sum:
     count: int = 0
     seconds: float = 0.0
-    inside: float = 0.0
-    gpu: float | None = None
-    peak: int | None = None
+    inner_seconds: float = 0.0
+    gpu_seconds: float | None = None
+    peak_bytes: int | None = None
 
 
 def read_trace(file: Path) -> list[Row]:
-    """The table of a trace, in order of first appearance.
+    """Read the spans of a trace, in order of first appearance.
 
-    Raises: ValueError for a file that is no trace, or in which nothing of ours is named.
+    Raises:
+        ValueError: The file is not a trace, or has no span of Laconic.
     """
     try:
         events = json.loads(file.read_text())["traceEvents"]
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{file} is no Chrome trace; write one with `laconic profile`") from e
+        raise ValueError(f"{file} is not a Chrome trace; write one with `laconic profile`") from e
     spans = sorted(
         (e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith(PREFIX)),
         key=lambda e: (e["ts"], -e["dur"]),
     )
     if not spans:
-        raise ValueError(f"{file} names no span of laconic; write one with `laconic profile`")
-    times, totals = _memory(events)
-    on_gpu = _gpu_seconds(events)
+        raise ValueError(f"{file} has no span of laconic; write one with `laconic profile`")
+    times, allocated = _memory(events)
+    gpu_seconds = _gpu_seconds(events)
     sums: dict[tuple[str, ...], _Sum] = {}
-    open_: list[tuple[float, tuple[str, ...]]] = []
+    open_spans: list[tuple[float, tuple[str, ...]]] = []
     for event in spans:
         begin, end = event["ts"], event["ts"] + event["dur"]
-        while open_ and open_[-1][0] <= begin:
-            open_.pop()
-        above = open_[-1][1] if open_ else ()
-        path = (*above, event["name"].removeprefix(PREFIX))
-        seen = sums.setdefault(path, _Sum())
-        seen.count += 1
-        seen.seconds += event["dur"] / 1e6
-        if above:
-            sums[above].inside += event["dur"] / 1e6
+        while open_spans and open_spans[-1][0] <= begin:
+            open_spans.pop()
+        parent = open_spans[-1][1] if open_spans else ()
+        path = (*parent, event["name"].removeprefix(PREFIX))
+        total = sums.setdefault(path, _Sum())
+        total.count += 1
+        total.seconds += event["dur"] / 1e6
+        if parent:
+            sums[parent].inner_seconds += event["dur"] / 1e6
         if times:
-            found = totals[max(0, bisect_left(times, begin) - 1) : bisect_right(times, end)]
-            seen.peak = max([seen.peak or 0, *found])
-        if on_gpu:
-            seen.gpu = (seen.gpu or 0.0) + on_gpu.get(_identity(event), 0.0)
-        open_.append((end, path))
-    return [Row(p, s.count, s.seconds, max(0.0, s.seconds - s.inside), s.gpu, s.peak) for p, s in sums.items()]
+            inside = allocated[max(0, bisect_left(times, begin) - 1) : bisect_right(times, end)]
+            total.peak_bytes = max([total.peak_bytes or 0, *inside])
+        if gpu_seconds:
+            total.gpu_seconds = (total.gpu_seconds or 0.0) + gpu_seconds.get(_identity(event), 0.0)
+        open_spans.append((end, path))
+    return [
+        Row(p, s.count, s.seconds, max(0.0, s.seconds - s.inner_seconds), s.gpu_seconds, s.peak_bytes)
+        for p, s in sums.items()
+    ]
 
 
-def by_kind(rows: Sequence[Row]) -> list[Row]:
-    """The same with all blocks in one: what a stage does, wherever it does it."""
+def merge_blocks(rows: Sequence[Row]) -> list[Row]:
+    """Add up the rows of all blocks, so that a stage has one row."""
     sums: dict[tuple[str, ...], Row] = {}
     for row in rows:
         path = tuple("blocks" if p.startswith("block ") else p for p in row.path)
-        old = sums.get(path)
-        sums[path] = row if old is None else _added(old, row)
+        sums[path] = _add(sums[path], row) if path in sums else row
     return [Row(path, r.count, r.seconds, r.own_seconds, r.gpu_seconds, r.peak_bytes) for path, r in sums.items()]
 
 
-def _added(a: Row, b: Row) -> Row:
+def _add(a: Row, b: Row) -> Row:
     gpu = None if a.gpu_seconds is None and b.gpu_seconds is None else (a.gpu_seconds or 0) + (b.gpu_seconds or 0)
     peaks = [p for p in (a.peak_bytes, b.peak_bytes) if p is not None]
     peak = max(peaks) if peaks else None
@@ -93,15 +102,15 @@ def _added(a: Row, b: Row) -> Row:
 
 
 def _memory(events: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[int]]:
-    """When memory was taken or given back, and what was taken in all after it: of the GPU where there is one."""
-    found = [e for e in events if e.get("name") == "[memory]"]
-    cuda = [e for e in found if e["args"].get("Device Type") == 1]
-    chosen = sorted(cuda or found, key=lambda e: e["ts"])
-    return [e["ts"] for e in chosen], [int(e["args"]["Total Allocated"]) for e in chosen]
+    """Return the times of memory events and the allocated bytes after each, of the GPU if there is one."""
+    memory = [e for e in events if e.get("name") == "[memory]"]
+    cuda = [e for e in memory if e["args"].get("Device Type") == 1]
+    ordered = sorted(cuda or memory, key=lambda e: e["ts"])
+    return [e["ts"] for e in ordered], [int(e["args"]["Total Allocated"]) for e in ordered]
 
 
 def _gpu_seconds(events: Sequence[Mapping[str, Any]]) -> dict[Any, float]:
-    """How long the device worked for each span."""
+    """Return the seconds of the GPU's work by span."""
     return {
         _identity(e): e["dur"] / 1e6
         for e in events

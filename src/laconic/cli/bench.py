@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from laconic.bench.options import SparsityOptions
 from laconic.cli.console import err, out, print_json
 from laconic.cli.options import Json, check_dtype, numbers, words
 
@@ -60,26 +61,26 @@ def bench_sparsity(
     from laconic.bench.sparsity import bench_sparsity as measure
     from laconic.report.bench_table import bench_tables, write_bench
 
-    options: dict[str, Any] = {
-        "baseline": baseline,
-        "shapes": shapes,
-        "scaled_to": scaled,
-        "sparsities": numbers("--sparsity", sparsity, float),
-        "block": block,
-        "kinds": words(kinds),
-        "batches": numbers("--batch", batch),
-        "prompt": prompt,
-        "sequences": sequences,
-        "parts": None if parts is None else words(parts),
-        "dtype": dtype,
-        "rounds": rounds,
-        "seconds": seconds,
-    }
+    options = SparsityOptions(
+        baseline=baseline,
+        shapes=shapes,
+        scaled_to=scaled,
+        sparsities=numbers("--sparsity", sparsity, float),
+        block=block,
+        kinds=words(kinds),
+        batches=numbers("--batch", batch),
+        prompt=prompt,
+        sequences=sequences,
+        parts=None if parts is None else words(parts),
+        dtype=dtype,
+        rounds=rounds,
+        seconds=seconds,
+    )
     if json_ or not err.is_terminal:
-        result = measure(models or [], **options)
+        result = measure(models or [], options)
     else:
         with err.status("") as status:
-            result = measure(models or [], **options, report=status.update)
+            result = measure(models or [], options, report=status.update)
     if output is not None:
         write_bench(result, output)
     if json_:
@@ -87,5 +88,5 @@ def bench_sparsity(
         return
     for table in bench_tables(result):
         out.print(table)
-    for line in result["said"]:
+    for line in result["summary"]:
         out.print(line, highlight=False, soft_wrap=True)

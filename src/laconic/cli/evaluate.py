@@ -10,6 +10,7 @@ import typer
 from laconic.cli.console import err, out, print_json
 from laconic.cli.options import Json, check_dtype, numbers
 from laconic.cli.publishing import refreshing
+from laconic.evaluation.options import DomainOptions, LongBenchOptions, LongOptions, TaskOptions, TextOptions
 
 
 @refreshing
@@ -96,18 +97,19 @@ def evaluate(
             raise ValueError(
                 "--suite long compares caches of one model; leave out --baseline, --context-length and --fewshot"
             )
-        of_tasks: dict[str, Any] = {
+        longbench: dict[str, Any] = {
             "tasks": None if tasks is None else _names(tasks),
             "data": tasks_data,
             "limit": limit,
         }
-        given = {name: value for name, value in of_tasks.items() if value is not None}
-        if given and "longbench" not in asked.get("parts", ()):
+        longbench = {name: value for name, value in longbench.items() if value is not None}
+        if longbench and "longbench" not in asked.get("parts", ()):
             raise ValueError("--tasks, --tasks-data and --limit of --suite long go with --measure longbench")
-        asked |= given
+        asked["longbench"] = LongBenchOptions(**longbench)
         if windows is not None:
             asked["windows"] = windows
-        _evaluate_long(model, json_, heat_map, kv=kv or (), text=text, dtype=dtype, batch_size=batch_size, **asked)
+        long_options = LongOptions(kv=kv or (), text=text, dtype=dtype, batch_size=batch_size, **asked)
+        _evaluate_long(model, json_, heat_map, long_options)
         return
     if asked or heat_map:
         raise ValueError("--lengths, --depths, --trials, --prompt, --chunk, --measure, --heat-map go with --suite long")
@@ -116,10 +118,9 @@ def evaluate(
             raise ValueError(
                 "--tasks measures tasks alone; leave out --text and --windows, or measure those by themselves"
             )
-        from laconic.evaluate.harness import evaluate_tasks
+        from laconic.evaluation.tasks import evaluate_tasks
 
-        result = evaluate_tasks(
-            model,
+        task_options = TaskOptions(
             tasks=tasks.split(",") if tasks is not None else (),
             suite=suite,
             baseline=baseline,
@@ -132,6 +133,7 @@ def evaluate(
             kv=kv or (),
             quiet=json_ or not err.is_terminal,
         )
+        result = evaluate_tasks(model, task_options)
         _draw_reliability(result, reliability)
         _show_tasks(result, json_)
         return
@@ -143,13 +145,13 @@ def evaluate(
     if domain:
         if text != "wikitext2":
             raise ValueError("--domain names the texts; leave out --text, or name it too, as in --domain web=FILE")
-        from laconic.evaluate.domains import evaluate_domains, read_domains
+        from laconic.evaluation.domains import evaluate_domains, parse_domains
 
-        result = evaluate_domains(model, read_domains(domain), **how)
+        result = evaluate_domains(model, DomainOptions(domains=parse_domains(domain), **how))
     else:
-        from laconic.evaluate.run import evaluate as measure
+        from laconic.evaluation.text import evaluate_text
 
-        result = measure(model, text=text, generate=generate or 0, **how)
+        result = evaluate_text(model, TextOptions(text=text, generate=generate or 0, **how))
     _draw_reliability(result, reliability)
     if json_:
         print_json(result)
@@ -203,7 +205,7 @@ def _draw_reliability(result: dict[str, Any], file: Path | None) -> None:
     if file is None:
         return
     from laconic.checkpoint.atomic import write_text
-    from laconic.evaluate.names import slug
+    from laconic.evaluation.file_names import slug
     from laconic.report.chart import standalone
     from laconic.report.reliability import reliability_diagrams
 
@@ -217,16 +219,16 @@ def _draw_reliability(result: dict[str, Any], file: Path | None) -> None:
         write_text(file if len(drawn) == 1 else file.with_stem(f"{file.stem}-{slug([name])}"), standalone(picture))
 
 
-def _evaluate_long(model: str, as_json: bool, picture: Path | None, **asked: Any) -> None:
-    if picture and "needle" not in asked.get("parts", ["needle"]):
+def _evaluate_long(model: str, as_json: bool, picture: Path | None, options: LongOptions) -> None:
+    if picture and "needle" not in options.measured:
         raise ValueError("--heat-map draws needles; leave out --measure, or name needle in it")
-    from laconic.evaluate.long_context import evaluate_long
+    from laconic.evaluation.long_context import evaluate_long
 
     if as_json or not err.is_terminal:
-        result = evaluate_long(model, **asked)
+        result = evaluate_long(model, options)
     else:
         with err.status("") as status:
-            result = evaluate_long(model, **asked, report=status.update)
+            result = evaluate_long(model, options, report=status.update)
     if picture:
         from laconic.report.heat_map import heat_map
 

@@ -66,13 +66,13 @@ def profile_generate(
 
 
 def _print_trace(trace: Path, nvtx: bool, each: bool, as_json: bool) -> None:
-    from laconic.bench.trace import by_kind, read_trace
+    from laconic.bench.trace import merge_blocks, read_trace
     from laconic.report.trace_table import trace_table
 
     if nvtx:
         return
     rows = read_trace(trace)
-    rows = rows if each else by_kind(rows)
+    rows = rows if each else merge_blocks(rows)
     if as_json:
         print_json({"trace": str(trace.resolve()), "spans": [asdict(row) for row in rows]})
         return

@@ -37,7 +37,7 @@ def write_bench(result: Mapping[str, Any], file: Path) -> None:
     parts = [bench_caption(result), f"```\n{result['command']}\n```"]
     for title, rows in titled_rows(result):
         parts += [f"**{title}**", markdown(rows)]
-    parts.append("\n".join(f"- {line}" for line in result["said"]))
+    parts.append("\n".join(f"- {line}" for line in result["summary"]))
     write_text(file, "\n\n".join(parts) + "\n")
 
 

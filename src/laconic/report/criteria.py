@@ -86,19 +86,19 @@ def _mmlu(least: float, most: float, bar: float) -> Callable[[Evaluated], Verdic
     return judge
 
 
-def _recovery(entry: Evaluated) -> Verdict:
+def _retention(entry: Evaluated) -> Verdict:
     """Neither met nor missed where the bar lies within two standard errors: guesses at few questions keep 114 %."""
     worst = entry.worst_tasks
     if worst is None:
         return Verdict("not measured", "no tasks beside the original")
-    kept, error = float(worst["mean_recovery"]), _recovery_error(worst["rows"])
+    kept, error = float(worst["mean_retention"]), _retention_error(worst["rows"])
     if error is not None and abs(kept - 0.98) < 2 * error:
         return Verdict("not measured", f"{kept:.1%} ± {error:.1%} kept, too few documents to tell")
     return Verdict("met" if kept >= 0.98 else "missed", f"{kept:.1%}{'' if error is None else f' ± {error:.1%}'} kept")
 
 
-def _recovery_error(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Standard error of the mean recovery, from the paired differences; None where one is not known."""
+def _retention_error(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Standard error of the mean retention, from the paired differences; None where one is not known."""
     main = [r for r in rows if r.get("main")]
     if not main or any(not r.get("baseline") or r.get("difference_stderr") is None for r in main):
         return None
@@ -133,7 +133,7 @@ CRITERIA: Sequence[Criterion] = (
     Criterion("weights in a quarter of BF16's memory, or less", _memory),
     Criterion("MMLU within 2 points, 7 to 13 billion parameters", _mmlu(6, 14, 2.0)),
     Criterion("MMLU within 1 point, 30 to 70 billion parameters", _mmlu(29, 73, 1.0)),
-    Criterion("98 % of the original over tasks, or more", _recovery),
+    Criterion("98 % of the original over tasks, or more", _retention),
     Criterion("1.8 times the tokens a second, or more", _speed),
     Criterion(
         "the cache in half the memory at 32-64k tokens", _cache("memory", "request_bytes", 2.0, False, "{:.2f}x less")

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from laconic.artifact.artifact import Artifact
+from laconic.evaluation.retention import rename_old_keys
 from laconic.report.figures import Measured, Quality, Speed, check_figures
 
 Result = dict[str, Any]
@@ -20,7 +21,8 @@ Result = dict[str, Any]
 @dataclass(frozen=True)
 class Evaluated:
     """An artifact, and what was measured of it. values: what the axes of a study chose for it. error: why a run of a
-    study failed. speeds: results of `laconic bench sparsity`."""
+    study failed. speeds: results of `laconic bench sparsity`.
+    """
 
     path: Path
     recipe: Result | None
@@ -81,16 +83,16 @@ class Evaluated:
         return None if self.decoding is None else float(self.decoding["speedup"])
 
     @property
-    def recovery(self) -> float | None:
+    def retention(self) -> float | None:
         """The share of the original's scores over tasks that is kept; of several sets of tasks the least."""
         worst = self.worst_tasks
-        return None if worst is None else float(worst["mean_recovery"])
+        return None if worst is None else float(worst["mean_retention"])
 
     @property
     def worst_tasks(self) -> Result | None:
         """The set of tasks of which the least is kept."""
-        found = [t for t in self.tasks if t.get("mean_recovery") is not None]
-        return min(found, key=lambda t: float(t["mean_recovery"]), default=None)
+        found = [t for t in self.tasks if t.get("mean_retention") is not None]
+        return min(found, key=lambda t: float(t["mean_retention"]), default=None)
 
 
 def gather(folders: Sequence[Path]) -> list[Evaluated]:
@@ -190,7 +192,7 @@ def _of(artifact: Artifact, name: str, results: Mapping[str, Result]) -> Evaluat
         artifact.log,
         results.get("compress"),
         kind("eval-"),
-        kind("tasks-"),
+        [rename_old_keys(r) for r in kind("tasks-")],
         kind("long-"),
         training,
         kind("bench-sparsity"),

@@ -23,7 +23,8 @@ def headline_rows(entries: Sequence[Evaluated]) -> Rows:
 
 def beaten(entries: Sequence[Evaluated]) -> list[bool]:
     """Of each, whether another is no worse in KL, size and (where all were timed) speed, and better in one. What was
-    not compared with the original on the same ground as most beats nothing and is not beaten."""
+    not compared with the original on the same ground as most beats nothing and is not beaten.
+    """
     where = next(iter(grounds(entries)), None)
     places = [i for i, e in enumerate(entries) if e.quality and compared(e.quality) and ground(e.quality) == where]
     timed = all(entries[i].speed is not None for i in places)
@@ -47,7 +48,7 @@ def task_matrix(entries: Sequence[Evaluated]) -> Rows:
     for e, rows in measured:
         ours = {}
         for r in rows:
-            column, kept = f"{r['task']}, {r['metric']}", r.get("recovery")
+            column, kept = f"{r['task']}, {r['metric']}", r.get("retention")
             ours[column] = _with_error(r["value"], r["stderr"]) + ("" if kept is None else f" ({kept:.1%})")
             if r.get("baseline") is not None:
                 theirs.setdefault(column, _with_error(r["baseline"], r["baseline_stderr"]))
@@ -81,7 +82,7 @@ def _numbers(entry: Evaluated, axes: Sequence[str]) -> dict[str, Any]:
         "name": entry.name,
         **{axis: entry.values.get(axis) for axis in axes},
         **measured,
-        "task_recovery": entry.recovery,
+        "task_retention": entry.retention,
         "decoding_tokens_per_second": (entry.decoding or {}).get("tokens_per_second"),
         "decoding_speedup": entry.speed,
         "compress_seconds": made.get("seconds"),
@@ -108,7 +109,7 @@ def _cells(entry: Evaluated, axes: Sequence[str]) -> dict[str, str]:
         else "-",
         "KL mean / p99": f"{q['kl_mean']:.4f} / {q['kl_p99']:.3f}" if q and beside else "-",
         "same top-1": f"{q['top1_agreement']:.1%}" if q and beside else "-",
-        "tasks kept": "-" if entry.recovery is None else f"{entry.recovery:.1%}",
+        "tasks kept": "-" if entry.retention is None else f"{entry.retention:.1%}",
         "tokens/s": "-" if timed is None else f"{timed['tokens_per_second']:.4g} ({timed['speedup']:.2f}x)",
         "compressed in": f"{made['seconds']:.1f} s" if made.get("seconds") is not None else "-",
         "peak memory of that": f"{made['peak_memory_bytes'] / 1e9:.2f} GB" if made.get("peak_memory_bytes") else "-",

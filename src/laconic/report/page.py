@@ -1,5 +1,6 @@
 """One self-contained HTML page: no network, one file, readable on a phone, in the dark, and in print; its table as
-Markdown and CSV beside it."""
+Markdown and CSV beside it.
+"""
 
 from __future__ import annotations
 
@@ -158,9 +159,9 @@ def _headline(entries: Sequence[Evaluated], chosen: Sequence[Evaluated]) -> str:
         return _said_of(one)
     first = chosen[0]
     if first.tasks:
-        recovery = first.tasks[0]["mean_recovery"]
+        retention = first.tasks[0]["mean_retention"]
         return f"{len(first.tasks[0]['rows'])} measures of tasks" + (
-            f"; mean recovery {recovery:.1%}." if recovery else "."
+            f"; mean retention {retention:.1%}." if retention else "."
         )
     if first.domains:
         said = f"Measured on {len(first.domains[0]['domains'])} kinds of text"

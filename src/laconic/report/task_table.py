@@ -38,7 +38,7 @@ def _cells(row: Mapping[str, Any], name: str, *, compared: bool) -> dict[str, st
         "original": _with_error(row["baseline"], row["baseline_stderr"]),
         "compressed": _with_error(row["value"], row["stderr"]),
         "difference": _with_error(row["difference"], row["difference_stderr"], sign="+"),
-        "recovery": "-" if row["recovery"] is None else f"{row['recovery']:.1%}",
+        "retention": "-" if row["retention"] is None else f"{row['retention']:.1%}",
     }
 
 
@@ -48,7 +48,7 @@ def _with_error(value: float, stderr: float | None, sign: str = "") -> str:
 
 
 def tasks_caption(result: Mapping[str, Any]) -> str:
-    """How the result was measured, and the mean recovery."""
+    """How the result was measured, and the mean retention."""
     shots = sorted(set(result["shots"].values()))
     said = f"{' or '.join(map(str, shots))} shots, documents from {result['data']}, {result['dtype']}"
     if result.get("left_out"):
@@ -63,11 +63,11 @@ def tasks_caption(result: Mapping[str, Any]) -> str:
         told = ", ".join(f"{task} {n} of {documents[task]}" for task, n in cut.items())
         where = "beginning (LongBench's, their middle)" if any("longbench" in task for task in cut) else "beginning"
         said += f"; prompts that lost their {where}, to fit {room}: {told}"
-    if result["mean_recovery"] is not None:
+    if result["mean_retention"] is not None:
         said += (
-            f"; mean recovery {result['mean_recovery']:.1%} (a task counts once: acc_norm, else acc, else exact_match, "
-            "else score)"
+            f"; mean retention {result['mean_retention']:.1%} (a task counts once: acc_norm, else acc, else "
+            "exact_match, else score)"
         )
     elif result["baseline"] is not None:
-        said += "; no mean recovery, since an original is 0"
+        said += "; no mean retention, since an original is 0"
     return said + ". n: documents; ±: one standard error, for differences paired by document; ↓: low is good"

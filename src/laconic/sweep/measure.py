@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from laconic.artifact.size import measure_size
-from laconic.evaluate.long_context import evaluate_long
-from laconic.evaluate.run import evaluate
-from laconic.evaluate.through_cache import PLAIN
+from laconic.evaluation.long_context import evaluate_long
+from laconic.evaluation.options import LongOptions, TextOptions
+from laconic.evaluation.text import evaluate_text
+from laconic.evaluation.through_cache import PLAIN
 from laconic.sweep.study import Evaluation
 
 _COPIED_KEYS = ("model", "text", "windows", "chunk", "dtype", "seconds", "command", "versions")
@@ -32,15 +33,14 @@ def measure(artifact: Path, evaluation: Evaluation, baseline: str | None) -> dic
     """
     if evaluation.chunk is None:
         arguments = evaluation.model_dump(exclude={"chunk", "generate"})
-        return evaluate(artifact, baseline=baseline, generate=evaluation.generate or 0, **arguments)
+        return evaluate_text(artifact, TextOptions(baseline=baseline, generate=evaluation.generate or 0, **arguments))
     return _through_cache(artifact, evaluation)
 
 
 def _through_cache(artifact: Path, evaluation: Evaluation) -> dict[str, Any]:
     """Measure through the quantized cache, against the same weights with a 16-bit cache, which isolates the cache."""
     assert evaluation.chunk is not None
-    result = evaluate_long(
-        artifact,
+    options = LongOptions(
         text=evaluation.text,
         lengths=None if evaluation.context_length is None else [evaluation.context_length],
         windows=evaluation.windows or 2**31,
@@ -49,6 +49,7 @@ def _through_cache(artifact: Path, evaluation: Evaluation) -> dict[str, Any]:
         batch_size=1,
         dtype=evaluation.dtype,
     )
+    result = evaluate_long(artifact, options)
     quantized = [name for name in result["caches"] if name != PLAIN]
     if not quantized:
         raise ValueError(

@@ -1,0 +1,71 @@
+"""The model to evaluate and its original, opened on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from laconic.checkpoint.source import load_tokenizer, model_folder
+from laconic.evaluation.options import DomainOptions, TextOptions
+from laconic.runtime.reading import load
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """A model and, if there is one, its original.
+
+    Attributes:
+        folder: Folder of the model.
+        tokenizer: Tokenizer of the model.
+        model: The model to evaluate.
+        baseline: Its original.
+        length: Tokens per window that both models can read.
+        device: The device of both.
+    """
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    baseline: PreTrainedModel | None
+    length: int
+    device: str
+
+
+def open_pair(model: str | Path, options: TextOptions | DomainOptions) -> ModelPair:
+    """Open a model and its original.
+
+    Raises:
+        ValueError: The model's context is shorter than asked for, or the baseline has another vocabulary.
+    """
+    folder = model_folder(str(model))
+    tokenizer = load_tokenizer(folder)
+    device, dtype = device_named(options.device), dtype_named(options.dtype)
+    opened = load(folder, device=device, dtype=dtype)
+    limit = getattr(opened.config.get_text_config(), "max_position_embeddings", None) or 2048
+    length = min(2048, limit) if options.context_length is None else options.context_length
+    if not 2 <= length <= limit:
+        raise ValueError(f"--context-length {length} is not between 2 and the model's context of {limit}")
+    baseline = load(options.baseline, device=device, dtype=dtype) if options.baseline else None
+    if baseline is not None and baseline.config.vocab_size != opened.config.vocab_size:
+        raise ValueError(
+            f"baseline {options.baseline} has another vocabulary than {model}; name the original of this artifact"
+        )
+    return ModelPair(folder, tokenizer, opened, baseline, length, device)
+
+
+def device_named(name: str) -> str:
+    """Return `cuda` or `cpu` for `auto`, and any other name unchanged."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """Return the torch dtype of this name, None for None."""
+    return None if name is None else getattr(torch, name)
+
+
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """Return `bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
