@@ -45,6 +45,9 @@ print(json.dumps(results))
 
 # Exit code of each command that answers at once.
 QUICK = {
+    "validate gptq-w4a16": 0,
+    "validate gptq-w4a16 --set stages.0.scheme=W4A61": 2,
+    "ls": 0,
     "--help": 0,
     "compress --help": 0,
     "eval --help": 0,
@@ -65,6 +68,63 @@ def test_a_quick_answer_imports_neither_torch_nor_transformers() -> None:
     commands = [command.split() for command in QUICK]
     results = json.loads(python(RUN_ALL, json.dumps(HEAVY), json.dumps(commands)))
     assert results == [["import laconic", 0, []], *([command, code, []] for command, code in QUICK.items())]
+
+
+# Prints what `read` returns with stand-ins, whether that loaded torch, and what it returns without stand-ins.
+READ_TWICE = """
+import json, sys
+from laconic.cli.stand_ins import declarations
+
+def read():
+    from laconic.recipe import gallery, load_recipe
+    from laconic.report.catalogue import catalogue
+
+    from laconic.methods import METHODS
+
+    results = [catalogue(), [[m.__name__, sorted(m.model_fields), sorted(m.__private_attributes__)] for m in METHODS]]
+    for recipe in [*gallery(), *json.loads(sys.argv[1])]:
+        try:
+            results.append(load_recipe(recipe).model_dump(mode="json"))
+        except ValueError as e:
+            results.append(str(e))
+    return results
+
+first = declarations(["laconic.recipe", "laconic.report.catalogue"], read)
+loaded = [name for name in sys.modules if name.partition(".")[0] == "torch" or name == "laconic.recipe"]
+import torch
+print(json.dumps([first, loaded, read()]))
+"""
+
+RECIPES = [
+    {"stages": [{"method": "gptq", "scheme": "W4A16", "group_size": 48}]},
+    {"stages": [{"method": "gptq", "scheme": "FP8_BLOCK", "low_rank": -1}]},
+    {"stages": [{"method": "magnitude", "mask_structure": "4:4"}]},
+    {"stages": [{"method": "awq", "scheme": "W4A61"}, {"method": "lora", "rank": 4}]},
+    {"stages": [{"method": "kivi", "k_bits": 5}]},
+    {"stages": [{"method": "gtpq"}]},
+    {"stages": []},
+]
+
+
+def test_stand_ins_for_torch_change_nothing() -> None:
+    quick, loaded, slow = json.loads(python(READ_TWICE, json.dumps(RECIPES)))
+    assert loaded == []
+    assert quick == slow
+
+
+def test_what_stand_ins_cannot_answer_is_read_with_torch_itself() -> None:
+    code = """
+import sys
+from laconic.cli.stand_ins import declarations
+
+def read():
+    from laconic.formats import schemes
+    import torch
+    return str(torch.zeros(2) + len(schemes.PRESETS) * 0)
+
+print(declarations(["laconic.formats.schemes"], read))
+"""
+    assert python(code) == "tensor([0., 0.])\n"
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -20,6 +20,7 @@ from laconic.cli.console import (
     print_warnings,
 )
 from laconic.cli.options import Json, Output, Overwrite, RecipeName, RecipeOrModel, Sets, model_and_recipe
+from laconic.cli.stand_ins import declarations
 from laconic.pipeline.preview import format_bytes
 
 
@@ -79,9 +80,13 @@ def validate(
     json_: Json = False,
 ) -> None:
     """Check a recipe without a model."""
-    from laconic.recipe import load_recipe
 
-    keys = load_recipe(recipe, set_).model_dump(mode="json")
+    def read() -> dict[str, Any]:
+        from laconic.recipe import load_recipe
+
+        return load_recipe(recipe, set_).model_dump(mode="json")
+
+    keys = declarations(["laconic.recipe"], read)
     if json_:
         print_json(keys)
         return
@@ -91,9 +96,13 @@ def validate(
 
 def list_(json_: Json = False) -> None:
     """List methods, schemes and ready recipes."""
-    from laconic.report.catalogue import catalogue
 
-    tables = catalogue()
+    def read() -> dict[str, list[dict[str, str]]]:
+        from laconic.report.catalogue import catalogue
+
+        return catalogue()
+
+    tables = declarations(["laconic.report.catalogue"], read)
     if json_:
         print_json(tables)
         return

@@ -20,13 +20,14 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.auto import configuration_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
+    CONFIG_MAPPING_NAMES as CONFIG_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from laconic.structure.config_keys import BASE, MODEL_TYPE, WIDTHS
 
-CONFIG_MAPPING_NAMES: Mapping[str, str] = vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
 _PREFIX = "Laconic"
 
 
@@ -169,8 +170,10 @@ def _model_class(stock: type[Any], kind: type[PretrainedConfig]) -> type[Any]:
 
 def __getattr__(name: str) -> Any:
     """Look up the config classes by name, so that they can be unpickled."""
+    if not name.startswith(_PREFIX):
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     stock = name.removeprefix(_PREFIX)
-    base = next((t for t, n in CONFIG_MAPPING_NAMES.items() if n == stock and stock != name), None)
+    base = next((t for t, n in CONFIG_MAPPING_NAMES.items() if n == stock), None)
     if base is None:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     return config_class(base)
