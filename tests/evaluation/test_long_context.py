@@ -63,7 +63,7 @@ def test_the_command_says_it_and_the_report_shows_it(
     asked = ("--suite", "long", "--kv", KV, "--text", text, "--heat-map", tmp_path / "map.svg")
     ran = laconic("eval", artifact.path, *asked, *SMALL)
     assert ran.code == 0, ran.err
-    for word in ("bits/number", "needles at", "16 bit", "0-240", "tokens/s after"):
+    for word in ("bits/number", "needles at", "16 bit", "0-240", "tokens/s at"):
         assert word in ran.out
     drawn = ElementTree.parse(tmp_path / "map.svg").getroot()
     # A background, and of two caches two lengths at two depths.

@@ -71,7 +71,7 @@ def test_the_command_shows_them(llama: Path, text: Path, laconic: Laconic) -> No
     asked = ("eval", llama, "--text", text, "--context-length", 32, "--windows", 2, "--generate")
     ran = laconic(*asked, 2)
     assert ran.code == 0, ran.err
-    assert "opening" in ran.out
+    assert "prompt" in ran.out
     assert len(json.loads(laconic(*asked, 1, "--json").out)["samples"]) == 1
 
 

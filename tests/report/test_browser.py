@@ -15,7 +15,7 @@ import pytest
 from test_page import entry, evaluation, linear, study, tasks
 from test_pareto import artifact
 
-from laconic.report.gathered import gather
+from laconic.report.entries import read_entries
 from laconic.report.page import write_page
 from laconic.report.pareto import gather_points
 from laconic.report.pareto_page import write_pareto
@@ -53,7 +53,7 @@ def page_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         write_pareto(*gather_points(folders), folder / "page.html")
         return folder / "page.html"
     if request.param == "study":
-        entries = gather([study(folder / "s")])
+        entries = read_entries([study(folder / "s")])
     else:
         sample = {"prompt": "Once", "original": " upon a time there was", "written": " upon a time there is"}
         row = tasks(-0.01)["rows"][0]
@@ -149,7 +149,7 @@ def test_every_mark_of_the_pareto_page_is_shown_and_told(
 ) -> None:
     page, said, _ = opened(browser, page_file, width, scheme)
     tip = page.locator(".tip")
-    marks = [chart.locator(".told").all() for chart in page.locator("svg.chart").all()]
+    marks = [chart.locator(".hoverable").all() for chart in page.locator("svg.chart").all()]
     # Four models by what is gone; by speed four with dense kernels, and two with sparse ones as well.
     assert [len(found) for found in marks] == [4, 6]
     for mark in [m for found in marks for m in found]:
@@ -162,7 +162,7 @@ def test_every_mark_of_the_pareto_page_is_shown_and_told(
         for point_at, leave in ((circle.hover, lambda: page.mouse.move(1, 1)), (mark.focus, mark.blur)):
             point_at()
             assert tip.is_visible()
-            assert tip.inner_text() == mark.get_attribute("data-told")
+            assert tip.inner_text() == mark.get_attribute("data-tooltip")
             box = tip.bounding_box()
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= width
@@ -209,11 +209,11 @@ def test_a_mark_says_what_it_is(browser: Any, page_file: Path, width: int) -> No
     tip = page.locator(".tip")
     assert tip.is_hidden()
     # The last one lies above the others.
-    mark = page.locator("svg.chart").first.locator(".told").last
+    mark = page.locator("svg.chart").first.locator(".hoverable").last
     mark.scroll_into_view_if_needed()
     mark.locator("circle, rect").first.hover()
     assert tip.is_visible()
-    assert tip.inner_text() == mark.get_attribute("data-told")
+    assert tip.inner_text() == mark.get_attribute("data-tooltip")
     box = tip.bounding_box()
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= width
@@ -241,12 +241,12 @@ def test_a_mark_that_the_keyboard_brings_into_view_is_told(browser: Any, page_fi
     page, _, _ = opened(browser, page_file, DESK)
     page.set_viewport_size({"width": DESK, "height": 500})
     tip, places = page.locator(".tip"), []
-    for mark in page.locator(".told").all():
+    for mark in page.locator(".hoverable").all():
         page.keyboard.press("Tab")
         settle(page)
         assert mark.evaluate("m => m === document.activeElement")
         assert tip.is_visible()
-        assert tip.inner_text() == mark.get_attribute("data-told")
+        assert tip.inner_text() == mark.get_attribute("data-tooltip")
         (own, above), places = (m.bounding_box() for m in (mark, tip)), [*places, page.evaluate("scrollY")]
         assert 0 <= above["y"] < own["y"] < 500
         assert own["y"] - above["y"] - above["height"] == pytest.approx(8, abs=3) or above["y"] == 8
@@ -263,11 +263,11 @@ def test_a_mark_that_the_keyboard_brings_into_view_is_told(browser: Any, page_fi
 @pytest.mark.parametrize("page_file", ["pareto"], indirect=True)
 def test_what_the_pointer_had_told_goes_when_the_page_moves(browser: Any, page_file: Path) -> None:
     page, _, _ = opened(browser, page_file, DESK)
-    tip, (first, other) = page.locator(".tip"), page.locator(".told").all()[:2]
+    tip, (first, other) = page.locator(".tip"), page.locator(".hoverable").all()[:2]
     first.locator("circle").hover()
     assert tip.is_visible()
     other.focus()
-    assert tip.inner_text() == other.get_attribute("data-told")
+    assert tip.inner_text() == other.get_attribute("data-tooltip")
     page.mouse.move(1, 1)
     assert tip.is_visible(), "the pointer left a mark that was told no more"
     other.blur()

@@ -10,7 +10,7 @@ import pytest
 
 from laconic.artifact.artifact import Artifact
 from laconic.report.chart import standalone
-from laconic.report.gathered import gather
+from laconic.report.entries import read_entries
 from laconic.report.loss_curve import loss_curve
 from laconic.report.page import write_page
 
@@ -54,7 +54,7 @@ def test_the_page_shows_a_training_though_nothing_was_evaluated(tmp_path: Path) 
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.json").write_text("{}")
     Artifact(tmp_path / "a").save_result("training-lora", a_result([3.0, 2.0], {0: 3.0, 2: 2.1}))
-    write_page(gather([tmp_path / "a"]), tmp_path / "page.html")
+    write_page(read_entries([tmp_path / "a"]), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "<svg" in page
     assert "held-out loss 3.0000 -&gt; 2.1000" in page

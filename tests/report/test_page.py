@@ -17,9 +17,9 @@ from test_pareto import Reader
 
 from commands import Laconic
 from laconic.report.chart import Axis, Mark, Series, chart, standalone, ticks_between
-from laconic.report.criteria import checklist, judged
-from laconic.report.gathered import Evaluated, gather
-from laconic.report.headline_table import beaten, headline_rows
+from laconic.report.criteria import checklist, judge_entry
+from laconic.report.entries import ReportEntry, read_entries
+from laconic.report.headline_table import dominated_entries, headline_rows
 from laconic.report.page import write_page
 from laconic.report.plots import ablations, bit_map, error_map, size_front
 
@@ -58,8 +58,8 @@ def study(folder: Path, *, seeds: int = 2) -> Path:
     return folder
 
 
-def entry(**keys: Any) -> Evaluated:
-    return Evaluated(**{"path": Path("a"), "recipe": None, "log": [], "compression": None, "evaluations": [], **keys})
+def entry(**keys: Any) -> ReportEntry:
+    return ReportEntry(**{"path": Path("a"), "recipe": None, "log": [], "compression": None, "evaluations": [], **keys})
 
 
 def linear(name: str, error: float, scheme: str = "W4A16") -> dict[str, Any]:
@@ -94,7 +94,7 @@ def test_marks_lie_inside_in_the_order_of_their_values(
     for g in drawn.iter(f"{SVG}g"):
         circle = g.find(f"{SVG}circle")
         assert circle is not None
-        places[int(g.get("data-told", ""))] = float(circle.get("cx", "")), float(circle.get("cy", ""))
+        places[int(g.get("data-tooltip", ""))] = float(circle.get("cx", "")), float(circle.get("cy", ""))
     assert len(places) == len(points)
     for i, (x, y) in enumerate(points):
         assert 0 <= places[i][0] <= width
@@ -130,14 +130,14 @@ def test_the_beaten_are_grey() -> None:
         entry(name="good", evaluations=[evaluation(0.1, bits_per_weight=4.0, file_bytes=1000)]),
         entry(name="alone", evaluations=[evaluation(0.1, kl_mean=None, baseline_perplexity=None)]),
     ]
-    assert beaten(entries) == [False, True, False, False]
+    assert dominated_entries(entries) == [False, True, False, False]
     drawn = ElementTree.fromstring(size_front(entries))
-    faint = [g.get("data-told", "") for g in drawn.iter(f"{SVG}g") if "faint" in ElementTree.tostring(g, "unicode")]
+    faint = [g.get("data-tooltip", "") for g in drawn.iter(f"{SVG}g") if "faint" in ElementTree.tostring(g, "unicode")]
     assert [told.partition(":")[0] for told in faint] == ["beaten"]
 
 
 def test_a_study_is_read_in_the_order_of_its_table(tmp_path: Path) -> None:
-    entries = gather([study(tmp_path / "s")])
+    entries = read_entries([study(tmp_path / "s")])
     assert [e.path.name for e in entries] == [
         "rtn320", "rtn321", "rtn1280", "rtn1281", "gptq320", "gptq321", "gptq1280", "gptq1281", "x"
     ]  # fmt: skip
@@ -145,12 +145,12 @@ def test_a_study_is_read_in_the_order_of_its_table(tmp_path: Path) -> None:
     rows = headline_rows(entries)
     assert rows[0]["stages.0.method"] == "rtn"
     assert rows[-1]["stages.0.method"] == "awq (failed: 7 divides nothing)"
-    assert "tasks kept" not in rows[0], "nothing was measured of it"
+    assert "task retention" not in rows[0], "nothing was measured of it"
 
 
 def test_ablations_average_over_seeds_and_bars_reach_from_lowest_to_highest(tmp_path: Path) -> None:
-    by_method, by_size = ablations(gather([study(tmp_path / "s")]))
-    told = [g.get("data-told") for g in ElementTree.fromstring(by_size).iter(f"{SVG}g")]
+    by_method, by_size = ablations(read_entries([study(tmp_path / "s")]))
+    told = [g.get("data-tooltip") for g in ElementTree.fromstring(by_size).iter(f"{SVG}g")]
     assert "rtn, group_size 32: 0.2050, 0.2000 to 0.2100 over 2 seeds" in told
     assert "gptq, group_size 128: 0.4050, 0.4000 to 0.4100 over 2 seeds" in told
     assert "32, stages.0.method gptq: 0.1050, 0.1000 to 0.1100 over 2 seeds" in by_method
@@ -165,7 +165,7 @@ def test_maps_have_a_cell_for_every_linear_of_the_last_stage() -> None:
         linear("1.mlp.down", 0.4),
     ]
     drawn = ElementTree.fromstring(error_map(entry(name="a", log=log)))
-    assert sorted(g.get("data-told", "") for g in drawn.iter(f"{SVG}g")) == [
+    assert sorted(g.get("data-tooltip", "") for g in drawn.iter(f"{SVG}g")) == [
         "block 0, mlp.up: 1.00e-01", "block 1, mlp.down: 4.00e-01", "block 1, mlp.up: 2.00e-01"
     ]  # fmt: skip
     assert "block 1, mlp.up: 8 bits" in bit_map(entry(name="a", log=log))
@@ -176,8 +176,8 @@ def test_maps_have_a_cell_for_every_linear_of_the_last_stage() -> None:
 # --- the checklist ---
 
 
-def verdicts(e: Evaluated) -> dict[str, tuple[str, str]]:
-    return {title: (v.status, v.figure) for title, v in judged(e)}
+def verdicts(e: ReportEntry) -> dict[str, tuple[str, str]]:
+    return {title: (v.status, v.figure) for title, v in judge_entry(e)}
 
 
 def test_nothing_is_met_without_a_measurement() -> None:
@@ -198,44 +198,44 @@ def told(recovery: float, stderr: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("keys", "title", "expected"),
     [
-        ({"evaluations": [evaluation()]}, "weights in a quarter", ("met", "4.20x less, files against BF16")),
+        ({"evaluations": [evaluation()]}, "weight memory at most 1/4", ("met", "files 4.20x smaller than in BF16")),
         (
             {"evaluations": [evaluation(baseline_bits_per_weight=32.0, baseline_file_bytes=6000)]},
-            "weights in a quarter",
-            ("missed", "3.00x less, files against BF16"),
+            "weight memory at most 1/4",
+            ("missed", "files 3.00x smaller than in BF16"),
         ),
         (
             {"evaluations": [evaluation()], "tasks": [tasks(0.0)]},
-            "MMLU within 2",
+            "MMLU drop at most 2",
             ("not measured", "a model of 30 million parameters"),
         ),
         (
             {"evaluations": [evaluation(parameters=8e9)], "tasks": [tasks(-0.011)]},
-            "MMLU within 2",
+            "MMLU drop at most 2",
             ("met", "-1.1 ± 0.4 points"),
         ),
         (
             {"evaluations": [evaluation(parameters=8e9)], "tasks": [tasks(-0.021)]},
-            "MMLU within 2",
+            "MMLU drop at most 2",
             ("missed", "-2.1 ± 0.4 points"),
         ),
         (
             {"evaluations": [evaluation(parameters=8e9)]},
-            "MMLU within 2",
-            ("not measured", "MMLU was not run beside the original"),
+            "MMLU drop at most 2",
+            ("not measured", "no MMLU result with the original"),
         ),
-        ({"tasks": [tasks(0, 0.97)]}, "98 %", ("missed", "97.0% kept")),
-        ({"tasks": [tasks(0, 0.99), told(1.14, 0.08)]}, "98 %", ("met", "99.0% kept")),
+        ({"tasks": [tasks(0, 0.97)]}, "mean task retention", ("missed", "97.0%")),
+        ({"tasks": [tasks(0, 0.99), told(1.14, 0.08)]}, "mean task retention", ("met", "99.0%")),
         (
             {"tasks": [told(1.14, 0.08)]},
-            "98 %",
-            ("not measured", "114.0% ± 16.0% kept, too few documents to tell"),
+            "mean task retention",
+            ("not measured", "114.0% ± 16.0%, too few documents to decide"),
         ),
-        ({"tasks": [told(0.96, 0.004)]}, "98 %", ("missed", "96.0% ± 0.8% kept")),
+        ({"tasks": [told(0.96, 0.004)]}, "mean task retention", ("missed", "96.0% ± 0.8%")),
         (
             {"speeds": [{"models": [{"decode": {"speedup": 1.0}}, {"decode": {"speedup": 1.9}}]}]},
-            "1.8 times",
-            ("met", "1.90x the original's"),
+            "decoding speed at least 1.8x",
+            ("met", "1.90x the original"),
         ),
     ],
 )
@@ -255,17 +255,17 @@ def test_a_cache_is_judged_at_long_contexts_alone(length: int, status: str) -> N
     plain, small = row(1000, 10.0), row(250, 14.0)
     long = {"caches": ["16 bit", "kivi"], **{k: {"16 bit": plain[k], "kivi": small[k]} for k in plain}}
     found = verdicts(entry(long=[long]))
-    assert found["the cache in half the memory at 32-64k tokens"][0] == status
-    assert found["1.3 times the throughput at 32-64k tokens"][0] == status
+    assert found["cache memory at most 1/2 at 32k-64k tokens"][0] == status
+    assert found["throughput at least 1.3x at 32k-64k tokens"][0] == status
 
 
 def test_a_checklist_names_who_has_which_figure() -> None:
     two = [entry(name="a", evaluations=[evaluation()]), entry(name="b", evaluations=[evaluation(file_bytes=2000)])]
     lines = dict(checklist(two))
-    assert lines["weights in a quarter of BF16's memory, or less"] == [
-        ("met", "a: 4.20x less, files against BF16"), ("missed", "b: 2.10x less, files against BF16")
+    assert lines["weight memory at most 1/4 of BF16"] == [
+        ("met", "a: files 4.20x smaller than in BF16"), ("missed", "b: files 2.10x smaller than in BF16")
     ]  # fmt: skip
-    assert lines["98 % of the original over tasks, or more"] == [("not measured", "no tasks beside the original")]
+    assert lines["mean task retention at least 98 %"] == [("not measured", "no task results with the original")]
 
 
 # --- what can be compared ---
@@ -287,12 +287,12 @@ def test_a_picture_shows_what_was_measured_alike(tmp_path: Path) -> None:
         artifact(tmp_path / "one", here),
         artifact(tmp_path / "odd", there | {"dtype": "bfloat16", "kl_mean": 0.001}),
     ]
-    entries = gather(folders)
+    entries = read_entries(folders)
     assert [e.quality and e.quality["kl_mean"] for e in entries] == [0.1, 0.1, 0.001]
-    assert size_front(entries).count("data-told") == 2
-    assert beaten(entries) == [False] * 3
+    assert size_front(entries).count("data-tooltip") == 2
+    assert dominated_entries(entries) == [False] * 3
     write_page(entries, tmp_path / "p.html")
-    assert "measured on something else: odd." in (tmp_path / "p.html").read_text()
+    assert "measured in another setting: odd." in (tmp_path / "p.html").read_text()
     assert len(list(csv.DictReader((tmp_path / "p.csv").open()))) == 4, "a row an evaluation"
 
 
@@ -356,7 +356,7 @@ def test_a_broken_result_of_a_study_is_told(tmp_path: Path, laconic: Laconic, ke
     file = folder / "results" / "rtn320.json"
     file.write_text("[]" if keys is None else json.dumps(json.loads(file.read_text()) | keys))
     said = laconic("report", folder, "-o", tmp_path / "p.html").complaint
-    assert said.endswith("rtn320.json is no result of a sweep; delete it, and run 'laconic sweep' again")
+    assert said.endswith("rtn320.json is not a result of a sweep; delete it, and run 'laconic sweep' again")
 
 
 def test_a_broken_table_or_recipe_of_a_study_is_told(tmp_path: Path, laconic: Laconic) -> None:
@@ -366,12 +366,12 @@ def test_a_broken_table_or_recipe_of_a_study_is_told(tmp_path: Path, laconic: La
     (artifact / "config.json").write_text("{}")
     (artifact / "recipe.yaml").write_text("{[")
     said = laconic("report", folder, "-o", tmp_path / "p.html").complaint
-    assert said.endswith("rtn320.json is no result of a sweep; delete it, and run 'laconic sweep' again")
+    assert said.endswith("rtn320.json is not a result of a sweep; delete it, and run 'laconic sweep' again")
     (artifact / "recipe.yaml").unlink()
     table = folder / "results.parquet"
     for broken in (b"", b"PAR1junk"):
         table.write_bytes(broken)
         said = laconic("report", folder, "-o", tmp_path / "p.html").complaint
-        assert said == f"{table} is no table of a sweep; run 'laconic sweep' again, which writes it anew"
+        assert said == f"{table} is not a table of a sweep; run 'laconic sweep' again, which rewrites it"
     pq.write_table(pa.table({"x": [1]}), table)
-    assert "is no table of a sweep" in laconic("report", folder, "-o", tmp_path / "p.html").complaint
+    assert "is not a table of a sweep" in laconic("report", folder, "-o", tmp_path / "p.html").complaint

@@ -140,13 +140,15 @@ def test_the_page_opens_and_needs_nothing_else(tmp_path: Path, laconic: Laconic)
     assert html.count('<tr class="dominated">') == 1
     assert "a&lt;b&gt;" in html
     assert "<td>a<b>" not in html
-    assert "1 of 2 artifacts are beaten by no other" in html
+    assert "1 of 2 artifacts are Pareto-optimal" in html
     rows = list(csv.DictReader((tmp_path / "out" / "pareto.csv").open()))
     assert [(r["name"], float(r["kl"]), r["dominated"]) for r in rows] == [
         ("original", 0.0, "False"), ("a<b>", 0.1, "False"), ("beaten", 0.2, "True")
     ]  # fmt: skip
     table = (tmp_path / "out" / "pareto.md").read_text()
-    assert re.search(r"\| beaten \| 50\.0% \| 0\.00 MB \| 9\.600 \| 0\.2000 \| 90 \(0\.90x\) \| none here \|", table)
+    assert re.search(
+        r"\| beaten \| 50\.0% \| 0\.00 MB \| 9\.600 \| 0\.2000 \| 90 \(0\.90x\) \| not available \|", table
+    )
     assert f"laconic bench sparsity {folders[0]}" in table
 
 
@@ -155,10 +157,10 @@ def test_the_dominated_are_grey_in_the_picture(tmp_path: Path) -> None:
         [artifact(tmp_path / "good"), artifact(tmp_path / "beaten", kl=0.2, speed=0.9, sparse=0.95)]
     )
     by_sparsity, by_speed = map(ElementTree.fromstring, pareto_plots(points))
-    groups = {str(g.get("data-told")): g for g in by_sparsity.iter(f"{SVG}g")}
+    groups = {str(g.get("data-tooltip")): g for g in by_sparsity.iter(f"{SVG}g")}
     faint = {told.partition(":")[0]: "faint" in g.find(f"{SVG}circle").get("class", "") for told, g in groups.items()}
     assert faint == {"original": False, "good": False, "beaten": True}
-    told = [g.get("data-told", "") for g in by_speed.iter(f"{SVG}g")]
+    told = [g.get("data-tooltip", "") for g in by_speed.iter(f"{SVG}g")]
     assert [t.rpartition(", ")[2] for t in told if t.startswith("beaten")] == [
         "0.90x with dense kernels",
         "0.95x with sparse kernels",
@@ -190,8 +192,7 @@ def test_artifacts_of_different_models_are_refused(tmp_path: Path, laconic: Laco
     a, b = artifact(tmp_path / "a"), artifact(tmp_path / "b", base="models/other", sha="b")
     complaint = laconic("report", "--pareto", a, b, "-o", tmp_path / "p.html").complaint
     assert complaint == (
-        f"these artifacts are of different models ({a} of {BASE}, {b} of models/other); "
-        "draw those of one model at a time"
+        f"these artifacts are of different models ({a} of {BASE}, {b} of models/other); report on one model at a time"
     )
 
 
@@ -205,9 +206,9 @@ def test_one_model_under_two_names_is_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"text": "other.txt"}, "differ in 'text' .*run 'laconic eval' on all of them alike"),
+        ({"text": "other.txt"}, "differ in 'text' .*run 'laconic eval' with one value for all"),
         ({"windows": 9}, "differ in 'windows'"),
-        ({"device_name": "a GPU"}, "differ in 'device_name' .*run 'laconic bench sparsity' on all of them alike"),
+        ({"device_name": "a GPU"}, "differ in 'device_name' .*run 'laconic bench sparsity' with one value for all"),
         ({"prompt": 512}, "differ in 'prompt'"),
     ],
     ids=str,
@@ -234,7 +235,7 @@ def _row(**keys: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"kl_mean": "low"}, "eval-t-32.json: kl_mean should be a valid number; leave that artifact out, or delete "),
+        ({"kl_mean": "low"}, "eval-t-32.json: kl_mean should be a valid number; omit that artifact, or delete "),
         ({"kl_mean": float("nan")}, "eval-t-32.json: kl_mean should be a finite number"),
         ({"file_bytes": 0}, "eval-t-32.json: file_bytes should be greater than 0"),
         ({"baseline_perplexity": None}, "eval-t-32.json: baseline_perplexity should be a valid number"),

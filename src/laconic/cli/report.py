@@ -40,14 +40,14 @@ def report(
         out.print(pareto_table(points, settings))
         out.print(f"page: {output.resolve()}", soft_wrap=True)
         return
-    from laconic.report.gathered import gather
+    from laconic.report.entries import read_entries
     from laconic.report.interval_table import interval_tables
     from laconic.report.long_table import long_tables
     from laconic.report.page import write_page
     from laconic.report.table import results_table
     from laconic.report.task_table import tasks_table
 
-    measured = gather(artifacts)
+    measured = read_entries(artifacts)
     files = write_page(measured, output)
     if json_:
         paths = {"page": str(output.resolve()), "files": [str(f.resolve()) for f in files]}

@@ -1,1 +1,1 @@
-"""Reading artifacts and their results, and saying them: tables, one HTML page, the catalogue of what there is."""
+"""Reports of artifacts and their results: tables, charts, one HTML page, and the catalogue of methods and recipes."""

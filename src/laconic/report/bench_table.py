@@ -1,4 +1,4 @@
-"""The tables of a result of `laconic bench sparsity`, on a terminal, in Markdown and as JSON."""
+"""Tables of a result of `laconic bench sparsity`, for the terminal, in Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ Rows = list[dict[str, str]]
 
 
 def bench_tables(result: Mapping[str, Any]) -> list[Table]:
-    """For the terminal."""
-    made = []
+    """Return the terminal tables of a result."""
+    tables = []
     for title, rows in titled_rows(result):
         table = Table(box=box.SIMPLE, title=title, title_justify="left", pad_edge=False)
         for j, column in enumerate(rows[0]):
             table.add_column(column, justify="right" if j else "left", no_wrap=j > 0, min_width=0 if j else 20)
         for row in rows:
             table.add_row(*row.values())
-        made.append(table)
-    return made
+        tables.append(table)
+    return tables
 
 
 def write_bench(result: Mapping[str, Any], file: Path) -> None:
-    """The result whole as .json, or as tables in Markdown with what was measured, on what, by which command."""
+    """Write a result to a file, atomically.
+
+    Args:
+        result: Result of `laconic bench sparsity`.
+        file: A .json file gets the whole result; any other file gets Markdown tables with settings and command.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".json":
         write_text(file, json.dumps(result, indent=2) + "\n")
@@ -42,53 +47,53 @@ def write_bench(result: Mapping[str, Any], file: Path) -> None:
 
 
 def titled_rows(result: Mapping[str, Any]) -> list[tuple[str, Rows]]:
-    """Formatted cells by column, with a title: a table a shape of linears, then whole models."""
+    """Return pairs of a title and formatted cells: one table per shape of linears, then one of whole models."""
     tables: list[tuple[str, Rows]] = []
     linears = result.get("linears", [])
     for shape in dict.fromkeys(tuple(r["shape"]) for r in linears):
-        ours = [r for r in linears if tuple(r["shape"]) == shape]
-        given = ours[0]["linear"] == f"{shape[0]}x{shape[1]}"
-        title = "" if given else f"{ours[0]['linear']} "
+        rows = [r for r in linears if tuple(r["shape"]) == shape]
+        is_unnamed = rows[0]["linear"] == f"{shape[0]}x{shape[1]}"
+        title = "" if is_unnamed else f"{rows[0]['linear']} "
         title += f"{shape[0]} x {shape[1]}: speed-up over dense of the same dtype (milliseconds)"
-        tables.append((title, [_form(form, ours) for form in dict.fromkeys(r["form"] for r in ours)]))
+        tables.append((title, [_form_cells(form, rows) for form in dict.fromkeys(r["form"] for r in rows)]))
     if models := result.get("models"):
-        title = f"Whole models, {result['sequences']} x {result['prompt']} tokens: medians, in brackets the slowest "
-        title += "hundredth; FLOPs and bytes of the linears a token; energy of prefill and decode"
-        tables.append((title, [_model(row) for row in models]))
+        title = f"Whole models, {result['sequences']} x {result['prompt']} tokens: medians, in brackets the "
+        title += "99th percentile; FLOPs and bytes of the linears per token; energy of prefill and decode"
+        tables.append((title, [_model_cells(row) for row in models]))
     return tables
 
 
 def bench_caption(result: Mapping[str, Any]) -> str:
-    """On what it was measured, and how."""
-    said = f"{result['device_name']}, {result['threads']} threads, torch {result['versions']['torch']}"
-    said += f", transformers {result['versions']['transformers']}, {result['dtype']}; medians of at most "
-    said += f"{result['rounds']} rounds in which each has its turn"
-    return said + ("; random weights" if result["random_weights"] else "")
+    """Describe device, versions and settings of a result."""
+    text = f"{result['device_name']}, {result['threads']} threads, torch {result['versions']['torch']}"
+    text += f", transformers {result['versions']['transformers']}, {result['dtype']}; medians of at most "
+    text += f"{result['rounds']} rounds, each of which times every variant once"
+    return text + ("; random weights" if result["random_weights"] else "")
 
 
 def markdown(rows: Rows) -> str:
-    """Rows of cells as a Markdown table, the first column to the left."""
-    head = list(rows[0])
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    """Return rows of cells as a Markdown table, with the first column aligned left."""
+    header = list(rows[0])
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row.values()) + " |" for row in rows])
 
 
-def _form(form: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    ours = {r["batch"]: r for r in rows if r["form"] == form}
-    first = next(iter(ours.values()))
-    size = next((f"{r['weight_bytes'] / 1e6:.3g} MB" for r in ours.values() if "weight_bytes" in r), "-")
+def _form_cells(form: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    by_batch = {r["batch"]: r for r in rows if r["form"] == form}
+    first = next(iter(by_batch.values()))
+    size = next((f"{r['weight_bytes'] / 1e6:.3g} MB" for r in by_batch.values() if "weight_bytes" in r), "-")
     cells = {"form": form if "unavailable" not in first else f"{form} *", "weight": size}
-    for batch, row in ours.items():
+    for batch, row in by_batch.items():
         cells[str(batch)] = "-" if "unavailable" in row else f"{_times(row['speedup'])} ({row['ms_p50']:.3g})"
     return cells
 
 
-def _model(row: Mapping[str, Any]) -> dict[str, str]:
+def _model_cells(row: Mapping[str, Any]) -> dict[str, str]:
     phases = {phase: row[phase] for phase in ("prefill", "decode")}
     joules = [p["joules_per_token"] for p in phases.values()]
     cells = {
         "model": row["name"],
-        "gone": f"{row['gone']:.0%}",
+        "removed": f"{row['gone']:.0%}",
         "MFLOP": f"{row['flops_per_token'] / 1e6:.4g}",
         "MB": f"{row['linear_bytes'] / 1e6:.4g}",
     }
@@ -101,7 +106,7 @@ def _model(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _short(number: float) -> str:
-    """Three digits, without an exponent."""
+    """Format a number with three digits and without an exponent."""
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""What there is: methods, schemes, recipes; read from the code, so that it cannot be out of date."""
+"""Catalogue of methods, schemes and recipes, read from the code."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from laconic.recipe import gallery
 _ENGINES = {
     "vllm": "vLLM, transformers",
     "transformers": "transformers",
-    "laconic": "vLLM with our plugin, transformers with `import laconic` (simulated)",
+    "laconic": "vLLM with the Laconic plugin, transformers with `import laconic` (simulated)",
 }
 
 
 def catalogue() -> dict[str, list[dict[str, str]]]:
-    """Methods, schemes and recipes, each a row of plain text."""
+    """Return the tables of methods, schemes and recipes, as rows of text by column."""
     return {
         "methods": [
             {
@@ -35,7 +35,7 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
                 "name": s.name,
                 "weights": _weights(s),
                 "activations": _activations(s),
-                "opened by": _ENGINES[s.engine],
+                "engines": _ENGINES[s.engine],
             }
             for s in PRESETS.values()
         ],
@@ -47,7 +47,7 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
 
 
 def support_matrix() -> str:
-    """The schemes as a Markdown table."""
+    """Return the schemes as a Markdown table."""
     rows = catalogue()["schemes"]
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     return "\n".join(lines + ["| " + " | ".join(r.values()) + " |" for r in rows])

@@ -1,4 +1,4 @@
-"""Needles found, as a picture: an SVG file that needs nothing to be drawn or read."""
+"""Heat maps of needle retrieval as one standalone SVG file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from laconic.report.long_plots import needle_map
 
 
 def heat_map(result: Mapping[str, Any]) -> str:
-    """Of a result of `laconic eval --suite long` that has needles, one map a cache: depth by length, in each cell how
-    many were found."""
+    """Draw one heat map per cache of the needles found, by depth and context length.
+
+    Args:
+        result: Result of `laconic eval --suite long` with the part `needle`.
+
+    Returns:
+        The SVG file.
+    """
     return standalone(stacked([needle_map(result, name) for name in result["caches"]]))

@@ -1,4 +1,4 @@
-"""Tables of what compression cost, each figure with its 95 % interval, on a terminal and on the page."""
+"""Tables of metrics with confidence intervals, for the terminal and for reports."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from rich.table import Table
 
 
 def interval_tables(result: Mapping[str, Any]) -> list[Table]:
-    """The tables of a result of `laconic eval` on a text, on domains or on tasks; none where it has no intervals."""
-    found = []
+    """Return the terminal tables of a result of `laconic eval`; empty for a result without intervals."""
+    tables = []
     for rows in interval_rows(result):
         table = Table(box=box.SIMPLE, caption=interval_caption(result), caption_justify="left", pad_edge=False)
         for i, column in enumerate(rows[0]):
             table.add_column(column, justify="right" if i else "left", overflow="fold")
         for row in rows:
             table.add_row(*row.values())
-        found.append(table)
-    return found
+        tables.append(table)
+    return tables
 
 
 def interval_rows(result: Mapping[str, Any]) -> list[list[dict[str, str]]]:
-    """The formatted cells of each table, by column."""
+    """Return the formatted cells of each table, by column."""
     if "intervals" not in result:
         return []
     if "domains" in result:
@@ -37,82 +37,82 @@ def interval_rows(result: Mapping[str, Any]) -> list[list[dict[str, str]]]:
 
 
 def interval_caption(result: Mapping[str, Any]) -> str:
-    """How the intervals were drawn."""
-    how = result["intervals"]
-    said = f"[{how['level']:.0%} interval], {how['resamples']} resamples of {how['over']}, seed {how['seed']}"
+    """Describe how the intervals were computed."""
+    settings = result["intervals"]
+    unit = settings["over"]
+    text = f"[{settings['level']:.0%} interval], {settings['resamples']} resamples of {unit}, seed {settings['seed']}"
     if result["baseline"] is not None:
-        said += f"; differences on the same {how['over']}, and none was measured where the interval holds 0"
+        text += f"; differences paired by {unit}, not significant where the interval contains 0"
     if "domains" in result:
-        said += f"; {result['context_length']} tokens a window, {result['dtype']}"
-    return said + ". ↓: low is good"
+        text += f"; {result['context_length']} tokens per window, {result['dtype']}"
+    return text + ". ↓: lower is better"
 
 
 def _text(result: Mapping[str, Any]) -> list[dict[str, str]]:
     calibration = result["calibration"]
     if result["baseline"] is None:
-        first = {"measure": "perplexity ↓", "value": _spelled(result, "perplexity")}
+        first = {"metric": "perplexity ↓", "value": _format(result, "perplexity")}
         return [first, *_calibration(calibration, "next token: ")]
     perplexity = {
-        "measure": "perplexity ↓",
-        "original": _spelled(result, "baseline_perplexity"),
-        "compressed": _spelled(result, "perplexity"),
-        "difference": _with(
+        "metric": "perplexity ↓",
+        "original": _format(result, "baseline_perplexity"),
+        "compressed": _format(result, "perplexity"),
+        "difference": _with_interval(
             result["perplexity"] - result["baseline_perplexity"], result["perplexity_difference_interval"], "+"
         ),
     }
-    kl = {"measure": "KL to the original ↓", "original": "0", "compressed": _spelled(result, "kl_mean")}
-    same = {"measure": "same top-1", "original": "1", "compressed": _spelled(result, "top1_agreement")}
+    kl = {"metric": "KL to the original ↓", "original": "0", "compressed": _format(result, "kl_mean")}
+    same = {"metric": "same top-1", "original": "1", "compressed": _format(result, "top1_agreement")}
     return [perplexity, *({**row, "difference": ""} for row in (kl, same)), *_calibration(calibration, "next token: ")]
 
 
-def _calibration(row: Mapping[str, Any], of: str) -> list[dict[str, str]]:
-    found = []
-    for name, said in (("ece", "ECE ↓"), ("brier", "Brier ↓")):
-        cells = {"measure": of + said}
+def _calibration(row: Mapping[str, Any], prefix: str) -> list[dict[str, str]]:
+    rows = []
+    for name, title in (("ece", "ECE ↓"), ("brier", "Brier ↓")):
+        cells = {"metric": prefix + title}
         if f"baseline_{name}" not in row:
-            found.append(cells | {"value": _spelled(row, name)})
+            rows.append(cells | {"value": _format(row, name)})
             continue
-        found.append(
+        rows.append(
             cells
             | {
-                "original": _spelled(row, f"baseline_{name}"),
-                "compressed": _spelled(row, name),
-                "difference": _with(row[f"{name}_difference"], row[f"{name}_difference_interval"], "+"),
+                "original": _format(row, f"baseline_{name}"),
+                "compressed": _format(row, name),
+                "difference": _with_interval(row[f"{name}_difference"], row[f"{name}_difference_interval"], "+"),
             }
         )
-    return found
+    return rows
 
 
 def _task(row: Mapping[str, Any]) -> dict[str, str]:
-    cells = {"measure": f"{row['task']}: {row['metric']}" + ("" if row["higher_is_better"] else " ↓")}
-    ours = _with(row["value"], row["interval"])
+    cells = {"metric": f"{row['task']}: {row['metric']}" + ("" if row["higher_is_better"] else " ↓")}
+    value = _with_interval(row["value"], row["interval"])
     if "baseline" not in row:
-        return cells | {"value": ours}
+        return cells | {"value": value}
     return cells | {
-        "original": _with(row["baseline"], row["baseline_interval"]),
-        "compressed": ours,
-        "difference": _with(row["difference"], row["difference_interval"], "+"),
+        "original": _with_interval(row["baseline"], row["baseline_interval"]),
+        "compressed": value,
+        "difference": _with_interval(row["difference"], row["difference_interval"], "+"),
     }
 
 
 def _domain(row: Mapping[str, Any]) -> dict[str, str]:
-    cells = {"domain": row["domain"], "windows": str(row["windows"]), "perplexity ↓": _spelled(row, "perplexity")}
+    cells = {"domain": row["domain"], "windows": str(row["windows"]), "perplexity ↓": _format(row, "perplexity")}
     if row["baseline_perplexity"] is not None:
-        cells["of the original's"] = _with(row["perplexity_ratio"], row["perplexity_ratio_interval"])
-        cells["KL ↓"] = _spelled(row, "kl_mean")
-        cells["same top-1"] = _spelled(row, "top1_agreement")
+        cells["perplexity ratio"] = _with_interval(row["perplexity_ratio"], row["perplexity_ratio_interval"])
+        cells["KL ↓"] = _format(row, "kl_mean")
+        cells["same top-1"] = _format(row, "top1_agreement")
         calibration = row["calibration"]
-        cells["ECE change"] = _with(calibration["ece_difference"], calibration["ece_difference_interval"], "+")
+        cells["ECE change"] = _with_interval(calibration["ece_difference"], calibration["ece_difference_interval"], "+")
     return cells
 
 
-def _spelled(row: Mapping[str, Any], name: str) -> str:
-    return _with(row[name], row[f"{name}_interval"])
+def _format(row: Mapping[str, Any], name: str) -> str:
+    return _with_interval(row[name], row[f"{name}_interval"])
 
 
-def _with(value: float, between: Sequence[float] | None, sign: str = "") -> str:
-    """A value with its interval, in as many digits as tell the two ends apart."""
-    largest = max(abs(v) for v in (value, *(between or ())))
+def _with_interval(value: float, interval: Sequence[float] | None, sign: str = "") -> str:
+    largest = max(abs(v) for v in (value, *(interval or ())))
     digits = 4 if largest < 10 else 2
-    said = f"{value:{sign}.{digits}f}"
-    return said if between is None else f"{said} [{between[0]:{sign}.{digits}f}, {between[1]:{sign}.{digits}f}]"
+    text = f"{value:{sign}.{digits}f}"
+    return text if interval is None else f"{text} [{interval[0]:{sign}.{digits}f}, {interval[1]:{sign}.{digits}f}]"

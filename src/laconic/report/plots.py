@@ -1,4 +1,4 @@
-"""The plots of a page: fronts, what each axis of a study does, and the error and the bits of every linear."""
+"""Charts of a report: Pareto fronts, ablations over the axes of a study, and heat maps of linears."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from laconic.report.chart import Axis, Mark, Series, chart, heat
-from laconic.report.gathered import Evaluated, axes_of, grounds, on_ground, spelled
+from laconic.report.chart import Axis, Cells, Mark, Series, chart, heat_chart
+from laconic.report.entries import ReportEntry, axes_of, common_settings, format_value, with_setting
 from laconic.report.pareto import dominated
 
-_KL = Axis("KL to the original (nats a token)", zero=True)
-_FIGURES = {"kl_mean": "KL to the original (nats a token)", "perplexity": "perplexity"}
+_KL = Axis("KL to the original (nats per token)", zero=True)
+_FIGURES = {"kl_mean": "KL to the original (nats per token)", "perplexity": "perplexity"}
 
 
-def comparable(entries: Sequence[Evaluated]) -> list[Evaluated]:
-    """Those that were compared with one original on one text, most of them: what one picture can show."""
-    where = next(iter(grounds(entries)), None)
-    return [] if where is None else on_ground(entries, where)
+def comparable(entries: Sequence[ReportEntry]) -> list[ReportEntry]:
+    """Return the entries that were compared with the original in the most common setting."""
+    setting = next(iter(common_settings(entries)), None)
+    return [] if setting is None else with_setting(entries, setting)
 
 
-def size_front(entries: Sequence[Evaluated]) -> str:
-    """Bits per weight against KL; what another beats in both is grey."""
+def size_front(entries: Sequence[ReportEntry]) -> str:
+    """Draw KL over bits per weight; dominated entries are grey."""
     compared = [(e, e.quality) for e in comparable(entries)]
     points = [(e.name, q["bits_per_weight"], q["kl_mean"]) for e, q in compared if q]
     x = Axis("bits per weight, whole model")
     return _front("Size and quality", points, [(b, kl) for _, b, kl in points], x, "{:.2f} bits per weight")
 
 
-def speed_front(entries: Sequence[Evaluated]) -> str:
-    """Decoding speed over the original's against KL; what another beats in both is grey."""
+def speed_front(entries: Sequence[ReportEntry]) -> str:
+    """Draw KL over the decoding speed relative to the original; dominated entries are grey."""
     compared = [(e, e.quality, e.speed) for e in comparable(entries)]
     points = [(e.name, speed, q["kl_mean"]) for e, q, speed in compared if q and speed is not None]
-    x = Axis("decoding speed over the original's", show=lambda v: f"{v:g}x")
+    x = Axis("decoding speed relative to the original", show=lambda v: f"{v:g}x")
     return _front("Speed and quality", points, [(-s, kl) for _, s, kl in points], x, "{:.2f} times as fast")
 
 
@@ -43,58 +43,70 @@ def _front(
     points: Sequence[tuple[str, float, float]],
     costs: Sequence[tuple[float, float]],
     x: Axis,
-    said: str,
+    template: str,
 ) -> str:
-    beaten = dominated(costs)
-    labelled = sum(not b for b in beaten) <= 12
+    flags = dominated(costs)
+    with_labels = flags.count(False) <= 12
     marks = [
         Mark(
-            at,
+            value,
             kl,
-            f"{name}: {said.format(at)}, KL {kl:.4f}{', beaten by another' if out else ''}",
-            "" if out or not labelled else name,
-            faint=out,
+            f"{name}: {template.format(value)}, KL {kl:.4f}{', dominated' if flag else ''}",
+            name if with_labels and not flag else "",
+            faint=flag,
         )
-        for (name, at, kl), out in zip(points, beaten, strict=True)
+        for (name, value, kl), flag in zip(points, flags, strict=True)
     ]
-    behind = Series("beaten by another in both", [m for m in marks if m.faint], colour=7)
+    behind = Series("dominated", [m for m in marks if m.faint], colour=7)
     front = sorted((m for m in marks if not m.faint), key=lambda m: m.x)
-    spread = [m.y for m in marks]
-    y = Axis(_KL.title, log=True) if spread and min(spread) > 0 and max(spread) > 30 * min(spread) else _KL
+    kls = [m.y for m in marks]
+    y = Axis(_KL.title, log=True) if kls and min(kls) > 0 and max(kls) > 30 * min(kls) else _KL
     return chart(title, [Series("", front, line=True, dotted=True, colour=0), behind], x, y)
 
 
-def ablations(entries: Sequence[Evaluated]) -> list[str]:
-    """One chart an axis that has several values: KL (or perplexity) by the axis, a line for each choice of the others;
-    the mean over seeds, with bars from the lowest to the highest."""
+def ablations(entries: Sequence[ReportEntry]) -> list[str]:
+    """Draw one chart per axis of a study with several values.
+
+    A chart shows KL (or perplexity, without an original) over the values of the axis, with one line per combination of
+    the other axes. Points are means over seeds, with bars from the lowest to the highest value.
+
+    Args:
+        entries: Runs of studies.
+
+    Returns:
+        The charts as SVG, at most four texts.
+    """
     done = [e for e in entries if e.quality and e.values]
     axes = axes_of(done)
-    found = grounds(done)
-    # A line for each text that the study measures, or the one that it does without an original.
-    parts = [(w[1], on_ground(done, w), "kl_mean") for w in found] if found else [("", done, "perplexity")]
-    made = []
+    settings = common_settings(done)
+    parts = [(s[1], with_setting(done, s), "kl_mean") for s in settings] if settings else [("", done, "perplexity")]
+    charts = []
     for text, part, figure in parts[:4]:
         for axis in axes:
             if axis != "seed" and len({str(e.values.get(axis)) for e in part if axis in e.values}) > 1:
                 others = [a for a in axes if a not in (axis, "seed")]
-                title = f"By {axis}" + (f", on {Path(text).name}" if len(found) > 1 else "")
-                made.append(_ablation(title, part, axis, others, figure))
-    return [m for m in made if m]
+                title = f"By {axis}" + (f", on {Path(text).name}" if len(settings) > 1 else "")
+                charts.append(_ablation(title, part, axis, others, figure))
+    return [c for c in charts if c]
 
 
-def _ablation(title: str, entries: Sequence[Evaluated], axis: str, others: Sequence[str], figure: str) -> str:
+def _ablation(title: str, entries: Sequence[ReportEntry], axis: str, others: Sequence[str], figure: str) -> str:
     within = [e for e in entries if axis in e.values]
-    values = list(dict.fromkeys(spelled(e.values[axis]) for e in within))
+    values = list(dict.fromkeys(format_value(e.values[axis]) for e in within))
     numbers = all(isinstance(e.values[axis], int | float) and not isinstance(e.values[axis], bool) for e in within)
     lines: dict[str, dict[str, list[float]]] = {}
     for e in within:
-        line = ", ".join(spelled(e.values[o]) for o in others if o in e.values)
+        line = ", ".join(format_value(e.values[o]) for o in others if o in e.values)
         assert e.quality is not None
-        lines.setdefault(line, {}).setdefault(spelled(e.values[axis]), []).append(e.quality[figure])
-    place: Callable[[str], float] = float if numbers else values.index
+        lines.setdefault(line, {}).setdefault(format_value(e.values[axis]), []).append(e.quality[figure])
+    position: Callable[[str], float] = float if numbers else values.index
     shown = {name: by for name, by in lines.items() if len(by) > 1} or lines
     series = [
-        Series(name, [_averaged(name, v, by[v], place(v), axis) for v in values if v in by], line=True)
+        Series(
+            name,
+            [_mean_mark(f"{name}, " * bool(name) + f"{axis} {v}", by[v], position(v)) for v in values if v in by],
+            line=True,
+        )
         for name, by in list(shown.items())[:8]
     ]
     positions = [float(v) for v in values] if numbers else []
@@ -105,17 +117,17 @@ def _ablation(title: str, entries: Sequence[Evaluated], axis: str, others: Seque
     return chart(title, series, x, y, height=360)
 
 
-def _averaged(line: str, value: str, found: Sequence[float], at: float, axis: str) -> Mark:
-    mean = sum(found) / len(found)
-    several = len(found) > 1
-    said = f"{line + ', ' if line else ''}{axis} {value}: {mean:.4f}"
-    if several:
-        said += f", {min(found):.4f} to {max(found):.4f} over {len(found)} seeds"
-    return Mark(at, mean, said, low=min(found) if several else None, high=max(found) if several else None)
+def _mean_mark(name: str, values: Sequence[float], position: float) -> Mark:
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return Mark(position, mean, f"{name}: {mean:.4f}")
+    low, high = min(values), max(values)
+    tooltip = f"{name}: {mean:.4f}, {low:.4f} to {high:.4f} over {len(values)} seeds"
+    return Mark(position, mean, tooltip, low=low, high=high)
 
 
-def error_map(entry: Evaluated) -> str:
-    """The relative error of every linear that was compressed: kinds of linears by block. Of several stages the last."""
+def error_map(entry: ReportEntry) -> str:
+    """Draw the relative error of every compressed linear after the last stage: kinds of linears by block."""
     events = _last_events(entry.log)
     errors = {k: float(e.get("output_error", e.get("weight_error", 0.0))) for k, e in events.items()}
     positive = [v for v in errors.values() if v > 0]
@@ -128,12 +140,12 @@ def error_map(entry: Evaluated) -> str:
         errors,
         lambda v: (math.log(v) - low) / (high - low) if v > 0 and high > low else 0.0,
         lambda v: f"{v:.2e}",
-        f"blocks; stronger: a larger relative {kind} error",
+        f"blocks; darker: larger relative {kind} error",
     )
 
 
-def bit_map(entry: Evaluated) -> str:
-    """The bits of every linear's weights, where they differ."""
+def bit_map(entry: ReportEntry) -> str:
+    """Draw the bits of every linear's weights; empty if all are equal."""
     bits = {
         k: float(m[1])
         for k, e in _last_events(entry.log).items()
@@ -141,25 +153,27 @@ def bit_map(entry: Evaluated) -> str:
     }
     if len(set(bits.values())) < 2:
         return ""
-    return _linears(f"{entry.name}: bits of each linear", bits, lambda v: v / 16, lambda v: f"{v:g} bits", words=True)
+    return _linears(
+        f"{entry.name}: bits of each linear", bits, lambda v: v / 16, lambda v: f"{v:g} bits", with_text=True
+    )
 
 
 def _last_events(log: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], Mapping[str, Any]]:
-    found = {}
+    events = {}
     for event in log:
         m = re.search(r"\.(\d+)\.(.+)$", event["linear"]) if event.get("event") == "linear" else None
         if m:
-            found[int(m[1]), m[2]] = event
-    return found
+            events[int(m[1]), m[2]] = event
+    return events
 
 
 def _linears(
     title: str,
     values: Mapping[tuple[int, str], float],
     level: Callable[[float], float],
-    said: Callable[[float], str],
+    describe: Callable[[float], str],
     across: str = "blocks",
-    words: bool = False,
+    with_text: bool = False,
 ) -> str:
     blocks = sorted({block for block, _ in values})
     kinds = list(dict.fromkeys(kind for _, kind in values))
@@ -167,12 +181,15 @@ def _linears(
     def value(row: int, column: int) -> float | None:
         return values.get((blocks[column], kinds[row]))
 
-    return heat(
-        title,
-        [str(b) for b in blocks],
-        [k.rpartition(".")[2] if len({n.rpartition(".")[2] for n in kinds}) == len(kinds) else k for k in kinds],
-        lambda i, j: None if (v := value(i, j)) is None else level(v),
-        lambda i, j: f"block {blocks[j]}, {kinds[i]}: {said(value(i, j) or 0.0)}",
-        words=(lambda i, j: f"{v:g}" if (v := value(i, j)) is not None else "") if words else lambda _i, _j: "",
-        across=across,
+    def text(row: int, column: int) -> str:
+        v = value(row, column)
+        return f"{v:g}" if with_text and v is not None else ""
+
+    short = [kind.rpartition(".")[2] for kind in kinds]
+    cells = Cells(
+        level=lambda i, j: None if (v := value(i, j)) is None else level(v),
+        tooltip=lambda i, j: f"block {blocks[j]}, {kinds[i]}: {describe(value(i, j) or 0.0)}",
+        text=text,
     )
+    labels = short if len(set(short)) == len(kinds) else kinds
+    return heat_chart(title, [str(b) for b in blocks], labels, cells, across=across)

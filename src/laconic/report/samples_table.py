@@ -1,4 +1,4 @@
-"""What models wrote, side by side on a terminal."""
+"""Terminal table of generated text, side by side."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rich.text import Text
 
 
 def samples_table(samples: Sequence[Mapping[str, str]]) -> Table:
-    """One row an opening: it, what the original wrote to it where there is one, what the compressed model wrote."""
+    """Return a table with one row per prompt: the prompt, the text of the original (if any), and of the artifact."""
     names = [name for name in ("prompt", "original", "written") if name in samples[0]]
     table = Table(box=box.SIMPLE, show_lines=True, pad_edge=False)
     for name in names:
-        table.add_column({"prompt": "opening", "original": "original", "written": "compressed"}[name], ratio=1)
+        table.add_column({"prompt": "prompt", "original": "original", "written": "compressed"}[name], ratio=1)
     for sample in samples:
-        # Brackets in what a model writes are no markup.
+        # Text() keeps brackets in generated text from being read as markup.
         table.add_row(*(Text(sample[name].strip()) for name in names))
     return table

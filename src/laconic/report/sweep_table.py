@@ -1,4 +1,4 @@
-"""The tables of a study, on a terminal: its runs before, its results after."""
+"""Terminal tables of a study: its planned runs, and its results."""
 
 from __future__ import annotations
 
@@ -19,35 +19,43 @@ _FIGURES = {
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows of a study, as `sweep` returns them."""
+    """Return the table of results.
+
+    Args:
+        rows: Rows of `laconic.sweep.runner.sweep`.
+    """
     axes = list(dict.fromkeys(key for row in rows for key in row["values"])) or ["methods"]
-    several = len({(row["text"], row["context_length"]) for row in rows if row["text"]}) > 1
+    has_several_texts = len({(row["text"], row["context_length"]) for row in rows if row["text"]}) > 1
     table = Table(box=box.SIMPLE, caption=_caption(rows), caption_justify="left", pad_edge=False)
     table.add_column("run", no_wrap=True)
     for axis in axes:
         table.add_column(axis, overflow="fold")
-    if several:
+    if has_several_texts:
         table.add_column("text", overflow="fold")
     for title, _ in _FIGURES.values():
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        words = [
+        cells = [
             row["run"][:6],
-            *(_word(row["values"].get(axis)) if row["values"] else row["methods"] for axis in axes),
+            *(_format_value(row["values"].get(axis)) if row["values"] else row["methods"] for axis in axes),
         ]
-        words += [f"{row['text'] or '-'}, {row['context_length'] or '-'}"] if several else []
+        cells += [f"{row['text'] or '-'}, {row['context_length'] or '-'}"] if has_several_texts else []
         if row["status"] == "done":
-            table.add_row(*words, *(_figure(row, name, shape) for name, (_, shape) in _FIGURES.items()))
+            table.add_row(*cells, *(_format_figure(row, name, template) for name, (_, template) in _FIGURES.items()))
         else:
-            table.add_row(*words, row["status"], *[""] * (len(_FIGURES) - 1), style="red")
+            table.add_row(*cells, row["status"], *[""] * (len(_FIGURES) - 1), style="red")
     return table
 
 
 def plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """What `sweep --dry-run` lists."""
+    """Return the table of `laconic sweep --dry-run`.
+
+    Args:
+        rows: Rows of `laconic.sweep.runner.dry_run`.
+    """
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("run", no_wrap=True)
-    table.add_column("what", overflow="fold")
+    table.add_column("variant", overflow="fold")
     table.add_column("state", overflow="fold")
     for title in ("MB", "smaller", "memory, MB"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -62,26 +70,31 @@ def plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def plan_caption(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many runs are left, and how long they will take as far as those that are done tell."""
-    left = [row for row in rows if row["state"] != "done"]
-    said = f"{len(rows)} runs, {len(rows) - len(left)} done, {len(left)} to do"
-    if not left or left[0]["seconds"] is None:
-        return said
-    return f"{said}: about {len(left) * left[0]['seconds'] / 60:.0f} minutes one after another, as those done took"
+    """Summarize how many runs remain, and estimate their time from the runs that are done.
+
+    Args:
+        rows: Rows of `laconic.sweep.runner.dry_run`.
+    """
+    pending = [row for row in rows if row["state"] != "done"]
+    count = f"{len(rows)} runs, {len(rows) - len(pending)} done, {len(pending)} to do"
+    if not pending or pending[0]["seconds"] is None:
+        return count
+    minutes = len(pending) * pending[0]["seconds"] / 60
+    return f"{count}: about {minutes:.0f} minutes one after another, estimated from the runs that are done"
 
 
-def _word(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _figure(row: Mapping[str, Any], name: str, shape: str) -> str:
+def _format_figure(row: Mapping[str, Any], name: str, template: str) -> str:
     value = row[name]
-    return "-" if value is None else shape.format(value / 1e6 if name == "file_bytes" else value)
+    return "-" if value is None else template.format(value / 1e6 if name == "file_bytes" else value)
 
 
 def _caption(rows: Sequence[Mapping[str, Any]]) -> str | None:
     originals = {
-        f"{row['original']} has {row['baseline_perplexity']:.3f} on {row['text']}, {row['windows']} windows of "
+        f"{row['original']}: perplexity {row['baseline_perplexity']:.3f} on {row['text']}, {row['windows']} windows of "
         f"{row['context_length']} tokens, {row['dtype']}"
         for row in rows
         if row["baseline_perplexity"] is not None

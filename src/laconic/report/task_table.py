@@ -1,4 +1,4 @@
-"""The table of task results, on a terminal and on the page."""
+"""Table of task results, for the terminal and for reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def tasks_table(result: Mapping[str, Any]) -> Table:
-    """One row a metric of a result of `laconic eval --tasks`."""
+    """Return a terminal table with one row per task metric of a result of `laconic eval --tasks`."""
     table = Table(box=box.SIMPLE, caption=tasks_caption(result), caption_justify="left", pad_edge=False)
     rows = task_rows(result)
     for i, column in enumerate(rows[0]):
@@ -21,18 +21,18 @@ def tasks_table(result: Mapping[str, Any]) -> Table:
 
 
 def task_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The formatted cells of one result, by column."""
+    """Return the formatted cells of one result, by column."""
     name = str(result["model"]).rstrip("/").rpartition("/")[2]
-    return [_cells(row, name, compared=result["baseline"] is not None) for row in result["rows"]]
+    return [_cells(row, name, has_baseline=result["baseline"] is not None) for row in result["rows"]]
 
 
-def _cells(row: Mapping[str, Any], name: str, *, compared: bool) -> dict[str, str]:
+def _cells(row: Mapping[str, Any], name: str, *, has_baseline: bool) -> dict[str, str]:
     cells = {
         "task": row["task"] + (f" ({row['tasks']} tasks)" if row["tasks"] > 1 else ""),
         "metric": row["metric"] + ("" if row["higher_is_better"] else " ↓"),
         "n": str(row["documents"]),
     }
-    if not compared:
+    if not has_baseline:
         return cells | {name: _with_error(row["value"], row["stderr"])}
     return cells | {
         "original": _with_error(row["baseline"], row["baseline_stderr"]),
@@ -48,26 +48,26 @@ def _with_error(value: float, stderr: float | None, sign: str = "") -> str:
 
 
 def tasks_caption(result: Mapping[str, Any]) -> str:
-    """How the result was measured, and the mean retention."""
+    """Describe the setting of a result, and its mean retention."""
     shots = sorted(set(result["shots"].values()))
-    said = f"{' or '.join(map(str, shots))} shots, documents from {result['data']}, {result['dtype']}"
+    text = f"{' or '.join(map(str, shots))} shots, documents from {result['data']}, {result['dtype']}"
     if result.get("left_out"):
-        said += f"; without {', '.join(result['left_out'])} of the standard suite, which have no file there"
+        text += f"; without {', '.join(result['left_out'])} of the standard suite, which have no file there"
     if result["limit"]:
-        said += f", the first {result['limit']} of each task"
-    room = f"{result.get('context_length')} tokens"
+        text += f", the first {result['limit']} of each task"
+    context = f"{result.get('context_length')} tokens"
     if result.get("refused"):
-        said += f"; without {', '.join(result['refused'])}, whose answers leave no room for a prompt in {room}"
+        text += f"; without {', '.join(result['refused'])}, whose answers leave no space for a prompt in {context}"
     documents = {row["task"]: row["documents"] for row in result["rows"]}
     if cut := {task: n for task, n in result.get("cut", {}).items() if task in documents}:
-        told = ", ".join(f"{task} {n} of {documents[task]}" for task, n in cut.items())
-        where = "beginning (LongBench's, their middle)" if any("longbench" in task for task in cut) else "beginning"
-        said += f"; prompts that lost their {where}, to fit {room}: {told}"
+        counts = ", ".join(f"{task} {n} of {documents[task]}" for task, n in cut.items())
+        where = "beginning (LongBench: middle)" if any("longbench" in task for task in cut) else "beginning"
+        text += f"; prompts truncated at the {where} to fit {context}: {counts}"
     if result["mean_retention"] is not None:
-        said += (
-            f"; mean retention {result['mean_retention']:.1%} (a task counts once: acc_norm, else acc, else "
+        text += (
+            f"; mean retention {result['mean_retention']:.1%} (one metric per task: acc_norm, else acc, else "
             "exact_match, else score)"
         )
     elif result["baseline"] is not None:
-        said += "; no mean retention, since an original is 0"
-    return said + ". n: documents; ±: one standard error, for differences paired by document; ↓: low is good"
+        text += "; no mean retention, since a score of the original is 0"
+    return text + ". n: documents; ±: one standard error, for differences paired by document; ↓: lower is better"

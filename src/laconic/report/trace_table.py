@@ -1,4 +1,4 @@
-"""Where time and memory went, as a table."""
+"""Table of time and memory by span."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from laconic.bench.trace import Row
 
 
 def trace_table(rows: Sequence[Row]) -> Table:
-    """A line a path; what is within another is indented below it."""
+    """Return a terminal table with one row per span; nested spans are indented below their parent."""
     table = Table(box=None, header_style="bold")
     gpu, memory = any(r.gpu_seconds is not None for r in rows), any(r.peak_bytes is not None for r in rows)
-    table.add_column("where")
-    for title in ["times", "seconds", "share", "outside of what is below", *["GPU s"] * gpu, *["peak MB"] * memory]:
+    table.add_column("span")
+    for title in ["calls", "seconds", "share", "self seconds", *["GPU s"] * gpu, *["peak MB"] * memory]:
         table.add_column(title, justify="right")
-    whole = sum(r.seconds for r in rows if len(r.path) == 1)
+    total = sum(r.seconds for r in rows if len(r.path) == 1)
     for row in _nested(rows):
         cells = [
             "  " * (len(row.path) - 1) + row.path[-1],
             str(row.count),
             f"{row.seconds:.3f}",
-            f"{row.seconds / whole:.0%}" if whole else "",
+            f"{row.seconds / total:.0%}" if total else "",
             f"{row.own_seconds:.3f}",
         ]
         if gpu:
@@ -34,6 +34,6 @@ def trace_table(rows: Sequence[Row]) -> Table:
 
 
 def _nested(rows: Sequence[Row]) -> list[Row]:
-    """Each below what it is in, in order of first appearance."""
+    """Sort spans below their parents, in order of first appearance."""
     first = {row.path: i for i, row in enumerate(rows)}
     return sorted(rows, key=lambda r: [first.get(r.path[: k + 1], 0) for k in range(len(r.path))])
