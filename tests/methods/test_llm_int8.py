@@ -98,7 +98,9 @@ def test_the_command_line_tells_what_could_not_be_foretold(
     stage = LLM_INT8 | {"threshold": 0.5, "ignore": "re:.*layers.1.*"}
     recipe = make_recipe(tmp_path / "recipe.yaml", stage, model=str(llama), calibration=calibration)
     ran = laconic("compress", recipe, "-o", tmp_path / "out")
-    assert "warning: the number of columns in 16 bit is known after calibration; the predicted size counts none" in ran.err
+    assert (
+        "warning: the number of columns in 16 bit is known after calibration; the predicted size counts none" in ran.err
+    )
     assert "7 linears keep up to " in ran.err
     assert "for a smaller file raise the threshold there, or give outlier_ratio" in ran.err
 

@@ -9,7 +9,7 @@ import torch
 
 from tiny import make_model
 
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 1}
 
 
 @pytest.fixture(scope="session")
