@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 Row = dict[str, Any]
+tokenizer_of = cache(load_tokenizer)
 LETTERS = make_text(4000).replace(" ", "")
 WORDS = [LETTERS[9 * i : 9 * i + 2 + i % 7] for i in range(len(LETTERS) // 9)]
 
@@ -88,7 +90,7 @@ def measure(artifact: Artifact, roomy: Path, data: Path, *tasks: str, **how: Any
 @torch.no_grad()
 def log_likelihood(model: PreTrainedModel, folder: Path, context: str, continuation: str) -> tuple[float, bool]:
     """Of a continuation, and whether it is the model's own first choice all along; BOS leads."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer_of(folder)
     ids = torch.tensor(tokenizer(context + continuation).input_ids)
     start = len(tokenizer(context).input_ids)
     logp = model(input_ids=ids[None, :-1]).logits[0].double().log_softmax(-1)[start - 1 :]
@@ -107,14 +109,15 @@ def expect(row: Row, ours: Sequence[float], theirs: Sequence[float]) -> None:
 
 
 def picked(
-    model: PreTrainedModel, folder: Path, prompts: Sequence[tuple[str, list[str], int]], *, by_length: bool
-) -> list[bool]:
-    """For each prompt, choices and label, whether the likeliest choice (a character) is the right one."""
-    right = []
+    model: PreTrainedModel, folder: Path, prompts: Sequence[tuple[str, list[str], int]]
+) -> tuple[list[bool], list[bool]]:
+    """For each prompt, choices and label, whether the likeliest choice is the right one; and the likeliest a letter."""
+    right, right_by_length = [], []
     for prompt, choices, label in prompts:
-        scores = [log_likelihood(model, folder, prompt, f" {c}")[0] / (len(c) if by_length else 1) for c in choices]
-        right.append(int(np.argmax(scores)) == label)
-    return right
+        scores = np.array([log_likelihood(model, folder, prompt, f" {c}")[0] for c in choices])
+        right.append(int(scores.argmax()) == label)
+        right_by_length.append(int((scores / list(map(len, choices))).argmax()) == label)
+    return right, right_by_length
 
 
 def test_arc_is_what_transformers_makes_of_it(
@@ -124,8 +127,7 @@ def test_arc_is_what_transformers_makes_of_it(
     write(tmp_path / "arc_easy.jsonl", rows)
     found = measure(artifact, roomy, tmp_path, "arc_easy")
     prompts = [(f"Question: {r['question']}\nAnswer:", r["choices"], r["label"]) for r in rows]
-    for metric, by_length in (("acc", False), ("acc_norm", True)):
-        ours, theirs = (picked(m, roomy, prompts, by_length=by_length) for m in models)
+    for metric, ours, theirs in zip(("acc", "acc_norm"), *(picked(m, roomy, prompts) for m in models), strict=True):
         assert ours != theirs  # or the pairing would not show
         expect(found["arc_easy", metric], ours, theirs)
     assert [row["main"] for row in found.values()] == [False, True]
@@ -149,7 +151,7 @@ def test_hellaswag_is_prompted_as_lm_eval_does(
         (f"Making {phrase(9 * i, 1)}: A cook is busy. {phrase(9 * i + 1, 2).capitalize()}", r["endings"], r["label"])
         for i, r in enumerate(rows)
     ]
-    expect(row, *(picked(m, roomy, prompts, by_length=True) for m in models))
+    expect(row, *(picked(m, roomy, prompts)[1] for m in models))
 
 
 def test_winogrande_weighs_the_same_end_after_two_beginnings(
@@ -202,7 +204,7 @@ def foreseen(model: PreTrainedModel, folder: Path, count: int) -> list[str]:
 
 def continued(model: PreTrainedModel, folder: Path, prompt: str, tokens: int) -> str:
     """What the model says next, by transformers."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer_of(folder)
     ids = torch.tensor([tokenizer(prompt).input_ids])
     said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
     return tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
@@ -285,7 +287,7 @@ def test_prompts_are_cut_as_lm_eval_cuts_them_and_counted(roomy: Path) -> None:
 
     from laconic.evaluation.lm import OpenedLM
 
-    model, tokenizer = original(roomy, torch.float32), load_tokenizer(roomy)
+    model, tokenizer = original(roomy, torch.float32), tokenizer_of(roomy)
     ours = OpenedLM(model, tokenizer, context_length=24, batch_size=3)
     theirs = HFLM(original(roomy, torch.float32), tokenizer=tokenizer, max_length=24, batch_size=3)
     # From prompts that just fit to such as do not by far; of the last the answer fills the context by itself.

@@ -11,6 +11,7 @@ import string
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 Row = dict[str, Any]
+tokenizer_of = cache(load_tokenizer)
 KV = "{method: kivi, k_bits: 1, v_bits: 1, group_size: 16, residual_length: 0}"
 NAME = "kivi k_bits 1 v_bits 1 group_size 16 residual_length 0"
 METRICS = "lm_eval.tasks.longbench.metrics"
@@ -127,7 +129,7 @@ Said = Callable[[Tensor], Tensor]
 
 def answer(folder: Path, prompt: str, say: Said) -> str:
     """What is said after a prompt, up to the end of the text."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer_of(folder)
     ids = torch.tensor([tokenizer(prompt).input_ids])
     said = say(ids)[0].tolist()
     end = said.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in said else len(said)
