@@ -74,7 +74,7 @@ def test_the_command_the_picture_and_the_page(
     for word in ("letters", "back wards", "KL", "95% interval", "resamples of windows"):
         assert word in ran.out
     for name in ("sure-letters.svg", "sure-back_wards.svg"):
-        told = [g.get("data-told", "") for g in ElementTree.parse(drawn.with_name(name)).iter()]
+        told = [g.get("data-tooltip", "") for g in ElementTree.parse(drawn.with_name(name)).iter()]
         assert sum("predictions, confidence" in said for said in told) == 2 * 15
     ran = laconic("eval", artifact.path, "--text", text, "--reliability", drawn, *small)
     assert ran.code == 0, ran.err

@@ -334,7 +334,7 @@ def test_a_task_that_does_not_fit_is_named_and_the_others_are_kept(
     assert line.startswith(
         "laconic: 1 of 2 tasks not measured (the others are), the first: the task 'gsm8k' has answers"
     )
-    assert "without gsm8k, whose answers leave no room for a prompt in 256 tokens" in " ".join(ran.out.split())
+    assert "without gsm8k, whose answers leave no space for a prompt in 256 tokens" in " ".join(ran.out.split())
 
 
 def test_a_group_of_which_a_task_does_not_fit_gives_way_to_the_others(roomy: Path, tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_the_table_says_how_many_prompts_were_cut(laconic: Laconic, llama: Path,
     ran = laconic("eval", llama, "--tasks", "arc_easy,mmlu", "--tasks-data", tmp_path, "--context-length", "90")
     assert ran.code == 0, ran.err
     said = " ".join(ran.out.split())
-    assert "prompts that lost their beginning, to fit 90 tokens: mmlu 6 of 6, arc_easy 2 of 6" in said
+    assert "prompts truncated at the beginning to fit 90 tokens: mmlu 6 of 6, arc_easy 2 of 6" in said
 
 
 def test_a_result_is_kept_with_all_that_it_depends_on(artifact: Artifact, roomy: Path, tmp_path: Path) -> None:
