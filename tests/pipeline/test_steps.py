@@ -344,7 +344,7 @@ def test_an_artifact_with_a_cache_of_its_own_is_not_compressed_again(
     for stage in ({"method": "magnitude"}, LORA | {"data": [{"dataset": "a.txt"}]}):
         file = make_recipe(tmp_path / "recipe.yaml", stage, model=str(model))
         said = laconic("compress", file, "-o", tmp_path / "out").complaint
-        assert said.startswith(f"{model} says how its cache is stored (laconic_kv_cache in config.json)")
+        assert said.startswith(f"{model} has a quantized cache (laconic_kv_cache in config.json)")
         assert said.endswith("; start from the model that it was made of")
 
 

@@ -1,1 +1,1 @@
-"""A Hugging Face checkpoint on disk: tensors, file layout, opening, rebuilding in other sizes."""
+"""Hugging Face checkpoints on disk: reading tensors, file layouts, opening models, rebuilding them in other sizes."""

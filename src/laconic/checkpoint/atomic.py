@@ -1,4 +1,4 @@
-"""Write files whole or not at all: under a temporary name, flushed to disk, then renamed."""
+"""Atomic file writes: to a temporary name, flushed to disk, then renamed, so that a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from safetensors import SafetensorError
 
 
 def check_writable(file: Path) -> None:
-    """Raises: ValueError when no file can be written there."""
+    """Check that a file can be written at a path.
+
+    Raises:
+        ValueError: The path is a folder, or lies where the user may not write.
+    """
     above = next(p for p in file.absolute().parents if p.exists())
     if file.is_dir():
         raise ValueError(f"{file} is a folder; choose another name")
@@ -24,16 +28,26 @@ def check_writable(file: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+    """Write a text file atomically, in UTF-8."""
     write_file(file, lambda to: to.write_text(text, encoding="utf-8"))
 
 
 def copy_file(file: Path, to: Path) -> None:
+    """Copy a file atomically."""
     write_file(to, lambda writing: shutil.copyfile(file, writing))
 
 
 def write_file(file: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file, whole or not at all."""
+    """Write a file atomically.
+
+    Args:
+        file: Path of the file.
+        write: Writes the contents to the temporary path it gets.
+
+    Raises:
+        ValueError: The disk is full.
+        OSError: The file cannot be written for another reason.
+    """
     partial = file.with_name(file.name + ".writing")
     with wrap_disk_errors(file):
         try:
@@ -49,12 +63,21 @@ def write_file(file: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def wrap_disk_errors(file: Path) -> Iterator[None]:
+    """Turn errors of writing a file into ones that name the file and the fix.
+
+    Args:
+        file: The file that is written inside the context.
+
+    Raises:
+        ValueError: The disk is full.
+        OSError: Any other error of the operating system, with the name of the file.
+    """
     try:
         yield
     except (OSError, SafetensorError) as e:
-        # safetensors wraps the system's error in one of its own, whose text is all that is left of it.
-        told = re.search(r"os error (\d+)", str(e))
-        number = e.errno if isinstance(e, OSError) else told and int(told[1])
+        # safetensors raises its own exception, with the error number of the system only in its text.
+        match = re.search(r"os error (\d+)", str(e))
+        number = e.errno if isinstance(e, OSError) else match and int(match[1])
         if number in (errno.ENOSPC, errno.EDQUOT):
             raise ValueError(
                 f"the disk of {file.parent} is full; free some space and run the same command: it resumes"
@@ -65,6 +88,7 @@ def wrap_disk_errors(file: Path) -> Iterator[None]:
 
 
 def fsync_folder(folder: Path) -> None:
+    """Flush the entries of a folder (renames, deletions) to disk."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk: where each tensor is, checked before anything is computed."""
+"""Tensors of a Hugging Face checkpoint on disk: their files, names, shapes and dtypes, checked before computing."""
 
 from __future__ import annotations
 
@@ -24,9 +24,17 @@ _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", to
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint. shape: as it is read. dtype: safetensors' name of it (BF16, F32, ...). key: its name
-    in the file. transposed: whether it is the other way round there. index, rows: the part that it is of the tensor
-    there, which stacks many."""
+    """Location of one tensor of a checkpoint.
+
+    Attributes:
+        file: The file that contains it.
+        shape: Shape as it is loaded.
+        dtype: Name of its dtype in safetensors (BF16, F32, ...).
+        key: Its name in the file.
+        transposed: Whether the file stores its transpose.
+        index: Index of the expert in a tensor that stacks several; None if the tensor is stored alone.
+        rows: First and last row (exclusive) of its part of a stacked tensor.
+    """
 
     file: Path
     shape: tuple[int, ...]
@@ -39,8 +47,13 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors (or of pickles, where they were allowed). `tensors` maps every name to where it is.
-    paths: what the file calls a module, where the names are a model's (`layout.arrange`)."""
+    """A folder of safetensors files, or of pickle files where the user allows them.
+
+    Attributes:
+        folder: The folder.
+        tensors: Location of each tensor by name.
+        paths: Name in the file of each module, if `tensors` has the names of a model (`layout.arrange`).
+    """
 
     folder: Path
     tensors: Mapping[str, StoredTensor]
@@ -48,23 +61,31 @@ class Checkpoint:
 
     @property
     def pickled(self) -> bool:
-        """Whether any of it is a pickle."""
+        """Whether any of its files is a pickle."""
         return any(stored.file.suffix == ".bin" for stored in self.tensors.values())
 
     def load(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Read tensors, file by file.
+        """Load tensors, file by file.
 
-        Raises: ValueError when one is missing, cannot be read, or holds NaN or infinity.
+        Args:
+            names: Names of the tensors.
+            device: Device to load them on.
+
+        Returns:
+            The tensors by name, in the dtype of the file.
+
+        Raises:
+            ValueError: A tensor is missing, cannot be read, or holds NaN or infinity.
         """
-        wanted: dict[Path, list[str]] = {}
+        by_file: dict[Path, list[str]] = {}
         for name in names:
             if name not in self.tensors:
                 raise ValueError(f"the checkpoint in {self.folder} has no tensor '{name}'; download it again")
-            wanted.setdefault(self.tensors[name].file, []).append(name)
+            by_file.setdefault(self.tensors[name].file, []).append(name)
         out: dict[str, Tensor] = {}
-        for file, inside in wanted.items():
+        for file, file_names in by_file.items():
             with _opened(file, device) as get:
-                out.update((name, get(self.tensors[name])) for name in inside)
+                out.update((name, get(self.tensors[name])) for name in file_names)
         for name, tensor in out.items():
             if tensor.is_floating_point() and tensor.element_size() > 1 and not torch.isfinite(tensor).all():
                 raise ValueError(
@@ -80,7 +101,7 @@ class Checkpoint:
 
 @contextmanager
 def wrap_read_errors(file: Path) -> Iterator[None]:
-    """Say which file could not be read, and what to do."""
+    """Turn errors of reading a weight file into a ValueError that names the file and the fix."""
     try:
         yield
     except (SafetensorError, OSError) as e:
@@ -88,35 +109,43 @@ def wrap_read_errors(file: Path) -> Iterator[None]:
 
 
 def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """Find every tensor in `folder`, from its index or its single file.
+    """Locate every tensor in a folder, by its index or its single file.
 
-    allow_pickle: also read `pytorch_model*.bin` files (by torch, with weights_only).
-    Raises: ValueError for missing, truncated or stray files, and for pickle weights unless allowed.
+    Args:
+        folder: The folder.
+        allow_pickle: Whether `pytorch_model*.bin` files may be read too (by torch, with weights_only).
+
+    Raises:
+        ValueError: Files are missing, truncated or outside the folder, or weights are pickles and not allowed.
     """
-    found = next((folder / n for n in (SINGLE, INDEX, _PICKLE, _PICKLE_INDEX) if (folder / n).exists()), None)
-    if found is None:
+    entry = next((folder / n for n in (SINGLE, INDEX, _PICKLE, _PICKLE_INDEX) if (folder / n).exists()), None)
+    if entry is None:
         raise ValueError(f"{folder} has no {SINGLE} or {INDEX}; is it a Hugging Face model folder?")
-    if found.name in (_PICKLE, _PICKLE_INDEX) and not allow_pickle:
+    if entry.name in (_PICKLE, _PICKLE_INDEX) and not allow_pickle:
         raise ValueError(
             f"{folder} holds pickle weights, which can run code when opened; "
             "convert them to safetensors, or pass --allow-pickle if you trust them"
         )
-    weight_map = _weight_map(found) if found.suffix == ".json" else {}
+    weight_map = _weight_map(entry) if entry.suffix == ".json" else {}
     tensors: dict[str, StoredTensor] = {}
-    for file in sorted({folder / name for name in weight_map.values()}) or [found]:
+    for file in sorted({folder / name for name in weight_map.values()}) or [entry]:
         tensors.update(_header(file))
-    if lost := sorted(set(weight_map) - set(tensors)):
-        raise ValueError(f"{found} names tensor '{lost[0]}', which no file holds; download it again")
+    if missing := sorted(set(weight_map) - set(tensors)):
+        raise ValueError(f"{entry} names tensor '{missing[0]}', which no file holds; download it again")
     return Checkpoint(folder, tensors)
 
 
 def open_shard(file: Path) -> Checkpoint:
-    """The tensors of one file."""
+    """Locate every tensor in one safetensors file."""
     return Checkpoint(file.parent, _header(file))
 
 
 def read_json(file: Path) -> Any:
-    """A JSON file of the user's, or a ValueError that names it."""
+    """Read a JSON file.
+
+    Raises:
+        ValueError: The file is missing or not valid JSON; the message names it.
+    """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
@@ -126,13 +155,13 @@ def read_json(file: Path) -> Any:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Which file each tensor is in, by the index; every file is there, and is in the index's folder."""
+    """Read the file name of each tensor from an index, and check that every file is in the index's folder."""
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of tensors to files; download it again")
     for name in sorted(set(weight_map.values())):
-        # Weight files may be links (the Hub's cache is), but the *name* must stay in the folder.
+        # Weight files may be symbolic links (in the Hub's cache they are), but their names must stay in the folder.
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{index} points outside the folder, to '{name}'; do not trust this checkpoint")
         if not (index.parent / name).exists():
@@ -141,21 +170,21 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _header(file: Path) -> dict[str, StoredTensor]:
-    """Names, shapes and dtypes of a file; a safetensors file must be as long as its header says."""
+    """Read names, shapes and dtypes of the tensors in a file; safetensors checks its length against the header."""
     if file.suffix == ".bin":
         state = _unpickle(file)
         return {n: StoredTensor(file, tuple(t.shape), _NAMES.get(t.dtype, str(t.dtype)), n) for n, t in state.items()}
     with wrap_read_errors(file), safe_open(file, framework="pt") as f:
-        found = {}
+        tensors = {}
         for name in f.keys():  # noqa: SIM118 - not a dict
-            part = f.get_slice(name)
-            found[name] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype(), name)
-    return found
+            tensor_slice = f.get_slice(name)
+            tensors[name] = StoredTensor(file, tuple(tensor_slice.get_shape()), tensor_slice.get_dtype(), name)
+    return tensors
 
 
 @contextmanager
 def _opened(file: Path, device: torch.device | str) -> Iterator[Callable[[StoredTensor], Tensor]]:
-    """A function from a tensor's place to the tensor."""
+    """Open a file, and yield a function that loads a tensor by its location."""
     if file.suffix == ".bin":
         state = _unpickle(file)
         yield lambda stored: _part(state[stored.key], stored).to(device, copy=True)
@@ -164,14 +193,14 @@ def _opened(file: Path, device: torch.device | str) -> Iterator[Callable[[Stored
             yield lambda s: _part(f.get_tensor(s.key) if s.index is None else f.get_slice(s.key), s)
 
 
-def _part(whole: Any, stored: StoredTensor) -> Tensor:
-    """What is meant of a tensor, or of a slice that is not read yet."""
-    tensor: Tensor = whole if stored.index is None else whole[stored.index, slice(*(stored.rows or ()))]
+def _part(source: Any, stored: StoredTensor) -> Tensor:
+    """Take the located part of a tensor, or of a safetensors slice that is not loaded yet."""
+    tensor: Tensor = source if stored.index is None else source[stored.index, slice(*(stored.rows or ()))]
     return tensor.T.contiguous() if stored.transposed else tensor
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, mapped into memory where its format allows that; nothing else in it is built."""
+    """Load the tensors of a pickle file with weights_only, memory-mapped where its format allows it."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as e:
@@ -182,12 +211,12 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what somebody else's code said was wrong."""
+    """Return the first line of an exception's message, or its type if the message is empty."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def count_elements(shape: tuple[int, ...]) -> int:
-    """Elements of a tensor of this shape."""
+    """Count the elements of a tensor of this shape."""
     return math.prod(shape)
 
 
@@ -195,8 +224,14 @@ KV_CONFIG, KV_CACHE = "laconic_kv_cache", "kv_cache.safetensors"
 
 
 def linear_quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What config.json says of quantized linears; of a cache of ours it tells other engines there, too."""
-    told = config.get("quantization_config")
-    if not told or KV_CONFIG not in config:
-        return told
-    return {key: value for key, value in told.items() if key != "kv_cache_scheme"}
+    """Return the part of `quantization_config` that describes linears; None if there is none.
+
+    With a quantized cache of ours, config.json also has a `kv_cache_scheme` there, for other engines; it is left out.
+
+    Args:
+        config: Contents of config.json.
+    """
+    quantization = config.get("quantization_config")
+    if not quantization or KV_CONFIG not in config:
+        return quantization
+    return {key: value for key, value in quantization.items() if key != "kv_cache_scheme"}

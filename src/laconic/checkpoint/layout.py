@@ -1,8 +1,8 @@
-"""How files lay out what a model holds: under other names, transposed, or stacked.
+"""Layout of checkpoint files, which may differ from the model's parameters: other names, transposed, or stacked.
 
-A checkpoint's own names come from whoever made it: without the prefix of the whole model, as engines know them rather
-than transformers (which renames while loading), Conv1D weights as (in, out), experts in one tensor. `arrange` gives a
-checkpoint the names and shapes that the model's parameters have; `to_file` is the way back.
+Files may lack the prefix of the base model, use names that transformers changes while loading, store Conv1D weights as
+(in, out), and stack experts in one tensor. `arrange` maps a checkpoint to the names and shapes of a model's parameters;
+`to_file_layout` is the inverse.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from laconic.structure.experts import DOWN, GATE_UP, Experts
 
 
 class TransposedLinear(nn.Linear):
-    """A linear whose weight is (in, out) in files."""
+    """A linear whose weight is stored as (in, out) in files."""
 
 
 def unwrap_conv1d(model: nn.Module) -> None:
-    """Put a linear where a model has a Conv1D, which is one with its weight transposed."""
+    """Replace every Conv1D of a model by a linear; a Conv1D is a linear with a transposed weight."""
     for path, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             inputs, outputs = module.weight.shape
@@ -37,8 +37,14 @@ def unwrap_conv1d(model: nn.Module) -> None:
 
 
 def arrange(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
-    """The same checkpoint under the names, and in the shapes, of a model's parameters. Tensors that are in no module of
-    the model keep their names; what transformers says is to be ignored is left out."""
+    """Map a checkpoint to the names and shapes of a model's parameters.
+
+    Tensors of no module of the model keep their names; those that transformers ignores while loading are left out.
+
+    Args:
+        checkpoint: Checkpoint with the names of its files.
+        model: The model, with a linear for every matrix (`source.build_skeleton`).
+    """
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
     modules, prefix = dict(model.named_modules()), model.base_model_prefix
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
@@ -52,22 +58,32 @@ def arrange(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
             path = path.removeprefix(f"{prefix}.")
         module, name = modules.get(path), f"{path}.{leaf}" if path else leaf
         if isinstance(module, Experts) and leaf in (GATE_UP, DOWN):
-            for own, piece in _pieces(module, leaf, stored):
-                tensors[f"{path}.{own}.weight"] = piece
-                paths[f"{path}.{own}"] = f"{key.rpartition('.')[0]}.{own}"
+            for linear, piece in _unstacked(module, leaf, stored):
+                tensors[f"{path}.{linear}.weight"] = piece
+                paths[f"{path}.{linear}"] = f"{key.rpartition('.')[0]}.{linear}"
         elif module is None:
             if not any(p.search(key) for p in ignored):
                 tensors[key] = stored
         elif leaf in module.state_dict() or not any(p.search(key) for p in ignored):
-            flipped = isinstance(module, TransposedLinear) and leaf == "weight"
-            tensors[name] = replace(stored, shape=stored.shape[::-1], transposed=True) if flipped else stored
+            transposed = isinstance(module, TransposedLinear) and leaf == "weight"
+            tensors[name] = replace(stored, shape=stored.shape[::-1], transposed=True) if transposed else stored
             paths[path] = key.rpartition(".")[0]
     return replace(checkpoint, tensors=tensors, paths=paths)
 
 
 def to_file_layout(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a model as its (arranged) source would have them: names, layout, and the very bytes of those that are
-    still what the source holds. Experts that are no longer all dense come one by one."""
+    """Give tensors of a model the names and the layout of its source's files; the inverse of `arrange`.
+
+    Tensors that are unchanged get the source's dtype, and so its bytes. The experts of a layer are stacked again if all
+    are dense; otherwise each is a tensor of its own.
+
+    Args:
+        checkpoint: The arranged checkpoint of the source.
+        tensors: Tensors by the model's names.
+
+    Returns:
+        Tensors by the names of files.
+    """
     out: dict[str, Tensor] = {}
     stacks: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -78,61 +94,67 @@ def to_file_layout(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dic
         path, _, leaf = name.rpartition(".")
         base = checkpoint.paths.get(path, path)
         key = stored.key if stored is not None else f"{base}.{leaf}" if base else leaf
-        tensor = _as_it_was(checkpoint, name, tensor)
+        tensor = _source_dtype(checkpoint, name, tensor)
         out[key] = tensor.T.contiguous() if stored is not None and stored.transposed else tensor
     for key, pieces in stacks.items():
-        whole = {n for n, s in checkpoint.tensors.items() if s.key == key}
-        if whole == pieces.keys() and all(t.is_floating_point() and t.element_size() > 1 for t in pieces.values()):
-            out[key] = _restacked(checkpoint, {n: _as_it_was(checkpoint, n, t) for n, t in pieces.items()})
+        stacked = {n for n, s in checkpoint.tensors.items() if s.key == key}
+        if stacked == pieces.keys() and all(t.is_floating_point() and t.element_size() > 1 for t in pieces.values()):
+            out[key] = _restacked(checkpoint, {n: _source_dtype(checkpoint, n, t) for n, t in pieces.items()})
         else:
             out.update((f"{checkpoint.paths[n.rpartition('.')[0]]}.weight", t) for n, t in pieces.items())
     return out
 
 
 def engine_names(checkpoint: Checkpoint, model: PreTrainedModel, linears: Iterable[str]) -> dict[str, str]:
-    """What an engine calls each linear: as the file does, but with the prefix of the whole model, where transformers
-    has that."""
+    """Map linears to the names that serving engines use: those of the files, with the prefix of the base model.
+
+    Args:
+        checkpoint: The arranged checkpoint.
+        model: The model.
+        linears: Names of linears in the model.
+    """
     prefix = f"{model.base_model_prefix}."
     names = {}
     for linear in linears:
         name = checkpoint.paths.get(linear, linear)
-        lacking = linear.startswith(prefix) and not name.startswith(prefix)
-        names[linear] = f"{prefix}{name}" if lacking else name
+        lacks_prefix = linear.startswith(prefix) and not name.startswith(prefix)
+        names[linear] = f"{prefix}{name}" if lacks_prefix else name
     return names
 
 
-def _pieces(experts: Experts, leaf: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-    """The linears that are in one stacked tensor: name within the experts, and where it is."""
+def _unstacked(experts: Experts, leaf: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+    """List the linears in one stacked tensor: name within the experts, and location."""
     middle, rows = experts.intermediate, stored.shape[1]
-    parts = {experts.names.gate: (0, middle), experts.names.up: (middle, rows)}
+    gate_up = {experts.names.gate: (0, middle), experts.names.up: (middle, rows)}
     for i in range(stored.shape[0]):
-        for name, (start, stop) in (parts if leaf == GATE_UP else {experts.names.down: (0, rows)}).items():
+        for name, (start, stop) in (gate_up if leaf == GATE_UP else {experts.names.down: (0, rows)}).items():
             shape = (stop - start, stored.shape[2])
             yield f"{i}.{name}", replace(stored, shape=shape, index=i, rows=(start, stop))
 
 
 def _restacked(checkpoint: Checkpoint, pieces: Mapping[str, Tensor]) -> Tensor:
+    """Stack the linears of experts into one tensor, as the file does."""
     experts: dict[int, list[tuple[int, Tensor]]] = {}
     for name, tensor in pieces.items():
-        place = checkpoint.tensors[name]
-        assert place.index is not None
-        assert place.rows is not None
-        experts.setdefault(place.index, []).append((place.rows[0], tensor))
+        stored = checkpoint.tensors[name]
+        assert stored.index is not None
+        assert stored.rows is not None
+        experts.setdefault(stored.index, []).append((stored.rows[0], tensor))
     ordered = [torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]) for _, parts in sorted(experts.items())]
     return torch.stack(ordered)
 
 
-def _as_it_was(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
-    """A tensor in the dtype of the source, where it is still the source's."""
+def _source_dtype(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
+    """Return the source's tensor if this one has the same values in another float dtype."""
     stored = checkpoint.tensors.get(name)
     if stored is None or DTYPES.get(stored.dtype) in (None, tensor.dtype) or not tensor.is_floating_point():
         return tensor
-    was = checkpoint.load([name], tensor.device)[name]
-    return was if torch.equal(was.to(tensor.dtype), tensor) else tensor
+    original = checkpoint.load([name], tensor.device)[name]
+    return original if torch.equal(original.to(tensor.dtype), tensor) else tensor
 
 
 def _renamed(key: str, renamings: Iterable[WeightRenaming]) -> str:
-    """A tensor's name as transformers would have it, every renaming applied in turn."""
+    """Apply every renaming of transformers to a tensor's name, in order."""
     for renaming in renamings:
         key, _ = renaming.rename_source_key(key)
     return key

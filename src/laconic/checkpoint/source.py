@@ -1,4 +1,4 @@
-"""From a name or a folder to a model whose weights are not loaded yet."""
+"""Opening a model by folder or Hub name: its configuration, its checkpoint, and a skeleton without weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,15 @@ from laconic.structure.experts import unstack_experts
 
 @dataclass(frozen=True)
 class Source:
-    """A model to compress: its folder, its configuration, its tensors, the dtype most of them have."""
+    """A model to compress.
+
+    Attributes:
+        name: Folder or Hub name, as the user gave it.
+        folder: Local folder.
+        config: Configuration, as transformers reads it.
+        checkpoint: Its tensors.
+        dtype: The dtype of most of its weights.
+    """
 
     name: str
     folder: Path
@@ -36,9 +44,15 @@ class Source:
 
 
 def open_source(name: str, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Source:
-    """Open a local folder, or a Hub repository (downloaded, or from the cache when offline).
+    """Open a model to compress.
 
-    Raises: ValueError when it is not a causal language model that can be opened safely.
+    Args:
+        name: A local folder, or a Hub name (downloaded, or taken from the cache when offline).
+        allow_pickle: Whether pickle weights may be read.
+        trust_remote_code: Whether code of the model may be run.
+
+    Raises:
+        ValueError: It is not a 16- or 32-bit model that can be opened safely.
     """
     folder = model_folder(name, allow_pickle=allow_pickle)
     raw, config = read_config(folder, trust_remote_code=trust_remote_code)
@@ -46,19 +60,24 @@ def open_source(name: str, *, allow_pickle: bool = False, trust_remote_code: boo
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ValueError(f"{name} is already quantized ({method}); start from the original 16-bit model")
     if KV_CONFIG in raw:
-        # What was found for its cache is of its weights, and of as many blocks and heads.
+        # The calibrated cache belongs to these weights, blocks and heads.
         raise ValueError(
-            f"{name} says how its cache is stored ({KV_CONFIG} in config.json), which was found for it as it is; start "
-            "from the model that it was made of"
+            f"{name} has a quantized cache ({KV_CONFIG} in config.json), which was calibrated for it as it is; start "
+            "from the model that it was made from"
         )
     checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
     return Source(name, folder, config, checkpoint, main_dtype(checkpoint))
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> tuple[dict[str, Any], PretrainedConfig]:
-    """config.json as it is written, and as transformers reads it.
+    """Read config.json, as a dict and as transformers' config.
 
-    Raises: ValueError when it is no model's, or when the model brings its own code and that is not to be run.
+    Args:
+        folder: The model folder.
+        trust_remote_code: Whether code of the model may be run.
+
+    Raises:
+        ValueError: It does not describe a model, or the model has code of its own that may not be run.
     """
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):
@@ -72,13 +91,20 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> tuple[dict[
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model with parameters on the meta device (no memory) and buffers real (rotary tables are computed). Every
-    matrix is a linear of its own, experts and Conv1D too.
+    """Build a model with parameters on the meta device (no memory) and real buffers (rotary tables).
 
-    Raises: ValueError when transformers has no causal language model of this configuration, or one that cannot be
-    taken apart into linears.
+    Every matrix is a linear of its own; experts are unstacked, and Conv1D modules replaced.
+
+    Args:
+        config: Configuration of the model.
+        dtype: Dtype of the parameters.
+        trust_remote_code: Whether code of the model may be run.
+
+    Raises:
+        ValueError: transformers has no causal language model of this configuration, or its experts cannot be
+            unstacked.
     """
-    # Imported here, since vLLM, which our plugin runs in, comes without it.
+    # Imported here, since accelerate may be absent where vLLM runs our plugin.
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
@@ -92,9 +118,9 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote
         if "Unrecognized configuration class" in str(e):
             raise ValueError(unsupported) from e
         raise ValueError(f"config.json describes no {config.model_type} that can be built: {first_line(e)}") from e
-    # Encoders pass for causal models too (BERT does); their attention tells them apart.
-    looks = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
-    if looks and not any(looks):
+    # transformers also builds encoders (BERT) as causal models; their attention is not causal.
+    causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    if causal and not any(causal):
         raise ValueError(unsupported)
     unwrap_conv1d(model)
     unstack_experts(model)
@@ -104,12 +130,20 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote
 
 
 def arrange_source(source: Source, model: PreTrainedModel) -> Source:
-    """A source whose checkpoint has the names and shapes of a skeleton's parameters."""
+    """Map the checkpoint of a source to the names and shapes of a skeleton's parameters."""
     return replace(source, checkpoint=arrange(source.checkpoint, model))
 
 
 def check_complete(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Raises: ValueError unless the checkpoint has every parameter of a skeleton, in its shape, in a dtype we read."""
+    """Check that a checkpoint has every parameter of a skeleton, in its shape and in a 16- or 32-bit float dtype.
+
+    Args:
+        model: The skeleton.
+        checkpoint: The arranged checkpoint.
+
+    Raises:
+        ValueError: A tensor is missing, or has another shape or dtype.
+    """
     for parameter, names in _parameters(model).items():
         name = next((n for n in names if n in checkpoint.tensors), None)
         if name is None:
@@ -125,18 +159,24 @@ def check_complete(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 
 
 def materialise(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device) -> None:
-    """Load the parameters of `module` (named `prefix` in the checkpoint) that are still on the meta device, each in the
-    dtype that it has there."""
-    # Tied parameters go by one of their names in the file, and stay one parameter.
+    """Load the parameters of a module that are still on the meta device.
+
+    Args:
+        module: The module, changed in place; parameters keep their dtype.
+        prefix: Name of the module in the checkpoint, with a final dot; empty for the whole model.
+        checkpoint: The arranged checkpoint.
+        device: Device of the module afterwards.
+    """
+    # Tied parameters have one of their names in the file, and stay one parameter.
     missing = {p: names for p, names in _parameters(module).items() if p.is_meta}
     stored = {
         p: next((n for n in names if f"{prefix}{n}" in checkpoint.tensors), names[0]) for p, names in missing.items()
     }
     tensors = checkpoint.load((f"{prefix}{n}" for n in stored.values()), device)
     for expected, names in missing.items():
-        got = tensors.pop(f"{prefix}{stored[expected]}")
-        _check_shape(f"{prefix}{stored[expected]}", tuple(got.shape), expected)
-        loaded = nn.Parameter(got.to(expected.dtype), requires_grad=False)
+        tensor = tensors.pop(f"{prefix}{stored[expected]}")
+        _check_shape(f"{prefix}{stored[expected]}", tuple(tensor.shape), expected)
+        loaded = nn.Parameter(tensor.to(expected.dtype), requires_grad=False)
         for name in names:
             path, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(path), leaf, loaded)
@@ -144,11 +184,11 @@ def materialise(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: 
 
 
 def _parameters(module: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Every parameter with its names, of which a tied one has several."""
-    found: dict[nn.Parameter, list[str]] = {}
+    """List the names of every parameter; a tied one has several."""
+    names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        found.setdefault(parameter, []).append(name)
-    return found
+        names.setdefault(parameter, []).append(name)
+    return names
 
 
 def _check_shape(name: str, shape: tuple[int, ...], expected: nn.Parameter) -> None:
@@ -160,7 +200,11 @@ def _check_shape(name: str, shape: tuple[int, ...], expected: nn.Parameter) -> N
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises: ValueError when there is none."""
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        ValueError: There is none, or it cannot be opened.
+    """
     if not any(
         (folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     ):
@@ -172,7 +216,16 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
 
 def check_tokens(highest: int, known: int, folder: Path) -> None:
-    """Raises: ValueError when the tokenizer in `folder` gave a token that is none of the model's `known` ones."""
+    """Check that the tokenizer's token ids are in the model's vocabulary.
+
+    Args:
+        highest: Highest token id that the tokenizer produced.
+        known: Size of the model's vocabulary.
+        folder: Folder of the tokenizer, for the message.
+
+    Raises:
+        ValueError: The highest id is outside the vocabulary.
+    """
     if highest >= known:
         raise ValueError(
             f"the tokenizer in {folder} gives token {highest}, the model knows {known}; "
@@ -181,7 +234,15 @@ def check_tokens(highest: int, known: int, folder: Path) -> None:
 
 
 def model_folder(name: str, *, allow_pickle: bool = False) -> Path:
-    """A local folder as it is; a Hub name downloaded (or from the cache). Raises: ValueError when there is neither."""
+    """Find the folder of a model; a Hub repository is downloaded, or taken from the cache when offline.
+
+    Args:
+        name: A local folder, or a Hub name (owner/model).
+        allow_pickle: Whether to download pickle weights too.
+
+    Raises:
+        ValueError: There is neither a folder nor a repository of this name.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -195,7 +256,11 @@ def model_folder(name: str, *, allow_pickle: bool = False) -> Path:
 
 
 def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The 16- or 32-bit dtype that most weights of the checkpoint have."""
+    """Return the 16- or 32-bit float dtype of most weights of a checkpoint.
+
+    Raises:
+        ValueError: No weight has one.
+    """
     sizes: dict[str, int] = {}
     for stored in checkpoint.tensors.values():
         n = 1

@@ -1,1 +1,1 @@
-"""Text and instructions as token ids: calibration windows, training mixes."""
+"""Text and instructions as token ids: calibration windows, and mixes of datasets for training."""

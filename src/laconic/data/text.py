@@ -1,4 +1,4 @@
-"""Text in, windows of token ids out: calibration samples and evaluation windows."""
+"""Reading text datasets, and cutting them into windows of token ids for calibration and evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from laconic.checkpoint.files import first_line
 
-# Texts that perplexity is measured on, by the names they go by.
+# Datasets for perplexity, by their usual names.
 HUB_TEXTS = {
     "wikitext2": {"dataset": "Salesforce/wikitext", "config": "wikitext-2-raw-v1", "split": "test"},
     "c4": {"dataset": "allenai/c4", "config": "en", "split": "validation"},
@@ -23,19 +23,37 @@ _SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
 
 def read_documents(dataset: str, *, split: str = "train", config: str | None = None) -> Iterator[Any]:
-    """Documents of a dataset: a string, or a list of chat messages.
+    """Read the documents of a dataset.
 
-    dataset: a local .txt (one document), .jsonl or .parquet file (column `text`, or chat `messages`), or a Hub name.
-    Raises: ValueError when it cannot be read or has neither column.
+    Args:
+        dataset: A local .txt (one document), .jsonl, .json or .parquet file (column `text`, or chat `messages`), or a
+            Hub name.
+        split: Split of a Hub dataset.
+        config: Configuration of a Hub dataset.
+
+    Returns:
+        Documents: a string, or a list of chat messages.
+
+    Raises:
+        ValueError: The dataset cannot be read, or has neither column.
     """
     return (_document(row, where) for row, where in read_rows(dataset, split=split, config=config))
 
 
 def read_rows(dataset: str, *, split: str = "train", config: str | None = None) -> Iterator[tuple[Any, str]]:
-    """Rows of such a dataset as they are, or of a .json file that holds a list of them, each with words for where it
-    is; of a .txt file, one row with the whole `text`.
+    """Read the rows of a dataset.
 
-    Raises: ValueError when it cannot be read.
+    Args:
+        dataset: A local .txt file (one row with the whole `text`), .jsonl, .json (a list of rows) or .parquet file, or
+            a Hub name.
+        split: Split of a Hub dataset.
+        config: Configuration of a Hub dataset.
+
+    Returns:
+        Rows, each with a description of its location for messages.
+
+    Raises:
+        ValueError: The dataset cannot be read.
     """
     path = Path(dataset).expanduser()
     if path.suffix in _SUFFIXES or path.exists():
@@ -49,11 +67,11 @@ def read_rows(dataset: str, *, split: str = "train", config: str | None = None) 
 
 def _read_file(path: Path) -> Iterator[tuple[Any, str]]:
     if path.suffix == ".txt":
-        yield {"text": _text(path.read_bytes(), str(path))}, str(path)
+        yield {"text": _decode(path.read_bytes(), str(path))}, str(path)
     elif path.suffix == ".json":
-        said = _text(path.read_bytes(), str(path))
+        text = _decode(path.read_bytes(), str(path))
         try:
-            rows = json.loads(said)
+            rows = json.loads(text)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{path} is not JSON: {e}") from e
         if not isinstance(rows, list):
@@ -64,9 +82,9 @@ def _read_file(path: Path) -> Iterator[tuple[Any, str]]:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 where = f"{path}, line {number},"
-                if said := _text(line, where).strip():
+                if text := _decode(line, where).strip():
                     try:
-                        row = json.loads(said)
+                        row = json.loads(text)
                     except (ValueError, RecursionError) as e:
                         raise ValueError(f"{where} is not JSON: {e}") from e
                     yield row, where
@@ -75,7 +93,7 @@ def _read_file(path: Path) -> Iterator[tuple[Any, str]]:
             yield row, str(path)
 
 
-def _text(raw: bytes, where: str) -> str:
+def _decode(raw: bytes, where: str) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -119,7 +137,18 @@ def _document(row: Any, where: str) -> Any:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, document: Any) -> list[int]:
-    """Token ids of a document, with the special tokens (BOS) that the tokenizer puts there itself."""
+    """Tokenize a document, with the special tokens (BOS) that the tokenizer adds itself.
+
+    Args:
+        tokenizer: The tokenizer.
+        document: A string, or a list of chat messages; chats use the chat template if there is one.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        ValueError: The chat template rejects the messages.
+    """
     if isinstance(document, str):
         return list(tokenizer(document, verbose=False).input_ids)
     if tokenizer.chat_template:
@@ -133,7 +162,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, document: Any) -> list[int]:
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that the tokenizer puts before every text ([BOS] for most, nothing for some)."""
+    """Return the tokens that the tokenizer puts before every text: [BOS] for most, nothing for some."""
     ids = tokenizer("", verbose=False).input_ids
     return list(ids[:1]) if ids and ids[0] == tokenizer.bos_token_id else []
 
@@ -141,7 +170,13 @@ def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def concatenate_tokens(
     documents: Iterable[Any], tokenizer: PreTrainedTokenizerBase, prefix: list[int]
 ) -> Iterator[int]:
-    """The tokens of all documents in one row; a BOS leads windows, not documents."""
+    """Concatenate the tokens of all documents, without the prefix of each.
+
+    Args:
+        documents: Strings or lists of chat messages.
+        tokenizer: The tokenizer.
+        prefix: Its `bos_prefix`; windows begin with it, not documents.
+    """
     for document in documents:
         ids = encode(tokenizer, document)
         yield from ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
@@ -150,14 +185,26 @@ def concatenate_tokens(
 def calibration_windows(
     documents: Iterable[Any], tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int
 ) -> Tensor:
-    """Fixed-length samples for calibration: documents joined, cut into windows, each led by BOS where the tokenizer
-    puts one, a seeded choice of `samples` of them.
+    """Make calibration samples: concatenate documents, cut them into windows, and choose some at random.
 
-    Returns: (n, length) int64, n <= samples. Raises: ValueError when the text does not fill one window.
+    Each window begins with BOS where the tokenizer adds one.
+
+    Args:
+        documents: Strings or lists of chat messages.
+        tokenizer: The tokenizer.
+        samples: Number of windows to choose.
+        length: Tokens of a window.
+        seed: Seed of the choice.
+
+    Returns:
+        (n, length) int64, n <= samples.
+
+    Raises:
+        ValueError: The text is shorter than one window.
     """
     prefix = bos_prefix(tokenizer)
     body = length - len(prefix)
-    # Reading stops at a few times what is needed: enough to choose from, and a large dataset is not read whole.
+    # Four times the needed tokens are enough to choose from; a large dataset is not read to its end.
     stream = list(islice(concatenate_tokens(documents, tokenizer, prefix), 4 * samples * body))
     count = len(stream) // body
     if count < 1:
@@ -174,9 +221,21 @@ def calibration_windows(
 def evaluation_windows(
     documents: Iterable[Any], tokenizer: PreTrainedTokenizerBase, *, length: int, limit: int | None
 ) -> Tensor:
-    """Consecutive windows of `length` tokens that do not overlap, each led by BOS where the tokenizer puts one.
+    """Cut the concatenated documents into consecutive windows without overlap.
 
-    Returns: (n, length) int64. Raises: ValueError when the text does not fill one window.
+    Each window begins with BOS where the tokenizer adds one.
+
+    Args:
+        documents: Strings or lists of chat messages.
+        tokenizer: The tokenizer.
+        length: Tokens of a window.
+        limit: Largest number of windows; None for all.
+
+    Returns:
+        (n, length) int64.
+
+    Raises:
+        ValueError: The text is shorter than one window.
     """
     prefix = bos_prefix(tokenizer)
     body = length - len(prefix)
