@@ -1,1 +1,1 @@
-"""The folder that a compression writes: workspace, results, sizes."""
+"""The folder that a compression writes: its workspace, locks, results and size."""

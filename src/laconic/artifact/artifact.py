@@ -1,4 +1,4 @@
-"""An artifact: a checkpoint folder that engines open, with its recipe, its log, and its results."""
+"""An artifact: a checkpoint folder that serving engines open, with its recipe, its log and its results."""
 
 from __future__ import annotations
 
@@ -14,49 +14,60 @@ from laconic.artifact.workspace import LOG, RECIPE, read_identity, read_log
 from laconic.checkpoint.atomic import check_writable, write_text
 from laconic.checkpoint.files import read_json
 
-# What a result has to share with an older one to take its place.
-_SAME = ("text", "texts", "baseline", "dtype", "data")
+# A result replaces an older one of its name if these keys are equal.
+_REPLACE_KEYS = ("text", "texts", "baseline", "dtype", "data")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """path: the folder."""
+    """An artifact, or any model folder.
+
+    Attributes:
+        path: The folder.
+    """
 
     path: Path
 
     @property
     def config(self) -> dict[str, Any]:
-        """Its config.json."""
+        """Contents of config.json."""
         return dict(read_json(self.path / "config.json"))
 
     @property
     def recipe(self) -> dict[str, Any] | None:
-        """The recipe it was made with, and what it was made from; None for a plain model."""
+        """Recipe and source model that it was made from; None for a plain model."""
         file = self.path / RECIPE
         return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """One event a linear: its errors, damping, time."""
+        """Events of the compression, for instance errors, damping and time of each linear."""
         return read_log(self.path)
 
     @property
     def results(self) -> dict[str, Any]:
-        """Every file of `results/`, by its name without suffix."""
+        """Contents of every file of `results/`, by its name without suffix."""
         return {f.stem: json.loads(f.read_text()) for f in sorted((self.path / "results").glob("*.json"))}
 
     @classmethod
-    def measured(cls, folder: Path) -> tuple[Artifact, dict[str, Any]]:
-        """An artifact that is to be reported, and its results.
+    def open_with_results(cls, folder: Path) -> tuple[Artifact, dict[str, Any]]:
+        """Open an artifact and its results, and check that recipe, log and results can be read.
 
-        Raises: ValueError for a folder that is none, or a recipe, log or result that cannot be read.
+        Args:
+            folder: The folder.
+
+        Returns:
+            The artifact, and its results by name.
+
+        Raises:
+            ValueError: The folder is not a model, or its recipe, log or a result cannot be read.
         """
         if not (folder / "config.json").exists():
             raise ValueError(f"{folder} is no artifact: it has no config.json")
         artifact = cls(folder)
-        for file, known in ((RECIPE, read_identity), (LOG, read_log)):
+        for file, read in ((RECIPE, read_identity), (LOG, read_log)):
             try:
-                broken = known(folder) == {}
+                broken = read(folder) == {}
             except ValueError:
                 broken = True
             if broken:
@@ -71,24 +82,37 @@ class Artifact:
         return artifact, results
 
     def check_results(self) -> None:
-        """Raises: ValueError when no result can be kept here."""
+        """Check that results can be written to this artifact.
+
+        Raises:
+            ValueError: They cannot be written.
+        """
         check_writable(self.path / "results" / "result.json")
 
     def save_result(self, name: str, result: dict[str, Any]) -> Path:
-        """Keep a result under `results/NAME.json`; where one stands there that is of something else (another text,
-        original, dtype), under NAME-2 and so on."""
+        """Write a result to `results/NAME.json`, or to NAME-2 and so on if that is a result of other conditions.
+
+        A result of the same conditions (text, original model, dtype) is replaced.
+
+        Args:
+            name: Name of the result.
+            result: Its contents.
+
+        Returns:
+            The file.
+        """
         folder = self.path / "results"
         folder.mkdir(exist_ok=True)
         names = (name if i == 1 else f"{name}-{i}" for i in count(1))
-        file = next(f for n in names if not _of_something_else(f := folder / f"{n}.json", result))
+        file = next(f for n in names if not _has_other_conditions(f := folder / f"{n}.json", result))
         write_text(file, json.dumps(result, indent=2) + "\n")
         return file
 
 
-def _of_something_else(file: Path, result: dict[str, Any]) -> bool:
-    """Whether a result is there that this one should not replace."""
+def _has_other_conditions(file: Path, result: dict[str, Any]) -> bool:
+    """Return whether a file is a result of other conditions, which must not be replaced."""
     try:
         old = json.loads(file.read_text())
     except (OSError, ValueError):
         return False
-    return any(old.get(key) != result.get(key) for key in _SAME)
+    return any(old.get(key) != result.get(key) for key in _REPLACE_KEYS)

@@ -1,4 +1,4 @@
-"""Bits and bytes, counted on what is stored."""
+"""Size of a checkpoint, counted on its stored tensors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,17 @@ _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 
 @dataclass(frozen=True)
 class Size:
-    """parameters: of the model as trained, a tied weight counted once. bits_per_weight: every stored bit (scales, zero
-    points, embeddings and head included) over parameters. file_bytes: of the weight files. schemes: how many linears
-    have which. covered: share of parameters that is quantized."""
+    """Size of a checkpoint.
+
+    Attributes:
+        parameters: Parameters of the dense model, a tied weight counted once.
+        tensor_bytes: Bytes of all stored tensors.
+        bits_per_weight: Stored bits (with scales, zero points, embeddings and head) per parameter.
+        file_bytes: Bytes of the weight files.
+        schemes: Number of linears by scheme.
+        covered: Share of parameters that is quantized.
+        simulated: Whether any scheme needs arithmetic that no engine has.
+    """
 
     parameters: int
     tensor_bytes: int
@@ -30,7 +38,11 @@ class Size:
 
 
 def measure_size(folder: Path) -> Size:
-    """Count a checkpoint folder. Raises: ValueError when it cannot be read."""
+    """Measure the size of a checkpoint folder.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
     checkpoint = open_checkpoint(folder)
     raw, config = read_config(folder)
     stored = checkpoint.tensors

@@ -1,7 +1,7 @@
-"""Writing an artifact so that a kill at any moment loses nothing: every file is whole or absent.
+"""Writing an artifact so that a process killed at any moment can be resumed: every file is complete or absent.
 
-The work goes on in `OUTPUT.partial`. A shard is written under a temporary name, flushed to the disk and renamed; a
-finished shard is the only record that its block is done. The folder takes its final name when all is there.
+Files are written to `OUTPUT.partial`. A shard is written to a temporary name, flushed to disk and renamed; a finished
+shard is the only record that its block is finished. The folder is renamed to OUTPUT when it is complete.
 """
 
 from __future__ import annotations
@@ -26,16 +26,27 @@ from laconic.checkpoint.files import INDEX, KV_CACHE
 RECIPE, LOG, SURVEY = "recipe.yaml", "log.jsonl", "survey.json"
 _REPLACED, _CALIBRATION, _SCRATCH = ".replaced", "calibration", "scratch"
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
-# A model card is a person's too, and outlives the weights that it was written for.
-_OUTLIVE = ("README.md", "cards/facts.json")
+# A user may have edited the model card: it is kept when the weights are overwritten.
+_KEPT_FROM_OUTPUT = ("README.md", "cards/facts.json")
 _NOT_COPIED = {"config.json", INDEX, SURVEY, "training_log.json"}
 
 
 class Workspace:
-    """The folder where an artifact grows, ours alone until closed. shards: how many there will be, if any is to be
-    written.
+    """The folder in which an artifact is written, locked against other processes until it is closed.
 
-    Raises: ValueError when the output exists, was begun with another recipe, or is being written by another process.
+    Args:
+        output: Folder of the finished artifact.
+        identity: Recipe and source model; a run resumes only work of an equal identity.
+        shards: Number of shards of the artifact; 0 if no weights are written.
+        overwrite: Whether to replace an existing artifact, and to discard work of another identity.
+
+    Attributes:
+        output: Folder of the finished artifact.
+        folder: Folder of the work, `OUTPUT.partial`.
+        shards: Number of shards.
+
+    Raises:
+        ValueError: The output exists, was begun with another recipe, or is being written by another process.
     """
 
     def __init__(self, output: Path, identity: Mapping[str, Any], shards: int, *, overwrite: bool) -> None:
@@ -46,14 +57,14 @@ class Workspace:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._locks = [lock_folder(self.folder)]
         try:
-            # Another process may have finished, or begun, since the first look.
+            # Another process may have finished or begun between the first check and the lock.
             check_output(output, overwrite=overwrite)
             check_identity(output, identity, overwrite=overwrite)
             self._clear(keep=read_identity(self.folder) == dict(identity))
             if not (self.folder / RECIPE).exists():
                 write_text(self.folder / RECIPE, yaml.safe_dump(dict(identity), sort_keys=False, allow_unicode=True))
         except BaseException:
-            with suppress(OSError):  # what holds something stays
+            with suppress(OSError):  # a folder with files in it stays
                 self.folder.rmdir()
             self.close()
             raise
@@ -65,26 +76,34 @@ class Workspace:
         self.close()
 
     def close(self) -> None:
-        """Let another process, or another run of this one, have the folder."""
+        """Release the lock of the folder."""
         while self._locks:
             os.close(self._locks.pop())
 
     def _clear(self, *, keep: bool) -> None:
-        """Remove what a killed run left half-written; and all it finished, unless that is to be kept."""
+        """Remove temporary files of a killed run, and all other files unless `keep` is set."""
         for file in self.folder.iterdir():
             if not keep or file.suffix == ".writing":
                 shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
 
     def shard(self, i: int) -> Path:
-        """The file of shard i."""
+        """Return the file of shard i."""
         return self.folder / f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors"
 
-    def done(self, i: int) -> bool:
-        """Whether shard i is finished."""
+    def is_finished(self, i: int) -> bool:
+        """Return whether shard i is finished."""
         return self.shard(i).exists()
 
     def write_shard(self, i: int, tensors: Mapping[str, Tensor], events: list[dict[str, Any]]) -> None:
-        """Write shard i and what happened in it. The log comes first: with the shard, it counts."""
+        """Write shard i and its events.
+
+        The log is written first: events of a shard count only once the shard exists.
+
+        Args:
+            i: Number of the shard.
+            tensors: Its tensors by the names of files.
+            events: Events of its block, for the log.
+        """
         log = [e for e in read_log(self.folder) if e.get("shard") != i] + [{**e, "shard": i} for e in events]
         write_text(self.folder / LOG, "".join(json.dumps(e) + "\n" for e in log))
         contiguous = {n: t.detach().cpu().contiguous() for n, t in sorted(tensors.items())}
@@ -92,50 +111,63 @@ class Workspace:
 
     @property
     def scratch(self) -> Path:
-        """A folder for what is needed to go on after a kill, gone with `finish`."""
+        """Folder for state that a stage needs to resume; `finish` deletes it."""
         folder = scratch_folder(self.folder)
         folder.mkdir(exist_ok=True)
         return folder
 
     def copy_weights(self, source: Path) -> None:
-        """Take the weights of `source` over as they are."""
+        """Copy the weight files of a model folder."""
         for file in [*source.glob("*.safetensors"), *source.glob(INDEX)]:
             copy_file(file, self.folder / file.name)
 
     def write_log(self, events: list[dict[str, Any]]) -> None:
-        """Write what happened outside of any shard, in place of what was said of that before."""
+        """Write events that belong to no shard, replacing the earlier ones.
+
+        Args:
+            events: The events.
+        """
         log = [*events, *(e for e in read_log(self.folder) if "shard" in e)]
         write_text(self.folder / LOG, "".join(json.dumps(e) + "\n" for e in log))
 
     def write_calibration(self, i: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep what calibrating the cache told of block i, until `finish`. To be called before its shard is written."""
+        """Write the cache's calibration of block i; `finish` deletes it. Call it before the block's shard is written.
+
+        Args:
+            i: Number of the block.
+            tensors: Calibration tensors by name.
+        """
         contiguous = {n: t.detach().cpu().contiguous() for n, t in sorted(tensors.items())}
         write_file(self.folder / f"{_CALIBRATION}-{i + 1:05d}", lambda file: save_file(contiguous, file))
 
-    def calibration(self, blocks: int) -> list[dict[str, Tensor]]:
-        """All of it, by block."""
+    def read_calibration(self, blocks: int) -> list[dict[str, Tensor]]:
+        """Read the cache's calibration of every block."""
         return [load_file(self.folder / f"{_CALIBRATION}-{i + 1:05d}") for i in range(blocks)]
 
     def write_cache(self, fixed: Mapping[str, Tensor]) -> None:
-        """Write what is fixed of the cache."""
+        """Write the calibrated tensors of the cache."""
         write_file(self.folder / KV_CACHE, lambda file: save_file(dict(fixed), file, metadata={"format": "pt"}))
 
-    def survey(self) -> list[dict[str, Any]] | None:
-        """What a survey of the original model found, if it was written down."""
+    def read_survey(self) -> list[dict[str, Any]] | None:
+        """Read the survey of the original model; None if it is not written yet."""
         file = self.folder / SURVEY
         return list(json.loads(file.read_text())) if file.exists() else None
 
-    def write_survey(self, found: list[dict[str, Any]]) -> None:
-        """Write down what a survey found, before anything goes by it."""
-        write_text(self.folder / SURVEY, json.dumps(found, indent=1) + "\n")
+    def write_survey(self, survey: list[dict[str, Any]]) -> None:
+        """Write the survey of the original model, before any stage uses it.
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor in the finished shards, by name."""
-        found: dict[str, tuple[int, ...]] = {}
+        Args:
+            survey: Figures of each block.
+        """
+        write_text(self.folder / SURVEY, json.dumps(survey, indent=1) + "\n")
+
+    def read_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Read the shape of every tensor in the shards, by name; all shards are finished."""
+        shapes: dict[str, tuple[int, ...]] = {}
         for i in range(self.shards):
             with safe_open(self.shard(i), framework="pt") as f:
-                found |= {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}  # noqa: SIM118 - not a dict
-        return found
+                shapes |= {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}  # noqa: SIM118 - not a dict
+        return shapes
 
     def finish(
         self,
@@ -144,13 +176,21 @@ class Workspace:
         carried: Path | None = None,
         describe: Callable[[Path], None] = lambda _: None,
     ) -> Path:
-        """Write the index and the config, copy the tokenizer, give the folder its name. carried: the artifact of the
-        step before, whose log comes first, and whose folders go with this one. describe: writes the cards into the
-        folder, which has all the rest by then."""
+        """Write the index and the config, copy the tokenizer, and rename the folder to the output.
+
+        Args:
+            config: Contents of config.json.
+            source: Model folder from which tokenizer, license and other files are copied.
+            carried: Artifact of the previous step; its log is put before this one, and its subfolders are copied.
+            describe: Writes the cards, when all other files are in the folder it gets.
+
+        Returns:
+            The folder of the artifact.
+        """
         if carried:
-            own = [e for e in read_log(self.folder) if "shard" not in e and "step" not in e]
-            log = [{k: v for k, v in e.items() if k != "shard"} for e in read_log(carried)]
-            self.write_log([*({"step": carried.name, **e} for e in log), *own])
+            events = [e for e in read_log(self.folder) if "shard" not in e and "step" not in e]
+            carried_events = [{k: v for k, v in e.items() if k != "shard"} for e in read_log(carried)]
+            self.write_log([*({"step": carried.name, **e} for e in carried_events), *events])
             _copy_folders(carried, self.folder)
         if self.shards:
             self._write_index()
@@ -158,13 +198,13 @@ class Workspace:
             for file in source.glob(pattern):
                 if file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
                     copy_file(file, self.folder / file.name)
-        for name in _OUTLIVE:
+        for name in _KEPT_FROM_OUTPUT:
             if (file := self.output / name).is_file():
                 (self.folder / name).parent.mkdir(exist_ok=True)
                 copy_file(file, self.folder / name)
         write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
-        for junk in [*self.folder.rglob("*.writing"), *self.folder.glob(f"{_CALIBRATION}-*")]:
-            junk.unlink()
+        for temporary in [*self.folder.rglob("*.writing"), *self.folder.glob(f"{_CALIBRATION}-*")]:
+            temporary.unlink()
         shutil.rmtree(scratch_folder(self.folder), ignore_errors=True)
         describe(self.folder)
         self._publish()
@@ -181,13 +221,16 @@ class Workspace:
         write_text(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
 
     def _publish(self) -> None:
-        """Give the folder its name. An old output is moved into it, and out again to be deleted, so that whenever a
-        kill comes one of the two has the name, or the next run will give it."""
+        """Rename the folder to the output.
+
+        An old output is moved into the folder first, and out again afterwards to be deleted: at any moment one of the
+        two has the output's name, or the next run gives it.
+        """
         if self.output.exists():
             self.output.rename(self.folder / _REPLACED)
         replaced = (self.folder / _REPLACED).exists()
         if replaced:
-            # Where it will be deleted, another process could take it for an interrupted run.
+            # At the path where it is deleted, another process could mistake it for an interrupted run.
             self._locks.append(lock_folder(self.folder / _REPLACED))
         self.folder.rename(self.output)
         if replaced:
@@ -197,18 +240,25 @@ class Workspace:
 
 
 def partial_folder(output: Path) -> Path:
-    """Where the work for `output` goes on."""
+    """Return the folder in which an unfinished artifact is written."""
     return output.with_name(output.name + ".partial")
 
 
 def scratch_folder(folder: Path) -> Path:
-    """Where a stage that works in `folder` keeps what it needs to go on."""
+    """Return the folder in which a stage that works in `folder` stores the state it needs to resume."""
     return folder / _SCRATCH
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises: ValueError when nothing can be written at `output`, or something there would be lost that was not said
-    to be overwritten."""
+    """Check that an artifact can be written.
+
+    Args:
+        output: Folder of the artifact.
+        overwrite: Whether an existing artifact may be replaced.
+
+    Raises:
+        ValueError: The folder cannot be written, or contains something that may not be replaced.
+    """
     partial = partial_folder(output)
     above = next(p for p in output.parents if p.exists())
     if output.exists() and not output.is_dir():
@@ -227,7 +277,16 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def check_identity(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Raises: ValueError when `output` was begun with another recipe, and that was not said to be overwritten."""
+    """Check that unfinished work at an output has the same identity.
+
+    Args:
+        output: Folder of the artifact.
+        identity: Recipe and source model of this run.
+        overwrite: Whether work of another identity may be discarded.
+
+    Raises:
+        ValueError: The work was begun with another recipe, and may not be discarded.
+    """
     begun = read_identity(partial_folder(output))
     if begun is not None and begun != dict(identity) and not overwrite:
         raise ValueError(
@@ -237,13 +296,13 @@ def check_identity(output: Path, identity: Mapping[str, Any], *, overwrite: bool
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The events of an artifact, in order."""
+    """Read the events of an artifact, in order; none if it has no log."""
     file = folder / LOG
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _copy_folders(source: Path, target: Path) -> None:
-    """Copy what a folder's folders hold and the other has not."""
+    """Copy the files in subfolders of a folder that another folder does not have."""
     for file in source.glob("*/**/*"):
         to = target / file.relative_to(source)
         if file.is_file() and not to.exists():
@@ -252,7 +311,11 @@ def _copy_folders(source: Path, target: Path) -> None:
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
-    """What a folder was begun with: nothing if it was not, an empty mapping if that cannot be read any more."""
+    """Read the recipe and source model of an artifact or of unfinished work.
+
+    Returns:
+        None if the folder has no recipe; an empty dict if it cannot be read.
+    """
     try:
         begun = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -263,18 +326,18 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def _foreign(folder: Path) -> Iterator[Path]:
-    """Files that no run of ours leaves in a folder before its recipe is there."""
+    """List files that a run does not write before the recipe."""
     return (f for f in folder.iterdir() if f.suffix != ".writing")
 
 
 def differing_keys(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
-    """Keys by which two identities differ; a recipe's as the user wrote them."""
+    """List the keys in which two identities differ, those of the recipe as the user writes them."""
     old, new = _leaves(begun), _leaves(identity)
     return ", ".join(sorted(k.removeprefix("recipe.") for k in {*old, *new} if old.get(k) != new.get(k)))
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Every plain value in nested mappings and lists, by its dotted path."""
+    """Flatten nested mappings and lists to plain values by dotted path."""
     if not isinstance(value, Mapping | list):
         return {path: value}
     items = value.items() if isinstance(value, Mapping) else enumerate(value)

@@ -147,7 +147,7 @@ def recipe_of(folder: Path) -> Recipe:
 
 def _write(folder: Path, facts: dict[str, Any], name: str | None = None) -> list[str]:
     """Write both cards; a README.md without the marks of Laconic stays unchanged."""
-    artifact, size = Artifact.measured(folder)[0], measure_size(folder)
+    artifact, size = Artifact.open_with_results(folder)[0], measure_size(folder)
     results, recipe = artifact.results, (artifact.recipe or {})["recipe"]
     name = name or folder.resolve().name
     inputs = CardInputs(name, facts, recipe, artifact.config, size, results)

@@ -115,7 +115,7 @@ def run_walk(
     settings = _settings(prepared.recipe, prepared.windows)
     tell = quantization_config(plan, prepared.model, source.checkpoint)
     with Workspace(prepared.output, prepared.identity, shards, overwrite=overwrite) as workspace:
-        resumed = sum(workspace.done(i) for i in range(shards))
+        resumed = sum(workspace.is_finished(i) for i in range(shards))
         walk(source, prepared.model, plan, prepared.windows, workspace, settings, report, prepared.domains)
         config = read_json(source.folder / "config.json")
         if plan.cache:
@@ -150,7 +150,7 @@ def _write_cache(prepared: Prepared, workspace: Workspace) -> dict[str, Any]:
     stage, shape = prepared.plan.cache
     if not prepared.plan.calibrates_cache:
         return stage.scheme(shape).to_dict()
-    scheme, fixed = stage.settle(shape, workspace.calibration(shape.layers))
+    scheme, fixed = stage.settle(shape, workspace.read_calibration(shape.layers))
     if fixed:
         workspace.write_cache(fixed)
     embeddings = prepared.model.get_input_embeddings()
@@ -162,7 +162,7 @@ def _write_cache(prepared: Prepared, workspace: Workspace) -> dict[str, Any]:
 def _as_written(schemes: Mapping[str, Scheme], workspace: Workspace, prepared: Prepared) -> dict[str, Scheme]:
     """The schemes with what their linears have beside the codes, as the finished shards tell."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in workspace.shapes().items():
+    for name, shape in workspace.read_shapes().items():
         linear, _, leaf = name.rpartition(".")
         found.setdefault(linear, {})[leaf] = shape
     stored = engine_names(prepared.source.checkpoint, prepared.model, [*schemes])

@@ -201,7 +201,7 @@ def has_baseline(result: Mapping[str, Any]) -> bool:
 
 
 def _read_artifact(folder: Path) -> ReportEntry:
-    artifact, results = Artifact.measured(folder)
+    artifact, results = Artifact.open_with_results(folder)
     for name, result in results.items():
         file = folder / "results" / f"{name}.json"
         if name.startswith("eval-") and has_baseline(result):

@@ -74,7 +74,7 @@ def gather_points(folders: Sequence[Path]) -> tuple[list[Point], dict[str, Any]]
     missing: list[str] = []
     bases: dict[Path, tuple[str | None, str]] = {}
     for folder in dict.fromkeys(folders):
-        artifact, results = Artifact.measured(folder)
+        artifact, results = Artifact.open_with_results(folder)
         quality = {n: r for n, r in results.items() if n.startswith("eval-") and r.get("kl_mean") is not None}
         # A result with one model has no comparison with the original.
         benches = {n: r for n, r in results.items() if n.startswith("bench-sparsity")}

@@ -57,12 +57,12 @@ def walk(
     names = [plan.anatomy.block_name(i) for i in range(len(plan.anatomy.taps))]
     if plan.surveys or domains:
         walker = replace(walker, plan=by_survey(plan, walker.survey(names, windows, domains or {})))
-    flow = walker.embed(windows) if windows is not None and not workspace.done(len(names)) else None
+    flow = walker.embed(windows) if windows is not None and not workspace.is_finished(len(names)) else None
     for i, name in enumerate(names):
         report({"event": "block", "block": i, "blocks": len(names)})
         with span(f"block {i}"):
             walker.block(i, name, flow)
-    if not workspace.done(len(names)):
+    if not workspace.is_finished(len(names)):
         with span("outside of blocks"):
             walker.rest(len(names), flow)
 
@@ -81,7 +81,7 @@ class _Walker:
 
     def survey(self, names: Sequence[str], windows: Tensor | None, domains: Mapping[int, Tensor]) -> list[Figures]:
         """What stages want to know of the original model before any of it is changed."""
-        known = self.workspace.survey()
+        known = self.workspace.read_survey()
         if known is not None:
             return known
         plan, device = self.plan, self.settings.device
@@ -116,7 +116,7 @@ class _Walker:
 
     def block(self, i: int, name: str, flow: Flow | None) -> None:
         """Compress block i, or read it back, and push the activations through it."""
-        done = self.workspace.done(i)
+        done = self.workspace.is_finished(i)
         if done and flow is None:
             return
         block = self.model.get_submodule(name)
