@@ -1,7 +1,9 @@
-"""How long an 8B-shaped model takes on a GPU: python benchmarks/eight_billion.py FOLDER --text TEXT.
+"""Time to compress a model of Llama-3-8B's shape on a GPU.
 
-Writes a random Llama of the shape of Llama-3-8B into FOLDER (16 GB), and times GPTQ W4A16 with activation order over
-128 x 2048 random tokens, from the checkpoint on disk to the artifact on disk.
+    python benchmarks/eight_billion.py FOLDER --text TEXT
+
+Writes a random Llama of this shape into FOLDER (16 GB), and times GPTQ W4A16 with activation order over 128 x 2048
+random tokens, from the checkpoint on disk to the artifact on disk.
 """
 
 from __future__ import annotations
@@ -25,20 +27,20 @@ from laconic.pipeline.compression import prepare, run
 
 
 def main() -> None:
-    """Make the model, compress it, tell where the time went."""
+    """Make the model, compress it, and print the times of its parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--text", required=True, help="any text; random tokens take its place")
+    parser.add_argument("--text", required=True, help="any text; random tokens replace it")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--stages", default='[{"method": "gptq", "scheme": "W4A16"}]')
     args = parser.parse_args()
     source, output = args.folder / "model", args.folder / "artifact"
-    begun = time.monotonic()
+    start = time.monotonic()
     if not source.exists():
         make(source, args.layers)
-    print(f"made the model in {time.monotonic() - begun:.1f} s", flush=True)
+    print(f"made the model in {time.monotonic() - start:.1f} s", flush=True)
     shutil.rmtree(output, ignore_errors=True)
     recipe = {
         "stages": json.loads(args.stages),
@@ -58,21 +60,21 @@ def main() -> None:
         elif event["event"] == "linear":
             spent["compressing linears"] += event["seconds"]
 
-    begun = time.monotonic()
+    start = time.monotonic()
     prepared = replace(prepare(str(source), recipe, output), windows=tokens)
-    print(f"prepared in {time.monotonic() - begun:.1f} s", flush=True)
-    begun = time.monotonic()
+    print(f"prepared in {time.monotonic() - start:.1f} s", flush=True)
+    start = time.monotonic()
     run(prepared, report=report)
-    whole = time.monotonic() - begun
-    each = [b - a for a, b in pairwise(blocks)]
-    print(f"compressed in {whole:.1f} s; before the first block {blocks[0] - begun:.1f} s", flush=True)
-    print(f"a block: {sorted(each)[len(each) // 2]:.2f} s, compressing its linears {spent.total() / len(blocks):.2f} s")
+    seconds = time.monotonic() - start
+    times = [b - a for a, b in pairwise(blocks)]
+    print(f"compressed in {seconds:.1f} s; before the first block {blocks[0] - start:.1f} s", flush=True)
+    print(f"per block: {sorted(times)[len(times) // 2]:.2f} s, its linears {spent.total() / len(blocks):.2f} s")
     if torch.cuda.is_available():
         print(f"{torch.cuda.get_device_name()}, peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 
 
 def make(folder: Path, layers: int) -> None:
-    """A random checkpoint, a shard a block."""
+    """Write a random checkpoint with one shard per block."""
     folder.mkdir(parents=True)
     config = LlamaConfig(
         vocab_size=128256,
@@ -107,12 +109,12 @@ def make(folder: Path, layers: int) -> None:
         shapes |= {f"{prefix}.{n}.weight": (h,) for n in ("input_layernorm", "post_attention_layernorm")}
         shapes = outside if number == layers else shapes
         name = f"model-{number + 1:05d}-of-{layers + 1:05d}.safetensors"
-        made = {}
+        tensors = {}
         for n, shape in shapes.items():
             tensor = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, device=device) * 0.02
-            made[n] = tensor.to(torch.bfloat16).cpu()
-        save_file(made, folder / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(made, name)
+            tensors[n] = tensor.to(torch.bfloat16).cpu()
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 

@@ -1,10 +1,10 @@
-"""Why a cache's perplexity and its KL disagree: how sure it leaves the model, beside both.
+"""Entropy of a model's predictions through each cache: why perplexity and KL rank caches differently.
 
     python benchmarks/kv_entropy.py MODEL --calibration TEXT --text TEXT [--kv YAML ...]
 
-Prints Markdown: of every cache the mean negative log-likelihood a token, by how much it is above the 16-bit cache's and
-the standard error of that, the entropy of what the model says, and the KL, all in nats; and the 16-bit cache's
-likelihood with logits divided by temperatures. A model too sure of a text gains by any error that makes it less so.
+Prints Markdown: for every cache the mean negative log-likelihood per token, its difference to the 16-bit cache with the
+standard error, the entropy of the predictions, and the KL divergence, all in nats; and the 16-bit cache's likelihood
+with logits divided by temperatures. An overconfident model improves with any error that makes it less confident.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ TEMPERATURES = (0.96, 0.98, 1.0, 1.02, 1.04, 1.08)
 
 @torch.no_grad()
 def main() -> None:
-    """Read the windows through all caches at once."""
+    """Read the windows through all caches side by side."""
     parser = options(__doc__, length=1024, windows=5, samples=8)
     parser.set_defaults(calibration_length=512)
     args = parser.parse_args()
     model, caches = opened(args, args.kv or ROWS)
     tokenizer = load_tokenizer(model_folder(args.model))
     windows = evaluation_windows(read_documents(args.text), tokenizer, length=args.length, limit=args.windows)
-    found: dict[str, list[Tensor]] = {name: [] for name in caches}
-    warmer = []
+    scores: dict[str, list[Tensor]] = {name: [] for name in caches}
+    by_temperature = []
     for ids in windows.split(1):
         running, at = {name: make() for name, make in caches.items()}, 0
         for piece in chunks(ids, args.chunk):
@@ -50,24 +50,26 @@ def main() -> None:
                 logp = logits.log_softmax(-1)
                 plain = logp if plain is None else plain
                 kl = (plain.exp() * (plain - logp)).sum(-1)
-                found[name].append(torch.stack([_said(logp, target), -(logp.exp() * logp).sum(-1), kl], -1))
+                scores[name].append(torch.stack([_nll(logp, target), -(logp.exp() * logp).sum(-1), kl], -1))
                 if name == PLAIN:
-                    warmer.append(torch.stack([_said((logits / t).log_softmax(-1), target) for t in TEMPERATURES], -1))
-    first = torch.cat(found[PLAIN])
-    print("| cache | nats a token | above 16 bit | entropy | KL |")
+                    by_temperature.append(
+                        torch.stack([_nll((logits / t).log_softmax(-1), target) for t in TEMPERATURES], -1)
+                    )
+    first = torch.cat(scores[PLAIN])
+    print("| cache | nats per token | above 16 bit | entropy | KL |")
     print("|---|---:|---:|---:|---:|")
-    for name, parts in found.items():
-        told = torch.cat(parts)
-        above = told[:, 0] - first[:, 0]
-        error = float(above.std()) / math.sqrt(len(above))
-        nll, entropy, kl = told.mean(0).tolist()
-        print(f"| {name} | {nll:.4f} | {above.mean():.4f} ± {error:.4f} | {entropy:.4f} | {kl:.4f} |")
-    means = torch.cat(warmer).mean(0).tolist()
+    for name, parts in scores.items():
+        values = torch.cat(parts)
+        difference = values[:, 0] - first[:, 0]
+        error = float(difference.std()) / math.sqrt(len(difference))
+        nll, entropy, kl = values.mean(0).tolist()
+        print(f"| {name} | {nll:.4f} | {difference.mean():.4f} ± {error:.4f} | {entropy:.4f} | {kl:.4f} |")
+    means = torch.cat(by_temperature).mean(0).tolist()
     print("\n16 bit by temperature: " + ", ".join(f"{t}: {m:.4f}" for t, m in zip(TEMPERATURES, means, strict=True)))
 
 
-def _said(logp: Tensor, target: Tensor) -> Tensor:
-    """Negative log-likelihood of each token."""
+def _nll(logp: Tensor, target: Tensor) -> Tensor:
+    """Return the negative log-likelihood of each token."""
     return -logp.gather(1, target[:, None])[:, 0]
 
 

@@ -1,10 +1,10 @@
-"""Tokens a second that a Llama decodes on a GPU with its cache in few bits: read as it is packed, and decoded first.
+"""Decoding speed of a Llama on a GPU with a quantized cache: read packed by the kernel, and decoded first.
 
     python benchmarks/kv_generate.py [--lengths 8192,32768] [--batch 1,8] [--layers 8] [--kv YAML ...]
 
 A random Llama of the width of Llama-3-8B (hidden 4096, 32 query heads, 8 key-value heads, 128 channels) with few of its
-layers, in bfloat16. Caches are filled with noise; what a token costs does not depend on what it says. Prints Markdown:
-*kernel* reads packed tokens as they are, *decoded* is the same cache through `sdpa`.
+layers, in bfloat16. Caches are filled with noise, because speed does not depend on values. Prints Markdown: *kernel*
+reads packed tokens, *decoded* is the same cache decoded for `sdpa`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KIVI = ("{method: kivi, k_bits: 4, v_bits: 4}", "{method: kivi, k_bits: 2, v_bit
 
 
 def main() -> int:
-    """Measure every cache at every length. Returns: 2 without a GPU."""
+    """Measure every cache at every length; return 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kv", action="append", metavar="YAML", help="a cache; KIVI at 4 and 2 bits by default")
     parser.add_argument("--lengths", default="8192,32768")
@@ -36,16 +36,16 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=64)
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        print("there is no GPU here: nothing to time")
+        print("no GPU: nothing to time")
         return 2
-    model = a_llama(args.layers)
+    model = random_llama(args.layers)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.layers} layers\n")
-    print("| tokens | batch | cache | MB | ms a token | tokens/s | of 16 bit |")
+    print("| tokens | batch | cache | MB | ms per token | tokens/s | speed-up over 16 bit |")
     print("|---:|---:|---|---:|---:|---:|---:|", flush=True)
     for length in map(int, args.lengths.split(",")):
         for batch in map(int, args.batch.split(",")):
             plain = None
-            for name, new_cache in ways(model, args.kv or KIVI):
+            for name, new_cache in variants(model, args.kv or KIVI):
                 try:
                     ms, nbytes = timed(model, new_cache, batch, length, args.steps)
                 except torch.cuda.OutOfMemoryError:
@@ -63,8 +63,8 @@ def main() -> int:
     return 0
 
 
-def a_llama(layers: int) -> PreTrainedModel:
-    """Of random weights, on the GPU."""
+def random_llama(layers: int) -> PreTrainedModel:
+    """Make a Llama with random weights on the GPU."""
     config = LlamaConfig(
         hidden_size=4096,
         intermediate_size=14336,
@@ -80,18 +80,18 @@ def a_llama(layers: int) -> PreTrainedModel:
     return model
 
 
-def ways(model: PreTrainedModel, asked: tuple[str, ...] | list[str]) -> Iterator[tuple[str, Callable[[], Cache]]]:
-    """By name, what makes a new cache: 16 bit, and each one asked for, read by the kernel and decoded."""
-    named = {text: title(parse_stage(text)) for text in asked}
-    made = caches_for(model, asked)
-    yield PLAIN, made[PLAIN]
+def variants(model: PreTrainedModel, kv: tuple[str, ...] | list[str]) -> Iterator[tuple[str, Callable[[], Cache]]]:
+    """Yield names and constructors of caches: 16 bit, and each of `kv`, read by the kernel and decoded."""
+    named = {text: title(parse_stage(text)) for text in kv}
+    caches = caches_for(model, kv)
+    yield PLAIN, caches[PLAIN]
     for name in named.values():
-        yield f"{name}, kernel", made[name]
-        yield f"{name}, decoded", partial(decoded, made[name])
+        yield f"{name}, kernel", caches[name]
+        yield f"{name}, decoded", partial(decoded, caches[name])
 
 
 def decoded(new_cache: Callable[[], Cache]) -> Cache:
-    """A cache that is decoded for every token."""
+    """Make a cache that is decoded for every token."""
     cache = new_cache()
     assert isinstance(cache, KvCache)
     for layer in cache.packed:
@@ -103,8 +103,11 @@ def decoded(new_cache: Callable[[], Cache]) -> Cache:
 def timed(
     model: PreTrainedModel, new_cache: Callable[[], Cache], batch: int, length: int, steps: int
 ) -> tuple[float, int]:
-    """Milliseconds of a step, the mean; bytes of the cache. All is done twice and the first time not counted, since
-    cuDNN makes a plan, in ten milliseconds, for every length that it meets for the first time."""
+    """Return the mean milliseconds of a step, and the bytes of the cache.
+
+    Everything is done twice and timed the second time, because cuDNN makes a plan, which takes ten milliseconds, for
+    every new length.
+    """
     ids = torch.zeros(batch, 1, dtype=torch.long)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(2):

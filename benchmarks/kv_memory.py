@@ -1,9 +1,9 @@
-"""Bytes of a request, and decoded tokens a second, against the context: caches in few bits beside 16 bit.
+"""Bytes of a request and decoding speed by context length: quantized caches beside 16 bit.
 
     python benchmarks/kv_memory.py MODEL [--kv YAML ...] [--lengths 1024,4096,16384,32768] [--batch 1] [--device cpu]
 
-Prints Markdown. Caches are filled with noise, so that lengths beyond the model's context can be told too; what a token
-costs does not depend on what it says.
+Prints Markdown. Caches are filled with noise, because cost does not depend on values; so lengths beyond the model's
+context can be measured too.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def main() -> None:
     caches = caches_for(model, args.kv or KIVI)
     memory = memory_by_length(model, caches, lengths, batch=args.batch)
     speed = speed_by_length(model, caches, lengths, steps=args.steps, batch=args.batch)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model}, {model.dtype}, {where}, batch {args.batch}, load {os.getloadavg()[0]:.1f}\n")
-    print("| tokens | cache | bits a number | MB | of 16 bit | tokens/s |")
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.model}, {model.dtype}, {device}, batch {args.batch}, load {os.getloadavg()[0]:.1f}\n")
+    print("| tokens | cache | bits per number | MB | of 16 bit | tokens/s |")
     print("|---:|---|---:|---:|---:|---:|")
     plain = next(iter(caches))
     for i, length in enumerate(lengths):

@@ -1,9 +1,9 @@
-"""Which caches still find a needle: by method, bits and context, each cache asked the same questions.
+"""Needles found by cache method, bits and context length; all caches get the same prompts.
 
     python benchmarks/kv_needles.py MODEL --calibration TEXT --text TEXT [--lengths 512 2048 8192] [--kv YAML ...]
 
-Prints Markdown: of so many numbers, said once at depths from the beginning to the end of a text and asked for at its
-end, how many came back to the digit by greedy decoding. Caches are made as `kv_quality.py` makes them.
+Prints Markdown. A number is stated once in a text, at depths from its beginning to its end, and asked for at its end;
+the table gives how many numbers greedy decoding repeats to the digit. Caches are made as in `kv_quality.py`.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ ROWS = [
 
 
 def main() -> None:
-    """Make every cache, ask all of them."""
+    """Make every cache and count its needles."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", required=True, help="the hay")
+    parser.add_argument("--text", required=True, help="the haystack")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--prompt", default="needle", choices=TEMPLATES)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--calibration-length", type=int, default=512, help="tokens of a calibration sample")
+    parser.add_argument("--calibration-length", type=int, default=512, help="tokens per calibration sample")
     parser.add_argument("--chunk", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=20)
-    parser.add_argument("--kv", action="append", metavar="YAML", help="a row of your own, in place of the table's")
+    parser.add_argument("--kv", action="append", metavar="YAML", help="a row in place of the table's")
     args = parser.parse_args()
     model, caches = opened(args, args.kv or ROWS)
     tokenizer = load_tokenizer(model_folder(args.model))
     windows = evaluation_windows(read_documents(args.text), tokenizer, length=max(args.lengths), limit=None)
     hay = windows[:, len(bos_prefix(tokenizer)) :].flatten().tolist()
-    print("| cache | " + " | ".join(f"{n} tokens" for n in args.lengths) + " | at all |")
+    print("| cache | " + " | ".join(f"{n} tokens" for n in args.lengths) + " | total |")
     print("|---|" + "---:|" * (len(args.lengths) + 1))
     for name, new_cache in caches.items():
-        found = find_needles(
+        cells = find_needles(
             model,
             tokenizer,
             hay,
@@ -65,9 +65,9 @@ def main() -> None:
                 batch_size=args.batch_size,
             ),
         )[name]
-        by_length = [[c for c in found if c.length == n] for n in args.lengths]
-        told = [f"{sum(c.found for c in row)}/{sum(c.trials for c in row)}" for row in (*by_length, found)]
-        print(f"| {name} | " + " | ".join(told) + " |", flush=True)
+        by_length = [[c for c in cells if c.length == n] for n in args.lengths]
+        counts = [f"{sum(c.found for c in row)}/{sum(c.trials for c in row)}" for row in (*by_length, cells)]
+        print(f"| {name} | " + " | ".join(counts) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""How fast attention over packed pages is on a GPU, as vLLM's plugin attends: python benchmarks/kv_paged.py.
+"""Speed of attention over packed pages on a GPU, as in vLLM's plugin.
+
+    python benchmarks/kv_paged.py [--bits 2 3 4 8] [--tune]
 
 One decode step of a layer of Llama-3-8B's shape (32 query heads, 8 key-value heads, 128 channels) over pages in random
-order: `kv_per_token` in pages of 16 tokens, and keys a channel in groups of 64 tokens with values a token and head in
-pages of 512. Against it, on a 16-bit cache that lies in one piece, the fastest that torch's
-scaled_dot_product_attention has, and the same pages in plain torch.
+order: `kv_per_token` in pages of 16 tokens, and keys per channel in groups of 64 tokens with values per token and head
+in pages of 512. The baselines are the fastest scaled_dot_product_attention of torch on a contiguous 16-bit cache, and
+plain torch on the same pages.
 
-First the kernel is held to plain torch over the same pages; nothing is timed if it is wrong. Then each size is timed as
-`kv_attention.py` times: a CUDA graph of calls over caches that together are far larger than the L2 cache.
+First the kernel is compared with plain torch on the same pages; nothing is timed if it is wrong. Then each size is
+timed as in `kv_attention.py`: a CUDA graph of calls over caches that together are far larger than the L2 cache.
 """
 
 from __future__ import annotations
@@ -28,29 +30,27 @@ from laconic.serving.paged import PackedLayer, Part, Scoring, attend, write
 from laconic.serving.paged_triton import Cut
 from laconic.serving.paged_units import Units, write_units
 
-# Tokens that are really written: pages of more are copies of theirs.
+# Number of tokens that are encoded; further pages are copies of these.
 _WRITTEN = 4096
 CUTS = [Cut(n, w, p) for n, w, p in itertools.product((32, 64), (1, 2, 4), (8, 16, 32))]
 Case = tuple[PackedLayer, Tensor, Part, tuple[Tensor, Tensor, Tensor], Units | None]
 
 
 def main() -> int:
-    """Check, tune, time. Returns: 2 without a GPU, 1 when the kernel is wrong."""
+    """Check, tune and time the kernel; return 2 without a GPU, 1 if the kernel is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 32, 64, 128], help="in thousands of 1024")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--tune", action="store_true", help="try other ways to cut the work first")
-    parser.add_argument("--seconds", type=float, default=225, help="after these no new size is begun")
+    parser.add_argument("--tune", action="store_true", help="find the fastest tile sizes first")
+    parser.add_argument("--seconds", type=float, default=225, help="time after which no new size is started")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        print("there is no GPU here: nothing to time")
+        print("no GPU: nothing to time")
         return 2
-    begun = time.monotonic()
+    start = time.monotonic()
     copy = copy_bandwidth()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; a copy moves {copy / 1e9:.0f} GB/s\n", flush=True
-    )
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; a copy has {copy / 1e9:.0f} GB/s\n", flush=True)
     wrong = [name for bits in args.bits for name, layer in layers(bits).items() if not correct(name, layer)]
     if wrong:
         print(f"the kernel is wrong for {wrong}: nothing is timed")
@@ -58,13 +58,13 @@ def main() -> int:
     cuts: dict[tuple[str, int], Cut | None] = {(name, bits): None for bits in args.bits for name in layers(bits)}
     if args.tune:
         cuts = {(name, bits): tuned(name, layer) for bits in args.bits for name, layer in layers(bits).items()}
-    print(f"\nready after {time.monotonic() - begun:.0f} s\n", flush=True)
+    print(f"\nready after {time.monotonic() - start:.0f} s\n", flush=True)
     print("| tokens | batch | bf16 ms | pages | ms | speed-up over bf16 | over plain torch | GB/s | of copy |")
     print("|---:|---:|---:|---|---:|---:|---:|---:|---:|", flush=True)
-    left_out = []
+    skipped = []
     for tokens, batch in itertools.product(args.tokens, args.batch):
-        if time.monotonic() - begun > args.seconds:
-            left_out.append(f"{tokens}k x {batch} (time)")
+        if time.monotonic() - start > args.seconds:
+            skipped.append(f"{tokens}k x {batch} (time)")
             continue
         try:
             _, dense = best_bf16(batch, tokens * 1024)
@@ -78,28 +78,28 @@ def main() -> int:
                         flush=True,
                     )
         except torch.cuda.OutOfMemoryError:
-            left_out.append(f"{tokens}k x {batch} (memory)")
+            skipped.append(f"{tokens}k x {batch} (memory)")
         torch.cuda.empty_cache()
-    if left_out:
-        print("\nleft out: " + ", ".join(left_out))
-    print(f"\n{time.monotonic() - begun:.0f} s in all")
+    if skipped:
+        print("\nskipped: " + ", ".join(skipped))
+    print(f"\n{time.monotonic() - start:.0f} s in total")
     return 0
 
 
 def layers(bits: int) -> dict[str, PackedLayer]:
-    """What is timed at so many bits, by name."""
+    """Return the layers to time at this number of bits, by name."""
     token = KvFormat(bits, "token", CHANNELS)
-    made = {
+    layers_by_name = {
         f"{bits} bits by token": PackedLayer([HeadGroup(token, token)], {}, KV_HEADS, CHANNELS, torch.bfloat16),
         f"{bits} bits, keys by channel": PackedLayer(
             [HeadGroup(KvFormat(bits, "channel", 64), token)], {}, KV_HEADS, CHANNELS, torch.bfloat16, per_page=512
         ),
     }
-    return {name: layer.to(torch.device("cuda")) for name, layer in made.items()}
+    return {name: layer.to(torch.device("cuda")) for name, layer in layers_by_name.items()}
 
 
 def case(batch: int, tokens: int, layer: PackedLayer) -> Case:
-    """A step of one new token of each sequence, of so many tokens with it."""
+    """Make a decode step of `batch` sequences of `tokens` tokens, the new one included."""
     page = layer.per_page or 16
     some = min(tokens, _WRITTEN)
     pages = -(-some // page)
@@ -120,9 +120,9 @@ def case(batch: int, tokens: int, layer: PackedLayer) -> Case:
     return layer, cache, step, (q, k, v), units
 
 
-def attended(given: Case, cut: Cut | None = None, *, plain: bool = False) -> Tensor:
-    """By the kernel, its work cut so, or as it cuts it itself; or in plain torch."""
-    layer, cache, part, tokens, units = given
+def run_attention(step_case: Case, cut: Cut | None = None, *, plain: bool = False) -> Tensor:
+    """Attend by the kernel, with the given or its default tile sizes, or in plain torch."""
+    layer, cache, part, tokens, units = step_case
     theirs, best = paged.kernel_reads, paged_triton.best_cut
     if plain:
         paged.kernel_reads = lambda *_: False
@@ -135,15 +135,15 @@ def attended(given: Case, cut: Cut | None = None, *, plain: bool = False) -> Ten
 
 
 def correct(name: str, layer: PackedLayer) -> bool:
-    """Whether the kernel gives what plain torch gives over the same pages."""
+    """Compare the kernel with plain torch on the same pages."""
     torch.manual_seed(0)
-    given = case(3, 5000, layer)
-    assert paged.kernel_reads(layer, Scoring(1.0), given[1])
-    found, expected = attended(given), attended(given, plain=True)
-    error = (found - expected).abs()
+    small = case(3, 5000, layer)
+    assert paged.kernel_reads(layer, Scoring(1.0), small[1])
+    output, expected = run_attention(small), run_attention(small, plain=True)
+    error = (output - expected).abs()
     right = bool(error.max() <= 2**-6 * expected.abs().max())
     print(
-        f"{name}: off by {error.max():.1e} at most (largest number {expected.abs().max():.2f}): "
+        f"{name}: error {error.max():.1e} at most (largest number {expected.abs().max():.2f}): "
         f"{'right' if right else 'WRONG'}",
         flush=True,
     )
@@ -151,11 +151,11 @@ def correct(name: str, layer: PackedLayer) -> bool:
 
 
 def tuned(name: str, layer: PackedLayer) -> Cut:
-    """The best cut over a long sequence alone and shorter ones together."""
+    """Find the fastest tile sizes over one long sequence and a batch of shorter ones."""
     cases = [case(1, 65536, layer), case(16, 16384, layer)]
     cost = {}
     for cut in CUTS:
-        ms = [graph_ms([lambda c=c, cut=cut: attended(c, cut)], 5) for c in cases]  # type: ignore[misc]
+        ms = [graph_ms([lambda c=c, cut=cut: run_attention(c, cut)], 5) for c in cases]  # type: ignore[misc]
         cost[cut] = ms[0] * ms[1]
     ranked = sorted(cost, key=lambda cut: cost[cut])
     print(
@@ -166,16 +166,16 @@ def tuned(name: str, layer: PackedLayer) -> Cut:
 
 
 def timed(batch: int, tokens: int, layer: PackedLayer, cut: Cut | None) -> tuple[float, float, int]:
-    """Milliseconds of a call by the kernel and in plain torch, and the bytes of slots and tails that are read."""
+    """Return the milliseconds of a call by the kernel and in plain torch, and the bytes that are read."""
     first = case(batch, tokens, layer)
     size = batch * tokens * KV_HEADS * layer.nbytes
     cases = [first, *(case(batch, tokens, layer) for _ in range(over_l2(size) - 1))]
-    calls: list[Callable[[], Tensor]] = [lambda c=c: attended(c, cut) for c in cases]  # type: ignore[misc]
+    calls: list[Callable[[], Tensor]] = [lambda c=c: run_attention(c, cut) for c in cases]  # type: ignore[misc]
     ms = graph_ms(calls)
-    attended(first, plain=True)
+    run_attention(first, plain=True)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    attended(first, plain=True)
+    run_attention(first, plain=True)
     end.record()
     torch.cuda.synchronize()
     return ms, start.elapsed_time(end), size

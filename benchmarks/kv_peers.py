@@ -1,12 +1,12 @@
-"""Our caches beside transformers' own quantized ones, of the same bits and groups: bytes, perplexity, needles, speed.
+"""Laconic's caches beside transformers' quantized ones of equal bits and groups: bytes, perplexity, needles, speed.
 
-    pip install optimum-quanto hqq      # what transformers' backends need; those not there are left out
+    pip install optimum-quanto hqq      # the backends of transformers' caches; missing ones are skipped
     python benchmarks/kv_peers.py MODEL --text TEXT [--bits 4 2] [--prompt needle] [--lengths 512,2048]
 
-Prints Markdown. Everything goes through the same code, in chunks of 32 tokens; bytes are those of the tensors that a
-cache really holds, the insides of quanto's and HQQ's among them, right after a prompt. transformers' caches then hold
-nothing in 16 bit, and take the whole history through 16 bit and back whenever `residual_length` more have come; so
-ours stand here twice, with that window and with none, which is as many bits as theirs.
+Prints Markdown. All caches are measured by the same code, in chunks of 32 tokens. Bytes are those of all tensors of a
+cache right after a prompt, the components of quanto's and HQQ's tensors included. transformers' caches then hold
+nothing in 16 bit; they decode and encode the whole history again after every `residual_length` new tokens. So
+Laconic's caches are in the table twice: with a 16-bit window of that length, and without one, which has the same bits.
 """
 
 from __future__ import annotations
@@ -30,23 +30,26 @@ from laconic.evaluation.through_cache import PLAIN
 
 
 def peers(model: PreTrainedModel, bits: list[int], group: int, residual: int) -> dict[str, Callable[[], Cache]]:
-    """transformers' caches that this environment can make. quanto takes the axis -1 or 0, HQQ 1 or 0, of a tensor
-    (batch, heads, tokens, channels), cut into groups as each does it; both are left at transformers' default."""
-    made: dict[str, Callable[[], Cache]] = {"transformers fp8": partial(QuantizedCache, "fp8", model.config)}
+    """Return constructors of transformers' caches that this environment can make.
+
+    quanto takes the axis -1 or 0, HQQ 1 or 0, of a tensor (batch, heads, tokens, channels), with groups as each library
+    forms them; both axes are transformers' defaults.
+    """
+    candidates: dict[str, Callable[[], Cache]] = {"transformers fp8": partial(QuantizedCache, "fp8", model.config)}
     for backend, axis in (("quanto", 0), ("hqq", 1)):
         for b in bits:
             keys = {"nbits": b, "axis_key": axis, "axis_value": axis, "q_group_size": group}
-            made[f"transformers {backend} {b}"] = partial(
+            candidates[f"transformers {backend} {b}"] = partial(
                 QuantizedCache, backend, model.config, residual_length=residual, **keys
             )
-    there = {}
-    for name, new_cache in made.items():
+    available = {}
+    for name, new_cache in candidates.items():
         try:
             new_cache()
-            there[name] = new_cache
-        except (ImportError, ValueError) as e:  # ValueError: a backend that this transformers does not know yet
-            print(f"left out: {name}: {e}")
-    return there
+            available[name] = new_cache
+        except (ImportError, ValueError) as e:  # ValueError: this version of transformers does not know the backend
+            print(f"skipped: {name}: {e}")
+    return available
 
 
 def main() -> None:
@@ -63,39 +66,39 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=2)
     parser.add_argument("--prompt", default="needle", choices=TEMPLATES)
     parser.add_argument("--chunk", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=10, help="questions read at once")
+    parser.add_argument("--batch-size", type=int, default=10, help="prompts per forward pass")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     lengths = sorted(int(n) for n in args.lengths.split(","))
     model = laconic.load(args.model, dtype=getattr(torch, args.dtype))
     tokenizer = load_tokenizer(Path(args.model))
-    # Without a window of our own too, so that bytes right after a prompt are theirs.
-    ours = caches_for(
+    # Also without a 16-bit window, which has the same bits after a prompt as transformers' caches.
+    caches = caches_for(
         model,
         [
-            f"{{method: kivi, k_bits: {b}, v_bits: {b}, group_size: {args.group_size}, residual_length: {kept}}}"
+            f"{{method: kivi, k_bits: {b}, v_bits: {b}, group_size: {args.group_size}, residual_length: {length}}}"
             for b in args.bits
-            for kept in dict.fromkeys((args.residual_length, 0))
+            for length in dict.fromkeys((args.residual_length, 0))
         ],
     )
-    caches = ours | peers(model, args.bits, args.group_size, args.residual_length)
+    caches |= peers(model, args.bits, args.group_size, args.residual_length)
     windows = evaluation_windows(read_documents(args.text), tokenizer, length=lengths[-1], limit=None)
     hay = windows[:, len(bos_prefix(tokenizer)) :].flatten().tolist()
     print(
         f"{args.model}, {args.text}, windows of {lengths[-1]} tokens, {args.dtype}, {torch.get_num_threads()} threads\n"
     )
-    print("| cache | bits a number | MB | perplexity | KL mean | needles | tokens/s |")
+    print("| cache | bits per number | MB | perplexity | KL mean | needles | tokens/s |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name, new_cache in caches.items():
-        # One by one, so that a row is there as soon as it is measured; all are asked the same.
-        alone = {name: new_cache}
-        beside = {PLAIN: caches[PLAIN], **alone}
-        whole = perplexity_by_position(model, windows[: args.windows], beside, chunk=args.chunk)[name][-1]
+        # One cache at a time, so that each row is printed as soon as it is measured; all get the same prompts.
+        single = {name: new_cache}
+        pair = {PLAIN: caches[PLAIN], **single}
+        whole = perplexity_by_position(model, windows[: args.windows], pair, chunk=args.chunk)[name][-1]
         cells = find_needles(
             model,
             tokenizer,
             hay,
-            alone,
+            single,
             lengths,
             NeedleOptions(
                 depths=args.depths,
@@ -105,8 +108,8 @@ def main() -> None:
                 batch_size=args.batch_size,
             ),
         )[name]
-        memory = memory_by_length(model, alone, lengths[-1:])[name][-1]
-        speed = speed_by_length(model, alone, lengths[-1:])[name][-1]
+        memory = memory_by_length(model, single, lengths[-1:])[name][-1]
+        speed = speed_by_length(model, single, lengths[-1:])[name][-1]
         found = f"{sum(c.found for c in cells)}/{sum(c.trials for c in cells)}"
         print(
             f"| {name} | {memory.bits:.2f} | {memory.request_bytes / 1e6:.2f} | {whole.perplexity:.3f} "

@@ -1,11 +1,11 @@
-"""The table of caches: how much perplexity each costs at how many bits, read through the cache as decoding reads it.
+"""Table of caches: bits, perplexity and KL of each, read through the cache as in decoding.
 
     python benchmarks/kv_quality.py MODEL --calibration TEXT --text TEXT [--length 2048] [--windows 4] [--kv YAML ...]
 
-Prints Markdown. A row is a stage as a recipe has it; those that need calibration are made by `laconic.compress` on the
-calibration text, with the weights left alone. Bits count all that a cache of the whole window keeps, ranges, outliers
-and the 16-bit window included. KL is of the 16-bit cache to this one, in nats a token, over the whole window and over
-its second half.
+Prints Markdown. A row is a stage of a recipe; stages that need calibration are calibrated by `laconic.compress` on the
+calibration text, with unchanged weights. Bits include everything that a cache of the whole window stores: ranges,
+outliers and the 16-bit window. KL is KL(16 bit || this cache) in nats per token, over the whole window and over its
+second half.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ ROWS = [
 
 
 def main() -> None:
-    """Make every cache, read the windows through all of them at once."""
+    """Make every cache and read the windows through all of them side by side."""
     args = options(__doc__).parse_args()
     model, caches = opened(args, args.kv or ROWS)
     documents = read_documents(args.text)
@@ -70,10 +70,10 @@ def main() -> None:
         documents, load_tokenizer(model_folder(args.model)), length=args.length, limit=args.windows
     )
     half = args.length // 2
-    found = perplexity_by_position(model, windows, caches, chunk=args.chunk, ends=[half, args.length])
+    buckets = perplexity_by_position(model, windows, caches, chunk=args.chunk, ends=[half, args.length])
     print("| cache | bits | perplexity | second half | KL | second half | same top-1 |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    for name, (_, late, whole) in found.items():
+    for name, (_, late, whole) in buckets.items():
         bits = 16.0 if name == PLAIN else filled(model, caches[name](), windows[:1]).effective_bits()
         print(
             f"| {name} | {bits:.2f} | {whole.perplexity:.3f} | {late.perplexity:.3f} | {whole.kl_mean:.4f} "
@@ -82,23 +82,25 @@ def main() -> None:
         )
 
 
-def options(said: str | None, *, length: int = 2048, windows: int = 4, samples: int = 16) -> argparse.ArgumentParser:
-    """What is read through which caches, with these defaults. said: of the command."""
-    parser = argparse.ArgumentParser(description=said, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(
+    description: str | None, *, length: int = 2048, windows: int = 4, samples: int = 16
+) -> argparse.ArgumentParser:
+    """Return a parser of the model, texts and caches, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--length", type=int, default=length)
     parser.add_argument("--windows", type=int, default=windows)
     parser.add_argument("--samples", type=int, default=samples)
-    parser.add_argument("--calibration-length", type=int, help="tokens of a calibration sample; --length by default")
+    parser.add_argument("--calibration-length", type=int, help="tokens per calibration sample; --length by default")
     parser.add_argument("--chunk", type=int, default=32)
-    parser.add_argument("--kv", action="append", metavar="YAML", help="a row of your own, in place of the table's")
+    parser.add_argument("--kv", action="append", metavar="YAML", help="a row in place of the table's")
     return parser
 
 
 def opened(args: argparse.Namespace, rows: Sequence[str]) -> tuple[Any, dict[str, Callable[[], Any]]]:
-    """The model, in float32, and by name what makes a cache for it: transformers' own, and each row's."""
+    """Open the model in float32; return it and constructors of caches: transformers' own, and each row's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = laconic.load(args.model, device=device, dtype=torch.float32)
     caches: dict[str, Callable[[], Any]] = {PLAIN: partial(plain_cache, model)}
@@ -109,7 +111,7 @@ def opened(args: argparse.Namespace, rows: Sequence[str]) -> tuple[Any, dict[str
 
 
 def calibrated(args: argparse.Namespace, stage: dict[str, Any]) -> tuple[Any, Any]:
-    """The scheme of a stage, and what calibration fixes of it."""
+    """Return the scheme of a stage and its calibrated parameters."""
     calibration = {
         "dataset": args.calibration,
         "num_calibration_samples": args.samples,
@@ -118,14 +120,14 @@ def calibrated(args: argparse.Namespace, stage: dict[str, Any]) -> tuple[Any, An
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "artifact"
         artifact = laconic.compress(args.model, {"stages": [stage], "calibration": calibration}, output)
-        kept = read_kv_scheme(artifact.path, artifact.config)
-    assert kept is not None
-    return kept
+        scheme = read_kv_scheme(artifact.path, artifact.config)
+    assert scheme is not None
+    return scheme
 
 
 @torch.no_grad()
 def filled(model: Any, cache: Any, ids: torch.Tensor) -> Any:
-    """A cache that has read some tokens; its 16-bit numbers are made of 16 bit, though float32 computes."""
+    """Read tokens into a cache; convert its 16-bit tensors to bfloat16, because float32 computes."""
     for piece in chunks(ids, 128):
         step(model, piece, cache)
     for layer in cache.packed:

@@ -1,13 +1,13 @@
-"""A checkpoint several times larger than the memory allowed, compressed all the same.
+"""Compression of a checkpoint that is several times larger than the allowed memory.
 
     python benchmarks/larger_than_memory.py [--blocks 32 128] [--limit-gb 1.0] [--methods rtn gptq]
 
-Writes random Llamas of as many blocks block by block, and compresses each in a process that the system stops from
-taking more memory than the limit (RLIMIT_DATA: everything but files mapped for reading). That the limit holds is tried
-first: a process that reads the largest checkpoint whole under it has to fail. glibc's allocator is told to give
-tensors back at once (MALLOC_MMAP_THRESHOLD_), since what it keeps counts too. The table tells the peak of the resident
-memory, mapped files included, beside the size of the checkpoint. The defaults take 4.2 GB of disk, in a temporary
-folder that is removed at the end, and a few minutes.
+Writes random Llamas with these numbers of blocks, and compresses each in a process with a limit on its memory
+(RLIMIT_DATA: everything except files mapped for reading). First it checks that the limit works: a process that reads
+the whole largest checkpoint under it has to fail. MALLOC_MMAP_THRESHOLD_ makes glibc's allocator return freed tensors
+at once, because freed memory that it keeps counts too. The table has the peak of the resident memory, mapped files
+included, beside the size of the checkpoint. The defaults take 4.2 GB of disk, in a temporary folder that is removed at
+the end, and a few minutes.
 """
 
 from __future__ import annotations
@@ -44,16 +44,18 @@ class Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[32, 128], help="how many, for each model")
-    parser.add_argument("--hidden", type=int, default=1024, help="the feed-forward width is 2.75 times that")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[32, 128], help="number of blocks of each model")
+    parser.add_argument(
+        "--hidden", type=int, default=1024, help="hidden size; the feed-forward width is 2.75 times that"
+    )
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"], choices=["rtn", "gptq"])
-    parser.add_argument("--limit-gb", type=float, default=1.0, help="10^9 bytes that a compressing process may take")
+    parser.add_argument("--limit-gb", type=float, default=1.0, help="memory limit of a compression, in 10^9 bytes")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
     args = parser.parse_args()
     if args.hidden % 512:
-        parser.error(f"--hidden {args.hidden} does not divide by 512, so that every width holds groups of 128")
+        parser.error(f"--hidden {args.hidden} is not a multiple of 512, which groups of 128 need in every width")
 
     limit, runs = int(args.limit_gb * GB), []
     with tempfile.TemporaryDirectory(prefix="larger-than-memory-", dir=args.folder) as scratch:
@@ -79,7 +81,7 @@ def main() -> None:
 
 
 def write_model(folder: Path, blocks: int, hidden: int, length: int) -> int:
-    """A random Llama in one shard a block, never held whole. Returns: bytes of its weights."""
+    """Write a random Llama, one block at a time with a shard each; return the bytes of its weights."""
     vocab = json.loads((TOKENIZER / "config.json").read_text())["vocab_size"]
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -121,9 +123,9 @@ def block(i: int, hidden: int, g: torch.Generator) -> dict[str, Tensor]:
     shapes = {f"self_attn.{n}_proj": (hidden, hidden) for n in "qkvo"}
     shapes |= {f"mlp.{n}_proj": (inner(hidden), hidden) for n in ("gate", "up")}
     shapes["mlp.down_proj"] = (hidden, inner(hidden))
-    made = {n: random(*shape, g=g) for n, shape in shapes.items()}
-    made |= {n: torch.ones(hidden, dtype=torch.bfloat16) for n in ("input_layernorm", "post_attention_layernorm")}
-    return {f"model.layers.{i}.{n}.weight": tensor for n, tensor in made.items()}
+    tensors = {n: random(*shape, g=g) for n, shape in shapes.items()}
+    tensors |= {n: torch.ones(hidden, dtype=torch.bfloat16) for n in ("input_layernorm", "post_attention_layernorm")}
+    return {f"model.layers.{i}.{n}.weight": tensor for n, tensor in tensors.items()}
 
 
 def outside(vocab: int, hidden: int, g: torch.Generator) -> dict[str, Tensor]:
@@ -139,34 +141,36 @@ def random(rows: int, columns: int, *, g: torch.Generator) -> Tensor:
 
 
 def check_limit(model: Path, limit: int, size: int) -> None:
-    """Raises: SystemExit unless a process under the limit fails to read the whole checkpoint into memory."""
+    """Exit unless a process under the limit fails to read the whole checkpoint into memory."""
     if size < 2 * limit:
         raise SystemExit(
             f"the largest checkpoint has {size / GB:.1f} GB, not twice the limit of {limit / GB:.1f} GB; "
             "give more --blocks or a lower --limit-gb"
         )
-    tried = child("hold", str(model), limit=limit)
-    if tried.returncode == 0:
-        raise SystemExit("a process read the whole checkpoint under the limit: RLIMIT_DATA does not hold here")
-    if "alloc" not in tried.stderr.lower() and "MemoryError" not in tried.stderr:
-        raise SystemExit(f"the trial of the limit failed of something else:\n{tried.stderr[-2000:]}")
+    trial = child("hold", str(model), limit=limit)
+    if trial.returncode == 0:
+        raise SystemExit(
+            "a process read the whole checkpoint under the limit: RLIMIT_DATA has no effect on this system"
+        )
+    if "alloc" not in trial.stderr.lower() and "MemoryError" not in trial.stderr:
+        raise SystemExit(f"the trial of the limit failed for another reason:\n{trial.stderr[-2000:]}")
 
 
 def compress(model: Path, recipe: dict, blocks: int, size: int, limit: int) -> Run:
-    """One compression under the limit. Raises: SystemExit when it fails."""
-    done = child("compress", str(model), json.dumps(recipe), limit=limit)
+    """Compress a model under the limit; exit if that fails."""
+    process = child("compress", str(model), json.dumps(recipe), limit=limit)
     method = recipe["stages"][0]["method"]
-    if done.returncode:
-        raise SystemExit(f"{method}, {blocks} blocks, within {limit / GB:.2f} GB failed:\n{done.stderr[-2000:]}")
-    told = json.loads(done.stdout.splitlines()[-1])
-    print(f"{method}, {blocks} blocks: {told}", file=sys.stderr, flush=True)
-    return Run(method, blocks, size, told["peak_memory_bytes"], told["seconds"])
+    if process.returncode:
+        raise SystemExit(f"{method}, {blocks} blocks, within {limit / GB:.2f} GB failed:\n{process.stderr[-2000:]}")
+    result = json.loads(process.stdout.splitlines()[-1])
+    print(f"{method}, {blocks} blocks: {result}", file=sys.stderr, flush=True)
+    return Run(method, blocks, size, result["peak_memory_bytes"], result["seconds"])
 
 
 def child(*arguments: str, limit: int) -> subprocess.CompletedProcess[str]:
-    """This file once more, in a process that may take no more than `limit` bytes."""
+    """Run this file in a process whose memory is limited to `limit` bytes."""
     command = [sys.executable, __file__, "--child", str(limit), *arguments]
-    # The limit counts what the allocator keeps of freed tensors, touched or not; from 1 MB on it is to keep nothing.
+    # The limit also counts freed memory that the allocator keeps; above 1 MB it has to keep none.
     environment = {"MALLOC_MMAP_THRESHOLD_": "1000000"} | os.environ
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -174,9 +178,9 @@ def child(*arguments: str, limit: int) -> subprocess.CompletedProcess[str]:
 def as_child(limit: str, task: str, model: str, recipe: str = "{}") -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
     if task == "hold":
-        # A clone, because the file itself may stay mapped at no cost.
-        held = [{n: t.clone() for n, t in load_file(f).items()} for f in sorted(Path(model).glob("*.safetensors"))]
-        assert held
+        # A clone, because a mapped file does not count.
+        tensors = [{n: t.clone() for n, t in load_file(f).items()} for f in sorted(Path(model).glob("*.safetensors"))]
+        assert tensors
         return
     import laconic
 
@@ -201,11 +205,11 @@ def table(runs: list[Run], limit: int) -> str:
             f"| {r.checkpoint_bytes / limit:.1f} | {r.seconds:.0f} |"
         )
     for method in dict.fromkeys(r.method for r in runs):
-        own = sorted((r for r in runs if r.method == method), key=lambda r: r.blocks)
-        few, many = own[0], own[-1]
+        rows = sorted((r for r in runs if r.method == method), key=lambda r: r.blocks)
+        few, many = rows[0], rows[-1]
         if many.blocks > few.blocks:
             growth = (many.peak_bytes - few.peak_bytes) / (many.checkpoint_bytes - few.checkpoint_bytes)
-            lines.append(f"\n{method}: {1000 * growth:.1f} MB more at the peak for every GB more of checkpoint.")
+            lines.append(f"\n{method}: {1000 * growth:.1f} MB more peak memory per GB of checkpoint.")
     return "\n".join(lines)
 
 
@@ -213,6 +217,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         as_child(*sys.argv[2:])
     else:
-        # Told to stop, it leaves no gigabytes behind.
+        # On SIGTERM the temporary folder is removed too.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         main()

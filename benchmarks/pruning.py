@@ -1,4 +1,4 @@
-"""The table of pruning methods by sparsity: perplexity, fidelity and time of one model, each row made by this command.
+"""Table of pruning methods by sparsity: perplexity, fidelity and time for one model.
 
     python benchmarks/pruning.py MODEL --calibration TEXT --text TEXT [--sparsities 0.5 2:4 ...] [--methods NAME ...]
         [--then YAML]
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rows import Stages, afterwards, cells, measured, options
+from rows import Stages, cells, later_stages, measure, options
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def stages_of(method: str, sparsity: str, group_size: int | None) -> Stages | None:
-    """The recipe's stages; None where a structure leaves an allocation nothing to share out."""
+    """Return the stages of a row; None for N:M structures with an allocation, which they do not allow."""
     structured = ":" in sparsity
     if structured and "allocation" in METHODS[method]:
         return None
@@ -43,23 +43,25 @@ def stages_of(method: str, sparsity: str, group_size: int | None) -> Stages | No
 def main() -> None:
     """Compress and measure row by row."""
     parser = options(__doc__)
-    parser.add_argument("--group-size", type=int, default=None, help="of the 4 bit codes, where there are any")
+    parser.add_argument("--group-size", type=int, default=None, help="group size of 4-bit codes")
     parser.add_argument("--sparsities", nargs="+", default=["0.3", "0.5", "0.6", "0.7", "2:4", "4:8"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if "gptq" not in m])
     args = parser.parse_args()
     print("| sparsity | method | perplexity | KL mean | KL p99 | same top-1 | seconds |")
     print("|---|---|---:|---:|---:|---:|---:|")
-    shown = False
+    has_baseline = False
     for sparsity in args.sparsities:
         for method in args.methods:
             stages = stages_of(method, sparsity, args.group_size)
             if stages is None:
                 continue
-            r = measured(args, stages)
-            if not shown:
+            r = measure(args, stages)
+            if not has_baseline:
                 print(f"| 0 | - | {r['baseline_perplexity']:.3f} | 0 | 0 | 100 % | - |")
-                shown = True
-            print(f"| {sparsity} | {method}{afterwards(args)} | {cells(r)} | {r['compress_seconds']:.0f} |", flush=True)
+                has_baseline = True
+            print(
+                f"| {sparsity} | {method}{later_stages(args)} | {cells(r)} | {r['compress_seconds']:.0f} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The table of methods by scheme: perplexity, fidelity and size of one model, each row made by this one command.
+"""Table of methods by scheme: perplexity, fidelity and size of one model.
 
     python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--schemes ...] [--methods ...]
         [--stage YAML] [--then YAML]
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rows import Stages, afterwards, cells, given_stages, measured, options, told
+from rows import Stages, cells, describe, later_stages, measure, options, parse_stages
 
 METHODS: dict[str, Stages] = {
     "rtn (min-max)": [{"method": "rtn"}],
@@ -44,12 +44,12 @@ WITH_ACTIVATIONS = {
     "W6A6": {"scheme": "W6A6"},
     "W4A4": {"scheme": "W4A4"},
 }
-# Those whose groups may have another size.
+# Schemes to which --group-size applies.
 GROUPED = ("W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W4A8", "W4A4")
 
 
 def rows(quick: bool, schemes: list[str] | None, methods: list[str] | None) -> list[tuple[str, str, Stages]]:
-    """(scheme, method, stages) of every row. schemes, methods: these alone."""
+    """Return (scheme, method, stages) of every row; only of these schemes and methods, if they are given."""
     table = [(s, m) for s in WEIGHT_ONLY for m in _weight_methods(s)]
     if not quick:
         table += [(s, m) for s in WITH_ACTIVATIONS for m in _activation_methods(s)]
@@ -72,14 +72,14 @@ def _activation_methods(scheme: str) -> list[str]:
 
 
 def _with(stages: Stages, keys: dict[str, Any]) -> Stages:
-    """Stages of which the last, which rounds, has these keys."""
+    """Add keys to the last stage, which quantizes."""
     return [*stages[:-1], keys | stages[-1]]
 
 
-def own_row(text: str) -> tuple[str, str, Stages]:
-    """The row of a stage, or of a list of them, that was given as YAML."""
-    stages = given_stages(text)
-    return stages[-1].get("scheme", "W8A8"), told(stages, "scheme"), stages
+def custom_row(text: str) -> tuple[str, str, Stages]:
+    """Return the row of a stage, or of a list of stages, in YAML."""
+    stages = parse_stages(text)
+    return stages[-1].get("scheme", "W8A8"), describe(stages, "scheme"), stages
 
 
 def main() -> None:
@@ -87,29 +87,29 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--group-size", type=int, default=None)
     parser.add_argument("--group-size-for", nargs=2, action="append", metavar=("PATTERN", "SIZE"), default=[])
-    parser.add_argument("--stage", action="append", metavar="YAML", help="a row of your own, in place of the table's")
-    parser.add_argument("--quick", action="store_true", help="weight-only schemes alone")
-    parser.add_argument("--schemes", nargs="+", choices=[*WEIGHT_ONLY, *WITH_ACTIVATIONS], help="these alone")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="these alone")
+    parser.add_argument("--stage", action="append", metavar="YAML", help="a row in place of the table's")
+    parser.add_argument("--quick", action="store_true", help="weight-only schemes only")
+    parser.add_argument("--schemes", nargs="+", choices=[*WEIGHT_ONLY, *WITH_ACTIVATIONS], help="only these")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
     args = parser.parse_args()
     print("| scheme | method | bits/weight | perplexity | KL mean | KL p99 | same top-1 |")
     print("|---|---|---:|---:|---:|---:|---:|")
-    shown = False
-    given = [own_row(s) for s in args.stage or ()]
-    for scheme, method, stages in given or rows(args.quick, args.schemes, args.methods):
+    has_baseline = False
+    custom = [custom_row(s) for s in args.stage or ()]
+    for scheme, method, stages in custom or rows(args.quick, args.schemes, args.methods):
         if args.group_size and scheme in GROUPED:
             last = stages[-1] | {"group_size": args.group_size}
             others = [last | {"targets": p, "group_size": int(g)} for p, g in args.group_size_for]
             stages = [*stages[:-1], last | {"ignore": ["lm_head", *(p for p, _ in args.group_size_for)]}, *others]
-        r = measured(args, stages)
-        if not shown:
+        r = measure(args, stages)
+        if not has_baseline:
             print(
                 f"| 16 bit | - | {r['baseline_bits_per_weight']:.2f} | {r['baseline_perplexity']:.3f} | 0 | 0 | 100 % |"
             )
-            shown = True
+            has_baseline = True
         simulated = " (simulated)" if r["simulated"] else ""
         print(
-            f"| {scheme}{simulated} | {method}{afterwards(args)} | {r['bits_per_weight']:.2f} | {cells(r)} |",
+            f"| {scheme}{simulated} | {method}{later_stages(args)} | {r['bits_per_weight']:.2f} | {cells(r)} |",
             flush=True,
         )
 

@@ -1,4 +1,4 @@
-"""How much of what pruning cost comes back: half of each row pruned by magnitude, then adapters by each loss.
+"""Recovery by training after pruning: half of each row is pruned by magnitude, then adapters are trained by each loss.
 
 python benchmarks/recovery.py MODEL OUT --data text:valid.txt:0.6 --data text:c4.jsonl:0.25 --test test.txt
 """
@@ -49,56 +49,56 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--precision", default="fp32")
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    pruned = given.out / "pruned"
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    pruned = args.out / "pruned"
     if not pruned.exists():
-        prune(given.model, given.sparsity, pruned)
+        prune(args.model, args.sparsity, pruned)
 
-    def measured(model: Path | str) -> dict[str, float]:
-        told = evaluate_text(
+    def measure(model: Path | str) -> dict[str, float]:
+        result = evaluate_text(
             model,
             TextOptions(
-                baseline=given.model, text=given.test, context_length=1024, windows=given.windows, dtype="float32"
+                baseline=args.model, text=args.test, context_length=1024, windows=args.windows, dtype="float32"
             ),
         )
-        return {key: told[key] for key in ("perplexity", "baseline_perplexity", "kl_mean")}
+        return {key: result[key] for key in ("perplexity", "baseline_perplexity", "kl_mean")}
 
-    before = measured(pruned)
+    before = measure(pruned)
     dense = before["baseline_perplexity"]
     print(json.dumps({"dense": dense, "pruned": before}), flush=True)
-    data = [dict(zip(("format", "dataset", "weight"), d.split(":"), strict=True)) for d in given.data]
-    for variant in given.variants.split(","):
+    data = [dict(zip(("format", "dataset", "weight"), d.split(":"), strict=True)) for d in args.data]
+    for variant in args.variants.split(","):
         method, loss = variant.split(":")
         stage = {
             "method": method,
             "loss": loss,
-            "teacher": given.model if loss == "kl" else None,
+            "teacher": args.model if loss == "kl" else None,
             "data": [d | {"weight": float(d["weight"])} for d in data],
-            "max_steps": given.steps,
-            "learning_rate": given.learning_rate,
-            "batch_size": given.batch_size,
-            "max_seq_length": given.length,
-            "rank": given.rank,
-            "alpha": 2 * given.rank,
-            "precision": given.precision,
+            "max_steps": args.steps,
+            "learning_rate": args.learning_rate,
+            "batch_size": args.batch_size,
+            "max_seq_length": args.length,
+            "rank": args.rank,
+            "alpha": 2 * args.rank,
+            "precision": args.precision,
             "held_out_samples": 8,
-            "eval_every": max(1, given.steps // 2),
+            "eval_every": max(1, args.steps // 2),
         }
-        begun = time.monotonic()
-        artifact = laconic.compress(str(pruned), {"stages": [stage]}, given.out / f"{method}-{loss}", overwrite=True)
-        after = measured(artifact.path)
-        # The share of the lost nats a token that came back.
-        lost, left = (math.log(q["perplexity"] / dense) for q in (before, after))
-        told = {
+        start = time.monotonic()
+        artifact = laconic.compress(str(pruned), {"stages": [stage]}, args.out / f"{method}-{loss}", overwrite=True)
+        after = measure(artifact.path)
+        # The share of the lost nats per token that training recovers.
+        before_loss, after_loss = (math.log(q["perplexity"] / dense) for q in (before, after))
+        row = {
             "variant": variant,
             **after,
-            "recovered": 1 - left / lost,
+            "recovered": 1 - after_loss / before_loss,
             "recovered_perplexity": (before["perplexity"] - after["perplexity"]) / (before["perplexity"] - dense),
-            "seconds": round(time.monotonic() - begun, 1),
+            "seconds": round(time.monotonic() - start, 1),
             "held_out": artifact.results[f"training-{method}"]["held_out"],
         }
-        print(json.dumps(told), flush=True)
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tables of methods share: their options, and how a row is measured, in float32 on the same windows."""
+"""Shared code of the tables of methods: options, and the measurement of a row, in float32 on the same windows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Stages = list[dict[str, Any]]
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """The model, and the texts that it is calibrated and measured on."""
+    """Return a parser of the model and of the texts for calibration and measurement."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
@@ -27,42 +27,45 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--context-length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=None)
     parser.add_argument(
-        "--then", type=given_stages, default=[], metavar="YAML", help="stages that come after each row's own, as `lora`"
+        "--then", type=parse_stages, default=[], metavar="YAML", help="stages to append to each row, such as `lora`"
     )
     return parser
 
 
-def given_stages(text: str) -> Stages:
-    """The stages of a row of the user's own, YAML of one or of a list."""
-    given = yaml.safe_load(text)
-    return given if isinstance(given, list) else [given]
+def parse_stages(text: str) -> Stages:
+    """Parse YAML of a stage or of a list of stages."""
+    parsed = yaml.safe_load(text)
+    return parsed if isinstance(parsed, list) else [parsed]
 
 
-def told(stages: Stages, *unsaid: str) -> str:
-    """A row's name: methods and their options. unsaid: options that another column has."""
-    words = [[s["method"], *(f"{k} {v}" for k, v in s.items() if k not in ("method", *unsaid))] for s in stages]
+def describe(stages: Stages, *omitted: str) -> str:
+    """Return the name of a row: methods and their options, without omitted options, which have another column."""
+    words = [[s["method"], *(f"{k} {v}" for k, v in s.items() if k not in ("method", *omitted))] for s in stages]
     return ", ".join(" ".join(w) for w in words)
 
 
-def afterwards(args: argparse.Namespace) -> str:
-    """What a row's name ends in for the stages that come after its own."""
+def later_stages(args: argparse.Namespace) -> str:
+    """Return the end of a row's name for the stages of `--then`."""
     return "".join(f", {stage['method']}" for stage in args.then)
 
 
-def measured(args: argparse.Namespace, stages: Stages) -> dict[str, Any]:
-    """What `laconic eval` says of the artifact of a row's stages and those of `--then`, with `compress_seconds` and
-    `pruning`; the artifact is not kept."""
+def measure(args: argparse.Namespace, stages: Stages) -> dict[str, Any]:
+    """Compress and evaluate a model with the stages of a row and of `--then`; the artifact is deleted.
+
+    Returns:
+        The result of the evaluation, with `compress_seconds` and `pruning`.
+    """
     calibration = {
         "dataset": args.calibration,
         "num_calibration_samples": args.samples,
         "max_seq_length": args.context_length,
     }
     with tempfile.TemporaryDirectory() as folder:
-        begun = time.monotonic()
+        start = time.monotonic()
         recipe = {"stages": [*stages, *args.then], "calibration": calibration}
         artifact = laconic.compress(args.model, recipe, Path(folder) / "artifact")
-        seconds = time.monotonic() - begun
-        found = evaluate_text(
+        seconds = time.monotonic() - start
+        result = evaluate_text(
             artifact.path,
             TextOptions(
                 baseline=args.model,
@@ -72,9 +75,9 @@ def measured(args: argparse.Namespace, stages: Stages) -> dict[str, Any]:
                 dtype="float32",
             ),
         )
-        return {**found, "compress_seconds": seconds, "pruning": artifact.results.get("pruning")}
+        return {**result, "compress_seconds": seconds, "pruning": artifact.results.get("pruning")}
 
 
 def cells(r: dict[str, Any]) -> str:
-    """Perplexity, KL and agreement, as every table ends or goes on."""
+    """Return the cells of perplexity, KL and agreement, which all tables have."""
     return f"{r['perplexity']:.3f} | {r['kl_mean']:.4f} | {r['kl_p99']:.3f} | {100 * r['top1_agreement']:.1f} %"

@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py [--starts 10]
 
-Prints Markdown: for each command the median over fresh processes, in turns, so that a busy moment slows all of them
-alike; and its ratio to `import torch`. The first start of each fills the disk's cache and is not counted.
+Prints Markdown: for each command the median over fresh processes, interleaved so that a disturbance of the machine
+affects all of them, and its ratio to `import torch`. The first start of each fills the disk cache and is not counted.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The table of structured pruning: perplexity and fidelity of one model with so many of its blocks' parameters gone.
+"""Table of structured pruning: perplexity and fidelity of one model by the share of removed parameters.
 
     python benchmarks/structured.py MODEL --calibration TEXT --text TEXT [--stage YAML ...] [--then YAML]
 
-Prints Markdown. *Gone* counts parameters, of the whole model with its embeddings and head; the `sparsity` that a stage
-is given is of what it targets. Everything is measured in float32 on the same windows; artifacts go to a temporary
+Prints Markdown. *Removed* is the share of all parameters, embeddings and head included; the `sparsity` of a stage is a
+share of what it targets. Everything is measured in float32 on the same windows; artifacts go to a temporary
 folder.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rows import Stages, afterwards, cells, given_stages, measured, options, told
+from rows import Stages, cells, describe, later_stages, measure, options, parse_stages
 
 _PRUNER: dict[str, Any] = {"method": "llm_pruner"}
 VARIANTS: list[dict[str, Any]] = [
@@ -25,7 +25,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 def rows() -> list[Stages]:
-    """At 10, 20 and 30 %: each kind of importance, and whole blocks."""
+    """Return the rows: each kind of importance, and whole blocks, at 10, 20 and 30 %."""
     table: list[Stages] = []
     for sparsity in (0.1, 0.2, 0.3):
         table += [[{**_PRUNER, "sparsity": sparsity, **variant}] for variant in VARIANTS]
@@ -36,18 +36,18 @@ def rows() -> list[Stages]:
 def main() -> None:
     """Prune and measure row by row."""
     parser = options(__doc__)
-    parser.add_argument("--stage", action="append", metavar="YAML", help="a row of your own, in place of the table's")
+    parser.add_argument("--stage", action="append", metavar="YAML", help="a row in place of the table's")
     args = parser.parse_args()
-    print("| method | gone | perplexity | KL mean | KL p99 | same top-1 |")
+    print("| method | removed | perplexity | KL mean | KL p99 | same top-1 |")
     print("|---|---:|---:|---:|---:|---:|")
-    shown = False
-    for stages in [given_stages(s) for s in args.stage or ()] or rows():
-        r = measured(args, stages)
-        gone = 1 - r["pruning"]["parameters_after"] / r["pruning"]["parameters_before"]
-        if not shown:
+    has_baseline = False
+    for stages in [parse_stages(s) for s in args.stage or ()] or rows():
+        r = measure(args, stages)
+        removed = 1 - r["pruning"]["parameters_after"] / r["pruning"]["parameters_before"]
+        if not has_baseline:
             print(f"| 16 bit | 0 % | {r['baseline_perplexity']:.3f} | 0 | 0 | 100 % |")
-            shown = True
-        print(f"| {told(stages)}{afterwards(args)} | {100 * gone:.1f} % | {cells(r)} |", flush=True)
+            has_baseline = True
+        print(f"| {describe(stages)}{later_stages(args)} | {100 * removed:.1f} % | {cells(r)} |", flush=True)
 
 
 if __name__ == "__main__":

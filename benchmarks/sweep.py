@@ -1,11 +1,11 @@
-"""What one decoder block of Llama-8B takes to round with GPTQ, step by step, and the paper's loop beside the sweep.
+"""Time to quantize one decoder block of Llama-8B with GPTQ, by step, and the paper's loop beside the column loop.
 
     python benchmarks/sweep.py [--device auto|cpu|cuda] [--small] [--repeat 3]
 
-Four-bit symmetric groups of 128, fixed beforehand (static) and rounded in order of activation energy, from 128 samples
-of 2048 tokens. `--small` takes an eighth of every width and a sixty-fourth of the tokens, for a CPU. Times are medians
-of a few runs after one to warm up, in seconds; `times` is the paper's loop over the sweep, on the same device, shape
-and grids, and `error` is the sweep's tr(E H E^T) over the loop's.
+Four-bit symmetric static groups of 128, quantized in activation order, from 128 samples of 2048 tokens. `--small` takes
+an eighth of every width and a sixty-fourth of the tokens, for a CPU. Times are medians of a few runs after a warm-up,
+in seconds; `times` is the time of the paper's loop divided by that of the column loop, on the same device, shape and
+grids, and `error` is the column loop's tr(E H E^T) divided by the paper's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEPS = ("hessian", "feedback", "search", "sweep")
 
 @dataclass(frozen=True)
 class Linear:
-    """Linears that see one input are rounded as one, their rows stacked."""
+    """Linears with one input, which are quantized as one matrix of stacked rows."""
 
     name: str
     rows: int
@@ -55,7 +55,7 @@ LLAMA_8B = (
 
 
 def measure(linear: Linear, tokens: int, chunk: int, device: torch.device, repeat: int) -> dict[str, float]:
-    """Seconds of each step and of the paper's loop, and the ratio of their errors."""
+    """Return the seconds of each step and of the paper's loop, and the ratio of their errors."""
 
     def seconds(work: Callable[[], object]) -> float:
         times = []
@@ -76,38 +76,38 @@ def measure(linear: Linear, tokens: int, chunk: int, device: torch.device, repea
     params = search_range(INT4, W, H.diagonal())
     sorted_W = W[:, order]
 
-    def rounded() -> Tensor:
+    def column_loop() -> Tensor:
         return run_column_loop(sorted_W, factor.A, GridRounder(INT4, params, W.shape, order))
 
-    took = {
+    times = {
         "hessian": seconds(lambda: gram(x, tokens)),
         "feedback": seconds(lambda: factor_hessian(sorted_H, DAMPENING)),
         "search": seconds(lambda: search_range(INT4, W, H.diagonal())),
-        "sweep": seconds(rounded),
+        "sweep": seconds(column_loop),
     }
     U = inverse_factor(sorted_H, factor.dampening_frac)
     groups = (order // GROUP).tolist()
     start = perf_counter()
     codes = paper_loop(sorted_W, U, INT4, params, groups)
     synchronize(device)
-    took["loop"] = perf_counter() - start
+    times["loop"] = perf_counter() - start
 
     def error(codes: Tensor) -> Tensor:
         E = W - decode(INT4, codes[:, order.argsort()], params)
         return ((E @ H) * E).sum()
 
-    return took | {"error": float(error(rounded()) / error(codes))}
+    return times | {"error": float(error(column_loop()) / error(codes))}
 
 
 def activations(tokens: int, columns: int, device: torch.device) -> Tensor:
-    """(tokens, columns) bfloat16: correlated, with a few loud columns, as activations are."""
+    """Make activations (tokens, columns) bfloat16: correlated, with a few columns of large values."""
     shared = torch.randn(tokens, 64, device=device) @ torch.randn(64, columns, device=device) / 8
-    loudness = torch.randn(columns, device=device).exp()
-    return ((torch.randn(tokens, columns, device=device) + shared) * loudness).bfloat16()
+    scales = torch.randn(columns, device=device).exp()
+    return ((torch.randn(tokens, columns, device=device) + shared) * scales).bfloat16()
 
 
 def gram(x: Tensor, tokens: int) -> Tensor:
-    """The second moment of `tokens` tokens, taken in chunks like `x`."""
+    """Compute the second moments of `tokens` tokens, in chunks of the size of `x`."""
     moments = Moments(x.shape[1], x.device)
     while moments.tokens < tokens:
         moments.add(x)
@@ -117,23 +117,31 @@ def gram(x: Tensor, tokens: int) -> Tensor:
 
 
 def inverse_factor(H: Tensor, dampening_frac: float) -> Tensor:
-    """U, upper triangular, with U^T U the inverse of the damped H."""
+    """Compute the upper triangular U with U^T U = inverse of the damped H."""
     damped = H.clone()
     damped.diagonal().add_(dampening_frac * H.diagonal().mean())
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
 
 def paper_loop(W: Tensor, U: Tensor, fmt: Format, params: Params, groups: list[int]) -> Tensor:
-    """GPTQ as its paper states it (arXiv 2210.17323, Algorithm 1) with every later column updated after each.
+    """Quantize by GPTQ as in the paper (arXiv 2210.17323, Algorithm 1), updating all later columns after each one.
 
-    W: (rows, columns). U: `inverse_factor`. groups: the group of each column. Returns: codes (rows, columns).
+    Args:
+        W: (rows, columns).
+        U: Result of `inverse_factor`.
+        fmt: Format of the codes.
+        params: Parameters of the groups.
+        groups: Group of each column.
+
+    Returns:
+        Codes (rows, columns).
     """
     W = W.T.contiguous()
     codes = torch.empty(W.shape, dtype=fmt.code_dtype, device=W.device)
     for j, group in enumerate(groups):
-        own = {name: p[:, group] for name, p in params.items()}
-        codes[j] = fmt.encode_tiles(W[j][:, None], own)[:, 0]
-        error = (W[j] - fmt.decode_tiles(codes[j][:, None], own)[:, 0]) / U[j, j]
+        group_params = {name: p[:, group] for name, p in params.items()}
+        codes[j] = fmt.encode_tiles(W[j][:, None], group_params)[:, 0]
+        error = (W[j] - fmt.decode_tiles(codes[j][:, None], group_params)[:, 0]) / U[j, j]
         W[j + 1 :].addr_(U[j, j + 1 :], error, alpha=-1)
     return codes.T.contiguous()
 
@@ -160,14 +168,14 @@ def main() -> None:
     print(f"{'linear':<10}{'rows x columns':>16}" + "".join(f"{c:>10}" for c in (*STEPS, "loop", "times", "error")))
     block = dict.fromkeys(STEPS, 0.0)
     for linear in linears:
-        took = measure(linear, tokens, chunk, device, arguments.repeat)
-        block = {step: block[step] + took[step] for step in STEPS}
-        cells = "".join(f"{took[step]:>10.4f}" for step in (*STEPS, "loop"))
-        times = f"{took['loop'] / took['sweep']:>10.1f}{took['error']:>10.4f}"
+        result = measure(linear, tokens, chunk, device, arguments.repeat)
+        block = {step: block[step] + result[step] for step in STEPS}
+        cells = "".join(f"{result[step]:>10.4f}" for step in (*STEPS, "loop"))
+        times = f"{result['loop'] / result['sweep']:>10.1f}{result['error']:>10.4f}"
         print(f"{linear.name:<10}{f'{linear.rows} x {linear.columns}':>16}{cells}{times}", flush=True)
     total = sum(block.values())
     print(f"{'block':<26}" + "".join(f"{block[step]:>10.4f}" for step in STEPS))
-    print(f"all steps: {total:.3f} s a block, {BLOCKS * total:.1f} s for {BLOCKS} blocks, forward passes not counted")
+    print(f"all steps: {total:.3f} s per block, {BLOCKS * total:.1f} s for {BLOCKS} blocks, forward passes not counted")
 
 
 if __name__ == "__main__":

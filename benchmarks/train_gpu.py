@@ -1,10 +1,10 @@
-"""Recovery of a random model of a billion parameters on one GPU, on copies on several, and cut among them (FSDP).
+"""Recovery training of a random model of a billion parameters on one GPU, and on several with DDP and FSDP.
 
     python benchmarks/train_gpu.py FOLDER --text TEXT [--gpus 2] [--steps 20]
 
-Each way is a launch of its own of `laconic compress` with one `lora` stage, of as many sequences a step in all; printed
-are target tokens a second over the training alone, the peak memory of each GPU, and the losses. Returns 1 where a way
-fails, or where a loss is more than one per cent from that of one GPU.
+Each setup is a separate launch of `laconic compress` with one `lora` stage and the same number of sequences per step.
+Prints target tokens per second of the training only, the peak memory of each GPU, and the losses. Returns 1 if a setup
+fails, or if a loss differs by more than one per cent from that of one GPU.
 """
 
 from __future__ import annotations
@@ -26,39 +26,41 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision
 
 
 def main() -> int:
-    """Make the model, train it each way, print a row each."""
+    """Make the model, train it in each setup, and print a row each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", required=True)
     parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parents[1] / "models" / "demo")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--steps", type=int, default=20, help="at least 5, of which the first are not timed")
+    parser.add_argument("--steps", type=int, default=20, help="at least 5; the first are not timed")
     parser.add_argument("--layers", type=int, default=22)
     args = parser.parse_args()
     if args.steps < 5:
-        parser.error("--steps: at least 5, of which the first are not timed")
+        parser.error("--steps: at least 5; the first are not timed")
     if args.gpus > 1 and 8 % args.gpus:
-        parser.error(f"--gpus: a step's 8 sequences cannot be shared evenly by {args.gpus}")
+        parser.error(f"--gpus: a step's 8 sequences cannot be divided evenly among {args.gpus} GPUs")
     model = make_model(args.folder / "model", args.tokenizer, args.layers)
-    ways = {"one GPU": (1, [])}
+    setups = {"one GPU": (1, [])}
     if args.gpus > 1:
-        several = ["--num_processes", str(args.gpus), "--multi_gpu"]
-        cut = ["--num_processes", str(args.gpus), "--use_fsdp", "--fsdp_version", "2"]
-        ways |= {f"copies on {args.gpus}": (args.gpus, several), f"cut among {args.gpus}": (args.gpus, cut)}
-    print("| way | tokens/s | s a step | peak GB of each | first loss | last loss |")
+        ddp = ["--num_processes", str(args.gpus), "--multi_gpu"]
+        fsdp = ["--num_processes", str(args.gpus), "--use_fsdp", "--fsdp_version", "2"]
+        setups |= {f"DDP on {args.gpus}": (args.gpus, ddp), f"FSDP on {args.gpus}": (args.gpus, fsdp)}
+    print("| setup | tokens/s | s per step | peak GB of each GPU | first loss | last loss |")
     print("|---|---:|---:|---:|---:|---:|")
-    found: list[list[float]] = []
-    for way, (count, launch) in ways.items():
-        row, losses = train(model, args, way, count, launch)
+    all_losses: list[list[float]] = []
+    for setup, (count, launch) in setups.items():
+        row, losses = train(model, args, setup, count, launch)
         print(row, flush=True)
-        found.append(losses)
-    agree = all(math.isclose(a, b, rel_tol=0.01) for own in found for a, b in zip(own, found[0], strict=False))
-    print("\nlosses agree" if agree and all(found) else "\nlosses do NOT agree, or a way failed")
-    return int(not (agree and all(found)))
+        all_losses.append(losses)
+    agree = all(
+        math.isclose(a, b, rel_tol=0.01) for row in all_losses for a, b in zip(row, all_losses[0], strict=False)
+    )
+    print("\nlosses agree" if agree and all(all_losses) else "\nlosses do NOT agree, or a setup failed")
+    return int(not (agree and all(all_losses)))
 
 
 def make_model(folder: Path, tokenizer: Path, layers: int) -> Path:
-    """A random Llama, 1.1 billion parameters with 22 layers."""
+    """Write a random Llama; with 22 layers it has 1.1 billion parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if not (folder / "config.json").exists():
@@ -73,16 +75,16 @@ def make_model(folder: Path, tokenizer: Path, layers: int) -> Path:
             max_position_embeddings=2048,
         )
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            made = LlamaForCausalLM(config)
-        made.to("cpu", torch.bfloat16).save_pretrained(folder)
+            model = LlamaForCausalLM(config)
+        model.to("cpu", torch.bfloat16).save_pretrained(folder)
         for file in tokenizer.glob("token*"):
             (folder / file.name).write_bytes(file.read_bytes())
     return folder
 
 
-def train(model: Path, args: argparse.Namespace, way: str, count: int, launch: list[str]) -> tuple[str, list[float]]:
-    """One launch. Returns: its row, and its first and last loss; none where it failed."""
-    output = args.folder / way.replace(" ", "-")
+def train(model: Path, args: argparse.Namespace, setup: str, count: int, launch: list[str]) -> tuple[str, list[float]]:
+    """Run one setup; return its row, and its first and last loss, or no losses if it failed."""
+    output = args.folder / setup.replace(" ", "-")
     stage = {
         "method": "lora",
         "data": [{"dataset": str(Path(args.text).absolute())}],
@@ -101,22 +103,22 @@ def train(model: Path, args: argparse.Namespace, way: str, count: int, launch: l
     peaks = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("PEAK ")]
     result = output / "results" / "training-lora.json"
     if run.returncode or not result.exists():
-        said = args.folder / f"{output.name}.log"
-        said.write_text(run.stdout + run.stderr)
+        log = args.folder / f"{output.name}.log"
+        log.write_text(run.stdout + run.stderr)
         errors = [line for line in run.stderr.splitlines() if "Error" in line and "ChildFailed" not in line]
-        return f"| {way} | failed, see {said}: {(errors or ['it said nothing'])[0][:300]} |", []
-    told = json.loads(result.read_text())
+        return f"| {setup} | failed, see {log}: {(errors or ['no error message'])[0][:300]} |", []
+    result_json = json.loads(result.read_text())
     times = [float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("STEP ")]
-    # The first steps meet cold caches.
+    # The first steps are slower, because caches are cold.
     seconds = (times[-1] - times[2]) / (len(times) - 3)
-    tokens = sum(step["tokens"] for step in told["curve"]) / len(told["curve"])
-    first, last = (told["curve"][i]["loss"] for i in (0, -1))
-    row = f"| {way} | {tokens / seconds:.0f} | {seconds:.3f} | {', '.join(peaks)} | {first:.4f} | {last:.4f} |"
+    tokens = sum(step["tokens"] for step in result_json["curve"]) / len(result_json["curve"])
+    first, last = (result_json["curve"][i]["loss"] for i in (0, -1))
+    row = f"| {setup} | {tokens / seconds:.0f} | {seconds:.3f} | {', '.join(peaks)} | {first:.4f} | {last:.4f} |"
     return row, [first, last]
 
 
 def worker(recipe: str, output: str) -> None:
-    """What each process of a launch does."""
+    """Run one process of a launch."""
     from laconic.pipeline.compression import compress
 
     def watch(event: Mapping[str, Any]) -> None:
