@@ -10,7 +10,7 @@ demo: $(VENV)/ready
 	$(BIN)/python scripts/stdlib_text.py train build/train.txt --max-bytes 3000000
 	$(BIN)/python scripts/stdlib_text.py heldout build/heldout.txt
 	$(BIN)/laconic compress models/demo --recipe demo --output out/demo-gptq-w4a16 --set calibration.dataset=build/train.txt --overwrite
-	$(BIN)/laconic eval out/demo-gptq-w4a16 --baseline models/demo --text build/heldout.txt --context-length 1024 --windows 64
+	$(BIN)/laconic eval text out/demo-gptq-w4a16 --baseline models/demo --text build/heldout.txt --context-length 1024 --windows 64
 	$(BIN)/laconic report out/demo-gptq-w4a16 --output out/report.html
 
 test: $(VENV)/ready lint

@@ -651,6 +651,6 @@ def test_tasks_without_lm_eval(laconic: Laconic, llama: Path, monkeypatch: pytes
     monkeypatch.delitem(sys.modules, "laconic.evaluation.lm", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    said = laconic("eval", llama, "--tasks", "arc_easy").complaint
+    said = laconic("eval", "tasks", llama, "arc_easy").complaint
     assert said.startswith("tasks are measured by lm-eval, which cannot be imported (")
     assert said.endswith("); pip install 'laconic[eval]'")

@@ -319,10 +319,10 @@ def test_a_task_that_does_not_fit_is_named_and_the_others_are_kept(
     data.mkdir()
     write(data / "piqa.jsonl", multiple_choice(4, choices=2))
     write(data / "gsm8k_test.jsonl", [{"question": phrase(0, 2), "answer": "#### 4"}])
-    told = ("--tasks-data", data, "--fewshot", "0", "--baseline", llama)
-    assert laconic("eval", made.path, "--tasks", "piqa", *told).code == 0
+    told = ("--data", data, "--fewshot", "0", "--baseline", llama)
+    assert laconic("eval", "tasks", made.path, "piqa", *told).code == 0
     alone = made.results["tasks-piqa-0shot"]
-    ran = laconic("eval", made.path, "--tasks", "gsm8k,piqa", *told)
+    ran = laconic("eval", "tasks", made.path, "gsm8k,piqa", *told)
     kept = made.results["tasks-gsm8k+piqa-0shot"]
     assert [kept[key] for key in ("rows", "calibration", "shots")] == [
         alone[key] for key in ("rows", "calibration", "shots")
@@ -355,7 +355,7 @@ def test_the_table_says_how_many_prompts_were_cut(laconic: Laconic, llama: Path,
         row["question"] = phrase(0, 12)
     write(tmp_path / "arc_easy.jsonl", rows)
     write(tmp_path / "mmlu.jsonl", [row | {"subject": "anatomy" if i else "virology"} for i, row in enumerate(rows)])
-    ran = laconic("eval", llama, "--tasks", "arc_easy,mmlu", "--tasks-data", tmp_path, "--context-length", "90")
+    ran = laconic("eval", "tasks", llama, "arc_easy,mmlu", "--data", tmp_path, "--context-length", "90")
     assert ran.code == 0, ran.err
     said = " ".join(ran.out.split())
     assert "prompts truncated at the beginning to fit 90 tokens: mmlu 6 of 6, arc_easy 2 of 6" in said
@@ -435,30 +435,34 @@ def test_names_of_the_hub_are_opened_with_their_groups_and_tags(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--tasks", "arc_eazy"], "no task 'arc_eazy' over local files; did you mean arc_easy"),
-        (["--tasks", "piqa"], "the task 'piqa' needs {data}/piqa.jsonl, which does not exist; check --tasks-data"),
-        (["--tasks", "blimp"], "{data} has no blimp*.jsonl for the task 'blimp'"),
-        (["--tasks", ","], "--tasks names no task; name some, as in --tasks hellaswag,arc_easy"),
-        (["--tasks", "arc_easy", "--limit", "0"], "--limit 0 is less than 1"),
-        (["--tasks", "arc_easy", "--fewshot", "-1"], "--fewshot -1 is less than 0"),
-        (["--tasks", "arc_easy", "--windows", "3"], "--tasks measures tasks alone; leave out --text and --windows"),
+        (["arc_eazy"], "no task 'arc_eazy' over local files; did you mean arc_easy"),
+        (["piqa"], "the task 'piqa' needs {data}/piqa.jsonl, which does not exist; check --data"),
+        (["blimp"], "{data} has no blimp*.jsonl for the task 'blimp'"),
+        ([","], "no task is named; name some, as in hellaswag,arc_easy"),
+        (["arc_easy", "--limit", "0"], "--limit 0 is less than 1"),
+        (["arc_easy", "--fewshot", "-1"], "--fewshot -1 is less than 0"),
+        (["arc_easy", "--windows", "3"], "No such option: --windows"),
         (
-            ["--tasks", "arc_easy", "--context-length", "4096"],
+            ["arc_easy", "--kv", "{method: kivi}", "--kv", "{method: kv_int8}"],
+            "tasks are measured with one cache; give --kv once, or compare ",
+        ),
+        (
+            ["arc_easy", "--context-length", "4096"],
             "--context-length 4096 is not between 2 and the model's context of 256",
         ),
         (
-            ["--tasks", "arc_easy", "--context-length", "5"],
+            ["arc_easy", "--context-length", "5"],
             "the task 'arc_easy' has answers of up to 8 tokens, which leave no room for a prompt in a context of 5;",
         ),
         (
-            ["--tasks", "arc_easy", "--fewshot", "2"],
+            ["arc_easy", "--fewshot", "2"],
             "the task 'arc_easy' with 2 examples in a prompt finds 0 in {data}/arc_easy_train.jsonl; add some",
         ),
         (
-            ["--tasks", "gsm8k", "--fewshot", "0"],
+            ["gsm8k", "--fewshot", "0"],
             "the task 'gsm8k' has answers of up to 256 tokens, which leave no room for a prompt in a context of 256;",
         ),
-        (["--limit", "3"], "--tasks-data, --limit and --fewshot go with --tasks"),
+        (["--limit", "3"], "Missing argument 'NAME,... | standard'"),
     ],
     ids=lambda p: " ".join(p) if isinstance(p, list) else "",
 )
@@ -467,7 +471,7 @@ def test_wrong_input_is_told_in_a_line(
 ) -> None:
     write(tmp_path / "arc_easy.jsonl", multiple_choice(2))
     write(tmp_path / "gsm8k_test.jsonl", [{"question": phrase(0, 2), "answer": "#### 4"}])
-    said = laconic("eval", llama, *flags, "--tasks-data", tmp_path).complaint
+    said = laconic("eval", "tasks", llama, *flags, "--data", tmp_path).complaint
     assert said.startswith(expected.format(data=tmp_path))
 
 
@@ -487,7 +491,7 @@ GOOD = multiple_choice(1)[0]
 )
 def test_a_bad_row_is_named(row: Any, expected: str, laconic: Laconic, llama: Path, tmp_path: Path) -> None:
     write(tmp_path / "arc_easy.jsonl", [GOOD, row])
-    said = laconic("eval", llama, "--tasks", "arc_easy", "--tasks-data", tmp_path).complaint
+    said = laconic("eval", "tasks", llama, "arc_easy", "--data", tmp_path).complaint
     assert said == f"{tmp_path}/arc_easy.jsonl, line 2, {expected}"
 
 
@@ -503,12 +507,12 @@ def test_offline_the_fix_is_named(laconic: Laconic, llama: Path, monkeypatch: py
             super().__init__(include_path=str(Path(lm_eval.tasks.__file__).parent / "arc"), include_defaults=False)
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", Few)
-    assert laconic("eval", llama, "--tasks", "arc_eazy").complaint == (
+    assert laconic("eval", "tasks", llama, "arc_eazy").complaint == (
         "lm-eval has no task 'arc_eazy'; did you mean arc_easy?"
     )
-    said = laconic("eval", llama, "--tasks", "arc_easy").complaint
+    said = laconic("eval", "tasks", llama, "arc_easy").complaint
     assert said.startswith("the task 'arc_easy' could not be opened (Couldn't reach 'allenai/ai2_arc' on the Hub")
-    assert said.endswith("its data set comes from the Hub: go online, or give local files with --tasks-data DIR")
+    assert said.endswith("its data set comes from the Hub: go online, or give local files with --data DIR")
 
 
 def test_broken_weights_are_no_answers(roomy: Path, tmp_path: Path) -> None:
@@ -526,7 +530,7 @@ def test_broken_weights_are_no_answers(roomy: Path, tmp_path: Path) -> None:
 def test_the_table_and_the_page_show_it(laconic: Laconic, roomy: Path, text: Path, tmp_path: Path) -> None:
     made = press(roomy, tmp_path / "w3", rtn("W3A16", group_size=32))
     write(tmp_path / "piqa.jsonl", multiple_choice(8, choices=2))
-    run = laconic("eval", made.path, "--baseline", roomy, "--tasks", "piqa", "--tasks-data", tmp_path)
+    run = laconic("eval", "tasks", made.path, "piqa", "--baseline", roomy, "--data", tmp_path)
     assert (run.code, run.err) == (0, "")
     (row, _) = made.results["tasks-piqa"]["rows"]
     shown = f"{row['baseline']:.4f} ± {row['baseline_stderr']:.4f}"

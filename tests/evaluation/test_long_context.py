@@ -1,4 +1,4 @@
-"""`laconic eval --suite long`: its result, its words, its page, and what it refuses."""
+"""`laconic eval long`: its result, its words, its page, and what it refuses."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_a_cache_of_the_artifacts_own_is_measured_too(method: str, llama: Path, 
 def test_the_command_says_it_and_the_report_shows_it(
     laconic: Laconic, artifact: Artifact, text: Path, tmp_path: Path
 ) -> None:
-    asked = ("--suite", "long", "--kv", KV, "--text", text, "--heat-map", tmp_path / "map.svg")
-    ran = laconic("eval", artifact.path, *asked, *SMALL)
+    asked = ("--kv", KV, "--text", text, "--heat-map", tmp_path / "map.svg")
+    ran = laconic("eval", "long", artifact.path, *asked, *SMALL)
     assert ran.code == 0, ran.err
     for word in ("bits/number", "needles at", "16 bit", "0-240", "tokens/s at"):
         assert word in ran.out
@@ -79,7 +79,7 @@ def test_the_command_says_it_and_the_report_shows_it(
 
 def test_a_part_alone(laconic: Laconic, llama: Path) -> None:
     # Bytes need no text.
-    ran = laconic("eval", llama, "--suite", "long", "--kv", KV, "--measure", "memory", "--lengths", "64", "--json")
+    ran = laconic("eval", "long", llama, "--kv", KV, "--measure", "memory", "--lengths", "64", "--json")
     told = json.loads(ran.out)
     assert told["memory"][NAME][0]["length"] == 64
     assert not {"perplexity", "needle", "speed"} & set(told)
@@ -88,57 +88,51 @@ def test_a_part_alone(laconic: Laconic, llama: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--suite", "short"], "--suite short is not known; there are 'long' and 'standard'"),
-        (["--suite", "long", "--lengths", "many"], "--lengths many is no list of numbers; write it as in "),
-        (["--suite", "long", "--lengths", "512"], "--lengths 512 is not between 2 and the model's context of 256"),
-        (["--suite", "long", "--depths", "0"], "--depths 0 is less than 1"),
+        (["--lengths", "many"], "--lengths many is no list of numbers; write it as in "),
+        (["--lengths", "512"], "--lengths 512 is not between 2 and the model's context of 256"),
+        (["--depths", "0"], "--depths 0 is less than 1"),
         (
-            ["--suite", "long", "--lengths", "128", "--text", "TEXT"],
+            ["--lengths", "128", "--text", "TEXT"],
             "--lengths 128 leaves no room for hay; the needle ",
         ),
-        (["--suite", "long", "--measure", "taste"], "--measure taste is not one of perplexity, needle, memory, "),
-        (["--suite", "long", "--measure", ","], "--measure names nothing; name some of perplexity, needle, memory, "),
-        (["--suite", "long", "--prompt", "riddle"], "--prompt riddle is not one of needle, comment, passkey"),
-        (["--suite", "long", "--kv", "{method: quip}"], "--kv quip: no cache method 'quip'; choose one of kivi, "),
-        (["--suite", "long", "--kv", "{"], "--kv { is not YAML: "),
-        (["--suite", "long", "--kv", "kivi"], "--kv kivi names no method; write it as in --kv '{method: kivi, "),
-        (["--suite", "long", "--kv", "{method: kivi, bits: 2}"], "--kv kivi bits 2: kivi.bits: Extra inputs"),
+        (["--measure", "taste"], "--measure taste is not one of perplexity, needle, memory, "),
+        (["--measure", ","], "--measure names nothing; name some of perplexity, needle, memory, "),
+        (["--prompt", "riddle"], "--prompt riddle is not one of needle, comment, passkey"),
+        (["--kv", "{method: quip}"], "--kv quip: no cache method 'quip'; choose one of kivi, "),
+        (["--kv", "{"], "--kv { is not YAML: "),
+        (["--kv", "kivi"], "--kv kivi names no method; write it as in --kv '{method: kivi, "),
+        (["--kv", "{method: kivi, bits: 2}"], "--kv kivi bits 2: kivi.bits: Extra inputs"),
         (
-            ["--suite", "long", "--kv", "{method: kivi, k_bits: 9}"],
+            ["--kv", "{method: kivi, k_bits: 9}"],
             "--kv kivi k_bits 9: kivi.k_bits: Input should be less",
         ),
         (
-            ["--suite", "long", "--kv", "{method: kivi, group_size: 12}"],
+            ["--kv", "{method: kivi, group_size: 12}"],
             "--kv kivi group_size 12: group_size 12 does not divide the 16 channels",
         ),
         (
-            ["--suite", "long", "--kv", "{method: kivi, budget_bits: 3}"],
+            ["--kv", "{method: kivi, budget_bits: 3}"],
             "--kv kivi budget_bits 3: kivi is calibrated; ",
         ),
-        (["--suite", "long", "--kv", "{method: gptq}"], "--kv gptq: no cache method 'gptq'; choose one of kivi, "),
-        (["--suite", "long", "--baseline", "m"], "--suite long compares caches of one model; leave out --baseline"),
+        (["--kv", "{method: gptq}"], "--kv gptq: no cache method 'gptq'; choose one of kivi, "),
+        (["--baseline", "m"], "No such option: --baseline"),
         (
-            ["--lengths", "64"],
-            "--lengths, --depths, --trials, --prompt, --chunk, --measure, --heat-map go with ",
-        ),
-        (
-            ["--suite", "long", "--measure", "memory", "--heat-map", "m.svg"],
+            ["--measure", "memory", "--heat-map", "m.svg"],
             "--heat-map draws needles; leave out --measure, or name needle in it",
         ),
-        (["--kv", KV], "--kv goes with --suite long, or with --tasks for one cache to generate with"),
-        (["--tasks", "arc_easy", "--kv", KV, "--kv", KV], "tasks are measured with one cache; give --kv once, or use"),
+        (["--measure", "longbench"], "LongBench has a command of its own: laconic eval longbench "),
     ],
     ids=str,
 )
 def test_a_wrong_command(laconic: Laconic, llama: Path, text: Path, arguments: list[str], expected: str) -> None:
     given = [text if a == "TEXT" else a for a in arguments]
-    assert laconic("eval", llama, *given).complaint.startswith(expected)
+    assert laconic("eval", "long", llama, *given).complaint.startswith(expected)
 
 
 def test_a_text_that_is_too_short(laconic: Laconic, llama: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("too little")
-    said = laconic("eval", llama, "--suite", "long", "--text", short, "--lengths", 128).complaint
+    said = laconic("eval", "long", llama, "--text", short, "--lengths", 128).complaint
     assert said.startswith("the evaluation text has ")
     assert said.endswith(
         "less than one window of 128; give more text or a shorter context (--context-length; "

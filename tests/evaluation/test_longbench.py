@@ -29,6 +29,7 @@ from laconic.evaluation.long_context import evaluate_long
 from laconic.evaluation.options import LongBenchOptions, LongOptions, TaskOptions
 from laconic.evaluation.tasks import evaluate_tasks
 from laconic.evaluation.through_cache import PLAIN, continue_greedily, plain_cache
+from laconic.report.long_table import long_caption
 from tiny import make_model, make_text
 
 pytestmark = pytest.mark.skipif(
@@ -280,7 +281,7 @@ def test_a_long_prompt_loses_its_middle_and_no_other_task_does(roomy: Path, tmp_
     folder = write(tmp_path / "data", {"hotpotqa": [document(i, ["yes"]) for i in range(5)]})
     # Prompts are the longer the later; with 32 tokens of an answer, the third just fits.
     context = len(load_tokenizer(roomy)(question_of(document(2, []))).input_ids) + 32
-    told = laconic("eval", roomy, "--tasks", "longbench", "--tasks-data", folder, "--context-length", context)
+    told = laconic("eval", "tasks", roomy, "longbench", "--data", folder, "--context-length", context)
     assert told.code == 0, told.err
     expected = f"(LongBench's, their middle), to fit {context} tokens: longbench 2 of 5"
     assert expected in " ".join(told.out.split())
@@ -320,34 +321,33 @@ def test_the_long_suite_shows_it_on_the_terminal_and_the_page(roomy: Path, lacon
     artifact = press(roomy, tmp_path / "w8", rtn("W8A16"))
     rows = [document(i, ["yes"]) for i in range(2)]
     folder = write(tmp_path / "data", {"hotpotqa": rows, "passage_count": rows})
-    asked = ("--suite", "long", "--measure", "longbench,memory", "--tasks-data", folder, "--kv", KV, "--limit", 1)
-    ran = laconic("eval", artifact.path, *asked, "--lengths", 430)
+    asked = ("--data", folder, "--kv", KV, "--limit", 1)
+    ran = laconic("eval", "longbench", artifact.path, *asked, "--context-length", 430)
     assert ran.code == 0, ran.err
     said = " ".join(ran.out.split())
     for words in ("longbench (2 tasks)", f"LongBench's documents from {folder}", "of at most 430 tokens", "±"):
         assert words in said
-    assert f"long-wikitext2-430-memory+longbench-1-{NAME.replace(' ', '_')}" in artifact.results
+    assert f"long-wikitext2-430-longbench-1-{NAME.replace(' ', '_')}" in artifact.results
     page = tmp_path / "page.html"
     assert laconic("report", artifact.path, "-o", page).code == 0
     assert "longbench_passage_count" in page.read_text()
 
 
 def test_offline_it_says_that_it_was_not_run_and_why(laconic: Laconic, llama: Path) -> None:
-    asked = ("eval", llama, "--suite", "long", "--lengths", "64")
-    told = json.loads(laconic(*asked, "--measure", "memory,longbench", "--json").out)
-    assert told["longbench"]["not_run"].startswith("the task 'longbench' could not be opened (Couldn't reach '")
-    assert told["memory"]
-    said = " ".join(laconic(*asked, "--measure", "memory,longbench").out.split())
+    result = evaluate_long(llama, LongOptions(lengths=[64], parts=["memory", "longbench"]))
+    assert result["longbench"]["not_run"].startswith("the task 'longbench' could not be opened (Couldn't reach '")
+    assert result["memory"]
+    said = " ".join(long_caption(result).split())
     assert "LongBench was not run: the task 'longbench' could not be opened (Couldn't reach" in said
-    assert said.endswith("go online, or give local files with --tasks-data DIR")
-    alone = laconic(*asked, "--measure", "longbench").complaint
+    assert said.endswith("go online, or give local files with --data DIR")
+    alone = laconic("eval", "longbench", llama, "--context-length", "64").complaint
     assert alone.startswith("the task 'longbench' could not be opened (Couldn't reach '")
 
 
 def test_by_default_it_says_that_it_has_to_be_named(laconic: Laconic, llama: Path, text: Path) -> None:
     small = ("--lengths", 180, "--depths", 1, "--trials", 1, "--windows", 1, "--text", text)
-    said = " ".join(laconic("eval", llama, "--suite", "long", *small).out.split())
-    assert said.endswith("LongBench was not run: it has to be named, as in --measure longbench")
+    said = " ".join(laconic("eval", "long", llama, *small).out.split())
+    assert said.endswith("LongBench was not run: it has a command of its own, laconic eval longbench")
 
 
 @pytest.mark.parametrize("local", [False, True])
@@ -355,28 +355,31 @@ def test_missing_packages_are_named(
     local: bool, laconic: Laconic, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "rouge", None)
-    data = ("--tasks-data", write(tmp_path / "data", {"hotpotqa": [document(0, ["yes"])]})) if local else ()
-    said = laconic("eval", llama, "--tasks", "longbench_hotpotqa", *data).complaint
+    data = ("--data", write(tmp_path / "data", {"hotpotqa": [document(0, ["yes"])]})) if local else ()
+    said = laconic("eval", "tasks", llama, "longbench_hotpotqa", *data).complaint
     assert said == (
         "the task 'longbench_hotpotqa' needs packages that are not installed; pip install 'laconic[longbench]'"
     )
 
 
-LONG = ("--suite", "long", "--measure", "longbench", "--tasks-data", "DATA")
+DATA = ("--data", "DATA")
 
 
 @pytest.mark.parametrize(
     ("row", "asked", "expected"),
     [
-        ({"question": None}, LONG, "FILE, line 1, needs 'question' (or 'input'), a text"),
-        ({"answers": []}, LONG, "FILE, line 1, needs 'answers', of one text or more"),
-        ({"answers": "yes"}, LONG, "FILE, line 1, needs 'answers', a list"),
-        ({"context": 5}, LONG, "FILE, line 1, needs 'context', a text"),
-        ({}, (*LONG, "--tasks", "mmlu"), "--suite long measures LongBench's tasks only (longbench, "),
-        ({}, (*LONG, "--tasks", "longbench_hotpot"), "no task 'longbench_hotpot' over local files; did you mean "),
-        ({}, (*LONG, "--limit", "0"), "--limit 0 is less than 1"),
-        ({}, (*LONG, "--lengths", "33"), "answers of 'longbench_hotpotqa' take 32 tokens, and the context has 33"),
-        ({}, ("--suite", "long", "--limit", "2"), "--tasks, --tasks-data and --limit of --suite long go with --meas"),
+        ({"question": None}, DATA, "FILE, line 1, needs 'question' (or 'input'), a text"),
+        ({"answers": []}, DATA, "FILE, line 1, needs 'answers', of one text or more"),
+        ({"answers": "yes"}, DATA, "FILE, line 1, needs 'answers', a list"),
+        ({"context": 5}, DATA, "FILE, line 1, needs 'context', a text"),
+        ({}, ("mmlu", *DATA), "laconic eval longbench measures LongBench's tasks only (longbench, "),
+        ({}, ("longbench_hotpot", *DATA), "no task 'longbench_hotpot' over local files; did you mean "),
+        ({}, (*DATA, "--limit", "0"), "--limit 0 is less than 1"),
+        (
+            {},
+            (*DATA, "--context-length", "33"),
+            "answers of 'longbench_hotpotqa' take 32 tokens, and the context has 33",
+        ),
     ],
     ids=str,
 )
@@ -384,5 +387,5 @@ def test_what_is_wrong_is_told_in_a_line(
     row: Row, asked: Sequence[str], expected: str, laconic: Laconic, llama: Path, tmp_path: Path
 ) -> None:
     folder = write(tmp_path / "data", {"hotpotqa": [document(0, ["yes"]) | row]})
-    said = laconic("eval", llama, *(folder if a == "DATA" else a for a in asked)).complaint
+    said = laconic("eval", "longbench", llama, *(folder if a == "DATA" else a for a in asked)).complaint
     assert said.startswith(expected.replace("FILE", str(folder / "longbench_hotpotqa.jsonl")))

@@ -179,17 +179,17 @@ def test_the_suite_offline_is_what_the_folder_has_and_says_so(laconic: Laconic, 
     for task in ("arc_easy", "mmlu_anatomy", "c4"):
         file, pairs = PAIRS[task]
         write(tmp_path / f"{file}.jsonl", [local for local, _ in pairs[:6]])
-    ran = laconic("eval", model, "--suite", "standard", "--tasks-data", tmp_path, "--json")
+    ran = laconic("eval", "tasks", model, "standard", "--data", tmp_path, "--json")
     assert ran.code == 0, ran.err
     told = json.loads(ran.out)
     assert told["tasks"] == ["mmlu", "arc_easy", "c4"]
     assert told["left_out"] == [t for t in STANDARD if t not in told["tasks"]]
     assert {row["task"] for row in told["calibration"]} == {"mmlu", "arc_easy"}
-    said = laconic("eval", model, "--suite", "standard", "--tasks-data", tmp_path)
+    said = laconic("eval", "tasks", model, "standard", "--data", tmp_path)
     assert "without hellaswag" in said.out
     empty = tmp_path / "empty"
     empty.mkdir()
-    complaint = laconic("eval", model, "--suite", "standard", "--tasks-data", empty).complaint
+    complaint = laconic("eval", "tasks", model, "standard", "--data", empty).complaint
     assert complaint.startswith(f"{empty} has no file of the standard suite (mmlu, hellaswag, ")
 
 

@@ -68,7 +68,7 @@ def test_both_continue_the_same_openings(llama: Path, text: Path, tmp_path: Path
 
 
 def test_the_command_shows_them(llama: Path, text: Path, laconic: Laconic) -> None:
-    asked = ("eval", llama, "--text", text, "--context-length", 32, "--windows", 2, "--generate")
+    asked = ("eval", "text", llama, "--text", text, "--context-length", 32, "--windows", 2, "--generate")
     ran = laconic(*asked, 2)
     assert ran.code == 0, ran.err
     assert "prompt" in ran.out
@@ -80,12 +80,11 @@ def test_the_command_shows_them(llama: Path, text: Path, laconic: Laconic) -> No
     [
         (("--generate", 3), "--generate 3 is more than the 2 windows of the text; ask for fewer"),
         (("--generate", 0), "greater than or equal to 1"),
-        (("--generate", 1, "--suite", "standard"), "--generate continues a text; leave it out with --domain"),
     ],
     ids=str,
 )
 def test_what_cannot_be_continued(
     llama: Path, text: Path, laconic: Laconic, more: tuple[object, ...], complaint: str
 ) -> None:
-    asked = ("eval", llama, "--text", text, "--context-length", 32, "--windows", 2, *more)
+    asked = ("eval", "text", llama, "--text", text, "--context-length", 32, "--windows", 2, *more)
     assert complaint in laconic(*asked).complaint

@@ -164,7 +164,7 @@ def test_a_damaged_file_of_what_is_fixed_is_told(
     artifact = press(llama, tmp_path / "kvquant", {"method": "kvquant"}, text=text, length=64)
     file = artifact.path / KV_CACHE
     harm(file)
-    said = laconic("eval", artifact.path, "--suite", "long", "--measure", "memory", "--lengths", "64").complaint
+    said = laconic("eval", "long", artifact.path, "--measure", "memory", "--lengths", "64").complaint
     assert said.startswith(f"{file} {told}")
     assert said.endswith("or compress again")
 
@@ -175,7 +175,7 @@ def test_a_file_without_a_rotation_that_was_found_is_told(
     stage = {"method": "kivi", "group_size": 4, "residual_length": 4, "rotation": "attention"}
     file = press(llama, tmp_path / "turned", stage, text=text).path / KV_CACHE
     rewrite(file, lambda t: t.pop("1.turn.0.values"))
-    said = laconic("eval", file.parent, "--suite", "long", "--measure", "memory", "--lengths", "64").complaint
+    said = laconic("eval", "long", file.parent, "--measure", "memory", "--lengths", "64").complaint
     assert said.startswith(f"{file} lacks '1.turn.0.values'; copy it")
 
 

@@ -35,12 +35,12 @@ def texts(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("eval", "MADE", "--text", "TEXTS/a; b*.txt", *SHORT, "--generate", "1"),
-        ("eval", "MADE", "--domain", "a b=TEXTS/a; b*.txt", *SHORT),
-        ("eval", "MADE", "--suite", "long", "--measure", "memory", "--lengths", "64", "--kv", KIVI),
+        ("eval", "text", "MADE", "--text", "TEXTS/a; b*.txt", *SHORT, "--generate", "1"),
+        ("eval", "domains", "MADE", "a b=TEXTS/a; b*.txt", *SHORT),
+        ("eval", "long", "MADE", "--measure", "memory", "--lengths", "64", "--kv", KIVI),
         ("bench", "sparsity", "LLAMA", "MADE", "--measure", "models", "--prompt", "8", "--rounds", "3"),
         pytest.param(
-            ("eval", "MADE", "--tasks", "piqa", "--tasks-data", "TEXTS"),
+            ("eval", "tasks", "MADE", "piqa", "--data", "TEXTS"),
             marks=pytest.mark.skipif(
                 importlib.util.find_spec("lm_eval") is None,
                 reason="lm-eval is not installed: pip install 'laconic[eval]'",

@@ -31,12 +31,12 @@ app = typer.Typer(
     help="Compress Hugging Face language models, and measure what it costs.",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(evaluate, name="eval")
 app.add_typer(profile, name="profile")
 # In the order in which `laconic --help` lists them.
 app.command()(card)
 app.command()(push)
 app.command()(compress)
-app.command("eval")(evaluate)
 app.command()(report)
 app.command()(sweep)
 app.command()(inspect)

@@ -27,9 +27,9 @@ def parse_domains(arguments: Sequence[str]) -> dict[str, str]:
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not (name.strip() and equals and text.strip()):
-            raise ValueError(f"--domain {argument} is not NAME=FILE; write it as in --domain web=c4.jsonl")
+            raise ValueError(f"{argument} is not NAME=FILE; write it as in web=c4.jsonl")
         if name.strip() in domains:
-            raise ValueError(f"--domain names '{name.strip()}' twice; give each domain another name")
+            raise ValueError(f"the domain '{name.strip()}' is named twice; give each another name")
         domains[name.strip()] = text.strip()
     return domains
 

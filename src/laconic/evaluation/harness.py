@@ -122,7 +122,7 @@ def open_hub(names: Sequence[str]) -> OpenTasks:
             except Exception as e:
                 message = explain(name, e)
                 if not isinstance(e, ImportError):
-                    message += "; its data set comes from the Hub: go online, or give local files with --tasks-data DIR"
+                    message += "; its data set comes from the Hub: go online, or give local files with --data DIR"
                 raise ValueError(message) from e
             # A tag is only a list of tasks; a group has a value of its own.
             group = loaded["groups"].get(name)

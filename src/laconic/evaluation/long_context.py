@@ -130,7 +130,7 @@ def _prepare(folder: Path, options: LongOptions) -> _Setup:
 def _open_longbench(options: LongOptions, context_length: int) -> tuple[OpenTasks | None, str]:
     """Open the tasks of LongBench; return the reason if they cannot be opened and other parts can be measured."""
     if LONGBENCH not in options.measured:
-        return None, "it has to be named, as in --measure longbench" if options.parts is None else ""
+        return None, "it has a command of its own, laconic eval longbench" if options.parts is None else ""
     try:
         return open_longbench(options.longbench, context_length), ""
     except ValueError as e:

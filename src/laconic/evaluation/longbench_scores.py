@@ -37,8 +37,8 @@ def open_longbench(options: LongBenchOptions, context_length: int) -> OpenTasks:
         # A prompt without its middle has at least one token of either half.
         if answer + 2 > context_length:
             raise ValueError(
-                f"answers of '{name}' take {answer} tokens, and the context has {context_length}; raise --lengths, or "
-                "leave the task out"
+                f"answers of '{name}' take {answer} tokens, and the context has {context_length}; raise "
+                "--context-length, or leave the task out"
             )
     return opened
 

@@ -61,7 +61,7 @@ class DomainOptions:
 
     def __post_init__(self) -> None:
         if not self.domains:
-            raise ValueError("no domain is named; give some, as in --domain web=c4.jsonl")
+            raise ValueError("no domain is named; give some, as in web=c4.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +103,14 @@ class TaskOptions:
         _check_at_least({"--fewshot": self.fewshot}, 0)
         _check_at_least({"--batch-size": self.batch_size}, 1)
         if len(self.kv) > 1:
-            raise ValueError("tasks are measured with one cache; give --kv once, or use --suite long for several")
+            raise ValueError(
+                "tasks are measured with one cache; give --kv once, or compare several with laconic eval long"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongBenchOptions:
-    """Options of the LongBench part of `laconic eval long`.
+    """Options of LongBench, in `laconic eval longbench`.
 
     Attributes:
         tasks: LongBench's tasks by lm-eval's names; `longbench` is the group of all.
@@ -125,8 +127,8 @@ class LongBenchOptions:
         for name in self.tasks:
             if not is_longbench(name):
                 raise ValueError(
-                    f"--suite long measures LongBench's tasks only (longbench, longbench_hotpotqa, ...), not '{name}'; "
-                    "leave out --suite for others"
+                    f"laconic eval longbench measures LongBench's tasks only (longbench, longbench_hotpotqa, ...), not "
+                    f"'{name}'; measure others with laconic eval tasks"
                 )
 
 

@@ -38,7 +38,7 @@ def standard_tasks(data: Path | None) -> tuple[list[str], list[str]]:
     present = [name for name in STANDARD if documents_of(name, data)]
     if not present:
         raise ValueError(
-            f"{data} has no file of the standard suite ({', '.join(STANDARD)}); check --tasks-data, or leave it out to "
+            f"{data} has no file of the standard suite ({', '.join(STANDARD)}); check --data, or leave it out to "
             "take the documents from the Hub"
         )
     return present, [name for name in STANDARD if name not in present]

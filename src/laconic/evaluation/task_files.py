@@ -49,7 +49,7 @@ def open_local(names: Sequence[str], folder: Path, fewshot: int | None) -> OpenT
     from lm_eval.api.group import Group
 
     if not folder.is_dir():
-        raise ValueError(f"no folder '{folder}' with the data of the tasks; check --tasks-data")
+        raise ValueError(f"no folder '{folder}' with the data of the tasks; check --data")
     formats = formats_in(folder)
     members_by_name = {name: _expand(name, formats, folder) for name in names}
     task_names = list(dict.fromkeys(member for members in members_by_name.values() for member in members))
@@ -105,7 +105,7 @@ def _expand(name: str, formats: Mapping[str, TaskFormat], folder: Path) -> list[
     name = _ALIASES.get(name, name)
     members = _members(name, formats)
     if not members and name in _GROUPS:
-        raise ValueError(f"{folder} has no {name}*.jsonl for the task '{name}'; add it, or check --tasks-data")
+        raise ValueError(f"{folder} has no {name}*.jsonl for the task '{name}'; add it, or check --data")
     if not members:
         known = [*formats, *_GROUPS, *_ALIASES]
         names = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
@@ -161,7 +161,7 @@ def _splits(name: str, task_format: TaskFormat, folder: Path) -> dict[str, Any]:
 
     documents = folder / f"{task_format.file}.jsonl"
     if not documents.exists():
-        raise ValueError(f"the task '{name}' needs {documents}, which does not exist; check --tasks-data")
+        raise ValueError(f"the task '{name}' needs {documents}, which does not exist; check --data")
     examples = folder / f"{_train_file(name, task_format)}.jsonl"
     return {"test": read(documents)} | ({"train": read(examples)} if examples.exists() else {})
 

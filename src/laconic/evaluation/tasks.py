@@ -92,7 +92,7 @@ def _task_names(options: TaskOptions) -> tuple[list[str], list[str]]:
         tasks, left_out = standard_tasks(Path(options.data) if options.data else None)
     names = [name.strip() for name in tasks if name.strip()]
     if not names:
-        raise ValueError("--tasks names no task; name some, as in --tasks hellaswag,arc_easy")
+        raise ValueError("no task is named; name some, as in hellaswag,arc_easy")
     return names, left_out
 
 

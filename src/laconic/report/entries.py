@@ -28,15 +28,15 @@ class ReportEntry:
         log: Events of `log.jsonl`.
         compression: Result `compress`; None without one.
         evaluations: Results of `laconic eval` on one text.
-        tasks: Results of `laconic eval --tasks`.
-        long: Results of `laconic eval --suite long`.
+        tasks: Results of `laconic eval tasks`.
+        long: Results of `laconic eval long`.
         training: Pairs of a method and its result `training-METHOD`.
         speeds: Results of `laconic bench sparsity`.
         samples: Results with text that the models generated.
         values: Axis values of a run of a study.
         name: Name for tables and charts.
         error: Why a run of a study failed; None for all others.
-        domains: Results of `laconic eval --domain`.
+        domains: Results of `laconic eval domains`.
     """
 
     path: Path

@@ -13,7 +13,7 @@ def heat_map(result: Mapping[str, Any]) -> str:
     """Draw one heat map per cache of the needles found, by depth and context length.
 
     Args:
-        result: Result of `laconic eval --suite long` with the part `needle`.
+        result: Result of `laconic eval long` with the part `needle`.
 
     Returns:
         The SVG file.

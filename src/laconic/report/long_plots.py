@@ -1,4 +1,4 @@
-"""Charts of a result of `laconic eval --suite long`: heat maps of needles, curves over the context length."""
+"""Charts of a result of `laconic eval long`: heat maps of needles, curves over the context length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of a result of `laconic eval --suite long`, for the terminal and for reports."""
+"""Tables of a result of `laconic eval long`, for the terminal and for reports."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def tasks_table(result: Mapping[str, Any]) -> Table:
-    """Return a terminal table with one row per task metric of a result of `laconic eval --tasks`."""
+    """Return a terminal table with one row per task metric of a result of `laconic eval tasks`."""
     table = Table(box=box.SIMPLE, caption=tasks_caption(result), caption_justify="left", pad_edge=False)
     rows = task_rows(result)
     for i, column in enumerate(rows[0]):

@@ -27,7 +27,7 @@ class Evaluation(Config):
         context_length: Tokens per window; None for the model's context, at most 2048.
         windows: Number of windows; None for the whole text.
         chunk: Read each window through the artifact's own key-value cache, this many tokens at a time, as
-            `laconic eval --suite long` does. None reads a window in one forward pass, without the quantized cache.
+            `laconic eval long` does. None reads a window in one forward pass, without the quantized cache.
         dtype: Arithmetic of the forward passes; None for the default of `laconic eval`.
         generate: Number of openings of the text that the artifact, and the original, continue.
     """
