@@ -115,7 +115,7 @@ def test_the_driver_is_killed(tmp_path: Path, asked: dict[str, Any], expected: l
     begun: list[str] = []
 
     def watch(event: Any) -> None:
-        if event["event"] == "run" and event["state"] == "begun":
+        if event["event"] == "run" and event["state"] == "started":
             begun.append(event["run"])
 
     assert figures(sweep(load_study(asked), out, report=watch)) == expected

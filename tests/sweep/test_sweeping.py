@@ -137,7 +137,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, study: Study, monkeypatc
     begun: list[str] = []
 
     def watch(event: Any) -> None:
-        if event.get("state") == "begun":
+        if event.get("state") == "started":
             begun.append(event["run"])
 
     again = sweep(study, tmp_path, report=watch)

@@ -124,7 +124,7 @@ class SweepProgress:
             self._bar.update(self._all, total=self._runs, completed=self._done)
             if self._done and self._lines:
                 err.print(f"{self._done} of {self._runs} runs were done before", highlight=False)
-        elif event["event"] == "run" and event["state"] == "begun":
+        elif event["event"] == "run" and event["state"] == "started":
             self._running[event["run"]] = self._bar.add_task(event["name"], total=None)
         elif event["event"] == "run":
             self._end(event)

@@ -41,53 +41,59 @@ def write_page(entries: Sequence[ReportEntry], file: Path) -> list[Path]:
         ValueError: The name of the file does not end in .html or .htm.
     """
     check_page(file)
+    contents = {
+        file: _html(entries),
+        file.with_suffix(".md"): _markdown(entries),
+        file.with_suffix(".csv"): as_csv(entries),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in contents.items():
+        write_text(path, text)
+    return list(contents)
+
+
+def _html(entries: Sequence[ReportEntry]) -> str:
     rows, dominated = headline_rows(entries), dominated_entries(entries)
     detailed = _detailed(entries, dominated)
-    html = (
-        environment()
-        .get_template("page.html")
-        .render(
-            headline=_headline(entries, detailed),
-            rows=list(zip(rows, entries, dominated, strict=True)),
-            columns=list(rows[0]),
-            several=len(entries) > 1,
-            caption=caption([r for e in entries for r in e.evaluations]),
-            plots=[p for p in (size_front(entries), speed_front(entries), *ablations(entries)) if p],
-            task_table=task_matrix(entries),
-            left_out=_left_out(entries),
-            chosen=detailed,
-            checklist=checklist([e for e in entries if e.measured]),
-            maps=[m for e in detailed for m in (bit_map(e), error_map(e)) if m],
-            samples=_samples(detailed),
-            details=[e for e in entries if e.measured] if len(entries) <= _MAX_DETAILS else detailed,
-            commands=_commands(entries),
-            environment=_environment(entries),
-            task_rows=task_rows,
-            tasks_caption=tasks_caption,
-            interval_rows=interval_rows,
-            interval_caption=interval_caption,
-            reliability_diagrams=reliability_diagrams,
-            long_rows=long_rows,
-            long_caption=long_caption,
-            long_plots=long_plots,
-            loss_curve=loss_curve,
-            describe_training=_describe_training,
-            recipe_text=lambda e: yaml.safe_dump(e.recipe, sort_keys=False) if e.recipe else "",
-        )
+    template = environment().get_template("page.html")
+    return template.render(
+        headline=_headline(entries, detailed),
+        rows=list(zip(rows, entries, dominated, strict=True)),
+        columns=list(rows[0]),
+        several=len(entries) > 1,
+        caption=caption([r for e in entries for r in e.evaluations]),
+        plots=[p for p in (size_front(entries), speed_front(entries), *ablations(entries)) if p],
+        task_table=task_matrix(entries),
+        left_out=_left_out(entries),
+        checklist=checklist([e for e in entries if e.measured]),
+        maps=[m for e in detailed for m in (bit_map(e), error_map(e)) if m],
+        samples=_samples(detailed),
+        details=[e for e in entries if e.measured] if len(entries) <= _MAX_DETAILS else detailed,
+        commands=_commands(entries),
+        environment=_environment(entries),
+        task_rows=task_rows,
+        tasks_caption=tasks_caption,
+        interval_rows=interval_rows,
+        interval_caption=interval_caption,
+        reliability_diagrams=reliability_diagrams,
+        long_rows=long_rows,
+        long_caption=long_caption,
+        long_plots=long_plots,
+        loss_curve=loss_curve,
+        describe_training=_describe_training,
+        recipe_text=lambda e: yaml.safe_dump(e.recipe, sort_keys=False) if e.recipe else "",
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    table, numbers = file.with_suffix(".md"), file.with_suffix(".csv")
-    write_text(file, html)
-    commands = "```\n" + "\n".join(_commands(entries)) + "\n```"
-    measured_on = caption([r for e in entries for r in e.evaluations]) + "."
+
+
+def _markdown(entries: Sequence[ReportEntry]) -> str:
     criteria = checklist([e for e in entries if e.measured])
     verdicts = "\n".join(
         f"- {title}: {'; '.join(f'**{s}**, {text}' for s, text in lines)}" for title, lines in criteria
     )
-    tasks = [markdown(rows) for rows in [task_matrix(entries)] if rows]
-    write_text(table, "\n\n".join([markdown(rows), measured_on, *tasks, verdicts, commands]) + "\n")
-    write_text(numbers, as_csv(entries))
-    return [file, table, numbers]
+    commands = "```\n" + "\n".join(_commands(entries)) + "\n```"
+    setting = caption([r for e in entries for r in e.evaluations]) + "."
+    tables = [markdown(rows) for rows in (headline_rows(entries), task_matrix(entries)) if rows]
+    return "\n\n".join([tables[0], setting, *tables[1:], verdicts, commands]) + "\n"
 
 
 def check_page(file: Path) -> None:

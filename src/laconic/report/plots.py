@@ -138,9 +138,9 @@ def error_map(entry: ReportEntry) -> str:
     return _linears(
         f"{entry.name}: error of each linear",
         errors,
-        lambda v: (math.log(v) - low) / (high - low) if v > 0 and high > low else 0.0,
-        lambda v: f"{v:.2e}",
-        f"blocks; darker: larger relative {kind} error",
+        level=lambda v: (math.log(v) - low) / (high - low) if v > 0 and high > low else 0.0,
+        describe=lambda v: f"{v:.2e}",
+        across=f"blocks; darker: larger relative {kind} error",
     )
 
 
@@ -154,7 +154,11 @@ def bit_map(entry: ReportEntry) -> str:
     if len(set(bits.values())) < 2:
         return ""
     return _linears(
-        f"{entry.name}: bits of each linear", bits, lambda v: v / 16, lambda v: f"{v:g} bits", with_text=True
+        f"{entry.name}: bits of each linear",
+        bits,
+        level=lambda v: v / 16,
+        describe=lambda v: f"{v:g} bits",
+        with_text=True,
     )
 
 
@@ -170,6 +174,7 @@ def _last_events(log: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], Mapp
 def _linears(
     title: str,
     values: Mapping[tuple[int, str], float],
+    *,
     level: Callable[[float], float],
     describe: Callable[[float], str],
     across: str = "blocks",

@@ -72,7 +72,7 @@ def _execute(run: Run, folder: Path, report: Report) -> dict[str, Any]:
 
 def start_event(run: Run) -> dict[str, Any]:
     """Return the event of a run that starts."""
-    return {"event": "run", "run": run.id, "name": run.name, "state": "begun"}
+    return {"event": "run", "run": run.id, "name": run.name, "state": "started"}
 
 
 def record_failure(run: Run, folder: Path, error: BaseException) -> dict[str, Any]:

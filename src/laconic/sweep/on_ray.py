@@ -32,7 +32,7 @@ def execute_on_ray(
         folder: Absolute folder of the sweep. It, the models and the texts are on a disk that every node can read.
         resources: Cores and GPUs of each run.
         address: Address of a Ray cluster; None for a Ray of this machine.
-        report: Called with a run and an event: `run` (state `begun`) when its folder appears, and `block` when shards
+        report: Called with a run and an event: `run` (state `started`) when its folder appears, and `block` when shards
             of blocks appear.
 
     Yields:

@@ -35,7 +35,7 @@ def sweep(
         folder: Folder for artifacts (`runs/`), results (`results/`) and the table.
         address: Address of a Ray cluster; None for a Ray of this machine, if Ray is installed.
         yes: Accept more than 500 runs.
-        report: Called with events: `sweep` (runs, done); `run` (run, name, state `begun`, `done` or `failed`, seconds
+        report: Called with events: `sweep` (runs, done); `run` (run, name, state `started`, `done` or `failed`, seconds
             or error); and the events of `compress`, each with its run, for runs in this process.
 
     Returns:
