@@ -176,7 +176,7 @@ def _headline(entries: Sequence[ReportEntry], detailed: Sequence[ReportEntry]) -
         failed = sum(e.error is not None for e in entries)
         count = f"{len(entries)} artifacts" + (f", {failed} of which failed" if failed else "")
         front = sum(not dominated for dominated in dominated_entries(with_kl))
-        return f"{count}; {front} Pareto-optimal. Lowest KL: {best.name}, {_describe(best)}"
+        return f"{count}; {front} Pareto-optimal. Lowest KL ({best.name}): {_describe(best)}"
     one = next((e for e in detailed if e.quality), None)
     if one:
         return _describe(one)

@@ -61,7 +61,7 @@ def gather_points(folders: Sequence[Path]) -> tuple[list[Point], dict[str, Any]]
     """Read the points of artifacts.
 
     Args:
-        folders: Folders of artifacts with results of `laconic eval --baseline` and `laconic bench sparsity`.
+        folders: Folders of artifacts with results of `laconic eval text --baseline` and `laconic bench sparsity`.
 
     Returns:
         The points, with the original first, and the common settings of the measurements.

@@ -12,7 +12,7 @@ _Positive = Annotated[FiniteFloat, Field(gt=0)]
 
 
 class EvaluationResult(BaseModel):
-    """Keys of a result of `laconic eval --baseline` that reports need."""
+    """Keys of a result of `laconic eval text --baseline` that reports need."""
 
     baseline: str
     text: str

@@ -20,7 +20,7 @@ Scalar = str | int | float | bool
 
 
 class Evaluation(Config):
-    """One evaluation of every artifact of a study, with the arguments of `laconic eval`.
+    """One evaluation of every artifact of a study, with the arguments of `laconic eval text`.
 
     Attributes:
         text: Text file, Hub data set, or `wikitext2` or `c4`.
