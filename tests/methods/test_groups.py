@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from artifacts import logits, original
 from laconic.checkpoint.rebuild import rebuild_model, tensors_of
 from laconic.checkpoint.source import build_skeleton, open_source
-from laconic.methods.llm_pruner.groups import Group, find_groups, matched, narrow
+from laconic.methods.llm_pruner.groups import Group, find_groups, match_channels, remove_units
 from laconic.runtime.reading import load
 from laconic.structure.anatomy import dissect
 from laconic.structure.widths import add_widths
@@ -51,9 +51,9 @@ def test_groups_are_what_the_architecture_has(model: tuple[str, Path]) -> None:
     arch, folder = model
     attention, *mlps = groups_of(folder)[-1]
     assert (attention.kind, attention.units) == ("attention", UNITS.get(arch, 4))
-    assert attention.stock == (arch not in ("opt", "gpt2", "gpt_neox", "falcon", "falcon_40b"))
+    assert attention.fits_stock_config == (arch not in ("opt", "gpt2", "gpt_neox", "falcon", "falcon_40b"))
     assert {g.kind for g in mlps} == {"mlp"}
-    assert [(g.units, len(g.parts)) for g in mlps] == WIDTHS.get(arch, [(128, 1)])
+    assert [(g.units, len(g.by_module)) for g in mlps] == WIDTHS.get(arch, [(128, 1)])
 
 
 def test_an_unmixed_llama_has_the_linears_that_everybody_knows(llama: Path) -> None:
@@ -84,14 +84,14 @@ def test_without_units_it_computes_what_it_does_with_them_at_zero(model: tuple[s
         widths.append({})
         for group in groups:
             kept = torch.zeros(group.units, dtype=torch.bool)
-            if len(group.parts) > 1:
+            if len(group.by_module) > 1:
                 # Which channels of one expert go with which of another is free.
-                channels = {n: own[0].channels.numel() for n, own in group.parts.items()}
-                group = matched(group, {n: torch.rand(count) for n, count in channels.items()})
+                channels = {n: own[0].channels.numel() for n, own in group.by_module.items()}
+                group = match_channels(group, {n: torch.rand(count) for n, count in channels.items()})
             kept[data.draw(st.lists(st.integers(0, group.units - 1), min_size=1, unique=True))] = True
             prefix = f"{anatomy.block_name(i)}."
             inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            tensors |= {prefix + n: t for n, t in narrow(inside, group, kept).items()}
+            tensors |= {prefix + n: t for n, t in remove_units(inside, group, kept).items()}
             widths[-1] |= group.widths(int(kept.sum()))
             for part in group.slices:
                 linear = zeroed.get_submodule(prefix + part.linear)
@@ -125,12 +125,12 @@ def test_a_head_whose_place_matters_is_no_group(tmp_path: Path) -> None:
 def test_the_best_channels_of_every_part_are_matched(tmp_path: Path) -> None:
     make_model(tmp_path / "model", "glm4_moe")
     _, experts = groups_of(tmp_path / "model")[-1]
-    worth = {n: torch.rand(own[0].channels.numel()) for n, own in experts.parts.items()}
-    found = matched(experts, worth)
-    assert {n: own[0].channels.shape[1] for n, own in found.parts.items()} == {
+    worth = {n: torch.rand(own[0].channels.numel()) for n, own in experts.by_module.items()}
+    found = match_channels(experts, worth)
+    assert {n: own[0].channels.shape[1] for n, own in found.by_module.items()} == {
         **{f"mlp.experts.{i}": 1 for i in range(4)},
         "mlp.shared_experts": 2,
     }
-    for name, own in found.parts.items():
+    for name, own in found.by_module.items():
         assert all(torch.equal(s.channels, own[0].channels) for s in own)
         assert torch.equal(worth[name][own[0].channels].flatten(), worth[name].sort(descending=True).values)

@@ -20,7 +20,7 @@ from commands import Laconic
 from interruptions import Killed, contents, is_whole
 from laconic.checkpoint.source import build_skeleton, load_tokenizer
 from laconic.methods.depth import block_influence
-from laconic.methods.llm_pruner.gradients import gradients
+from laconic.methods.llm_pruner.gradients import compute_gradients
 from laconic.methods.llm_pruner.groups import find_groups
 from laconic.methods.reap import saliency
 from laconic.pipeline.compression import compress
@@ -130,7 +130,7 @@ def test_gradients_are_the_plain_loops(squares: bool, checkpointing: bool, model
     names = ["model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"]
     model = load(models["llama"], dtype=torch.float64)
     blocks = list(model.get_submodule("model.layers").children())
-    found = gradients(model, names, ids, squares=squares, checkpointing=checkpointing, blocks=blocks)
+    found = compute_gradients(model, names, ids, squares=squares, checkpointing=checkpointing, blocks=blocks)
     plain = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float64)
     each: dict[str, list[Tensor]] = {n: [] for n in names}
     for sample in ids:
@@ -412,12 +412,14 @@ WRONG = [
         "llama",
         # A key-value head of four stays, of 3,072 parameters each, and 8 channels of 128, of 192 each.
         PRUNER | {"sparsity": 0.99},
-        "stages.0 (llm_pruner): sparsity 0.99 cannot be reached, since something of every group stays; at most 0.875 ",
+        "stages.0 (llm_pruner): sparsity 0.99 cannot be reached, since a part of every group must remain; "
+        "use at most 0.875",
     ),
     (
         "llama",
         {"method": "llm_pruner", "uniform": True, "sparsity": 0.99},
-        "stages.0 (llm_pruner): sparsity 0.99 cannot be reached, since something of every group stays; at most 0.875 ",
+        "stages.0 (llm_pruner): sparsity 0.99 cannot be reached, since a part of every group must remain; "
+        "use at most 0.875",
     ),
     (
         "llama",
@@ -499,7 +501,7 @@ def test_attention_that_cannot_be_narrowed_is_told(laconic: Laconic, tmp_path: P
     said = laconic("compress", file, "-o", tmp_path / "out").complaint
     assert said == (
         "stages.0 (llm_pruner): the attention of 'falcon' cannot be made narrower: a part of it computes something "
-        "else, or no config says how wide it is; set groups: [mlp]"
+        "else, or no config key sets its width; set groups: [mlp]"
     )
     assert laconic("compress", file, "-o", tmp_path / "out", "--set", "stages.0.groups=mlp").code == 0
     assert original(tmp_path / "out").config.laconic_base == "falcon"

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laconic.methods.llm_pruner.saliency import cut, of_units, pooled, taylor
+from laconic.methods.llm_pruner.saliency import choose_units, pool, taylor_terms, unit_importance
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -20,7 +20,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_units_weigh_what_the_papers_sums_say(axis: int, second: bool, aggregation: str) -> None:
     W, G, F = noise(6, 4), noise(6, 4, seed=1), noise(6, 4, seed=2).square()
     channels = torch.tensor([[0, 3], [1, 2]])
-    found = of_units(taylor(W, G, F if second else None), axis, channels, aggregation)
+    found = unit_importance(taylor_terms(W, G, F if second else None), axis, channels, aggregation)
     for unit in range(2):
         expected = 0.0
         for c in channels[unit].tolist():
@@ -35,7 +35,7 @@ def test_units_weigh_what_the_papers_sums_say(axis: int, second: bool, aggregati
 
 def test_pooling_is_what_it_is_called() -> None:
     parts = [torch.tensor([1.0, 5.0]), torch.tensor([3.0, 1.0])]
-    assert [pooled(parts, how).tolist() for how in ("sum", "mean", "max")] == [[4, 6], [2, 3], [3, 5]]
+    assert [pool(parts, how).tolist() for how in ("sum", "mean", "max")] == [[4, 6], [2, 3], [3, 5]]
 
 
 @given(
@@ -49,7 +49,7 @@ def test_a_cut_keeps_the_best_of_each_group_and_comes_close(
     importance = [noise(units, seed=seed + i).abs() for i, (units, _, _) in enumerate(groups)]
     sizes, steps = [size for _, size, _ in groups], [min(step, units) for units, _, step in groups]
     total = sum(units * size for units, size, _ in groups)
-    masks = cut(importance, sizes, steps, round(share * total))
+    masks = choose_units(importance, sizes, steps, round(share * total))
     gone = 0
     for values, mask, size, step in zip(importance, masks, sizes, steps, strict=True):
         assert mask.any()
@@ -62,7 +62,7 @@ def test_a_cut_keeps_the_best_of_each_group_and_comes_close(
 
 def test_a_cut_takes_what_costs_least_a_parameter() -> None:
     cheap, dear = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([10.0, 20.0])
-    masks = cut([cheap, dear], [1, 10], [1, 1], 12)
+    masks = choose_units([cheap, dear], [1, 10], [1, 1], 12)
     # 10/10 and 1/1 cost least, then 2/1.
     assert masks[0].tolist() == [False, False, True, True]
     assert masks[1].tolist() == [False, True]

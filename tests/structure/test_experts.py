@@ -293,9 +293,7 @@ def test_what_weighs_a_shared_expert_is_no_target() -> None:
 
 def test_experts_that_are_kept_otherwise_are_refused() -> None:
     config = GptOssConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_local_experts=4)
-    with pytest.raises(
-        ValueError, match=r"'gpt_oss': its experts \(model\.layers\.0\.mlp\.experts\) are stored in a"
-    ):
+    with pytest.raises(ValueError, match=r"'gpt_oss': its experts \(model\.layers\.0\.mlp\.experts\) are stored in a"):
         build_skeleton(config, torch.bfloat16)
 
 

@@ -1,4 +1,4 @@
-"""Gradients of the loss on calibration text, for stages that hold the model whole."""
+"""Gradients of the loss of a whole model on calibration text."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from laconic.structure.hooks import gradient_hooks
 
 @dataclass(frozen=True)
 class Gradients:
-    """By parameter. mean: of the loss's gradient over batches. square: mean of its squares, the diagonal of the
-    empirical Fisher information; empty unless asked for. Both float32."""
+    """Gradients by name of parameter, float32.
+
+    Attributes:
+        mean: Mean over batches of the gradient of the loss.
+        square: Mean over batches of its squares, the diagonal of the empirical Fisher information; may be empty.
+    """
 
     mean: Mapping[str, Tensor]
     square: Mapping[str, Tensor]
 
 
-def gradients(
+def compute_gradients(
     model: PreTrainedModel,
     names: Sequence[str],
     windows: Tensor,
@@ -32,10 +36,19 @@ def gradients(
     blocks: Sequence[nn.Module] = (),
     report: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> Gradients:
-    """Gradients of the mean loss of next tokens.
+    """Compute gradients of the mean next-token loss.
 
-    names: of the parameters. windows: token ids (samples, tokens). checkpointing: keep only the inputs of `blocks`, and
-    run each a second time when its gradients are due. Every gradient is added up and freed as soon as it is there.
+    Each gradient is added to its sum and freed as soon as the backward pass has computed it.
+
+    Args:
+        model: The model; afterwards it is in evaluation mode and its parameters need no gradient.
+        names: Names of the parameters.
+        windows: Token ids (samples, tokens).
+        batch_size: Samples per gradient.
+        squares: Whether to compute the mean of squares too.
+        checkpointing: Whether to keep only the inputs of `blocks`, and run each block again in the backward pass.
+        blocks: The decoder blocks; needed with `checkpointing`.
+        report: Called with a progress event after each batch.
     """
     device = model.device
     for parameter in model.parameters():
@@ -50,8 +63,8 @@ def gradients(
             g = parameter.grad.float() / len(batches)
             mean[name] = mean[name].add_(g) if name in mean else g.clone()
             if squares:
-                own = parameter.grad.float().square() / len(batches)
-                square[name] = square[name].add_(own) if name in square else own
+                g2 = parameter.grad.float().square() / len(batches)
+                square[name] = square[name].add_(g2) if name in square else g2
             parameter.grad = None
 
         return hook
@@ -60,7 +73,7 @@ def gradients(
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for block in blocks:
-            # Only the block itself is told that it trains, so that nothing in it drops out.
+            # Checkpointing runs only in training mode; the modules inside stay in evaluation mode, without dropout.
             block.training = True
     try:
         with gradient_hooks((parameter, add(name)) for name, parameter in parameters.items()):

@@ -1,14 +1,16 @@
-"""Dependency groups: what of a block must go together, so that it can be narrower.
+"""Dependency groups: rows and columns of a block's linears that must be removed together.
 
-A unit of an MLP is a channel: a row of gate and of up, a column of down. A unit of attention is a key-value head with
-the query heads that share it: rows of q, k and v, columns of o; where all share one, a query head alone. Experts are as
-wide as each other, so a unit of theirs is a channel of each: which of one with which of another is free. Nothing is
-assumed: candidates are proposed by shape, and each is tried on the block with random weights. Without half of the
-units, and with the config's keys changed to match, transformers must build a block of just these shapes, and it must
-compute what the whole block does when the columns that read those units are zero.
+A group consists of units. A unit of an MLP is a channel: a row of gate and of up, and a column of down. A unit of
+attention is a key-value head with the query heads that share it (rows of q, k and v, columns of o), or a query head
+alone where all share one key-value head. All experts of a layer have one width, so a unit of theirs is a channel of
+each; which channels of different experts form a unit is free (`match_channels`).
 
-Where no key says how wide all heads are together, it is the hidden size: the attention alone is then told another
-(`structure.widths`).
+No architecture is named: candidates are proposed by shape, and each is verified on the block with random weights. With
+half of the units removed, and the keys of the config changed to match, transformers must build a block of the same
+shapes, and this block must compute what the whole block does when the columns that read the removed units are zero.
+
+If no key of the config sets the total width of all heads, the width is the hidden size; then a key of the attention
+alone sets it (`self_attn.hidden_size`, see `structure.widths`).
 """
 
 from __future__ import annotations
@@ -37,7 +39,13 @@ KINDS: tuple[Kind, ...] = ("attention", "mlp")
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """What of a linear belongs to each unit. axis: 0 for rows (and the bias), 1 for columns. channels: (units, n)."""
+    """Rows or columns of one linear that belong to each unit of a group.
+
+    Attributes:
+        linear: Name of the linear within the block.
+        axis: 0 for rows (and the bias), 1 for columns.
+        channels: (units, n) indices of the rows or columns of each unit.
+    """
 
     linear: str
     axis: int
@@ -46,128 +54,175 @@ class Slice:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """keys: of the config, and how much of each a unit has (`num_attention_heads: 4` of a head shared by four); with a
-    part's name before it (`self_attn.hidden_size`) where only that part of the block is told. given: keys that must be
-    said beside them, since they could no longer be told from the others. heads, kv_heads: of a unit; no key-value head
-    where all units share one."""
+    """A dependency group of a block.
+
+    Attributes:
+        kind: `attention` or `mlp`.
+        slices: Rows and columns of each linear; the linear that reads the units is last.
+        keys: Config keys that set the width, and the amount of each per unit (`num_attention_heads: 4` if four query
+            heads share a key-value head). The key of a submodule alone has its name in front
+            (`self_attn.hidden_size`).
+        fixed_keys: Config keys that must be set beside them, since their default would follow from `keys`.
+        heads: Query heads of a unit; 0 for an MLP.
+        kv_heads: Key-value heads of a unit; 0 if all units share one.
+    """
 
     kind: Kind
     slices: tuple[Slice, ...]
     keys: Mapping[str, int]
-    given: Mapping[str, int]
+    fixed_keys: Mapping[str, int]
     heads: int = 0
     kv_heads: int = 0
 
     @property
     def units(self) -> int:
-        """How many there are."""
+        """Number of units."""
         return len(self.slices[0].channels)
 
     def unit_size(self, block: nn.Module) -> int:
-        """How many weights a unit has."""
-        return sum(p.channels.shape[1] * linear_at(block, p.linear).weight.shape[1 - p.axis] for p in self.slices)
+        """Count the weights of a unit.
+
+        Args:
+            block: The block of the group.
+        """
+        return sum(s.channels.shape[1] * linear_at(block, s.linear).weight.shape[1 - s.axis] for s in self.slices)
 
     @property
-    def parts(self) -> dict[str, tuple[Slice, ...]]:
-        """The slices by the part of the block that they are in: one, or each expert."""
-        found: dict[str, tuple[Slice, ...]] = {}
-        for own in self.slices:
-            name = part_of(own.linear)
-            found[name] = (*found.get(name, ()), own)
-        return found
+    def by_module(self) -> dict[str, tuple[Slice, ...]]:
+        """Slices by the module that contains their linears: one module, or each expert."""
+        slices: dict[str, tuple[Slice, ...]] = {}
+        for s in self.slices:
+            name = parent_name(s.linear)
+            slices[name] = (*slices.get(name, ()), s)
+        return slices
 
     def widths(self, kept: int) -> dict[str, int]:
-        """The config's keys when so many units are kept."""
-        return {**{key: share * kept for key, share in self.keys.items()}, **self.given}
+        """Return the values of the config keys when some units remain.
+
+        Args:
+            kept: Number of units that remain.
+        """
+        return {**{key: amount * kept for key, amount in self.keys.items()}, **self.fixed_keys}
 
     @property
-    def stock(self) -> bool:
-        """Whether a stock config can say the widths."""
+    def fits_stock_config(self) -> bool:
+        """Whether keys of a stock config can set the width."""
         return not any("." in key for key in self.keys)
 
 
 def find_groups(
     model: PreTrainedModel, anatomy: Anatomy, kinds: Sequence[Kind] = KINDS
 ) -> tuple[tuple[Group, ...], ...]:
-    """The groups of every block that can be made narrower, of one kind each."""
+    """Find the dependency groups of every block.
+
+    Args:
+        model: The model; its parameters may be on the meta device.
+        anatomy: Its blocks and taps.
+        kinds: Kinds of groups to find.
+
+    Returns:
+        The groups of each block: at most one of attention, one of the MLP and one of experts.
+    """
     hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=zero_embeddings(model, 1, 4))
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    known: dict[Any, tuple[Group, ...]] = {}
-    found = []
+    by_structure: dict[Any, tuple[Group, ...]] = {}
+    groups = []
     for i, (block, call, taps) in enumerate(zip(blocks, calls, anatomy.taps, strict=True)):
-        like = (taps, tuple((n, type(m), m.extra_repr()) for n, m in block.named_modules()))
-        if like not in known:
-            trial = _Trial(model, i, block, call, hidden.shape[-1])
-            known[like] = tuple(g for kind in kinds for g in _groups_of(kind, trial, taps))
-        found.append(known[like])
-    return tuple(found)
+        structure = (taps, tuple((n, type(m), m.extra_repr()) for n, m in block.named_modules()))
+        if structure not in by_structure:
+            trial = _TrialBlock(model, i, block, call, hidden.shape[-1])
+            by_structure[structure] = tuple(g for kind in kinds for g in _verified_groups(kind, trial, taps))
+        groups.append(by_structure[structure])
+    return tuple(groups)
 
 
-def matched(group: Group, importance: Mapping[str, Tensor]) -> Group:
-    """The same group with other units: the most important channels of every part together, and so on.
+def match_channels(group: Group, importance: Mapping[str, Tensor]) -> Group:
+    """Form the units of experts anew: a unit consists of the channels of equal rank by importance in every module.
 
-    importance: of the channels of each part, in the order in which its slices have them.
+    Args:
+        group: A group of several modules (experts).
+        importance: Importance of the channels of each module, in the order of its slices.
+
+    Returns:
+        The group with its new units, the most important first.
     """
     slices = []
-    for name, own in group.parts.items():
+    for name, module_slices in group.by_module.items():
         order = importance[name].argsort(descending=True, stable=True).cpu()
-        slices += [replace(s, channels=s.channels.flatten()[order].view_as(s.channels)) for s in own]
+        slices += [replace(s, channels=s.channels.flatten()[order].view_as(s.channels)) for s in module_slices]
     return replace(group, slices=tuple(slices))
 
 
-def narrow(tensors: Mapping[str, Tensor], group: Group, kept: Tensor) -> dict[str, Tensor]:
-    """A block's parameters by name, without the units that are not kept. kept: (units,) of bool."""
+def remove_units(tensors: Mapping[str, Tensor], group: Group, kept: Tensor) -> dict[str, Tensor]:
+    """Remove units of a group from the parameters of a block.
+
+    Args:
+        tensors: Parameters of the block, by name within it.
+        group: The group.
+        kept: (units,) bool, units that remain.
+
+    Returns:
+        All parameters of the block.
+    """
     out = dict(tensors)
-    for part in group.slices:
-        for leaf in ("weight", "bias") if part.axis == 0 else ("weight",):
-            name = f"{part.linear}.{leaf}"
+    for s in group.slices:
+        for leaf in ("weight", "bias") if s.axis == 0 else ("weight",):
+            name = f"{s.linear}.{leaf}"
             if name in out:
-                stays = torch.ones(out[name].shape[part.axis], dtype=torch.bool)
-                stays[part.channels[~kept.cpu()].flatten()] = False
-                out[name] = out[name].index_select(part.axis, stays.nonzero()[:, 0].to(out[name].device))
+                mask = torch.ones(out[name].shape[s.axis], dtype=torch.bool)
+                mask[s.channels[~kept.cpu()].flatten()] = False
+                out[name] = out[name].index_select(s.axis, mask.nonzero()[:, 0].to(out[name].device))
     return out
 
 
-def part_of(linear: str) -> str:
-    """The part of a block that a linear of this name is in."""
+def parent_name(linear: str) -> str:
+    """Return the name of the module that contains a linear."""
     return linear.rpartition(".")[0]
 
 
-class _Trial:
-    """A block with random weights, and what it computes."""
+class _TrialBlock:
+    """A block with random weights, on which candidates are verified.
+
+    Args:
+        model: The model of the block.
+        number: Number of the block.
+        block: The block.
+        call: Arguments with which the model calls it.
+        width: Hidden size.
+    """
 
     def __init__(self, model: PreTrainedModel, number: int, block: nn.Module, call: BlockCall, width: int) -> None:
         self.number, self.config, self.heads = number, model.config, head_widths(model)
         self.block = copy_with_random_weights(block).float()
-        floats = lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
-        self.call = BlockCall(tree_map(floats, call.args), tree_map(floats, call.kwargs))
+        to_float = lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
+        self.call = BlockCall(tree_map(to_float, call.args), tree_map(to_float, call.kwargs))
         self.hidden = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0))
-        self.own = dict((getattr(model.config, WIDTHS, None) or {number: {}})[number])
+        self.widths = dict((getattr(model.config, WIDTHS, None) or {number: {}})[number])
         with torch.no_grad():
-            self.whole = self.call(self.block, self.hidden)
+            self.output = self.call(self.block, self.hidden)
 
-    def without(self, slices: Sequence[Slice], kept: Tensor) -> Tensor:
-        """What the block puts out when the columns that read units are zero."""
-        readers = {linear_at(self.block, part.linear): part for part in slices if part.axis == 1}
-        before = {linear: linear.weight.data for linear in readers}
-        for linear, part in readers.items():
-            linear.weight.data = before[linear].clone()
-            linear.weight.data[:, part.channels[~kept].flatten()] = 0
+    def output_with_zeros(self, slices: Sequence[Slice], kept: Tensor) -> Tensor:
+        """Compute the block's output when the columns that read units outside `kept` are zero."""
+        readers = {linear_at(self.block, s.linear): s for s in slices if s.axis == 1}
+        weights = {linear: linear.weight.data for linear in readers}
+        for linear, s in readers.items():
+            linear.weight.data = weights[linear].clone()
+            linear.weight.data[:, s.channels[~kept].flatten()] = 0
         try:
             return self.call(self.block, self.hidden)
         finally:
-            for linear, weight in before.items():
+            for linear, weight in weights.items():
                 linear.weight.data = weight
 
-    def built(self, widths: Mapping[str, int], tensors: Mapping[str, Tensor]) -> nn.Module | None:
-        """The block as transformers builds it with such widths, holding these tensors; None where they do not fit."""
+    def build(self, widths: Mapping[str, int], tensors: Mapping[str, Tensor]) -> nn.Module | None:
+        """Build the block with other widths, and put tensors in it; None if transformers builds other shapes."""
         from accelerate import init_empty_weights
 
         try:
             with init_empty_weights(include_buffers=False):
-                block = build_block(type(self.block), self.config, {**self.own, **widths}, self.number)
-        except Exception:  # whatever a model says of a width that it cannot have
+                block = build_block(type(self.block), self.config, {**self.widths, **widths}, self.number)
+        except Exception:  # each architecture raises errors of its own for widths that it does not support
             return None
         unwrap_conv1d(block)
         unstack_experts_like(block, self.block)
@@ -178,19 +233,19 @@ class _Trial:
             setattr(block.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
         return block.eval()
 
-    def said(self, values: set[int], part: str = "") -> dict[str, int]:
-        """The keys of the config that say one of these, for the block or a part of it."""
-        own = {k.removeprefix(f"{part}."): v for k, v in self.own.items() if k.rpartition(".")[0] == part}
-        return {k: v for k, v in {**self.config.to_dict(), **own}.items() if type(v) is int and v in values}
+    def keys_with_values(self, values: set[int], module: str = "") -> dict[str, int]:
+        """List the config keys that have one of these values, for the block or for one of its modules."""
+        widths = {k.removeprefix(f"{module}."): v for k, v in self.widths.items() if k.rpartition(".")[0] == module}
+        return {k: v for k, v in {**self.config.to_dict(), **widths}.items() if type(v) is int and v in values}
 
-    def unsaid(self) -> list[str]:
-        """The keys of the config that say nothing: each may stand for a default."""
-        return [k for k, v in {**self.config.to_dict(), **self.own}.items() if v is None]
+    def unset_keys(self) -> list[str]:
+        """List the config keys without a value; each may have a default that depends on others."""
+        return [k for k, v in {**self.config.to_dict(), **self.widths}.items() if v is None]
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Slices that may be a group; the reader of its units is the last. heads, kv_heads: of a unit."""
+    """Slices that may form a group; attributes as of `Group`."""
 
     slices: tuple[Slice, ...]
     heads: int = 0
@@ -198,128 +253,137 @@ class _Candidate:
 
 
 @torch.no_grad()
-def _groups_of(kind: Kind, trial: _Trial, taps: Sequence[Tap]) -> Iterator[Group]:
-    """One of the block's own linears, and one of its experts."""
+def _verified_groups(kind: Kind, trial: _TrialBlock, taps: Sequence[Tap]) -> Iterator[Group]:
+    """Find the first verified group of the block's linears outside experts, and that of its experts."""
     plain = [
         candidate
         for number, tap in enumerate(taps)
         if len(tap.linears) == 1 and not tap.experts
         for candidate in _candidates(kind, trial, taps[:number], tap.linears[0])
     ]
-    for candidates in (plain, _experts(trial, plain) if kind == "mlp" else ()):
-        if found := next((g for c in candidates if (g := _tried(kind, trial, c))), None):
-            yield found
+    for candidates in (plain, _expert_candidates(trial, plain) if kind == "mlp" else ()):
+        if group := next((g for c in candidates if (g := _verify(kind, trial, c))), None):
+            yield group
 
 
-def _candidates(kind: Kind, trial: _Trial, earlier: Sequence[Tap], reader: str) -> Iterator[_Candidate]:
+def _candidates(kind: Kind, trial: _TrialBlock, earlier: Sequence[Tap], reader: str) -> Iterator[_Candidate]:
+    """Propose groups whose units a linear reads, by the shapes of the linears before it."""
     width = linear_at(trial.block, reader).in_features
     for tap in reversed(earlier):
         outs = {n: linear_at(trial.block, n).out_features for n in tap.linears}
         if kind == "attention":
-            # An MLP beside attention may read the same.
-            beside = {n: out for n, out in outs.items() if part_of(n) == part_of(reader)}
-            yield from _heads(beside, reader, width, trial.heads)
+            # An MLP parallel to the attention may read the same tensor.
+            siblings = {n: out for n, out in outs.items() if parent_name(n) == parent_name(reader)}
+            yield from _head_candidates(siblings, reader, width, trial.heads)
         elif not tap.experts:
-            each = torch.arange(width)[:, None]
-            columns = Slice(reader, 1, each)
-            alike = [n for n, out in outs.items() if out == width]
-            if 1 <= len(alike) <= 2:
-                yield _Candidate((*(Slice(n, 0, each) for n in alike), columns))
-            for both in (n for n, out in outs.items() if out == 2 * width):  # gate and up in one
-                yield _Candidate((Slice(both, 0, torch.cat([each, width + each], 1)), columns))
+            channels = torch.arange(width)[:, None]
+            columns = Slice(reader, 1, channels)
+            same_width = [n for n, out in outs.items() if out == width]
+            if 1 <= len(same_width) <= 2:
+                yield _Candidate((*(Slice(n, 0, channels) for n in same_width), columns))
+            for fused in (n for n, out in outs.items() if out == 2 * width):  # gate and up in one linear
+                yield _Candidate((Slice(fused, 0, torch.cat([channels, width + channels], 1)), columns))
 
 
-def _experts(trial: _Trial, plain: Sequence[_Candidate]) -> Iterator[_Candidate]:
-    """All experts of a layer; and with an MLP that is as wide as one or several of them, where one key says both."""
+def _expert_candidates(trial: _TrialBlock, plain: Sequence[_Candidate]) -> Iterator[_Candidate]:
+    """Propose all experts of a layer, alone and with a shared MLP whose width the same key may set."""
     for path, experts in trial.block.named_modules():
         if isinstance(experts, Experts):
-            width, each = experts.intermediate, torch.arange(experts.intermediate)[:, None]
-            sides = [(experts.names.gate, 0), (experts.names.up, 0), (experts.names.down, 1)]
+            width, channels = experts.intermediate, torch.arange(experts.intermediate)[:, None]
+            axes = [(experts.names.gate, 0), (experts.names.up, 0), (experts.names.down, 1)]
             numbers = range(experts.num_experts)
-            own = tuple(Slice(f"{path}.{i}.{name}", axis, each) for i in numbers for name, axis in sides)
-            yield _Candidate(own)
+            slices = tuple(Slice(f"{path}.{i}.{name}", axis, channels) for i in numbers for name, axis in axes)
+            yield _Candidate(slices)
             for shared in plain:
                 if all(s.channels.shape[1] == 1 and len(s.channels) % width == 0 for s in shared.slices):
-                    beside = (replace(s, channels=s.channels.view(width, -1)) for s in shared.slices)
-                    yield _Candidate((*own, *beside))
+                    shared_slices = (replace(s, channels=s.channels.view(width, -1)) for s in shared.slices)
+                    yield _Candidate((*slices, *shared_slices))
 
 
-def _heads(outs: Mapping[str, int], reader: str, width: int, head_dims: Sequence[int]) -> Iterator[_Candidate]:
-    """By the ways in which heads of queries, keys and values lie in three linears or in one."""
+def _head_candidates(
+    outs: Mapping[str, int], reader: str, width: int, head_dims: Sequence[int]
+) -> Iterator[_Candidate]:
+    """Propose groups of heads, for queries, keys and values in three linears or in one."""
     for d in head_dims:
         if width % d or any(out % d for out in outs.values()):
             continue
         heads, counts = width // d, {n: out // d for n, out in outs.items()}
-        groups, rest = divmod(sum(counts.values()) - heads, 2)
-        apart = sorted(counts.values()) == sorted((heads, groups, groups))
-        if rest or groups < 1 or heads % groups or heads == 1 or not (apart or len(counts) == 1):
+        kv_heads, rest = divmod(sum(counts.values()) - heads, 2)
+        separate = sorted(counts.values()) == sorted((heads, kv_heads, kv_heads))
+        if rest or kv_heads < 1 or heads % kv_heads or heads == 1 or not (separate or len(counts) == 1):
             continue
-        units = groups if groups > 1 else heads
-        if groups == 1:
-            # Their one key and value stay.
+        units = kv_heads if kv_heads > 1 else heads
+        if kv_heads == 1:
+            # The only key-value head remains.
             queries = next(n for n, count in counts.items() if count >= heads)
-            ways = [{queries: _runs(heads, units, d)}]
-        elif apart:
-            ways = [{n: _runs(count, units, d) for n, count in counts.items()}]
+            layouts = [{queries: _head_channels(heads, units, d)}]
+        elif separate:
+            layouts = [{n: _head_channels(count, units, d) for n, count in counts.items()}]
         else:
             (fused,) = counts
-            starts = ((0, heads), (heads, groups), (heads + groups, groups))
-            each_after_another = torch.cat([start * d + _runs(count, units, d) for start, count in starts], 1)
-            ways = [{fused: each_after_another}, {fused: _runs(heads + 2 * groups, units, d)}]
-        columns = Slice(reader, 1, _runs(heads, units, d))
-        for rows in ways:
+            starts = ((0, heads), (heads, kv_heads), (heads + kv_heads, kv_heads))
+            concatenated = torch.cat([start * d + _head_channels(count, units, d) for start, count in starts], 1)
+            interleaved = _head_channels(heads + 2 * kv_heads, units, d)
+            layouts = [{fused: concatenated}, {fused: interleaved}]
+        columns = Slice(reader, 1, _head_channels(heads, units, d))
+        for rows in layouts:
             slices = (*(Slice(n, 0, channels) for n, channels in rows.items()), columns)
-            yield _Candidate(slices, heads // units, int(groups > 1))
+            yield _Candidate(slices, heads // units, int(kv_heads > 1))
 
 
-def _runs(heads: int, units: int, d: int) -> Tensor:
-    """The channels of so many heads of d, (units, channels of a unit)."""
+def _head_channels(heads: int, units: int, d: int) -> Tensor:
+    """List the channels of heads of width d by unit: (units, channels of a unit)."""
     return torch.arange(heads * d).view(units, -1)
 
 
-def _tried(kind: Kind, trial: _Trial, candidate: _Candidate) -> Group | None:
+def _verify(kind: Kind, trial: _TrialBlock, candidate: _Candidate) -> Group | None:
+    """Find config keys with which a block without some units computes the same; None if there are none."""
     units = len(candidate.slices[0].channels)
-    # The first unit goes: what is left moves to other places.
+    # The first unit is removed, so that all others move.
     kept = torch.rand(units, generator=torch.Generator().manual_seed(0)) < 0.5
     kept[0], kept[-1] = False, True
-    expected = trial.without(candidate.slices, kept)
-    if torch.equal(expected, trial.whole):
+    expected = trial.output_with_zeros(candidate.slices, kept)
+    if torch.equal(expected, trial.output):
         return None
-    bare = Group(kind, candidate.slices, {}, {}, candidate.heads, candidate.kv_heads)
-    tensors = narrow({n: p.data for n, p in trial.block.named_parameters()}, bare, kept)
-    for keys, given in _keys(trial, candidate, units):
-        group = replace(bare, keys=keys, given=given)
-        block = trial.built(group.widths(int(kept.sum())), tensors)
-        if block is not None and _same(_output(trial, block), expected):
+    without_keys = Group(kind, candidate.slices, {}, {}, candidate.heads, candidate.kv_heads)
+    tensors = remove_units({n: p.data for n, p in trial.block.named_parameters()}, without_keys, kept)
+    for keys, fixed_keys in _key_choices(trial, candidate, units):
+        group = replace(without_keys, keys=keys, fixed_keys=fixed_keys)
+        block = trial.build(group.widths(int(kept.sum())), tensors)
+        if block is not None and _close(_run_copy(trial, block), expected):
             return group
     return None
 
 
-def _keys(trial: _Trial, candidate: _Candidate, units: int) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-    """Which keys may say how many units there are, with how much of each a unit has: one, or two together; and which
-    must be given beside them."""
+def _key_choices(
+    trial: _TrialBlock, candidate: _Candidate, units: int
+) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    """Propose `keys` and `fixed_keys` of a group: one or two config keys whose values match its number of units."""
     values = {units, units * max(1, candidate.heads)}
-    said = trial.said(values)
-    # A key that says nothing stands for the default, which is what all units have.
-    for some in [*((k,) for k in said), *combinations(said, 2), *((k,) for k in trial.unsaid())]:
-        keys = {k: said.get(k, units) // units for k in some}
+    matching = trial.keys_with_values(values)
+    # A key without a value has a default, which then equals the number of units.
+    for names in [*((k,) for k in matching), *combinations(matching, 2), *((k,) for k in trial.unset_keys())]:
+        keys = {k: matching.get(k, units) // units for k in names}
         yield keys, {}
         if candidate.heads:
             yield keys, {"head_dim": candidate.slices[-1].channels.shape[1] // candidate.heads}
-    if candidate.heads and (part := part_of(candidate.slices[-1].linear)):
+    if candidate.heads and (module := parent_name(candidate.slices[-1].linear)):
         channels = candidate.slices[-1].channels
-        said, wide = trial.said(values, part), trial.said({channels.numel()}, part)
-        for some, width in product([*((k,) for k in said), *combinations(said, 2)], wide):
-            keys = {f"{part}.{k}": said[k] // units for k in some}
-            yield {**keys, f"{part}.{width}": channels.shape[1]}, {}
+        matching = trial.keys_with_values(values, module)
+        width_keys = trial.keys_with_values({channels.numel()}, module)
+        for names, width in product([*((k,) for k in matching), *combinations(matching, 2)], width_keys):
+            keys = {f"{module}.{k}": matching[k] // units for k in names}
+            yield {**keys, f"{module}.{width}": channels.shape[1]}, {}
 
 
-def _output(trial: _Trial, block: nn.Module) -> Tensor | None:
+def _run_copy(trial: _TrialBlock, block: nn.Module) -> Tensor | None:
+    """Run a copy of a block on the trial's input; None if it fails."""
     try:
         return trial.call(copy.deepcopy(block), trial.hidden)
-    except Exception:  # a block that looks at heads in yet another place
+    except Exception:  # the block uses the number of heads elsewhere, and raises an error of its own
         return None
 
 
-def _same(a: Tensor | None, b: Tensor) -> bool:
+def _close(a: Tensor | None, b: Tensor) -> bool:
+    """Return whether two outputs are equal up to the rounding of float32."""
     return a is not None and a.shape == b.shape and bool((a - b).abs().max() <= 1e-4 * b.abs().max())

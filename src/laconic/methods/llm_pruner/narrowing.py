@@ -1,4 +1,4 @@
-"""Which groups may become narrower, and how many units of each stay."""
+"""Which groups of a model may be pruned, and how many units of each remain."""
 
 from __future__ import annotations
 
@@ -13,36 +13,47 @@ from transformers import PreTrainedModel
 
 from laconic.checkpoint.rebuild import build_empty_model
 from laconic.methods.llm_pruner.groups import Group, Kind, find_groups
-from laconic.methods.llm_pruner.reach import Reach, check_reach
-from laconic.methods.llm_pruner.saliency import cut
+from laconic.methods.llm_pruner.limits import GroupLimits, check_sparsity
+from laconic.methods.llm_pruner.saliency import choose_units
 from laconic.structure.anatomy import Anatomy
 from laconic.structure.config_keys import WIDTHS
 
-# What widths of experts are a multiple of: products of all at once, in transformers, take rows of whole 16 bytes.
+# Widths of experts are a multiple of this: grouped matrix products in transformers need rows of whole 16 bytes.
 _EXPERT_STEP = 8
 
-Counts = Mapping[tuple[str, ...], int]
-"""How many units stay in every block, of the groups that some keys of the config say."""
+UnitCounts = Mapping[tuple[str, ...], int]
+"""Number of units that remain in every block, by the config keys of the group; for `uniform`."""
 
 
 @dataclass(frozen=True)
-class Targeted:
-    """Groups that may become narrower, by block, of the blocks that are not protected."""
+class TargetGroups:
+    """Groups that may be pruned.
+
+    Attributes:
+        blocks: Groups of each block that is not protected, by number of the block.
+    """
 
     blocks: Mapping[int, Sequence[Group]]
 
     @property
     def flat(self) -> list[tuple[int, Group]]:
-        """Block and group, one after another."""
+        """All groups, each with the number of its block."""
         return [(i, group) for i, groups in self.blocks.items() for group in groups]
 
 
 @dataclass(frozen=True)
 class Narrowing:
-    """What is asked for. sparsity: share of the parameters of the groups of these kinds that goes. uniform: the same
-    widths in all blocks. heads: how many query heads stay in a block. multiple_of: of what an MLP's or the hidden width
-    is a multiple; by the width when not given. keep_first, keep_last: blocks that stay whole; an eighth and a sixteenth
-    of them when not given."""
+    """Requested widths of a model.
+
+    Attributes:
+        sparsity: Share of the parameters of the groups to remove.
+        kinds: Kinds of groups to prune.
+        uniform: Whether all blocks get the same widths.
+        heads: Number of query heads that remain in every block; None chooses by importance.
+        multiple_of: Widths of MLPs, or the hidden size, are multiples of it; None chooses it by the width.
+        keep_first: Number of first blocks that are not pruned; None for an eighth of them.
+        keep_last: Number of last blocks that are not pruned; None for a sixteenth of them.
+    """
 
     sparsity: float
     kinds: Sequence[Kind]
@@ -52,60 +63,89 @@ class Narrowing:
     keep_first: int | None = None
     keep_last: int | None = None
 
-    def target(self, model: PreTrainedModel, anatomy: Anatomy, raw: Mapping[str, Any]) -> tuple[Targeted, Counts]:
-        """What may become narrower, and where all blocks are to be alike how many units stay. raw: config.json.
+    def find_targets(
+        self, model: PreTrainedModel, anatomy: Anatomy, raw: Mapping[str, Any]
+    ) -> tuple[TargetGroups, UnitCounts]:
+        """Find the groups to prune, and check that the request can be met.
 
-        Raises: ValueError when nothing could be pruned, or not what was asked for.
+        Args:
+            model: The model; its parameters may be on the meta device.
+            anatomy: Its blocks and taps.
+            raw: Contents of config.json.
+
+        Returns:
+            The groups, and with `uniform` the number of units that remain of each kind.
+
+        Raises:
+            ValueError: Nothing can be pruned, or not as requested.
         """
-        targeted = Targeted(self._unprotected(model, anatomy))
-        sizes = sizes_of_units(model, anatomy, targeted)
-        counts = self._uniform_counts(raw, model.dtype, targeted, sizes) if self.uniform else {}
-        fixed = self._fixed(targeted)
-        found = []
-        for size, (_, group) in zip(sizes, targeted.flat, strict=True):
+        targets = TargetGroups(self._unprotected(model, anatomy))
+        sizes = unit_sizes(model, anatomy, targets)
+        counts = self._uniform_counts(raw, model.dtype, targets, sizes) if self.uniform else {}
+        fixed = self._fixed_kv_heads(targets)
+        limits = []
+        for size, (_, group) in zip(sizes, targets.flat, strict=True):
             if group.kind == "mlp":
                 step = self._step(group)
-                found.append(replace(self.channels(group.units), size=size, stays=step, step=step))
+                limits.append(replace(self.channel_limits(group.units), unit_size=size, min_units=step, step=step))
             else:
-                found.append(Reach(size, group.units, fixed or 1, 1, fixed is not None))
-        check_reach(self.sparsity, found)
-        return targeted, counts
+                limits.append(GroupLimits(size, group.units, fixed or 1, 1, fixed is not None))
+        check_sparsity(self.sparsity, limits)
+        return targets, counts
 
-    def kept(
-        self, targeted: Targeted, counts: Counts, importance: Sequence[Tensor], sizes: Sequence[int]
+    def choose_units(
+        self, targets: TargetGroups, counts: UnitCounts, importance: Sequence[Tensor], sizes: Sequence[int]
     ) -> list[Tensor]:
-        """Of each group, which units stay. importance: of the units; sizes: parameters of one."""
+        """Choose the units of each group that remain.
+
+        Args:
+            targets: The groups.
+            counts: With `uniform`, the number of units that remain of each kind.
+            importance: (units,) of each group.
+            sizes: Parameters of a unit of each group.
+
+        Returns:
+            (units,) bool of each group, True for units that remain.
+        """
         if self.uniform:
-            return [_best(v, counts[tuple(g.keys)]) for v, (_, g) in zip(importance, targeted.flat, strict=True)]
-        flat, fixed = targeted.flat, self._fixed(targeted)
+            return [_top(v, counts[tuple(g.keys)]) for v, (_, g) in zip(importance, targets.flat, strict=True)]
+        flat, fixed = targets.flat, self._fixed_kv_heads(targets)
         total = sum(size * g.units for size, (_, g) in zip(sizes, flat, strict=True))
         target, masks = round(self.sparsity * total), dict[int, Tensor]()
         for n, (size, (_, group)) in enumerate(zip(sizes, flat, strict=True)):
             if group.kind == "attention" and fixed is not None:
-                masks[n] = _best(importance[n], fixed)
+                masks[n] = _top(importance[n], fixed)
                 target -= size * (group.units - fixed)
         free = [n for n in range(len(flat)) if n not in masks]
         steps = [self._step(flat[n][1]) for n in free]
-        found = cut([importance[n] for n in free], [sizes[n] for n in free], steps, max(0, target))
-        masks |= dict(zip(free, found, strict=True))
+        chosen = choose_units([importance[n] for n in free], [sizes[n] for n in free], steps, max(0, target))
+        masks |= dict(zip(free, chosen, strict=True))
         return [masks[n] for n in range(len(flat))]
 
-    def channels(self, width: int) -> Reach:
-        """How far channels can be taken out. Raises: ValueError when they can be no multiple of what they are to be one
-        of."""
+    def channel_limits(self, width: int) -> GroupLimits:
+        """Return the limits of a group of channels with one parameter per unit.
+
+        Args:
+            width: Number of channels.
+
+        Raises:
+            ValueError: `multiple_of` is larger than the width.
+        """
         if self.multiple_of and self.multiple_of > width:
             raise ValueError(
                 f"multiple_of {self.multiple_of} is more than the {width} channels that there are; lower it"
             )
         step = self.channel_step(width)
-        return Reach(1, width, step, step)
+        return GroupLimits(1, width, step, step)
 
     def channel_step(self, width: int) -> int:
-        """How many channels go at once."""
-        # A sixteenth of the width, but a power of two up to 128, so that groups of later codes still fit.
+        """Return the number of channels removed at once."""
+        # About a sixteenth of the width, as a power of two up to 128, so that quantization groups still divide it.
         return self.multiple_of or min(128, 2 ** max(0, int(math.log2(max(1, width / 16)))))
 
     def _unprotected(self, model: PreTrainedModel, anatomy: Anatomy) -> dict[int, Sequence[Group]]:
+        """Find the groups of all blocks but the first and last ones that are kept."""
+        """Find the groups of all blocks but the first and last ones that are kept."""
         kind, count = model.config.model_type, len(anatomy.taps)
         if model.config.get_text_config() is not model.config:
             raise ValueError(f"'{kind}' is more than a language model; llm_pruner prunes plain ones")
@@ -118,84 +158,86 @@ class Narrowing:
                 f"keep_first {first} and keep_last {last} protect all {count} blocks; lower them, or set uniform: true"
             )
         groups = find_groups(model, anatomy, self.kinds)
-        inside: dict[int, Sequence[Group]] = {i: groups[i] for i in range(first, count - last)}
-        for asked in self.kinds:
-            if not any(g.kind == asked for own in inside.values() for g in own):
-                other = [k for k in self.kinds if k != asked and any(g.kind == k for g in inside[first])]
+        targets: dict[int, Sequence[Group]] = {i: groups[i] for i in range(first, count - last)}
+        for requested in self.kinds:
+            if not any(g.kind == requested for block_groups in targets.values() for g in block_groups):
+                other = [k for k in self.kinds if k != requested and any(g.kind == k for g in targets[first])]
                 fix = f"set groups: [{other[0]}]" if other else "use depth, which drops whole blocks"
                 raise ValueError(
-                    f"the {asked} of '{kind}' cannot be made narrower: a part of it computes something else, or no "
-                    f"config says how wide it is; {fix}"
+                    f"the {requested} of '{kind}' cannot be made narrower: a part of it computes something else, or no "
+                    f"config key sets its width; {fix}"
                 )
-        experts = any(len(g.parts) > 1 for own in inside.values() for g in own)
+        experts = any(len(g.by_module) > 1 for block_groups in targets.values() for g in block_groups)
         if self.multiple_of and self.multiple_of % _EXPERT_STEP and experts:
             raise ValueError(
                 f"multiple_of {self.multiple_of}: transformers multiplies by experts whose width is a multiple of "
                 f"{_EXPERT_STEP}; use {math.ceil(self.multiple_of / _EXPERT_STEP) * _EXPERT_STEP}"
             )
-        return inside
+        return targets
 
     def _step(self, group: Group) -> int:
-        """How many units go at once."""
+        """Return the number of units removed at once."""
         if group.kind == "attention":
             return 1
         step = self.channel_step(group.units)
-        return max(_EXPERT_STEP, step) if len(group.parts) > 1 and not self.multiple_of else step
+        return max(_EXPERT_STEP, step) if len(group.by_module) > 1 and not self.multiple_of else step
 
-    def _fixed(self, targeted: Targeted) -> int | None:
-        """How many key-value heads stay, where it is said how many query heads do.
+    def _fixed_kv_heads(self, targets: TargetGroups) -> int | None:
+        """Return the number of attention units that remain, if the number of query heads is requested.
 
-        Raises: ValueError when these cannot be divided among key-value heads.
+        Raises:
+            ValueError: The query heads cannot be divided among key-value heads.
         """
         if self.heads is None:
             return None
-        group = next(g for _, g in targeted.flat if g.kind == "attention")
-        each = group.heads
-        if self.heads % each or self.heads > each * group.units:
-            near = max(each, min(each * group.units, self.heads // each * each))
+        group = next(g for _, g in targets.flat if g.kind == "attention")
+        shared = group.heads
+        if self.heads % shared or self.heads > shared * group.units:
+            nearest = max(shared, min(shared * group.units, self.heads // shared * shared))
             raise ValueError(
-                f"heads {self.heads} cannot be divided among key-value heads, {each} to each of {group.units}; "
-                f"use {near}"
+                f"heads {self.heads} cannot be divided among key-value heads, {shared} to each of {group.units}; "
+                f"use {nearest}"
             )
-        return self.heads // each
+        return self.heads // shared
 
     def _uniform_counts(
-        self, raw: Mapping[str, Any], dtype: torch.dtype, targeted: Targeted, sizes: Sequence[int]
-    ) -> Counts:
-        """Heads that a stock config cannot do without stay, and the MLP makes up for them."""
+        self, raw: Mapping[str, Any], dtype: torch.dtype, targets: TargetGroups, sizes: Sequence[int]
+    ) -> UnitCounts:
+        """Choose equal widths for all blocks: as many heads as a stock config supports, and the rest from the MLP."""
         if WIDTHS in raw:
             raise ValueError("the blocks of this model differ in width already, which uniform cannot undo")
-        alike: dict[tuple[str, ...], list[Group]] = {}
+        by_keys: dict[tuple[str, ...], list[Group]] = {}
         totals: dict[tuple[str, ...], int] = {}
-        for size, (_, group) in zip(sizes, targeted.flat, strict=True):
+        for size, (_, group) in zip(sizes, targets.flat, strict=True):
             keys = tuple(group.keys)
-            alike.setdefault(keys, []).append(group)
+            by_keys.setdefault(keys, []).append(group)
             totals[keys] = totals.get(keys, 0) + group.units * size
-        if any(g.units != groups[0].units for groups in alike.values() for g in groups):
+        if any(g.units != groups[0].units for groups in by_keys.values() for g in groups):
             raise ValueError("the blocks of this model differ in width; leave out uniform")
         target = self.sparsity * sum(totals.values())
         counts: dict[tuple[str, ...], int] = {}
-        for keys, (group, *_) in alike.items():
+        for keys, (group, *_) in by_keys.items():
             if group.kind == "attention":
-                counts[keys] = self._uniform_heads(raw, dtype, targeted, group)
+                counts[keys] = self._uniform_heads(raw, dtype, targets, group)
                 target -= totals[keys] * (1 - counts[keys] / group.units)
-        if self.sparsity and all(counts.get(keys) == groups[0].units for keys, groups in alike.items()):
+        if self.sparsity and all(counts.get(keys) == groups[0].units for keys, groups in by_keys.items()):
             raise ValueError(
                 f"a stock config of '{raw['model_type']}' cannot have fewer heads at this sparsity; leave out "
                 "uniform, or add mlp to groups"
             )
-        rest = [keys for keys in alike if keys not in counts]
+        rest = [keys for keys in by_keys if keys not in counts]
         for keys in rest:
-            group = alike[keys][0]
+            group = by_keys[keys][0]
             step, share = self._step(group), target / sum(totals[k] for k in rest)
             counts[keys] = min(group.units, max(step, round(group.units * (1 - share) / step) * step))
         return counts
 
-    def _uniform_heads(self, raw: Mapping[str, Any], dtype: torch.dtype, targeted: Targeted, group: Group) -> int:
-        fixed = self._fixed(targeted)
-        least = fixed if fixed is not None else max(1, math.ceil(group.units * (1 - self.sparsity)))
-        choices = [least] if fixed is not None else range(least, group.units + 1)
-        accepted = [n for n in choices if n == group.units or _is_said(raw, group, n, dtype)]
+    def _uniform_heads(self, raw: Mapping[str, Any], dtype: torch.dtype, targets: TargetGroups, group: Group) -> int:
+        """Choose the smallest number of attention units that a stock config supports at this sparsity."""
+        fixed = self._fixed_kv_heads(targets)
+        smallest = fixed if fixed is not None else max(1, math.ceil(group.units * (1 - self.sparsity)))
+        choices = [smallest] if fixed is not None else range(smallest, group.units + 1)
+        accepted = [n for n in choices if n == group.units or _stock_config_supports(raw, group, n, dtype)]
         if not accepted:
             raise ValueError(
                 f"a stock config of '{raw['model_type']}' cannot have {self.heads} heads; leave out uniform"
@@ -203,21 +245,22 @@ class Narrowing:
         return accepted[0]
 
 
-def sizes_of_units(model: PreTrainedModel, anatomy: Anatomy, targeted: Targeted) -> list[int]:
-    """Parameters of a unit of each group."""
-    return [group.unit_size(model.get_submodule(anatomy.block_name(i))) for i, group in targeted.flat]
+def unit_sizes(model: PreTrainedModel, anatomy: Anatomy, targets: TargetGroups) -> list[int]:
+    """Count the parameters of a unit of each group."""
+    return [group.unit_size(model.get_submodule(anatomy.block_name(i))) for i, group in targets.flat]
 
 
-def _is_said(raw: Mapping[str, Any], group: Group, kept: int, dtype: torch.dtype) -> bool:
-    """Whether a stock config can say that all blocks have so many units."""
+def _stock_config_supports(raw: Mapping[str, Any], group: Group, kept: int, dtype: torch.dtype) -> bool:
+    """Return whether transformers builds a stock model with this number of units in all blocks."""
     try:
         build_empty_model({**raw, **group.widths(kept)}, dtype)
     except ValueError:
         return False
-    return group.stock
+    return group.fits_stock_config
 
 
-def _best(importance: Tensor, count: int) -> Tensor:
+def _top(importance: Tensor, count: int) -> Tensor:
+    """Mask the units of highest importance."""
     mask = torch.zeros(len(importance), dtype=torch.bool)
     mask[importance.argsort(descending=True, stable=True)[:count]] = True
     return mask

@@ -1,4 +1,4 @@
-"""What the loss would rise by without some weights, by Taylor's series around them (LLM-Pruner, arXiv 2305.11627)."""
+"""Importance of units: the change of the loss without them, by its Taylor series (LLM-Pruner, arXiv 2305.11627)."""
 
 from __future__ import annotations
 
@@ -12,29 +12,51 @@ Aggregation = Literal["element", "vector"]
 Pooling = Literal["sum", "mean", "max"]
 
 
-def taylor(w: Tensor, g: Tensor, F: Tensor | None = None) -> Tensor:
-    """How much the loss changes when a weight becomes zero, with its sign turned: w g, to first order (eq. 4 and 5), or
-    w g - 1/2 w^2 F with the diagonal of the Fisher information for the Hessian's.
+def taylor_terms(w: Tensor, g: Tensor, F: Tensor | None = None) -> Tensor:
+    """Estimate the decrease of the loss when each weight becomes zero.
 
-    w: weights, g: the loss's mean gradient, F: mean of its squares; of one shape.
+    First order: w g (eq. 4 and 5). Second order: w g - 1/2 w^2 F, with the diagonal of the Fisher information in place
+    of the Hessian's.
+
+    Args:
+        w: Weights.
+        g: Mean gradient of the loss, of the same shape.
+        F: Mean square of the gradients, of the same shape; None for first order.
+
+    Returns:
+        A term per weight, with its sign.
     """
     return w * g if F is None else w * g - 0.5 * w.square() * F
 
 
-def of_units(changes: Tensor, axis: int, channels: Tensor, aggregation: Aggregation) -> Tensor:
-    """The importance of the part of a matrix that belongs to each unit, (units,).
+def unit_importance(terms: Tensor, axis: int, channels: Tensor, aggregation: Aggregation) -> Tensor:
+    """Compute the importance of each unit's part of one matrix.
 
-    changes: (out, in), as from `taylor`. axis: 0 where rows belong to units, 1 where columns do. channels: (units, n).
-    aggregation: `element` adds up the sizes of what single weights do (eq. 5), `vector` takes the size of what a whole
-    row or column does (eq. 4).
+    Args:
+        terms: (out, in), of `taylor_terms`.
+        axis: 0 if rows belong to units, 1 if columns do.
+        channels: (units, n), the rows or columns of each unit.
+        aggregation: `element` sums the absolute terms of single weights (eq. 5); `vector` takes the absolute sum of the
+            terms of a row or column (eq. 4).
+
+    Returns:
+        (units,) float64.
     """
-    lines = changes.double() if axis == 0 else changes.double().T
-    each = lines.abs().sum(1) if aggregation == "element" else lines.sum(1).abs()
-    return each[channels.to(each.device)].sum(1)
+    lines = terms.double() if axis == 0 else terms.double().T
+    by_channel = lines.abs().sum(1) if aggregation == "element" else lines.sum(1).abs()
+    return by_channel[channels.to(by_channel.device)].sum(1)
 
 
-def pooled(parts: Sequence[Tensor], pooling: Pooling) -> Tensor:
-    """The importance of units of which each part has one: (units,) of every part."""
+def pool(parts: Sequence[Tensor], pooling: Pooling) -> Tensor:
+    """Combine the importance of the parts of units, one part per matrix.
+
+    Args:
+        parts: (units,) of every matrix.
+        pooling: How the parts are combined.
+
+    Returns:
+        (units,).
+    """
     stacked = torch.stack(list(parts))
     match pooling:
         case "sum":
@@ -45,40 +67,48 @@ def pooled(parts: Sequence[Tensor], pooling: Pooling) -> Tensor:
             return stacked.amax(0)
 
 
-def cut(importance: Sequence[Tensor], sizes: Sequence[int], steps: Sequence[int], target: int) -> list[Tensor]:
-    """Which units to keep of several groups, so that about `target` parameters go and the least importance a parameter.
+def choose_units(
+    importance: Sequence[Tensor], unit_sizes: Sequence[int], steps: Sequence[int], target: int
+) -> list[Tensor]:
+    """Choose the units of several groups that remain, removing the least importance per parameter.
 
-    importance: of each group its units' (units,). sizes: parameters of a unit. steps: how many units go at once, and
-    what the number that stays is a multiple of; a step stays in every group. Returns: masks (units,) of bool.
+    Args:
+        importance: (units,) of each group.
+        unit_sizes: Parameters of a unit of each group.
+        steps: Number of units of each group removed at once; the number that remains is a multiple of it, and not zero.
+        target: Number of parameters to remove, about.
+
+    Returns:
+        (units,) bool of each group, True for units that remain.
     """
     orders = [i.argsort(stable=True) for i in importance]
-    offers = []
-    for group, (values, order, size, step) in enumerate(zip(importance, orders, sizes, steps, strict=True)):
-        ends = [n - kept for n in [len(values)] for kept in range((n - 1) // step * step, 0, -step)]
+    candidates = []
+    for group, (values, order, size, step) in enumerate(zip(importance, orders, unit_sizes, steps, strict=True)):
+        ends = [n - remaining for n in [len(values)] for remaining in range((n - 1) // step * step, 0, -step)]
         for start, end in zip([0, *ends], ends, strict=False):
             cost = float(values[order[start:end]].sum()) / ((end - start) * size)
-            offers.append((cost, group, end, (end - start) * size))
-    gone, taken = 0, [0] * len(orders)
-    full = set[int]()
-    # Costs rise within a group but for its first, odd step; a group's steps are taken in order all the same.
-    for _, group, end, size in sorted(_rising(offers)):
-        if group not in full and gone + size / 2 <= target:
-            gone, taken[group] = gone + size, end
+            candidates.append((cost, group, end, (end - start) * size))
+    removed_size, removed_units = 0, [0] * len(orders)
+    finished = set[int]()
+    # Costs rise within a group, except perhaps after its first, shorter step; steps are taken in order in any case.
+    for _, group, end, size in sorted(_with_rising_costs(candidates)):
+        if group not in finished and removed_size + size / 2 <= target:
+            removed_size, removed_units[group] = removed_size + size, end
         else:
-            full.add(group)
+            finished.add(group)
     masks = []
-    for order, n in zip(orders, taken, strict=True):
+    for order, n in zip(orders, removed_units, strict=True):
         mask = torch.ones(len(order), dtype=torch.bool)
         mask[order[:n].cpu()] = False
         masks.append(mask)
     return masks
 
 
-def _rising(offers: Sequence[tuple[float, int, int, int]]) -> list[tuple[float, int, int, int]]:
-    """The same, none cheaper than one that must come before it."""
+def _with_rising_costs(candidates: Sequence[tuple[float, int, int, int]]) -> list[tuple[float, int, int, int]]:
+    """Raise the cost of each step to at least that of the earlier steps of its group."""
     highest: dict[int, float] = {}
     out = []
-    for cost, group, end, size in offers:
+    for cost, group, end, size in candidates:
         highest[group] = max(cost, highest.get(group, cost))
         out.append((highest[group], group, end, size))
     return out

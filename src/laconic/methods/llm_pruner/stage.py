@@ -16,12 +16,18 @@ from transformers import PreTrainedModel
 from laconic.checkpoint.files import read_json
 from laconic.checkpoint.rebuild import rebuild_model, tensors_of
 from laconic.checkpoint.source import Source
-from laconic.methods.llm_pruner.gradients import Gradients, gradients
-from laconic.methods.llm_pruner.groups import Group, Kind, Slice, matched, narrow
-from laconic.methods.llm_pruner.narrowing import Narrowing, Targeted, sizes_of_units
-from laconic.methods.llm_pruner.reach import check_reach
-from laconic.methods.llm_pruner.saliency import Aggregation, Pooling, of_units, pooled, taylor
-from laconic.methods.llm_pruner.stream_width import by_channel, kept_channels, narrower, stream_axes, without_channels
+from laconic.methods.llm_pruner.gradients import Gradients, compute_gradients
+from laconic.methods.llm_pruner.groups import Group, Kind, Slice, match_channels, remove_units
+from laconic.methods.llm_pruner.limits import check_sparsity
+from laconic.methods.llm_pruner.narrowing import Narrowing, TargetGroups, unit_sizes
+from laconic.methods.llm_pruner.residual_width import (
+    channel_importance,
+    choose_channels,
+    hidden_size_keys,
+    remove_channels,
+    residual_axes,
+)
+from laconic.methods.llm_pruner.saliency import Aggregation, Pooling, pool, taylor_terms, unit_importance
 from laconic.runtime.reading import load
 from laconic.stages.model import ModelStage, Remade, Work, check_finite, sizes_of
 from laconic.structure.anatomy import Anatomy, dissect
@@ -107,10 +113,10 @@ class LlmPruner(ModelStage):
 
     def check(self, source: Source, model: PreTrainedModel, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
         if self.hidden:
-            stream_axes(model, read_json(source.folder / "config.json"))
-            check_reach(self.sparsity, [self.narrowing.channels(model.config.get_text_config().hidden_size)])
+            residual_axes(model, read_json(source.folder / "config.json"))
+            check_sparsity(self.sparsity, [self.narrowing.channel_limits(model.config.get_text_config().hidden_size)])
             return {}
-        self.narrowing.target(model, dissect(model), read_json(source.folder / "config.json"))
+        self.narrowing.find_targets(model, dissect(model), read_json(source.folder / "config.json"))
         return {}
 
     def remake(self, work: Work) -> Remade:
@@ -121,13 +127,13 @@ class LlmPruner(ModelStage):
         anatomy = dissect(model)
         if self.hidden:
             return self._without_hidden(work, model, anatomy, raw)
-        targeted, counts = self.narrowing.target(model, anatomy, raw)
+        targeted, counts = self.narrowing.find_targets(model, anatomy, raw)
         targeted, importance = self._weigh(work, model, anatomy, targeted)
-        kept = self.narrowing.kept(targeted, counts, importance, sizes_of_units(model, anatomy, targeted))
+        kept = self.narrowing.choose_units(targeted, counts, importance, unit_sizes(model, anatomy, targeted))
         masks = {
             (i, group): mask
             for (i, group), mask in zip(targeted.flat, kept, strict=True)
-            if not bool(mask.all()) or (self.uniform and group.stock)
+            if not bool(mask.all()) or (self.uniform and group.fits_stock_config)
         }
         config = self._config(raw, len(anatomy.taps), masks)
         made = rebuild_model({**raw, **config}, _narrowed(model, anatomy, masks), _DTYPES[self.dtype])
@@ -136,9 +142,9 @@ class LlmPruner(ModelStage):
         return Remade(made, config, events, {"pruning": result})
 
     def _without_hidden(self, work: Work, model: PreTrainedModel, anatomy: Anatomy, raw: Mapping[str, Any]) -> Remade:
-        axes = stream_axes(model, raw)
+        axes = residual_axes(model, raw)
         hidden = model.config.get_text_config().hidden_size
-        check_reach(self.sparsity, [self.narrowing.channels(hidden)])
+        check_sparsity(self.sparsity, [self.narrowing.channel_limits(hidden)])
         # One of each that is tied.
         names = [n for n, _ in model.named_parameters() if n in axes]
         if self.importance == "random":
@@ -146,25 +152,25 @@ class LlmPruner(ModelStage):
         else:
             found = self._gradients(work, model, anatomy, names)
             vector = self.aggregation == "vector"
-            parts = [by_channel(self._changes(model, name, found), axes[name], vector=vector) for name in names]
-            importance = pooled(parts, self.pooling).cpu()
+            parts = [channel_importance(self._changes(model, name, found), axes[name], vector=vector) for name in names]
+            importance = pool(parts, self.pooling).cpu()
             check_finite(importance, "the gradients" if self.observes else "the weights")
-        mask = kept_channels(importance, self.sparsity, self.narrowing.channel_step(hidden))
-        config = narrower(raw, int(mask.sum()))
-        made = rebuild_model({**raw, **config}, without_channels(tensors_of(model), axes, mask), _DTYPES[self.dtype])
+        mask = choose_channels(importance, self.sparsity, self.narrowing.channel_step(hidden))
+        config = hidden_size_keys(raw, int(mask.sum()))
+        made = rebuild_model({**raw, **config}, remove_channels(tensors_of(model), axes, mask), _DTYPES[self.dtype])
         event = {"event": "pruned", "group": "hidden", "channels": int(mask.sum()), "of": hidden}
         result = {"method": self.method, **sizes_of(model, made), "blocks": [event]}
         return Remade(made, {k: v for k, v in config.items() if raw.get(k) != v}, [event], {"pruning": result})
 
     def _weigh(
-        self, work: Work, model: PreTrainedModel, anatomy: Anatomy, targeted: Targeted
-    ) -> tuple[Targeted, list[Tensor]]:
+        self, work: Work, model: PreTrainedModel, anatomy: Anatomy, targeted: TargetGroups
+    ) -> tuple[TargetGroups, list[Tensor]]:
         """The groups with their units matched, and the importance of these."""
         random = torch.Generator().manual_seed(work.seed)
         if self.importance == "random":
             # A unit is the more likely to stay the larger it is, so that neither kind goes first.
             drawn = [torch.rand(g.units, generator=random) for _, g in targeted.flat]
-            sizes = sizes_of_units(model, anatomy, targeted)
+            sizes = unit_sizes(model, anatomy, targeted)
             return targeted, [v * size for v, size in zip(drawn, sizes, strict=True)]
         names = {f"{anatomy.block_name(i)}.{part.linear}.weight" for i, group in targeted.flat for part in group.slices}
         found = self._gradients(work, model, anatomy, sorted(names))
@@ -175,14 +181,14 @@ class LlmPruner(ModelStage):
             blocks.setdefault(i, []).append(own)
             importance.append(values)
         check_finite(torch.cat(importance), "the gradients" if self.observes else "the weights")
-        return Targeted(blocks), importance
+        return TargetGroups(blocks), importance
 
     def _gradients(self, work: Work, model: PreTrainedModel, anatomy: Anatomy, names: Sequence[str]) -> Gradients:
         """Of the loss on the calibration text; none where weights alone are asked."""
         if not self.observes:
             return Gradients({}, {})
         assert work.windows is not None
-        return gradients(
+        return compute_gradients(
             model,
             names,
             work.windows,
@@ -204,7 +210,7 @@ class LlmPruner(ModelStage):
                 f"no token of the calibration text was routed to {name.rsplit('.', 2)[0]}; use more samples, or "
                 "importance: weight"
             )
-        return taylor(w, found.mean[name], found.square.get(name))
+        return taylor_terms(w, found.mean[name], found.square.get(name))
 
     @torch.no_grad()
     def _of_group(self, model: PreTrainedModel, block: str, group: Group, found: Gradients) -> tuple[Group, Tensor]:
@@ -212,15 +218,15 @@ class LlmPruner(ModelStage):
 
         def of(part: Slice, channels: Tensor) -> Tensor:
             changes = self._changes(model, f"{block}.{part.linear}.weight", found)
-            return of_units(changes, part.axis, channels, self.aggregation).cpu()
+            return unit_importance(changes, part.axis, channels, self.aggregation).cpu()
 
-        if len(group.parts) > 1:
+        if len(group.by_module) > 1:
             singly = {
-                name: pooled([of(part, part.channels.view(-1, 1)) for part in own], self.pooling)
-                for name, own in group.parts.items()
+                name: pool([of(part, part.channels.view(-1, 1)) for part in own], self.pooling)
+                for name, own in group.by_module.items()
             }
-            group = matched(group, singly)
-        return group, pooled([of(part, part.channels) for part in group.slices], self.pooling)
+            group = match_channels(group, singly)
+        return group, pool([of(part, part.channels) for part in group.slices], self.pooling)
 
     def _config(self, raw: Mapping[str, Any], count: int, masks: Mapping[tuple[int, Group], Tensor]) -> dict[str, Any]:
         """The keys of config.json that change."""
@@ -252,13 +258,13 @@ def _narrowed(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[tuple[int
     for (i, group), mask in masks.items():
         prefix = f"{anatomy.block_name(i)}."
         inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        tensors |= {f"{prefix}{n}": t for n, t in narrow(inside, group, mask).items()}
+        tensors |= {f"{prefix}{n}": t for n, t in remove_units(inside, group, mask).items()}
     return tensors
 
 
 def _told(group: Group, mask: Tensor) -> dict[str, Any]:
     kept = int(mask.sum())
     if group.kind == "mlp":
-        experts = {"experts": len(group.parts)} if len(group.parts) > 1 else {}
+        experts = {"experts": len(group.by_module)} if len(group.by_module) > 1 else {}
         return {"group": "mlp", "channels": kept, "of": len(mask), **experts}
     return {"group": "attention", "heads": kept * group.heads, "kv_heads": kept * group.kv_heads or 1, "of": len(mask)}

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, VaultGemmaConfig
 
 from laconic.checkpoint.rebuild import rebuild_model
-from laconic.methods.llm_pruner.stream_width import kept_channels, narrower, stream_axes, without_channels
+from laconic.methods.llm_pruner.residual_width import choose_channels, hidden_size_keys, remove_channels, residual_axes
 from tiny import make_model
 
 NARROWED = ["llama", "mistral", "qwen2", "qwen3", "phi3"]
@@ -24,10 +24,10 @@ def test_a_stream_that_is_there_twice_can_be_halved(arch: str, tmp_path: Path) -
     raw = json.loads((folder / "config.json").read_text())
     narrow = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     hidden = raw["hidden_size"]
-    wide_keys = raw | narrower(raw, 2 * hidden)
+    wide_keys = raw | hidden_size_keys(raw, 2 * hidden)
     torch.manual_seed(0)
     wide = AutoModelForCausalLM.from_config(type(narrow.config)(**wide_keys), dtype=torch.float64).eval()
-    axes = stream_axes(wide, wide_keys)
+    axes = residual_axes(wide, wide_keys)
     embeddings = {f"{n}.weight" for n, m in wide.named_modules() if isinstance(m, nn.Embedding)}
     small = dict(narrow.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_a_stream_that_is_there_twice_can_be_halved(arch: str, tmp_path: Path) -
         kept = torch.arange(2 * hidden) < hidden
         tensors = {**dict(wide.named_parameters(remove_duplicate=False)), **dict(wide.named_buffers())}
         halved = rebuild_model(
-            {**wide_keys, **narrower(wide_keys, hidden)}, without_channels(tensors, axes, kept), torch.float64
+            {**wide_keys, **hidden_size_keys(wide_keys, hidden)}, remove_channels(tensors, axes, kept), torch.float64
         )
         torch.testing.assert_close(halved(input_ids=ids).logits, expected)
 
@@ -57,7 +57,7 @@ def test_what_follows_from_the_hidden_size_is_refused(arch: str, tmp_path: Path)
     folder = make_model(tmp_path / "model", arch)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match="more follows from its hidden size"):
-        stream_axes(model, json.loads((folder / "config.json").read_text()))
+        residual_axes(model, json.loads((folder / "config.json").read_text()))
 
 
 def test_embeddings_scaled_by_the_hidden_size_are_noticed(tmp_path: Path) -> None:
@@ -68,12 +68,12 @@ def test_embeddings_scaled_by_the_hidden_size_are_noticed(tmp_path: Path) -> Non
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="hidden channels of 'vaultgemma' cannot be pruned"):
-        stream_axes(model, config.to_dict())
+        residual_axes(model, config.to_dict())
 
 
 def test_a_multiple_of_the_step_stays() -> None:
     importance = torch.arange(100.0)
     for sparsity, step, left in ((0.2, 16, 80), (0.29, 16, 64), (0, 32, 100), (0.99, 8, 8)):
-        mask = kept_channels(importance, sparsity, step)
+        mask = choose_channels(importance, sparsity, step)
         assert int(mask.sum()) == left
         assert bool(mask[-left:].all())
