@@ -1,11 +1,11 @@
-"""The race: Laconic and its peers on the same model, tokens, seeds and threads.
+"""Comparison of Laconic with its peers on the same model, tokens, seeds and threads.
 
     benchmarks/race/setup.sh DIR
     python benchmarks/race --environments DIR --text TEXT [--model FOLDER] [--cases gptq-128 ...] [--contestants ...]
 
-Without --model, on a wide random Llama (hidden 2048, intermediate 5632, 4 layers, 16/8 heads, vocabulary 8000) and
-random tokens. Every run is a process of its own, one after another. Results are kept in a file as they come, and what
-is there is not run again; the table, in Markdown, is printed from the file.
+The default model is a wide random Llama (hidden 2048, intermediate 5632, 4 layers, 16/8 heads, vocabulary 8000) with
+random tokens. Every run is a separate process, one after another. Each result is appended to a file, and runs whose
+results are in it are skipped; the table, in Markdown, is printed from the file.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ PEERS = {
 
 
 def main() -> None:
-    """Run what is missing, measure it, print the table."""
+    """Make and measure the missing runs, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", required=True, type=Path)
-    parser.add_argument("--text", required=True, help="calibration text, its second half held out")
+    parser.add_argument("--text", required=True, help="calibration text; its second half is held out")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--work", type=Path, default=Path("build/race"))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--iters", type=int, default=200, help="steps of autoround")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    # Absolute, since peers run in the folder of the race: GPTQModel leaves its logs where it runs.
+    # Absolute, because peers run in the folder of the results, where GPTQModel writes its logs.
     args.environments, args.work = args.environments.absolute(), args.work.absolute()
     args.text, args.model = str(Path(args.text).absolute()), args.model and args.model.absolute()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def wide_model(folder: Path) -> Path:
-    """A random Llama as wide as a model of a few billion parameters."""
+    """Write a random Llama with the width of a model of a few billion parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if not (folder / "config.json").exists():
@@ -99,7 +99,7 @@ def wide_model(folder: Path) -> Path:
 
 
 def make_tokens(args: argparse.Namespace, model: Path) -> Path:
-    """Calibration windows, and held-out ones, the same for all."""
+    """Write calibration and held-out windows, the same for all contestants."""
     file = args.work / f"{model.name}-tokens.safetensors"
     if not file.exists():
         if args.model:
@@ -111,17 +111,19 @@ def make_tokens(args: argparse.Namespace, model: Path) -> Path:
             half = len(windows) // 2
             calibration, heldout = windows[:half][: args.samples], windows[half:][:32]
         else:
-            made = torch.randint(0, 8000, (args.samples + 16, args.length), generator=torch.Generator().manual_seed(0))
-            calibration, heldout = made[: args.samples], made[args.samples :]
+            windows = torch.randint(
+                0, 8000, (args.samples + 16, args.length), generator=torch.Generator().manual_seed(0)
+            )
+            calibration, heldout = windows[: args.samples], windows[args.samples :]
         save_file({"input_ids": calibration.contiguous(), "heldout": heldout.contiguous()}, file)
     return file
 
 
 def race(args: argparse.Namespace, model: Path, tokens: Path, case: str, contestant: str) -> dict[str, Any]:
-    """One contestant on one case, in a process of its own, and what its checkpoint is worth."""
+    """Run one contestant on one case in a separate process, and measure the quality of its checkpoint."""
     output = args.work / f"{model.name}-{case}-{contestant}"
     shutil.rmtree(output, ignore_errors=True)
-    # Ours takes text, which passes its checks and is replaced by the tokens of the race: a little is enough.
+    # Laconic needs a text that passes its checks; its tokens are replaced, so a short text is enough.
     filler = args.work / "filler.txt"
     filler.write_text(Path(args.text).read_text()[: 40 * args.length])
     job = CASES[case] | {"model": str(model), "tokens": str(tokens), "output": str(output), "text": str(filler)}
@@ -132,23 +134,23 @@ def race(args: argparse.Namespace, model: Path, tokens: Path, case: str, contest
     command = [str(part) for part in (python, *runner, file)]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": str(args.threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    # GPTQModel asks for two workers of a pool that it makes with one on a machine of two cores.
+    # On a machine of two cores, GPTQModel makes a pool of one worker but needs two.
     environment |= {"GPTQMODEL_CPU_WORKERS": str(max(2, args.threads))}
-    begun = time.monotonic()
+    start = time.monotonic()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=args.work
     ) as run:
         assert run.stdout
-        said = run.stdout.read()
+        output_text = run.stdout.read()
         _, status, usage = os.wait4(run.pid, 0)
         run.returncode = os.waitstatus_to_exitcode(status)
-    line = next((s for s in said.splitlines() if s.startswith("RESULT ")), None)
+    line = next((s for s in output_text.splitlines() if s.startswith("RESULT ")), None)
     if line is None:
-        print(said[-3000:], file=sys.stderr)
-        return {"failed": said.strip().splitlines()[-1][:200]}
+        print(output_text[-3000:], file=sys.stderr)
+        return {"failed": output_text.strip().splitlines()[-1][:200]}
     measured = {
         **json.loads(line.removeprefix("RESULT ")),
-        "process": time.monotonic() - begun,
+        "process": time.monotonic() - start,
         "cpu": usage.ru_utime + usage.ru_stime,
         "memory": usage.ru_maxrss * 1024,
         "bytes": sum(f.stat().st_size for f in output.rglob("*.safetensors")),
@@ -165,7 +167,7 @@ def race(args: argparse.Namespace, model: Path, tokens: Path, case: str, contest
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    """Every run, and ours as a share of the fastest peer's."""
+    """Print every run, and Laconic's figures relative to those of the best peer."""
     print("| case | contestant | compression s | process s | CPU s | peak GB | checkpoint MB | perplexity | KL |")
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     for r in results:
@@ -181,10 +183,10 @@ def print_table(results: list[dict[str, Any]]) -> None:
     for case in dict.fromkeys(r["case"] for r in results):
         runs = {r["contestant"]: r for r in results if r["case"] == case and "failed" not in r}
         if ours := runs.pop("laconic", None):
-            for key, told in (("compress", "time"), ("memory", "peak memory"), ("kl", "KL")):
+            for key, label in (("compress", "time"), ("memory", "peak memory"), ("kl", "KL")):
                 rivals = [r[key] for r in runs.values() if r.get(key)]
                 if rivals and ours.get(key):
-                    print(f"\n{case}: {told} {ours[key] / min(rivals):.2f} of the best peer's", end="")
+                    print(f"\n{case}: {label} {ours[key] / min(rivals):.2f} of the best peer's", end="")
     print()
 
 

@@ -1,5 +1,8 @@
-"""Runs Laconic on a job, as peer.py runs the others. Its walk loads, compresses and writes block by block: what writing
-shards takes is told apart, as saving is for the others; loading stays in the one figure."""
+"""Run Laconic on a job, as peer.py runs the others.
+
+Laconic loads, compresses and writes block by block. The time of writing shards is reported separately, as saving is for
+the others; loading is part of the compression time.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ STAGES: dict[str, list[dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Compress; time it."""
+    """Compress a model and time it."""
     job = json.loads(Path(sys.argv[1]).read_text())
     windows = load_file(job["tokens"])["input_ids"]
     stages = [dict(s) for s in STAGES[job["case"]]]
@@ -35,30 +38,32 @@ def main() -> None:
     if job["case"] == "autoround":
         stages[-1]["iters"] = job["iters"]
     samples, length = windows.shape
-    # Any text passes the checks: the windows of the race take its place.
+    # The text only has to pass the checks; its windows are replaced.
     recipe = {
         "stages": stages,
         "calibration": {"dataset": job["text"], "num_calibration_samples": samples, "max_seq_length": length},
     }
-    begun = time.monotonic()
+    start = time.monotonic()
     prepared = replace(prepare(job["model"], recipe, job["output"]), windows=windows)
-    load = time.monotonic() - begun
-    saving = timed_writing()
-    begun = time.monotonic()
+    load = time.monotonic() - start
+    writing = time_writing()
+    start = time.monotonic()
     run(prepared)
-    whole, save = time.monotonic() - begun, sum(saving)
-    print("RESULT " + json.dumps({"version": version("laconic"), "load": load, "compress": whole - save, "save": save}))
+    seconds, save = time.monotonic() - start, sum(writing)
+    print(
+        "RESULT " + json.dumps({"version": version("laconic"), "load": load, "compress": seconds - save, "save": save})
+    )
 
 
-def timed_writing() -> list[float]:
-    """Have every shard's writing timed. Returns: the seconds, as they come."""
+def time_writing() -> list[float]:
+    """Time the writing of every shard; return a list to which the seconds are appended."""
     seconds: list[float] = []
     write = Workspace.write_shard
 
     def write_timed(self: Workspace, *args: Any) -> None:
-        begun = time.monotonic()
+        start = time.monotonic()
         write(self, *args)
-        seconds.append(time.monotonic() - begun)
+        seconds.append(time.monotonic() - start)
 
     Workspace.write_shard = write_timed  # type: ignore[method-assign]
     return seconds

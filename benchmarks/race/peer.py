@@ -1,7 +1,7 @@
-"""Runs one peer in its own environment, and tells how long it took: peer.py PEER JOB.json.
+"""Run one peer in its environment and time it: peer.py PEER JOB.json.
 
-A job: model, tokens (a safetensors file of `input_ids`), case, group_size, iters, output. Prints one line of JSON:
-seconds of the compression call alone, of loading and of saving.
+A job has model, tokens (a safetensors file of `input_ids`), case, group_size, iters and output. Prints a line of JSON:
+seconds of the compression call only, of loading and of saving.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from safetensors.torch import load_file
 
 
 def main() -> None:
-    """Load, compress, save; time each."""
+    """Load, compress and save, and time each."""
     peer, job = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     windows = load_file(job["tokens"])["input_ids"]
-    told = {"llmcompressor": llmcompressor, "gptqmodel": gptqmodel, "autoround": autoround}[peer](job, windows)
-    print("RESULT " + json.dumps(told))
+    result = {"llmcompressor": llmcompressor, "gptqmodel": gptqmodel, "autoround": autoround}[peer](job, windows)
+    print("RESULT " + json.dumps(result))
 
 
-def clock(begun: list[float]) -> float:
-    """Seconds since the last call."""
+def clock(last: list[float]) -> float:
+    """Return the seconds since the last call."""
     now = time.monotonic()
-    passed, begun[0] = now - begun[0], now
-    return passed
+    seconds, last[0] = now - last[0], now
+    return seconds
 
 
 def llmcompressor(job: dict[str, Any], windows: torch.Tensor) -> dict[str, float]:
-    """llm-compressor's oneshot, its defaults."""
+    """Run llm-compressor's oneshot with its defaults."""
     import llmcompressor as package
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
@@ -44,12 +44,12 @@ def llmcompressor(job: dict[str, Any], windows: torch.Tensor) -> dict[str, float
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not torch.cuda.is_available():
-        # Its AWQ pins memory even where there is nothing to pin it for, and would stop there.
+        # Its AWQ pins memory even without a GPU, which fails.
         torch.Tensor.pin_memory = lambda self, *_: self
-    begun = [time.monotonic()]
+    last = [time.monotonic()]
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    load = clock(begun)
+    load = clock(last)
     case, common = job["case"], {"targets": ["Linear"], "ignore": ["lm_head"]}
 
     def four_bits(symmetric: bool) -> dict[str, QuantizationScheme]:
@@ -79,41 +79,41 @@ def llmcompressor(job: dict[str, Any], windows: torch.Tensor) -> dict[str, float
         max_seq_length=windows.shape[1],
         batch_size=job.get("batch_size", 1),
     )
-    compress = clock(begun)
+    compress = clock(last)
     model.save_pretrained(job["output"], save_compressed=True)
     tokenizer.save_pretrained(job["output"])
-    return {"version": package.__version__, "load": load, "compress": compress, "save": clock(begun)}
+    return {"version": package.__version__, "load": load, "compress": compress, "save": clock(last)}
 
 
 def gptqmodel(job: dict[str, Any], windows: torch.Tensor) -> dict[str, float]:
-    """GPTQModel, its defaults."""
+    """Run GPTQModel with its defaults."""
     from importlib.metadata import version
 
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    begun = [time.monotonic()]
+    last = [time.monotonic()]
     method = {"method": "awq", "format": "gemm"} if job["case"] == "awq" else {}
     config = QuantizeConfig(bits=4, group_size=job["group_size"], **method)
     model = GPTQModel.load(job["model"], config)
-    load = clock(begun)
+    load = clock(last)
     rows = [{"input_ids": w.tolist(), "attention_mask": [1] * len(w)} for w in windows]
     model.quantize(rows, batch_size=job.get("batch_size", 1))
-    compress = clock(begun)
+    compress = clock(last)
     model.save(job["output"])
-    return {"version": version("gptqmodel"), "load": load, "compress": compress, "save": clock(begun)}
+    return {"version": version("gptqmodel"), "load": load, "compress": compress, "save": clock(last)}
 
 
 def autoround(job: dict[str, Any], windows: torch.Tensor) -> dict[str, float]:
-    """AutoRound, its defaults but for the number of steps."""
+    """Run AutoRound with its defaults except for the number of steps."""
     from importlib.metadata import version
 
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    begun = [time.monotonic()]
+    last = [time.monotonic()]
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    load = clock(begun)
+    load = clock(last)
     rounder = AutoRound(
         model,
         tokenizer,
@@ -125,9 +125,9 @@ def autoround(job: dict[str, Any], windows: torch.Tensor) -> dict[str, float]:
         dataset=[{"input_ids": w[None], "attention_mask": torch.ones_like(w)[None]} for w in windows],
     )
     rounder.quantize()
-    compress = clock(begun)
+    compress = clock(last)
     rounder.save_quantized(job["output"], format="auto_gptq")
-    return {"version": version("auto-round"), "load": load, "compress": compress, "save": clock(begun)}
+    return {"version": version("auto-round"), "load": load, "compress": compress, "save": clock(last)}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a checkpoint is worth, by one measure for all: quality.py ORIGINAL CHECKPOINT TOKENS.
+"""Quality of a checkpoint, by the same measure for all formats: quality.py ORIGINAL CHECKPOINT TOKENS.
 
-Whatever its format, its weights are decoded into the original model, and perplexity and KL are taken in float32 on the
-held-out windows. Rounded activations (compressed-tensors) are Laconic's reading of the checkpoint.
+The weights are decoded into the original model, and perplexity and KL are measured in float32 on the held-out windows.
+A compressed-tensors checkpoint is opened by Laconic, which also quantizes activations.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def fill(model: nn.Module, folder: Path, config: dict) -> None:
-    """Put the decoded weights of a GPTQ or AWQ checkpoint into a plain model."""
+    """Decode the weights of a GPTQ or AWQ checkpoint into a plain model."""
     stored: dict[str, Tensor] = {}
     for file in folder.glob("*.safetensors"):
         stored |= load_file(file)
@@ -58,21 +58,23 @@ def fill(model: nn.Module, folder: Path, config: dict) -> None:
 
 
 def nibbles(packed: Tensor, dim: int) -> Tensor:
-    """Eight 4-bit fields of every int32, lowest first, laid out along `dim`."""
+    """Unpack the eight 4-bit fields of every int32, lowest first, along `dim`."""
     fields = torch.stack([(packed >> shift) & 15 for shift in range(0, 32, 4)], dim + 1)
     return fields.flatten(dim, dim + 1)
 
 
 def decode_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, plus: bool) -> Tensor:
-    """qweight (in / 8, out), qzeros (groups, out / 8), scales (groups, out): the weight (out, in). The first version
-    of the format stores zero points less one."""
+    """Decode qweight (in / 8, out), qzeros (groups, out / 8) and scales (groups, out) to a weight (out, in).
+
+    The first version of the format stores zero points minus one (`plus`).
+    """
     codes, zeros = nibbles(qweight, 0), nibbles(qzeros, 1) + int(plus)
     groups = g_idx.long() if g_idx is not None else torch.arange(len(codes)) // (len(codes) // len(scales))
     return ((codes - zeros[groups]) * scales[groups].float()).T
 
 
 def decode_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
-    """qweight (in, out / 8), fields in the order 0 2 4 6 1 3 5 7."""
+    """Decode qweight (in, out / 8), whose fields have the order 0 2 4 6 1 3 5 7, to a weight (out, in)."""
     order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 
     def unpack(packed: Tensor) -> Tensor:

@@ -296,6 +296,15 @@ def test_a_picture_shows_what_was_measured_alike(tmp_path: Path) -> None:
     assert len(list(csv.DictReader((tmp_path / "p.csv").open()))) == 4, "a row an evaluation"
 
 
+def test_task_results_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "a", evaluation())
+    old = {"baseline": "base", "rows": [{"task": "a", "recovery": 0.9}], "mean_recovery": 0.9}
+    (folder / "results" / "tasks-a.json").write_text(json.dumps(old))
+    (read,) = read_entries([folder])
+    assert read.retention == 0.9
+    assert read.tasks[0]["rows"][0]["retention"] == 0.9
+
+
 def test_artifacts_of_different_models_are_not_drawn_together(tmp_path: Path, laconic: Laconic) -> None:
     folders = [
         artifact(tmp_path / "a", evaluation()),

@@ -180,8 +180,8 @@ def _summary(result: dict[str, Any]) -> list[str]:
 def _save(result: dict[str, Any], folders: Sequence[str]) -> None:
     """Save in each artifact the rows of the baseline and its own; not in the baseline itself."""
     names = short_names(folders)
-    baseline, *others = dict.fromkeys(folders)
-    for folder in others:
+    baseline, *compared = dict.fromkeys(folders)
+    for folder in compared:
         artifact = Artifact(model_folder(folder))
         if artifact.recipe is None:
             continue
@@ -190,7 +190,7 @@ def _save(result: dict[str, Any], folders: Sequence[str]) -> None:
         part = {k: v for k, v in result.items() if k not in ("linears", "summary")}
         part |= {"model": folder, "baseline": baseline, "models": rows, "summary": list(model_verdicts(rows))}
         artifact.save_result(f"bench-sparsity-{result['device']}", part)
-    if not others and Artifact(model_folder(baseline)).recipe is not None:
+    if not compared and Artifact(model_folder(baseline)).recipe is not None:
         result["summary"].append(
             f"{baseline} was compared with itself, so no result is saved in it; name the original by --baseline"
         )

@@ -117,7 +117,7 @@ def speed_by_length(
 
 @torch.no_grad()
 def filled(
-    cache: Cache, shape: KvShape, rows: int, length: int, dtype: torch.dtype, device: torch.device, chunk: int = 4096
+    cache: Cache, shape: KvShape, rows: int, length: int, dtype: torch.dtype, device: torch.device, *, chunk: int = 4096
 ) -> Cache:
     """Fill a cache with noise.
 

@@ -109,7 +109,7 @@ def _expand(name: str, formats: Mapping[str, TaskFormat], folder: Path) -> list[
     if not members:
         known = [*formats, *_GROUPS, *_ALIASES]
         names = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-        raise ValueError(f"no task '{name}' over local files{suggest(name, known) or f'; there are {names}'}")
+        raise ValueError(f"no task '{name}' over local files{suggest(name, known) or f'; known names are {names}'}")
     return members
 
 
