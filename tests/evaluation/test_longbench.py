@@ -283,7 +283,7 @@ def test_a_long_prompt_loses_its_middle_and_no_other_task_does(roomy: Path, tmp_
     context = len(load_tokenizer(roomy)(question_of(document(2, []))).input_ids) + 32
     told = laconic("eval", "tasks", roomy, "longbench", "--data", folder, "--context-length", context)
     assert told.code == 0, told.err
-    expected = f"(LongBench's, their middle), to fit {context} tokens: longbench 2 of 5"
+    expected = f"(LongBench: middle) to fit {context} tokens: longbench 2 of 5"
     assert expected in " ".join(told.out.split())
 
 
@@ -373,6 +373,11 @@ DATA = ("--data", "DATA")
         ({"answers": "yes"}, DATA, "FILE, line 1, needs 'answers', a list"),
         ({"context": 5}, DATA, "FILE, line 1, needs 'context', a text"),
         ({}, ("mmlu", *DATA), "laconic eval longbench measures LongBench's tasks only (longbench, "),
+        (
+            {},
+            (*DATA, "--context-length", "100000"),
+            "--context-length 100000 is not between 2 and the model's context of",
+        ),
         ({}, ("longbench_hotpot", *DATA), "no task 'longbench_hotpot' over local files; did you mean "),
         ({}, (*DATA, "--limit", "0"), "--limit 0 is less than 1"),
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -113,7 +113,7 @@ def _prepare(folder: Path, options: LongOptions) -> _Setup:
     tokenizer = load_tokenizer(folder)
     model = load(folder, device=device_named(options.device), dtype=dtype_named(options.dtype))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    lengths = _lengths(options.lengths, context)
+    lengths = _lengths(options, context)
     caches = caches_for(model, options.kv)
     longbench_context = lengths[-1] if options.lengths or context is None else context
     tasks, not_run = _open_longbench(options, longbench_context)
@@ -201,18 +201,19 @@ def _score_longbench(setup: _Setup, tasks: OpenTasks, options: LongOptions) -> d
     return {"tasks": list(options.longbench.tasks), "data": data, **settings, **scores}
 
 
-def _lengths(lengths: Sequence[int] | None, limit: int | None) -> list[int]:
+def _lengths(options: LongOptions, limit: int | None) -> list[int]:
     """Return context lengths in order.
 
     Raises:
         ValueError: A length is not within the model's context.
     """
-    if lengths is None:
+    if options.lengths is None:
         return [n for n in LENGTHS if limit is None or n <= limit] or [limit or LENGTHS[0]]
-    for length in lengths:
+    option = "--context-length" if set(options.measured) == {LONGBENCH} else "--lengths"
+    for length in options.lengths:
         if length < 2 or (limit is not None and length > limit):
-            raise ValueError(f"--lengths {length} is not between 2 and the model's context of {limit}")
-    return sorted(set(lengths))
+            raise ValueError(f"{option} {length} is not between 2 and the model's context of {limit}")
+    return sorted(set(options.lengths))
 
 
 def _file_name(options: LongOptions, length: int) -> str:
