@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -408,9 +409,35 @@ def test_a_models_own_code_is_run_only_when_asked(
     assert (tmp_path / "out" / "own.py").read_text() == OWN_CODE
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["eval", "--text", "text.txt"]])
-def test_a_models_own_code_is_not_run_to_look_at_it(laconic: Laconic, own_code: Path, command: list[str]) -> None:
-    assert "wants to run its own code (auto_map)" in laconic(*command, own_code).complaint
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect OWN",
+        "eval text OWN --text TEXT --context-length 32 --windows 2",
+        "eval domains OWN a=TEXT --context-length 32 --windows 2",
+        "eval long OWN --measure memory --lengths 64",
+        "bench sparsity OWN --measure models --prompt 8 --rounds 3",
+        "profile generate OWN --prompt 4 --tokens 2 --trace OWN/trace.json",
+        "sweep STUDY -o OWN/sweep --dry-run",
+    ],
+)
+def test_every_command_that_opens_a_model_runs_its_code_only_when_asked(
+    laconic: Laconic, own_code: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    evaluation = {"text": str(text), "context_length": 32, "windows": 2}
+    study = {
+        "base": {"model": str(own_code), "stages": [RTN]},
+        "evaluations": [evaluation],
+        "axes": [{"key": "seed", "values": [0, 1]}],
+    }
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    places = {"OWN": str(own_code), "TEXT": str(text), "STUDY": str(tmp_path / "study.yaml")}
+    arguments = re.sub("OWN|TEXT|STUDY", lambda name: places[name[0]], command).split()
+    told = f"{own_code} wants to run its own code (auto_map); pass --trust-remote-code if you trust it"
+    assert laconic(*arguments).complaint == told
+    ran = laconic(*arguments, "--trust-remote-code")
+    assert ran.code == 0, ran.err
 
 
 @pytest.mark.parametrize("kept", [7, 0.5, 0.999])
@@ -485,6 +512,16 @@ def test_allowed_pickles_give_what_safetensors_give(
     assert contents(pickled) == before
     of_safetensors, of_pickle = (sorted((tmp_path / o).glob("*.safetensors")) for o in "ab")
     assert [f.read_bytes() for f in of_safetensors] == [f.read_bytes() for f in of_pickle]
+
+
+def test_an_original_in_pickles_is_measured_only_when_allowed(
+    laconic: Laconic, llama: Path, pickled: Path, text: Path
+) -> None:
+    arguments = ("eval", "text", llama, "--baseline", pickled, "--text", text, "--context-length", 32, "--windows", 2)
+    assert laconic(*arguments).complaint.startswith(f"{pickled} holds pickle weights, which can run code when opened; ")
+    ran = laconic(*arguments, "--allow-pickle", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["kl_mean"] == 0
 
 
 class Attack:

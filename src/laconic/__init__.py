@@ -9,6 +9,7 @@ from laconic.runtime.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from laconic.artifact.artifact import Artifact
+    from laconic.checkpoint.trust import Trust
     from laconic.evaluation.evaluate import evaluate
     from laconic.evaluation.options import DomainOptions, LongBenchOptions, LongOptions, TaskOptions, TextOptions
     from laconic.methods import METHODS
@@ -28,6 +29,7 @@ __all__ = [
     "Recipe",
     "TaskOptions",
     "TextOptions",
+    "Trust",
     "__version__",
     "compress",
     "evaluate",
@@ -49,6 +51,7 @@ _MODULES = {
     "Recipe": "laconic.recipe",
     "TaskOptions": "laconic.evaluation.options",
     "TextOptions": "laconic.evaluation.options",
+    "Trust": "laconic.checkpoint.trust",
     "compress": "laconic.pipeline.compression",
     "evaluate": "laconic.evaluation.evaluate",
     "gallery": "laconic.recipe",

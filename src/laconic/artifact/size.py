@@ -8,6 +8,7 @@ from pathlib import Path
 from laconic.checkpoint.files import count_elements, linear_quantization_config, open_checkpoint
 from laconic.checkpoint.layout import arrange, engine_names
 from laconic.checkpoint.source import build_skeleton, main_dtype, read_config
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.runtime.quant_config import count_schemes, is_ours, schemes_of
 from laconic.structure.anatomy import linears_of
 
@@ -37,20 +38,20 @@ class Size:
     simulated: bool
 
 
-def measure_size(folder: Path) -> Size:
+def measure_size(folder: Path, *, trust: Trust = UNTRUSTED) -> Size:
     """Measure the size of a checkpoint folder.
 
     Raises:
         ValueError: It cannot be read.
     """
-    checkpoint = open_checkpoint(folder)
-    raw, config = read_config(folder)
+    checkpoint = open_checkpoint(folder, trust=trust)
+    raw, config = read_config(folder, trust=trust)
     stored = checkpoint.tensors
     tensor_bytes = sum(count_elements(s.shape) * _BYTES.get(s.dtype, 1) for s in stored.values())
     quantization = linear_quantization_config(raw)
     if quantization:
         del config.quantization_config
-    model = build_skeleton(config, main_dtype(checkpoint))
+    model = build_skeleton(config, main_dtype(checkpoint), trust=trust)
     linears = linears_of(model)
     names = engine_names(arrange(checkpoint, model), model, linears)
     schemes = schemes_of(quantization, names) if quantization and is_ours(quantization) else {}

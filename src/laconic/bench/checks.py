@@ -30,7 +30,7 @@ def check_models(models: Sequence[str], parts: Sequence[str], options: SparsityO
         raise ValueError(f"{'--baseline' if options.baseline else '--scaled'} goes with a model; name one before it")
 
 
-def check_folders(folders: Sequence[str], prompt: int) -> None:
+def check_folders(folders: Sequence[str], options: SparsityOptions) -> None:
     """Check that models can be compared, and that their results can be saved.
 
     Raises:
@@ -38,9 +38,9 @@ def check_folders(folders: Sequence[str], prompt: int) -> None:
     """
     vocabularies = set()
     for folder_name, name in short_names(folders).items():
-        folder = model_folder(folder_name)
-        _, config = read_config(folder)
-        check_prompt(name, config, prompt)
+        folder = model_folder(folder_name, trust=options.trust)
+        _, config = read_config(folder, trust=options.trust)
+        check_prompt(name, config, options.prompt)
         vocabularies.add(config.get_text_config().vocab_size)
         artifact = Artifact(folder)
         if artifact.recipe is not None:
@@ -58,7 +58,7 @@ def check_random_model(name: str, config: PretrainedConfig, options: SparsityOpt
     check_prompt(name, config, options.prompt)
     for s in options.sparsities if "structured" in options.kinds else ():
         narrowed(config, s)
-    model = build_skeleton(config, torch.bfloat16)
+    model = build_skeleton(config, torch.bfloat16, trust=options.trust)
     shapes = {tuple(m.weight.shape) for m in linears_of(model).values() if m is not model.get_output_embeddings()}
     block = options.block
     for rows, columns in sorted(shapes) if "block" in options.kinds else ():

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from laconic.checkpoint.trust import UNTRUSTED, Trust
+
 PARTS = ("linears", "models")
 KINDS = ("structured", "unstructured", "block", "2:4")
 BATCHES = (1, 16, 64, 256, 1024, 4096)
@@ -32,6 +34,7 @@ class SparsityOptions:
         rounds: Largest number of rounds of one measurement.
         seconds: Time after which no round of a measurement begins.
         device: `auto`, `cpu` or `cuda`.
+        trust: What the files of the models may do.
     """
 
     baseline: str | None = None
@@ -48,6 +51,7 @@ class SparsityOptions:
     rounds: int = 30
     seconds: float = 2.0
     device: str = "auto"
+    trust: Trust = UNTRUSTED
 
     def __post_init__(self) -> None:
         for part in self.parts or ():

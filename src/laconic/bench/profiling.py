@@ -12,6 +12,7 @@ from torch.autograd.profiler import emit_nvtx
 from torch.profiler import ProfilerActivity, profile
 
 from laconic.artifact.artifact import Artifact
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.pipeline.compression import Composed, run
 from laconic.pipeline.walking import Prepared
 from laconic.runtime.reading import load
@@ -56,7 +57,14 @@ def profile_compress(
 
 @torch.inference_mode()
 def profile_generation(
-    model: str, trace: Path, *, prompt: int = 128, tokens: int = 16, batch: int = 1, nvtx: bool = False
+    model: str,
+    trace: Path,
+    *,
+    prompt: int = 128,
+    tokens: int = 16,
+    batch: int = 1,
+    nvtx: bool = False,
+    trust: Trust = UNTRUSTED,
 ) -> None:
     """Trace the reading of random prompts and greedy generation.
 
@@ -67,12 +75,13 @@ def profile_generation(
         tokens: Number of new tokens.
         batch: Number of prompts.
         nvtx: Whether to name ranges for Nsight instead of writing a trace.
+        trust: What the files of the model may do.
 
     Raises:
         ValueError: Prompt and new tokens exceed the model's context.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    opened: Any = load(model, device=device)
+    opened: Any = load(model, device=device, trust=trust)
     config = opened.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     if context and prompt + tokens > context:

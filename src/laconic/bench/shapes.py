@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig
 
 from laconic.checkpoint.source import build_skeleton, model_folder, read_config
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.structure.anatomy import dissect, linears_of
 
 Shape = tuple[int, int]
@@ -41,7 +42,7 @@ PRESETS: Mapping[str, LlamaConfig] = {
 }
 
 
-def config_of(name: str) -> PretrainedConfig:
+def config_of(name: str, *, trust: Trust = UNTRUSTED) -> PretrainedConfig:
     """Return the config of a preset or of a model, without quantization.
 
     Raises:
@@ -49,18 +50,18 @@ def config_of(name: str) -> PretrainedConfig:
     """
     if name in PRESETS:
         return deepcopy(PRESETS[name])
-    raw, config = read_config(model_folder(name))
+    raw, config = read_config(model_folder(name, trust=trust), trust=trust)
     if "quantization_config" in raw:
         del config.quantization_config
     return config
 
 
-def linear_shapes(config: PretrainedConfig) -> dict[Shape, str]:
+def linear_shapes(config: PretrainedConfig, *, trust: Trust = UNTRUSTED) -> dict[Shape, str]:
     """Return the shapes of the linears of a model's blocks, with the names of the linears.
 
     Linears that read one tensor (q, k, v; gate, up) are stacked, as engines multiply them. Experts are single linears.
     """
-    model = build_skeleton(config, torch.bfloat16)
+    model = build_skeleton(config, torch.bfloat16, trust=trust)
     anatomy = dissect(model)
     shapes: dict[Shape, str] = {}
     for i, taps in enumerate(anatomy.taps):

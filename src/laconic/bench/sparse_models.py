@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from laconic.bench.forms import KernelWeight, pack_blocks, pack_cusparselt
 from laconic.bench.zeros import Zeros, zeros_of
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.runtime.linear import QLinear
 from laconic.structure.anatomy import linears_of
 
@@ -51,11 +52,15 @@ class SparseLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def random_model(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def random_model(
+    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, trust: Trust = UNTRUSTED
+) -> PreTrainedModel:
     """Make a model of this config with random weights."""
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust.remote_code
+        )
     model.eval().requires_grad_(False)
     return model
 

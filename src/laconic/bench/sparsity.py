@@ -75,7 +75,7 @@ def bench_sparsity(
     result: dict[str, Any] = {"model": models[0] if models else options.shapes or DEFAULT, "baseline": options.baseline}
     dtype = setup.dtype
     if "linears" in setup.parts:
-        shapes = _shapes(options.shapes, setup.config)
+        shapes = _shapes(options, setup.config)
         result["linears"] = bench_linears(shapes, options, setup.dtype, setup.device, report)
     if "models" in setup.parts:
         candidates = _random_candidates(setup, options) if setup.random else _folder_candidates(setup, options)
@@ -118,14 +118,14 @@ def _prepare(models: Sequence[str], options: SparsityOptions) -> _Setup:
     random = options.scaled_to is not None or (bool(models) and models[0] in PRESETS)
     folders = [*([options.baseline] if options.baseline else []), *models]
     needs_shapes = "linears" in parts and options.shapes is None
-    config = config_of(folders[0]) if folders and (random or needs_shapes) else None
+    config = config_of(folders[0], trust=options.trust) if folders and (random or needs_shapes) else None
     if config is not None and options.scaled_to is not None:
         config = scaled(config, options.scaled_to)
     if "models" in parts and random:
         assert config is not None
         check_random_model(models[0], config, options)
     elif "models" in parts:
-        check_folders(folders, options.prompt)
+        check_folders(folders, options)
     return _Setup(folders, parts, config, random, device, dtype)
 
 
@@ -134,7 +134,7 @@ def _folder_candidates(setup: _Setup, options: SparsityOptions) -> dict[str, Can
     candidates: dict[str, Candidate] = {}
     dtype = setup.dtype if options.dtype else None
     for folder, name in short_names(setup.models).items():
-        model = load(folder, device=setup.device, dtype=dtype)
+        model = load(folder, device=setup.device, dtype=dtype, trust=options.trust)
         candidates[name] = Candidate(model, count_weights(model))
         sparse, kernels = with_sparse_kernels(model)
         if kernels:
@@ -145,12 +145,12 @@ def _folder_candidates(setup: _Setup, options: SparsityOptions) -> dict[str, Can
 def _random_candidates(setup: _Setup, options: SparsityOptions) -> dict[str, Candidate]:
     """Make a random model, and pruned copies of it."""
     assert setup.config is not None
-    original = random_model(setup.config, setup.device, setup.dtype)
+    original = random_model(setup.config, setup.device, setup.dtype, options.trust)
     name = "original" if options.scaled_to is None else f"original, hidden {options.scaled_to}"
     candidates = {name: Candidate(original, count_weights(original))}
     for s in options.sparsities:
         if "structured" in options.kinds:
-            narrow = random_model(narrowed(setup.config, s), setup.device, setup.dtype)
+            narrow = random_model(narrowed(setup.config, s), setup.device, setup.dtype, options.trust)
             candidates[f"structured {s:.0%}"] = Candidate(narrow, count_weights(narrow))
         if "unstructured" in options.kinds:
             zeros = with_zeros(original, partial(to_unstructured, sparsity=s))
@@ -196,12 +196,13 @@ def _save(result: dict[str, Any], folders: Sequence[str]) -> None:
         )
 
 
-def _shapes(text: str | None, config: PretrainedConfig | None) -> dict[Shape, str]:
+def _shapes(options: SparsityOptions, config: PretrainedConfig | None) -> dict[Shape, str]:
+    text = options.shapes
     if text in PRESETS:
         return linear_shapes(PRESETS[str(text)])
     if text is not None:
         return parse_shapes(text)
-    return linear_shapes(config if config is not None else PRESETS[DEFAULT])
+    return linear_shapes(config if config is not None else PRESETS[DEFAULT], trust=options.trust)
 
 
 def _processor() -> str:

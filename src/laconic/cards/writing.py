@@ -18,6 +18,7 @@ from laconic.cards.results import measured_on
 from laconic.cards.sets import sets_of, token_ids
 from laconic.checkpoint.atomic import write_text
 from laconic.checkpoint.source import Source, load_tokenizer, open_source
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.data.text import HUB_TEXTS
 from laconic.recipe import Recipe, load_recipe
 
@@ -25,7 +26,13 @@ README, DATA = "README.md", "data.md"
 
 
 def write_cards(
-    folder: Path, recipe: Recipe, source: Source, *, name: str | None = None, trust_remote_code: bool = False
+    folder: Path,
+    recipe: Recipe,
+    source: Source,
+    *,
+    name: str | None = None,
+    trust: Trust = UNTRUSTED,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Write the cards of a new artifact.
 
@@ -34,16 +41,18 @@ def write_cards(
         recipe: The recipe as the user wrote it, including what it declares of its texts.
         source: The original model.
         name: Name of the artifact, if it differs from the name of the folder.
-        trust_remote_code: Run the model's own code to load its tokenizer.
+        trust: What the files of the model may do.
+        trust_remote_code: As `trust.remote_code`.
 
     Returns:
         Remarks, one line each, about parts of a README.md that stay as the user wrote them.
     """
+    trust = Trust(trust.remote_code or trust_remote_code, trust.pickle)
     identity = Artifact(folder).recipe or {}
     calibration = identity.get("calibration") or {}
     sets = []
     if text_sets := sets_of(recipe, calibrated=bool(calibration)):
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust=trust)
         for texts in text_sets:
             entry = describe_set(texts, tokenizer)
             known = (None, calibration.get("sha256"))
@@ -51,14 +60,15 @@ def write_cards(
             sets.append(entry)
     written = read_facts(folder).get("written", [])
     facts = {"base": describe_base(source), "sets": sets, "contamination": [], "written": written}
-    return _write(folder, facts, name)
+    return _write(folder, facts, trust, name)
 
 
-def refresh_cards(folder: Path) -> list[str]:
+def refresh_cards(folder: Path, *, trust: Trust = UNTRUSTED) -> list[str]:
     """Update the cards of an artifact to its current results; write them if it has none.
 
     Args:
         folder: Folder of the artifact.
+        trust: What the files of the model may do.
 
     Returns:
         Remarks, as `write_cards`.
@@ -68,19 +78,21 @@ def refresh_cards(folder: Path) -> list[str]:
     """
     recipe = recipe_of(folder)
     if facts := read_facts(folder):
-        return _write(folder, facts)
+        return _write(folder, facts, trust)
     try:
-        source = open_source(str(recipe.model))
+        source = open_source(str(recipe.model), trust=trust)
     except ValueError:
         # The original is not available, so its licence and languages are unknown.
         name = str(recipe.model).rstrip("/")
         on_hub = name.count("/") == 1 and not name.startswith((".", "~", "/"))
         base = {"model": name if on_hub else None, "name": name.rpartition("/")[2]}
-        return _write(folder, {"base": base, "sets": [], "contamination": [], "written": []})
-    return write_cards(folder, recipe, source)
+        return _write(folder, {"base": base, "sets": [], "contamination": [], "written": []}, trust)
+    return write_cards(folder, recipe, source, trust=trust)
 
 
-def check_against(folder: Path, evaluations: Sequence[str], *, n: int = NGRAM) -> list[dict[str, Any]]:
+def check_against(
+    folder: Path, evaluations: Sequence[str], *, n: int = NGRAM, trust: Trust = UNTRUSTED
+) -> list[dict[str, Any]]:
     """Check the texts of an artifact for contamination, and write the outcome to its data card.
 
     Args:
@@ -88,6 +100,7 @@ def check_against(folder: Path, evaluations: Sequence[str], *, n: int = NGRAM) -
         evaluations: Evaluation sets: files (.txt, .jsonl, .json, .parquet), folders of them, wikitext2, c4, or data
             sets of the Hub.
         n: Words per n-gram.
+        trust: What the files of the model may do.
 
     Returns:
         One mapping per text set and evaluation set: the counts of `Overlap`, or the reason under `unchecked`.
@@ -98,13 +111,13 @@ def check_against(folder: Path, evaluations: Sequence[str], *, n: int = NGRAM) -
     recipe = recipe_of(folder)
     facts = read_facts(folder)
     if not facts:
-        refresh_cards(folder)
+        refresh_cards(folder, trust=trust)
         facts = read_facts(folder)
     text_sets = sets_of(recipe, calibrated=bool((Artifact(folder).recipe or {}).get("calibration")))
     named = [each for name in evaluations for each in _evaluation(name)]
     if not text_sets:
         return []
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust=trust)
     known = {s["key"]: s for s in facts["sets"]}
     checks: list[dict[str, Any]] = []
     for texts in text_sets:
@@ -124,7 +137,7 @@ def check_against(folder: Path, evaluations: Sequence[str], *, n: int = NGRAM) -
     fresh = {(c["set"], c["against"], c.get("n")) for c in checks}
     older = [c for c in facts.get("contamination", []) if (c["set"], c["against"], c.get("n")) not in fresh]
     older = [c for c in older if "unchecked" not in c or (c["set"], c["against"]) not in {f[:2] for f in fresh}]
-    _write(folder, {**facts, "contamination": [*older, *checks]})
+    _write(folder, {**facts, "contamination": [*older, *checks]}, trust)
     return checks
 
 
@@ -145,9 +158,9 @@ def recipe_of(folder: Path) -> Recipe:
     return load_recipe(identity["recipe"])
 
 
-def _write(folder: Path, facts: dict[str, Any], name: str | None = None) -> list[str]:
+def _write(folder: Path, facts: dict[str, Any], trust: Trust, name: str | None = None) -> list[str]:
     """Write both cards; a README.md without the marks of Laconic stays unchanged."""
-    artifact, size = Artifact.open_with_results(folder)[0], measure_size(folder)
+    artifact, size = Artifact.open_with_results(folder)[0], measure_size(folder, trust=trust)
     results, recipe = artifact.results, (artifact.recipe or {})["recipe"]
     name = name or folder.resolve().name
     inputs = CardInputs(name, facts, recipe, artifact.config, size, results)

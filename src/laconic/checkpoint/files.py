@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from laconic.checkpoint.trust import UNTRUSTED, Trust
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -108,12 +110,12 @@ def wrap_read_errors(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} cannot be read ({e}); it may be truncated: download it again") from e
 
 
-def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(folder: Path, *, trust: Trust = UNTRUSTED) -> Checkpoint:
     """Locate every tensor in a folder, by its index or its single file.
 
     Args:
         folder: The folder.
-        allow_pickle: Whether `pytorch_model*.bin` files may be read too (by torch, with weights_only).
+        trust: What the files may do; `pytorch_model*.bin` is read (by torch, with weights_only) if pickles may be.
 
     Raises:
         ValueError: Files are missing, truncated or outside the folder, or weights are pickles and not allowed.
@@ -121,7 +123,7 @@ def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     entry = next((folder / n for n in (SINGLE, INDEX, _PICKLE, _PICKLE_INDEX) if (folder / n).exists()), None)
     if entry is None:
         raise ValueError(f"{folder} has no {SINGLE} or {INDEX}; is it a Hugging Face model folder?")
-    if entry.name in (_PICKLE, _PICKLE_INDEX) and not allow_pickle:
+    if entry.name in (_PICKLE, _PICKLE_INDEX) and not trust.pickle:
         raise ValueError(
             f"{folder} holds pickle weights, which can run code when opened; "
             "convert them to safetensors, or pass --allow-pickle if you trust them"

@@ -21,6 +21,7 @@ from transformers import (
 
 from laconic.checkpoint.files import DTYPES, KV_CONFIG, Checkpoint, first_line, open_checkpoint, read_json
 from laconic.checkpoint.layout import arrange, unwrap_conv1d
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.structure.experts import unstack_experts
 
 
@@ -43,19 +44,23 @@ class Source:
     dtype: torch.dtype
 
 
-def open_source(name: str, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Source:
+def open_source(
+    name: str, *, trust: Trust = UNTRUSTED, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> Source:
     """Open a model to compress.
 
     Args:
         name: A local folder, or a Hub name (downloaded, or taken from the cache when offline).
-        allow_pickle: Whether pickle weights may be read.
-        trust_remote_code: Whether code of the model may be run.
+        trust: What the files of the model may do.
+        allow_pickle: As `trust.pickle`.
+        trust_remote_code: As `trust.remote_code`.
 
     Raises:
         ValueError: It is not a 16- or 32-bit model that can be opened safely.
     """
-    folder = model_folder(name, allow_pickle=allow_pickle)
-    raw, config = read_config(folder, trust_remote_code=trust_remote_code)
+    trust = Trust(trust.remote_code or trust_remote_code, trust.pickle or allow_pickle)
+    folder = model_folder(name, trust=trust)
+    raw, config = read_config(folder, trust=trust)
     if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ValueError(f"{name} is already quantized ({method}); start from the original 16-bit model")
@@ -65,16 +70,19 @@ def open_source(name: str, *, allow_pickle: bool = False, trust_remote_code: boo
             f"{name} has a quantized cache ({KV_CONFIG} in config.json), which was calibrated for it as it is; start "
             "from the model that it was made from"
         )
-    checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
+    checkpoint = open_checkpoint(folder, trust=trust)
     return Source(name, folder, config, checkpoint, main_dtype(checkpoint))
 
 
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> tuple[dict[str, Any], PretrainedConfig]:
+def read_config(
+    folder: Path, *, trust: Trust = UNTRUSTED, trust_remote_code: bool = False
+) -> tuple[dict[str, Any], PretrainedConfig]:
     """Read config.json, as a dict and as transformers' config.
 
     Args:
         folder: The model folder.
-        trust_remote_code: Whether code of the model may be run.
+        trust: What the files of the model may do.
+        trust_remote_code: As `trust.remote_code`.
 
     Raises:
         ValueError: It does not describe a model, or the model has code of its own that may not be run.
@@ -82,15 +90,18 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> tuple[dict[
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):
         raise ValueError(f"{folder}/config.json holds no keys and values; download it again")
-    if "auto_map" in raw and not trust_remote_code:
+    remote_code = trust.remote_code or trust_remote_code
+    if "auto_map" in raw and not remote_code:
         raise ValueError(f"{folder} wants to run its own code (auto_map); pass --trust-remote-code if you trust it")
     try:
-        return raw, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return raw, AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
     except Exception as e:
         raise ValueError(f"{folder}/config.json does not describe a model transformers knows: {first_line(e)}") from e
 
 
-def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_skeleton(
+    config: PretrainedConfig, dtype: torch.dtype, *, trust: Trust = UNTRUSTED, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Build a model with parameters on the meta device (no memory) and real buffers (rotary tables).
 
     Every matrix is a linear of its own; experts are unstacked, and Conv1D modules replaced.
@@ -98,7 +109,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote
     Args:
         config: Configuration of the model.
         dtype: Dtype of the parameters.
-        trust_remote_code: Whether code of the model may be run.
+        trust: What the files of the model may do.
+        trust_remote_code: As `trust.remote_code`.
 
     Raises:
         ValueError: transformers has no causal language model of this configuration, or its experts cannot be
@@ -112,7 +124,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
+                config, dtype=dtype, trust_remote_code=trust.remote_code or trust_remote_code
             )
     except Exception as e:
         if "Unrecognized configuration class" in str(e):
@@ -199,7 +211,9 @@ def _check_shape(name: str, shape: tuple[int, ...], expected: nn.Parameter) -> N
         )
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    folder: Path, *, trust: Trust = UNTRUSTED, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder.
 
     Raises:
@@ -210,7 +224,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     ):
         raise ValueError(f"{folder} has no tokenizer (tokenizer.json); copy the original model's tokenizer files there")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code or trust_remote_code)
     except Exception as e:
         raise ValueError(f"the tokenizer in {folder} cannot be opened: {first_line(e)}") from e
 
@@ -233,12 +247,12 @@ def check_tokens(highest: int, known: int, folder: Path) -> None:
         )
 
 
-def model_folder(name: str, *, allow_pickle: bool = False) -> Path:
+def model_folder(name: str, *, trust: Trust = UNTRUSTED) -> Path:
     """Find the folder of a model; a Hub repository is downloaded, or taken from the cache when offline.
 
     Args:
         name: A local folder, or a Hub name (owner/model).
-        allow_pickle: Whether to download pickle weights too.
+        trust: What the files of the model may do; pickle weights are downloaded only if they may be read.
 
     Raises:
         ValueError: There is neither a folder nor a repository of this name.
@@ -250,7 +264,7 @@ def model_folder(name: str, *, allow_pickle: bool = False) -> Path:
         raise ValueError(f"no model folder '{name}'; give a folder with config.json, or a Hub name like owner/model")
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns + (["*.bin"] if allow_pickle else [])))
+        return Path(snapshot_download(name, allow_patterns=patterns + (["*.bin"] if trust.pickle else [])))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
         raise ValueError(f"'{name}' is no local folder and could not be fetched from the Hub; check the name") from e
 

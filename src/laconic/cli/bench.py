@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from laconic.bench.options import SparsityOptions
+from laconic.checkpoint.trust import Trust
 from laconic.cli.console import err, out, print_json
-from laconic.cli.options import Json, check_dtype, numbers, words
+from laconic.cli.options import Json, Pickle, RemoteCode, check_dtype, numbers, words
 
 bench = typer.Typer(no_args_is_help=True, help="Measure the time, bytes and energy of an artifact or of linear shapes.")
 
@@ -48,6 +49,8 @@ def bench_sparsity(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE.md|.json", help="Write the tables, or the result, to this file."),
     ] = None,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
     json_: Json = False,
 ) -> None:
     """Time dense, 2:4, block-sparse and smaller linears, and whole models beside their original."""
@@ -73,6 +76,7 @@ def bench_sparsity(
         sequences=sequences,
         parts=None if parts is None else words(parts),
         dtype=dtype,
+        trust=Trust(trust_remote_code, allow_pickle),
         rounds=rounds,
         seconds=seconds,
     )

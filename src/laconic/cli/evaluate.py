@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from laconic.checkpoint.trust import Trust
 from laconic.cli.console import err, out, print_json
 from laconic.cli.eval_spelling import EvalGroup
-from laconic.cli.options import Json, check_dtype, numbers, words
+from laconic.cli.options import Json, Pickle, RemoteCode, check_dtype, numbers, words
 from laconic.cli.pictures import check_picture, draw_heat_map, draw_reliability
 from laconic.cli.publishing import refreshing
 from laconic.evaluation.options import (
@@ -67,6 +68,8 @@ def eval_text(
     ] = None,
     reliability: Reliability = None,
     dtype: Dtype = None,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
     json_: Json = False,
 ) -> None:
     """Measure perplexity, fidelity to the original, calibration, bits per weight and bytes."""
@@ -80,6 +83,7 @@ def eval_text(
         context_length=context_length,
         windows=windows,
         dtype=dtype,
+        trust=Trust(trust_remote_code, allow_pickle),
         generate=generate or 0,
     )
     result = evaluate_text(model, options)
@@ -106,6 +110,8 @@ def eval_domains(
     windows: Windows = None,
     reliability: Reliability = None,
     dtype: Dtype = None,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
     json_: Json = False,
 ) -> None:
     """Measure the same as `text` on several kinds of text, and name the kind that loses most."""
@@ -119,6 +125,7 @@ def eval_domains(
         context_length=context_length,
         windows=windows,
         dtype=dtype,
+        trust=Trust(trust_remote_code, allow_pickle),
     )
     result = evaluate_domains(model, options)
     draw_reliability(result, reliability)
@@ -146,6 +153,8 @@ def eval_tasks(
     ] = None,
     reliability: Reliability = None,
     dtype: Dtype = None,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
     json_: Json = False,
 ) -> None:
     """Measure tasks of lm-eval, with standard errors; beside the original on the same documents."""
@@ -164,6 +173,7 @@ def eval_tasks(
         batch_size=batch_size,
         context_length=context_length,
         dtype=dtype,
+        trust=Trust(trust_remote_code, allow_pickle),
         kv=kv or (),
         quiet=json_ or not err.is_terminal,
     )
@@ -203,6 +213,8 @@ def eval_long(
         Path | None, typer.Option(metavar="SVG", help="Draw the share of needles found into this file.")
     ] = None,
     dtype: Dtype = None,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
     json_: Json = False,
 ) -> None:
     """Measure what quantized caches cost and save over long contexts, beside the 16-bit cache."""
@@ -223,6 +235,7 @@ def eval_long(
         chunk=chunk,
         batch_size=batch_size,
         dtype=dtype,
+        trust=Trust(trust_remote_code, allow_pickle),
     )
     if heat_map and "needle" not in options.measured:
         raise ValueError("--heat-map draws needles; leave out --measure, or name needle in it")
@@ -243,6 +256,8 @@ def eval_longbench(
     chunk: Chunk = 32,
     batch_size: BatchSize = 8,
     dtype: Dtype = None,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
     json_: Json = False,
 ) -> None:
     """Measure LongBench through quantized caches, beside the 16-bit cache."""
@@ -255,6 +270,7 @@ def eval_longbench(
         chunk=chunk,
         batch_size=batch_size,
         dtype=dtype,
+        trust=Trust(trust_remote_code, allow_pickle),
     )
     _evaluate_long(model, options, json_)
 

@@ -18,6 +18,12 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of t
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output, once the new one is complete.")
 ]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model (only if you trust its source).")
+]
+Pickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read weights from pickle files (only if you trust their source).")
+]
 
 
 def model_and_recipe(source: str, recipe: str | None) -> tuple[str | None, str]:

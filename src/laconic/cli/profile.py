@@ -8,8 +8,19 @@ from typing import Annotated
 
 import typer
 
+from laconic.checkpoint.trust import Trust
 from laconic.cli.console import CompressionProgress, err, out, print_json, print_warnings
-from laconic.cli.options import Json, Output, Overwrite, RecipeName, RecipeOrModel, Sets, model_and_recipe
+from laconic.cli.options import (
+    Json,
+    Output,
+    Overwrite,
+    Pickle,
+    RecipeName,
+    RecipeOrModel,
+    RemoteCode,
+    Sets,
+    model_and_recipe,
+)
 
 profile = typer.Typer(no_args_is_help=True, help="Measure where time and memory go, as a Chrome trace and a table.")
 Trace = Annotated[Path, typer.Option("--trace", help="The Chrome trace to write (open it in ui.perfetto.dev).")]
@@ -28,6 +39,8 @@ def profile_compress(
     trace: Trace = Path("laconic-trace.json"),
     nvtx: Nvtx = False,
     each: Each = False,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
     json_: Json = False,
 ) -> None:
     """Compress a model and trace its first blocks."""
@@ -38,7 +51,15 @@ def profile_compress(
 
     check_writable(trace)
     model, recipe = model_and_recipe(source, recipe)
-    prepared = prepare(model, recipe, output, overrides=set_, overwrite=overwrite)
+    prepared = prepare(
+        model,
+        recipe,
+        output,
+        overrides=set_,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
     print_warnings(describe_plan(prepared))
     with CompressionProgress(quiet=json_ or not err.is_terminal) as progress:
         run(prepared, trace, blocks=blocks, nvtx=nvtx, overwrite=overwrite, report=progress)
@@ -54,6 +75,8 @@ def profile_generate(
     trace: Trace = Path("laconic-trace.json"),
     nvtx: Nvtx = False,
     each: Each = False,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
     json_: Json = False,
 ) -> None:
     """Generate tokens after a prompt and trace it."""
@@ -61,7 +84,8 @@ def profile_generate(
     from laconic.checkpoint.atomic import check_writable
 
     check_writable(trace)
-    profile_generation(model, trace, prompt=prompt, tokens=tokens, batch=batch, nvtx=nvtx)
+    trust = Trust(trust_remote_code, allow_pickle)
+    profile_generation(model, trace, prompt=prompt, tokens=tokens, batch=batch, nvtx=nvtx, trust=trust)
     _print_trace(trace, nvtx, each, json_)
 
 

@@ -11,8 +11,9 @@ import typer
 from rich import box
 from rich.table import Table
 
+from laconic.checkpoint.trust import Trust
 from laconic.cli.console import err, out, print_json
-from laconic.cli.options import ArtifactFolder, Json
+from laconic.cli.options import ArtifactFolder, Json, Pickle, RemoteCode
 from laconic.pipeline.preview import format_bytes
 
 
@@ -23,13 +24,16 @@ def card(
         typer.Option(metavar="FILE", help="An evaluation set to look for in the texts that were used. Repeatable."),
     ] = None,
     ngram: Annotated[int, typer.Option(min=2, help="Number of equal words in a row that make an overlap.")] = 13,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
     json_: Json = False,
 ) -> None:
     """Rewrite an artifact's model card and data card, and check its texts against evaluation sets."""
     from laconic.cards.writing import DATA, README, check_against, refresh_cards
 
-    remarks = refresh_cards(artifact)
-    overlaps = check_against(artifact, against, n=ngram) if against else []
+    trust = Trust(trust_remote_code, allow_pickle)
+    remarks = refresh_cards(artifact, trust=trust)
+    overlaps = check_against(artifact, against, n=ngram, trust=trust) if against else []
     cards = [str(artifact.resolve() / name) for name in (README, f"cards/{DATA}")]
     for remark in remarks:
         err.print(f"note: {remark}", highlight=False, soft_wrap=True)
@@ -55,6 +59,8 @@ def push(
     ] = None,
     message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
     dry_run: Annotated[bool, typer.Option(help="List the files with their sizes, and send nothing.")] = False,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
     json_: Json = False,
 ) -> None:
     """Send a finished artifact to the Hugging Face Hub, in one commit."""
@@ -65,7 +71,7 @@ def push(
     check_repo_id(repo_id)
     files = files_to_push(artifact)
     if README not in files and not dry_run:
-        refresh_cards(artifact)
+        refresh_cards(artifact, trust=Trust(trust_remote_code, allow_pickle))
         files = files_to_push(artifact)
     commit = None
     if not dry_run:
@@ -97,7 +103,7 @@ def refreshing(command: Callable[..., None]) -> Callable[..., None]:
         from laconic.cards.writing import refresh_cards
 
         try:
-            remarks = refresh_cards(folder)
+            remarks = refresh_cards(folder, trust=Trust(options["trust_remote_code"], options["allow_pickle"]))
         except (ValueError, OSError) as e:
             remarks = [f"the cards were not updated: {e}"]
         for remark in remarks:

@@ -19,7 +19,17 @@ from laconic.cli.console import (
     print_plan,
     print_warnings,
 )
-from laconic.cli.options import Json, Output, Overwrite, RecipeName, RecipeOrModel, Sets, model_and_recipe
+from laconic.cli.options import (
+    Json,
+    Output,
+    Overwrite,
+    Pickle,
+    RecipeName,
+    RecipeOrModel,
+    RemoteCode,
+    Sets,
+    model_and_recipe,
+)
 from laconic.cli.stand_ins import declarations
 from laconic.pipeline.preview import format_bytes
 
@@ -31,8 +41,8 @@ def compress(
     set_: Sets = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option(help="Check everything, print the plan, write nothing.")] = False,
-    allow_pickle: Annotated[bool, typer.Option(help="Read pickle weights (only from a source you trust).")] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run the model's own code (only if you trust it).")] = False,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
     json_: Json = False,
 ) -> None:
     """Compress a model by a recipe. Run the same command again after an interruption to resume."""

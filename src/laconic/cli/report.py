@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from laconic.checkpoint.trust import Trust
 from laconic.cli.console import out, print_json
-from laconic.cli.options import Json
+from laconic.cli.options import Json, Pickle, RemoteCode
 from laconic.pipeline.preview import format_bytes
 
 
@@ -70,14 +71,20 @@ def report(
     out.print(f"page: {output.resolve()}", soft_wrap=True)
 
 
-def inspect(model: Annotated[str, typer.Argument(metavar="DIR")], json_: Json = False) -> None:
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="An artifact, or any model.")],
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
+    json_: Json = False,
+) -> None:
     """Show a checkpoint: schemes, bits per weight, bytes, its recipe, its linears with the largest errors."""
     from laconic.artifact.artifact import Artifact
     from laconic.artifact.size import measure_size
     from laconic.checkpoint.source import model_folder
 
-    folder = model_folder(model)
-    size, artifact = measure_size(folder), Artifact(folder)
+    trust = Trust(trust_remote_code, allow_pickle)
+    folder = model_folder(model, trust=trust)
+    size, artifact = measure_size(folder, trust=trust), Artifact(folder)
     linears = [e for e in artifact.log if e.get("event") == "linear"]
     worst = sorted(linears, key=lambda e: -e.get("output_error", e["weight_error"]))[:5]
     if json_:

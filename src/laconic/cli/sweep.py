@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from laconic.checkpoint.trust import Trust
 from laconic.cli.console import SweepProgress, out, print_json
-from laconic.cli.options import Json
+from laconic.cli.options import Json, Pickle, RemoteCode
 
 
 def sweep(
@@ -24,6 +25,8 @@ def sweep(
         str | None, typer.Option(help="Address of a Ray cluster; by default a Ray on this machine.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Run all of them, even if they are more than 500.")] = False,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
     json_: Json = False,
 ) -> None:
     """Compress and measure every variant of a recipe; run again after an interruption to resume."""
@@ -32,9 +35,10 @@ def sweep(
     from laconic.sweep.runner import sweep as run_study
     from laconic.sweep.study import load_study
 
+    trust = Trust(trust_remote_code, allow_pickle)
     config = load_study(study, set_ or ())
     if dry_run:
-        runs = list_runs(config, output, yes=yes)
+        runs = list_runs(config, output, yes=yes, trust=trust)
         if json_:
             print_json({"runs": runs})
             return
@@ -42,7 +46,7 @@ def sweep(
         out.print(plan_caption(runs), highlight=False, soft_wrap=True)
         return
     with SweepProgress(quiet=json_) as progress:
-        rows = run_study(config, output, address=address, yes=yes, report=progress)
+        rows = run_study(config, output, address=address, yes=yes, trust=trust, report=progress)
     table = output / "results.parquet"
     if json_:
         print_json({"table": str(table.resolve()), "rows": rows})

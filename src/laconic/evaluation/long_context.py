@@ -77,7 +77,7 @@ def evaluate_long(
     """
     options = options or LongOptions()
     start = time.monotonic()
-    folder = model_folder(str(model))
+    folder = model_folder(str(model), trust=options.trust)
     setup = _prepare(folder, options)
     measurements = _measure(setup, options, report)
     result: dict[str, Any] = {
@@ -110,8 +110,9 @@ def evaluate_long(
 
 def _prepare(folder: Path, options: LongOptions) -> _Setup:
     """Open and check everything, so that errors come before hours of measuring."""
-    tokenizer = load_tokenizer(folder)
-    model = load(folder, device=device_named(options.device), dtype=dtype_named(options.dtype))
+    tokenizer = load_tokenizer(folder, trust=options.trust)
+    device, dtype = device_named(options.device), dtype_named(options.dtype)
+    model = load(folder, device=device, dtype=dtype, trust=options.trust)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     lengths = _lengths(options, context)
     caches = caches_for(model, options.kv)

@@ -40,15 +40,17 @@ def open_pair(model: str | Path, options: TextOptions | DomainOptions) -> ModelP
     Raises:
         ValueError: The model's context is shorter than asked for, or the baseline has another vocabulary.
     """
-    folder = model_folder(str(model))
-    tokenizer = load_tokenizer(folder)
+    folder = model_folder(str(model), trust=options.trust)
+    tokenizer = load_tokenizer(folder, trust=options.trust)
     device, dtype = device_named(options.device), dtype_named(options.dtype)
-    opened = load(folder, device=device, dtype=dtype)
+    opened = load(folder, device=device, dtype=dtype, trust=options.trust)
     limit = getattr(opened.config.get_text_config(), "max_position_embeddings", None) or 2048
     length = min(2048, limit) if options.context_length is None else options.context_length
     if not 2 <= length <= limit:
         raise ValueError(f"--context-length {length} is not between 2 and the model's context of {limit}")
-    baseline = load(options.baseline, device=device, dtype=dtype) if options.baseline else None
+    baseline = None
+    if options.baseline:
+        baseline = load(options.baseline, device=device, dtype=dtype, trust=options.trust)
     if baseline is not None and baseline.config.vocab_size != opened.config.vocab_size:
         raise ValueError(
             f"baseline {options.baseline} has another vocabulary than {model}; name the original of this artifact"

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.evaluation.longbench import is_longbench
 
 LONGBENCH = "longbench"
@@ -27,6 +28,7 @@ class TextOptions:
         windows: Largest number of windows. None: all that the text fills.
         dtype: `float32`, `bfloat16` or `float16`. None: the dtype of the checkpoint.
         device: `auto`, `cpu` or `cuda`.
+        trust: What the files of the models may do.
         generate: Number of openings of the text that both models continue.
     """
 
@@ -36,6 +38,7 @@ class TextOptions:
     windows: int | None = None
     dtype: str | None = None
     device: str = "auto"
+    trust: Trust = UNTRUSTED
     generate: int = 0
 
 
@@ -50,6 +53,7 @@ class DomainOptions:
         windows: Largest number of windows of each text. None: all that the text fills.
         dtype: `float32`, `bfloat16` or `float16`. None: the dtype of the checkpoint.
         device: `auto`, `cpu` or `cuda`.
+        trust: What the files of the models may do.
     """
 
     domains: Mapping[str, str]
@@ -58,6 +62,7 @@ class DomainOptions:
     windows: int | None = None
     dtype: str | None = None
     device: str = "auto"
+    trust: Trust = UNTRUSTED
 
     def __post_init__(self) -> None:
         if not self.domains:
@@ -81,6 +86,7 @@ class TaskOptions:
             is truncated at its beginning.
         dtype: `float32`, `bfloat16` or `float16`. None: the dtype of the checkpoint.
         device: `auto`, `cpu` or `cuda`.
+        trust: What the files of the models may do.
         kv: At most one cache, in the form of a recipe's stage, with which the artifact generates in place of its own.
         quiet: Whether to hide lm-eval's progress bars.
     """
@@ -95,6 +101,7 @@ class TaskOptions:
     context_length: int | None = None
     dtype: str | None = None
     device: str = "auto"
+    trust: Trust = UNTRUSTED
     kv: Sequence[str] = ()
     quiet: bool = False
 
@@ -152,6 +159,7 @@ class LongOptions:
         seed: Seed of the needles.
         dtype: `float32`, `bfloat16` or `float16`. None: the dtype of the checkpoint.
         device: `auto`, `cpu` or `cuda`.
+        trust: What the files of the models may do.
     """
 
     kv: Sequence[str] = ()
@@ -168,6 +176,7 @@ class LongOptions:
     seed: int = 0
     dtype: str | None = None
     device: str = "auto"
+    trust: Trust = UNTRUSTED
 
     def __post_init__(self) -> None:
         counts = {"--depths": self.depths, "--trials": self.trials, "--windows": self.windows, "--chunk": self.chunk}

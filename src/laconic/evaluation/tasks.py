@@ -45,7 +45,7 @@ def evaluate_tasks(model: str | Path, options: TaskOptions) -> dict[str, Any]:
             or lm-eval is not installed.
     """
     names, left_out = _task_names(options)
-    folders = [model_folder(str(m)) for m in (model, options.baseline) if m]
+    folders = [model_folder(str(m), trust=options.trust) for m in (model, options.baseline) if m]
     length = _common_context(folders, options)
     require_lm_eval()
     start = time.monotonic()
@@ -102,14 +102,16 @@ def _run(
     """Open one model, run the tasks and free the model; return also the names of its cache and its dtype."""
     from laconic.evaluation.lm import OpenedLM
 
-    model = load(folder, device=device_named(options.device), dtype=dtype_named(options.dtype))
+    device, dtype = device_named(options.device), dtype_named(options.dtype)
+    model = load(folder, device=device, dtype=dtype, trust=options.trust)
+    tokenizer = load_tokenizer(folder, trust=options.trust)
     cache = _set_cache(model, kv)
-    lm = OpenedLM(model, load_tokenizer(folder), context_length=length, batch_size=options.batch_size)
-    run, dtype = run_tasks(lm, opened, options.limit, options.fewshot), name_of_dtype(model.dtype)
+    lm = OpenedLM(model, tokenizer, context_length=length, batch_size=options.batch_size)
+    run, computed_in = run_tasks(lm, opened, options.limit, options.fewshot), name_of_dtype(model.dtype)
     # Two models may not fit in memory, and lm-eval's reference cycles would keep this one alive.
     del model, lm
     gc.collect()
-    return run, cache, dtype
+    return run, cache, computed_in
 
 
 def _set_cache(model: PreTrainedModel, kv: Sequence[str]) -> str | None:
@@ -146,7 +148,7 @@ def _common_context(folders: Sequence[Path], options: TaskOptions) -> int:
     Raises:
         ValueError: More are asked for, or the models have different vocabularies.
     """
-    configs = [read_config(folder)[1].get_text_config() for folder in folders]
+    configs = [read_config(folder, trust=options.trust)[1].get_text_config() for folder in folders]
     if len({config.vocab_size for config in configs}) > 1:
         raise ValueError(
             f"baseline {options.baseline} has another vocabulary than {folders[0]}; name the original of this artifact"

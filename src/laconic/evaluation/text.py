@@ -58,7 +58,7 @@ def evaluate_text(model: str | Path, options: TextOptions | None = None) -> dict
         "dtype": name_of_dtype(pair.model.dtype),
         **summarize(observation),
         "intervals": describe_intervals("windows"),
-        **asdict(measure_size(pair.folder)),
+        **asdict(measure_size(pair.folder, trust=options.trust)),
         "seconds": round(time.monotonic() - start, 2),
         "device": pair.device,
         "seed": SEED,
@@ -66,7 +66,7 @@ def evaluate_text(model: str | Path, options: TextOptions | None = None) -> dict
         "versions": versions(),
     }
     if options.baseline:
-        size = measure_size(model_folder(options.baseline))
+        size = measure_size(model_folder(options.baseline, trust=options.trust), trust=options.trust)
         result |= {"baseline_file_bytes": size.file_bytes, "baseline_bits_per_weight": size.bits_per_weight}
     _save(pair, options, result, samples)
     return result | {"samples": samples} if samples else result

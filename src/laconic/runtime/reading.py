@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from laconic.checkpoint.files import linear_quantization_config, open_checkpoint
 from laconic.checkpoint.layout import arrange, engine_names
 from laconic.checkpoint.source import build_skeleton, main_dtype, materialise, model_folder, read_config
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.kv.files import read_kv_scheme
 from laconic.kv.open import use_by_default
 from laconic.runtime.linear import QLinear, replace_linear
@@ -24,18 +25,31 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     packed: bool = False,
+    trust: Trust = UNTRUSTED,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Open an artifact (ours, or anybody's compressed-tensors checkpoint of a format we have) or a plain model.
+    """Open an artifact, another compressed-tensors checkpoint of a format that we have, or a plain model.
 
-    dtype: to compute in (the checkpoint's own when not given). packed: keep only the codes and decode in every forward
-    pass, instead of decoding once. Where the artifact says how its cache is stored, `generate` makes it so.
+    If the artifact has a quantized key-value cache, `generate` uses it.
 
-    Raises: ValueError when the folder cannot be read.
+    Args:
+        name: Folder of the model, or its name on the Hub.
+        device: Device of the model.
+        dtype: Dtype to compute in. None: the dtype of the checkpoint.
+        packed: Whether to keep only the codes and decode them in every forward pass, instead of decoding them once.
+        trust: What the files of the model may do.
+        trust_remote_code: As `trust.remote_code`.
+
+    Returns:
+        The model, as transformers has it, with a `QLinear` for each quantized linear.
+
+    Raises:
+        ValueError: The folder cannot be read, or the model needs more trust.
     """
-    folder = model_folder(str(name))
-    raw, config = read_config(folder, trust_remote_code=trust_remote_code)
-    checkpoint = open_checkpoint(folder)
+    trust = Trust(trust.remote_code or trust_remote_code, trust.pickle)
+    folder = model_folder(str(name), trust=trust)
+    raw, config = read_config(folder, trust=trust)
+    checkpoint = open_checkpoint(folder, trust=trust)
     dtype = dtype or main_dtype(checkpoint)
     quantization = linear_quantization_config(raw)
     if quantization:
@@ -44,7 +58,7 @@ def load(
                 f"{folder} is quantized by '{quantization.get('quant_method')}', which Laconic cannot read"
             )
         del config.quantization_config
-    model = build_skeleton(config, dtype, trust_remote_code=trust_remote_code)
+    model = build_skeleton(config, dtype, trust=trust)
     checkpoint = arrange(checkpoint, model)
     if quantization:
         names = engine_names(checkpoint, model, linears_of(model))

@@ -51,8 +51,8 @@ def _execute(run: Run, folder: Path, report: Report) -> dict[str, Any]:
     try:
         artifact = _compress(run, folder, report)
         baseline = run.recipe.model if run.baseline else None
-        evaluations = [measure(artifact.path, evaluation, baseline) for evaluation in run.evaluations]
-        refresh_cards(artifact.path)
+        evaluations = [measure(artifact.path, evaluation, baseline, trust=run.trust) for evaluation in run.evaluations]
+        refresh_cards(artifact.path, trust=run.trust)
         compression = dict(artifact.results["compress"])
     except Exception as e:
         return record_failure(run, folder, e)
@@ -143,7 +143,14 @@ def _compress(run: Run, folder: Path, report: Report) -> Artifact:
         return Artifact(target)
     if target.exists():
         raise ValueError(f"{target} is not a complete artifact of this run; move it away, and the sweep makes it again")
-    return compress(recipe=run.recipe, output=target, steps=folder / STEPS, report=report)
+    return compress(
+        recipe=run.recipe,
+        output=target,
+        steps=folder / STEPS,
+        report=report,
+        allow_pickle=run.trust.pickle,
+        trust_remote_code=run.trust.remote_code,
+    )
 
 
 def _record(run: Run, folder: Path, **result: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from laconic.artifact.size import measure_size
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.evaluation.long_context import evaluate_long
 from laconic.evaluation.options import LongOptions, TextOptions
 from laconic.evaluation.text import evaluate_text
@@ -16,7 +17,9 @@ from laconic.sweep.study import Evaluation
 _COPIED_KEYS = ("model", "text", "windows", "chunk", "dtype", "seconds", "command", "versions")
 
 
-def measure(artifact: Path, evaluation: Evaluation, baseline: str | None) -> dict[str, Any]:
+def measure(
+    artifact: Path, evaluation: Evaluation, baseline: str | None, *, trust: Trust = UNTRUSTED
+) -> dict[str, Any]:
     """Measure an artifact as `laconic eval` does.
 
     Args:
@@ -24,6 +27,7 @@ def measure(artifact: Path, evaluation: Evaluation, baseline: str | None) -> dic
         evaluation: What to measure.
         baseline: The original model to compare with; None for no comparison. With `evaluation.chunk` the baseline is
             always the artifact's own weights with a 16-bit cache.
+        trust: What the files of the models may do.
 
     Returns:
         The result, with the keys of a result of `laconic eval`.
@@ -33,11 +37,12 @@ def measure(artifact: Path, evaluation: Evaluation, baseline: str | None) -> dic
     """
     if evaluation.chunk is None:
         arguments = evaluation.model_dump(exclude={"chunk", "generate"})
-        return evaluate_text(artifact, TextOptions(baseline=baseline, generate=evaluation.generate or 0, **arguments))
-    return _through_cache(artifact, evaluation)
+        arguments |= {"baseline": baseline, "generate": evaluation.generate or 0, "trust": trust}
+        return evaluate_text(artifact, TextOptions(**arguments))
+    return _through_cache(artifact, evaluation, trust)
 
 
-def _through_cache(artifact: Path, evaluation: Evaluation) -> dict[str, Any]:
+def _through_cache(artifact: Path, evaluation: Evaluation, trust: Trust) -> dict[str, Any]:
     """Measure through the quantized cache, against the same weights with a 16-bit cache, which isolates the cache."""
     assert evaluation.chunk is not None
     options = LongOptions(
@@ -48,6 +53,7 @@ def _through_cache(artifact: Path, evaluation: Evaluation) -> dict[str, Any]:
         chunk=evaluation.chunk,
         batch_size=1,
         dtype=evaluation.dtype,
+        trust=trust,
     )
     result = evaluate_long(artifact, options)
     quantized = [name for name in result["caches"] if name != PLAIN]
@@ -63,6 +69,6 @@ def _through_cache(artifact: Path, evaluation: Evaluation) -> dict[str, Any]:
         **{key: whole[key] for key in ("tokens", "perplexity", "nll_stderr", "kl_mean", "kl_p99", "top1_agreement")},
         "baseline_perplexity": plain["perplexity"],
         "kv_bits": result["memory"][quantized[0]][-1]["bits"],
-        **asdict(measure_size(artifact)),
+        **asdict(measure_size(artifact, trust=trust)),
         "details": {key: result[key] for key in ("perplexity", "memory")},
     }

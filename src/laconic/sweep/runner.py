@@ -14,6 +14,7 @@ import torch
 
 from laconic.artifact.locks import lock_folder
 from laconic.checkpoint.atomic import check_writable
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.sweep.execute import LOCKS, STEPS, execute, read_result, start_event
 from laconic.sweep.runs import Run, forecast_run, plan_runs
 from laconic.sweep.study import Resources, Study
@@ -24,7 +25,13 @@ Report = Callable[[Mapping[str, Any]], None]
 
 
 def sweep(
-    study: Study, folder: str | Path, *, address: str | None = None, yes: bool = False, report: Report = lambda _: None
+    study: Study,
+    folder: str | Path,
+    *,
+    address: str | None = None,
+    yes: bool = False,
+    trust: Trust = UNTRUSTED,
+    report: Report = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Compress and measure every run of a study that is not done, and write the table `results.parquet`.
 
@@ -35,6 +42,7 @@ def sweep(
         folder: Folder for artifacts (`runs/`), results (`results/`) and the table.
         address: Address of a Ray cluster; None for a Ray of this machine, if Ray is installed.
         yes: Accept more than 500 runs.
+        trust: What the files of the models may do.
         report: Called with events: `sweep` (runs, done); `run` (run, name, state `started`, `done` or `failed`, seconds
             or error); and the events of `compress`, each with its run, for runs in this process.
 
@@ -46,7 +54,7 @@ def sweep(
     """
     if address and not _ray_installed():
         raise ValueError("--address needs Ray: pip install 'laconic[ray]'")
-    runs = plan_runs(study, yes=yes)
+    runs = plan_runs(study, yes=yes, trust=trust)
     folder = _checked_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = lock_folder(folder)
@@ -70,13 +78,14 @@ def sweep(
         os.close(descriptor)
 
 
-def dry_run(study: Study, folder: str | Path, *, yes: bool = False) -> list[dict[str, Any]]:
+def dry_run(study: Study, folder: str | Path, *, yes: bool = False, trust: Trust = UNTRUSTED) -> list[dict[str, Any]]:
     """List the runs of a study with their state and a forecast; write nothing.
 
     Args:
         study: The study.
         folder: Folder of the sweep.
         yes: Accept more than 500 runs.
+        trust: What the files of the models may do.
 
     Returns:
         One mapping per run: run, name, values, state (`done`, `failed before`, `to do`), seconds (of a run that is
@@ -86,7 +95,7 @@ def dry_run(study: Study, folder: str | Path, *, yes: bool = False) -> list[dict
         ValueError: The study is invalid, or the folder cannot be used.
     """
     folder = _checked_folder(folder)
-    runs = plan_runs(study, yes=yes)
+    runs = plan_runs(study, yes=yes, trust=trust)
     results = {run.id: read_result(run, folder) for run in runs}
     check_texts(run for run in runs if (results[run.id] or {}).get("status") != "done")
     seconds = [r["seconds"] for r in results.values() if r and r["status"] == "done"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from laconic.artifact.workspace import read_identity
 from laconic.checkpoint.source import Source, open_source
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.pipeline.compression import prepare
 from laconic.pipeline.provenance import identify
 from laconic.recipe import Recipe, load_recipe
@@ -33,6 +34,7 @@ class Run:
         recipe: The recipe to compress by.
         evaluations: What to measure of the artifact.
         baseline: Whether to compare with the original model.
+        trust: What the files of the model may do.
     """
 
     id: str
@@ -40,6 +42,7 @@ class Run:
     recipe: Recipe
     evaluations: tuple[Evaluation, ...]
     baseline: bool
+    trust: Trust = UNTRUSTED
 
     @property
     def name(self) -> str:
@@ -55,12 +58,13 @@ class Run:
         return folder / "results" / f"{self.id}.json"
 
 
-def plan_runs(study: Study, *, yes: bool = False) -> list[Run]:
+def plan_runs(study: Study, *, yes: bool = False, trust: Trust = UNTRUSTED) -> list[Run]:
     """List every run of a study, and check all that can be checked without loading weights.
 
     Args:
         study: The study.
         yes: Accept more than `MAX_RUNS` runs.
+        trust: What the files of the models may do.
 
     Returns:
         The runs, in the order of the study's points.
@@ -80,12 +84,12 @@ def plan_runs(study: Study, *, yes: bool = False) -> list[Run]:
     keys = {axis.key for axis in study.axes} | {key for point in selected for key in point.values}
     recipes = [_recipe(point, keys) for point in selected]
     _check_caches(study, recipes)
-    open_once = cache(open_source)
+    open_once = cache(partial(open_source, trust=trust))
     runs: dict[str, tuple[int, Run]] = {}
     for number, (point, recipe) in enumerate(zip(selected, recipes, strict=True), 1):
         if not recipe.model:
             raise ValueError("no model; write 'model' in the study, or in its base")
-        run = _identify(study, point, recipe, open_once(recipe.model))
+        run = replace(_identify(study, point, recipe, open_once(recipe.model)), trust=trust)
         if run.id in runs:
             other, duplicate = runs[run.id]
             raise ValueError(
@@ -124,7 +128,8 @@ def forecast_run(run: Run, folder: Path) -> dict[str, Any]:
     if read_identity(target):
         return {}
     try:
-        forecast = prepare(None, run.recipe, target).forecast
+        trusted: Any = {"allow_pickle": run.trust.pickle, "trust_remote_code": run.trust.remote_code}
+        forecast = prepare(None, run.recipe, target, **trusted).forecast
     except (ValueError, OSError) as e:
         return {"problem": " ".join(str(e).split())}
     if forecast is None:

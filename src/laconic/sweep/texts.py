@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from laconic.checkpoint.source import Source, load_tokenizer, open_source
+from laconic.checkpoint.trust import Trust
 from laconic.data.text import HUB_TEXTS, evaluation_windows, read_documents, read_rows
 from laconic.pipeline.walking import calibration_ids
 from laconic.recipe import Recipe
@@ -28,18 +29,19 @@ def check_texts(runs: Iterable[Run]) -> None:
     open_once = cache(open_source)
     for run in runs:
         assert run.recipe.model is not None
-        source = open_once(run.recipe.model)
+        source = open_once(run.recipe.model, trust=run.trust)
         for number, evaluation in enumerate(run.evaluations):
             key: Any = (run.recipe.model, evaluation.text, evaluation.context_length, _windows_needed(evaluation))
             if key not in checked:
                 checked.add(key)
-                _locate_errors(f"evaluations.{number}", _check_evaluation, source, evaluation)
+                _locate_errors(f"evaluations.{number}", _check_evaluation, source, evaluation, run.trust)
         if (shortest := _one_sample(run.recipe)) is not None:
             key = (run.recipe.model, shortest.calibration)
             if key not in checked:
                 checked.add(key)
                 method = _calibrated_methods(shortest)[0]
-                _locate_errors(f"run with {run.name}", calibration_ids, shortest, source, method)
+                ids = partial(calibration_ids, trust_remote_code=run.trust.remote_code)
+                _locate_errors(f"run with {run.name}", ids, shortest, source, method)
         for stage in run.recipe.stages:
             for text in texts_of(stage):
                 if text.dataset not in checked:
@@ -47,13 +49,13 @@ def check_texts(runs: Iterable[Run]) -> None:
                     _locate_errors(f"run with {run.name}: {stage.method}", _read_first_row, text)
 
 
-def _check_evaluation(source: Source, evaluation: Evaluation) -> None:
+def _check_evaluation(source: Source, evaluation: Evaluation, trust: Trust) -> None:
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None) or 2048
     length = min(2048, limit) if evaluation.context_length is None else evaluation.context_length
     if length > limit:
         raise ValueError(f"context_length {length} is longer than the model's context of {limit}; lower it")
     documents = read_documents(**HUB_TEXTS.get(evaluation.text, {"dataset": evaluation.text}))
-    tokenizer, needed = load_tokenizer(source.folder), _windows_needed(evaluation)
+    tokenizer, needed = load_tokenizer(source.folder, trust=trust), _windows_needed(evaluation)
     windows = len(evaluation_windows(documents, tokenizer, length=length, limit=needed))
     if evaluation.generate and evaluation.generate > windows:
         raise ValueError(f"generate {evaluation.generate} is more than the {windows} windows of the text; lower it")

@@ -1,0 +1,21 @@
+"""What a model's files may do when they are opened; chosen by the user, and passed down as one object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What the files of a model may do. By default nothing but be read as data.
+
+    Attributes:
+        remote_code: Run Python code that comes with the model (`auto_map` in config.json).
+        pickle: Read weights from pickle files (with torch's `weights_only`), where there are no safetensors.
+    """
+
+    remote_code: bool = False
+    pickle: bool = False
+
+
+UNTRUSTED = Trust()
