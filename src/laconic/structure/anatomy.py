@@ -178,6 +178,11 @@ def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) ->
     return first[0], calls
 
 
+def block_signature(block: nn.Module, taps: Sequence[Tap]) -> Any:
+    """Make a hashable key that is equal for blocks of the same modules, shapes and taps."""
+    return taps, tuple((name, type(m), m.extra_repr()) for name, m in block.named_modules())
+
+
 def compute_head_input(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor) -> Tensor:
     """Compute the input of the head from the output of the last block.
 

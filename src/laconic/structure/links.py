@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.structure.anatomy import Anatomy, BlockCall, Tap, capture_calls, linear_at, zero_embeddings
+from laconic.structure.anatomy import (
+    Anatomy,
+    BlockCall,
+    Tap,
+    block_signature,
+    capture_calls,
+    linear_at,
+    zero_embeddings,
+)
 from laconic.structure.experts import Experts, routers_of
 from laconic.structure.hooks import Hook, capture_inputs, forward_hooks
 
@@ -125,13 +133,13 @@ def find_links(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Mapping[Tap, L
     hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=zero_embeddings(model, 1, 4))
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    by_kind: dict[Any, Mapping[Tap, Link]] = {}
+    by_signature: dict[Any, Mapping[Tap, Link]] = {}
     links = []
     for block, call, taps in zip(blocks, calls, anatomy.taps, strict=True):
-        kind = (taps, tuple((n, type(m), m.extra_repr()) for n, m in block.named_modules()))
-        if kind not in by_kind:
-            by_kind[kind] = _links_of(block, call, taps, head_widths(model), hidden.shape[-1])
-        links.append(by_kind[kind])
+        signature = block_signature(block, taps)
+        if signature not in by_signature:
+            by_signature[signature] = _links_of(block, call, taps, head_widths(model), hidden.shape[-1])
+        links.append(by_signature[signature])
     return tuple(links)
 
 

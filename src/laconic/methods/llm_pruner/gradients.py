@@ -21,8 +21,8 @@ class Gradients:
         square: Mean over batches of its squares, the diagonal of the empirical Fisher information; may be empty.
     """
 
-    mean: Mapping[str, Tensor]
-    square: Mapping[str, Tensor]
+    mean: dict[str, Tensor]
+    square: dict[str, Tensor]
 
 
 def compute_gradients(
@@ -53,22 +53,8 @@ def compute_gradients(
     device = model.device
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    mean: dict[str, Tensor] = {}
-    square: dict[str, Tensor] = {}
+    sums = Gradients({}, {})
     batches = windows.split(batch_size)
-
-    def add(name: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            g = parameter.grad.float() / len(batches)
-            mean[name] = mean[name].add_(g) if name in mean else g.clone()
-            if squares:
-                g2 = parameter.grad.float().square() / len(batches)
-                square[name] = square[name].add_(g2) if name in square else g2
-            parameter.grad = None
-
-        return hook
-
     parameters = {name: model.get_parameter(name).requires_grad_(True) for name in names}
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -76,7 +62,7 @@ def compute_gradients(
             # Checkpointing runs only in training mode; the modules inside stay in evaluation mode, without dropout.
             block.training = True
     try:
-        with gradient_hooks((parameter, add(name)) for name, parameter in parameters.items()):
+        with gradient_hooks((p, _accumulate(sums, name, len(batches), squares)) for name, p in parameters.items()):
             for i, ids in enumerate(batches):
                 ids = ids.to(device)
                 model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -85,4 +71,20 @@ def compute_gradients(
         if checkpointing:
             model.gradient_checkpointing_disable()
         model.eval().requires_grad_(False)
-    return Gradients(mean, square)
+    return sums
+
+
+def _accumulate(sums: Gradients, name: str, batches: int, squares: bool) -> Callable[[Tensor], None]:
+    """Make the hook that adds a parameter's gradient to its mean, and frees it."""
+
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        mean, square = sums.mean, sums.square
+        g = parameter.grad.float() / batches
+        mean[name] = mean[name].add_(g) if name in mean else g.clone()
+        if squares:
+            g2 = parameter.grad.float().square() / batches
+            square[name] = square[name].add_(g2) if name in square else g2
+        parameter.grad = None
+
+    return hook

@@ -27,7 +27,15 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.layout import unwrap_conv1d
-from laconic.structure.anatomy import Anatomy, BlockCall, Tap, capture_calls, linear_at, zero_embeddings
+from laconic.structure.anatomy import (
+    Anatomy,
+    BlockCall,
+    Tap,
+    block_signature,
+    capture_calls,
+    linear_at,
+    zero_embeddings,
+)
 from laconic.structure.config_keys import WIDTHS
 from laconic.structure.experts import Experts, unstack_experts_like
 from laconic.structure.links import copy_with_random_weights, head_widths
@@ -126,14 +134,14 @@ def find_groups(
     hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=zero_embeddings(model, 1, 4))
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    by_structure: dict[Any, tuple[Group, ...]] = {}
+    by_signature: dict[Any, tuple[Group, ...]] = {}
     groups = []
     for i, (block, call, taps) in enumerate(zip(blocks, calls, anatomy.taps, strict=True)):
-        structure = (taps, tuple((n, type(m), m.extra_repr()) for n, m in block.named_modules()))
-        if structure not in by_structure:
+        signature = block_signature(block, taps)
+        if signature not in by_signature:
             trial = _TrialBlock(model, i, block, call, hidden.shape[-1])
-            by_structure[structure] = tuple(g for kind in kinds for g in _verified_groups(kind, trial, taps))
-        groups.append(by_structure[structure])
+            by_signature[signature] = tuple(g for kind in kinds for g in _verified_groups(kind, trial, taps))
+        groups.append(by_signature[signature])
     return tuple(groups)
 
 
