@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from laconic.bench.options import SparsityOptions
 from laconic.checkpoint.trust import Trust
-from laconic.cli.console import err, out, print_json
+from laconic.cli.console import out, print_json, with_status
 from laconic.cli.options import Json, Pickle, RemoteCode, check_dtype, numbers, words
 
 bench = typer.Typer(no_args_is_help=True, help="Measure the time, bytes and energy of an artifact or of linear shapes.")
@@ -55,14 +55,9 @@ def bench_sparsity(
 ) -> None:
     """Time dense, 2:4, block-sparse and smaller linears, and whole models beside their original."""
     check_dtype(dtype)
-    if output is not None and output.suffix not in (".md", ".json"):
-        raise ValueError(f"--output {output} is neither Markdown nor JSON; give it a name that ends in .md or .json")
     if output is not None:
-        from laconic.checkpoint.atomic import check_writable
-
-        check_writable(output)
+        _check_output(output)
     from laconic.bench.sparsity import bench_sparsity as measure
-    from laconic.report.bench_table import bench_tables, write_bench
 
     options = SparsityOptions(
         baseline=baseline,
@@ -80,14 +75,23 @@ def bench_sparsity(
         rounds=rounds,
         seconds=seconds,
     )
-    if json_ or not err.is_terminal:
-        result = measure(models or [], options)
-    else:
-        with err.status("") as status:
-            result = measure(models or [], options, report=status.update)
+    _show(with_status(measure, models or [], options, quiet=json_), output, json_)
+
+
+def _check_output(file: Path) -> None:
+    from laconic.checkpoint.atomic import check_writable
+
+    if file.suffix not in (".md", ".json"):
+        raise ValueError(f"--output {file} is neither Markdown nor JSON; give it a name that ends in .md or .json")
+    check_writable(file)
+
+
+def _show(result: dict[str, Any], output: Path | None, as_json: bool) -> None:
+    from laconic.report.bench_table import bench_tables, write_bench
+
     if output is not None:
         write_bench(result, output)
-    if json_:
+    if as_json:
         print_json(result)
         return
     for table in bench_tables(result):

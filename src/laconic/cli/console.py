@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -203,6 +203,14 @@ def _is_odd(event: Mapping[str, Any]) -> bool:
     heads, kv_heads = event.get("heads", 0), event.get("kv_heads", 0)
     # Every GPU gets a copy of a single key-value head.
     return bool(heads % 2 or (kv_heads > 1 and kv_heads % 2))
+
+
+def with_status(measure: Callable[..., Any], *arguments: Any, quiet: bool) -> Any:
+    """Call a function, and show on stderr what it reports (`report=`) while it runs."""
+    if quiet or not err.is_terminal:
+        return measure(*arguments)
+    with err.status("") as status:
+        return measure(*arguments, report=status.update)
 
 
 def print_json(value: Any) -> None:

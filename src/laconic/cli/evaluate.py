@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from laconic.checkpoint.trust import Trust
-from laconic.cli.console import err, out, print_json
+from laconic.cli.console import err, out, print_json, with_status
 from laconic.cli.eval_spelling import EvalGroup
 from laconic.cli.options import Json, Pickle, RemoteCode, check_dtype, numbers, words
 from laconic.cli.pictures import check_picture, draw_heat_map, draw_reliability
@@ -279,11 +279,7 @@ def _evaluate_long(model: str, options: LongOptions, as_json: bool) -> dict[str,
     """Measure and print; return the result."""
     from laconic.evaluation.long_context import evaluate_long
 
-    if as_json or not err.is_terminal:
-        result = evaluate_long(model, options)
-    else:
-        with err.status("") as status:
-            result = evaluate_long(model, options, report=status.update)
+    result: dict[str, Any] = with_status(evaluate_long, model, options, quiet=as_json)
     if as_json:
         print_json(result)
         return result
