@@ -31,15 +31,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from laconic.kv.attention import Packed, Pair, kv_attention_torch
+from laconic.kv.attention import kv_attention_torch
 from laconic.kv.format import KvFormat, encode_kv
+from laconic.kv.packed import PackedHistory, PackedTokens
 
 HEADS, KV_HEADS, CHANNELS, WINDOW = 32, 8, 128, 128
 Cut = tuple[int, int, int, int]
-"""Fields of a `Tile`: tokens, warps, stages, programs."""
+"""Fields of a `LaunchConfig`: tokens, warps, stages, programs."""
 CUTS: list[Cut] = [(n, w, s, 12) for n, w, s in itertools.product((32, 64), (1, 2), (1, 2, 3))]
 PROGRAMS = (4, 8, 16, 24, 32)
-Case = tuple[Tensor, Packed, Packed, Pair]
+Case = tuple[Tensor, PackedHistory]
 
 
 def main() -> int:
@@ -99,10 +100,10 @@ def main() -> int:
 
 def attend(case: Case, cut: Cut | None) -> Tensor:
     """Run the kernel."""
-    from laconic.kv.attention_triton import Tile, kv_attention_triton
+    from laconic.kv.attention_triton import kv_attention_triton
+    from laconic.kv.splits_triton import LaunchConfig
 
-    q, keys, values, window = case
-    return kv_attention_triton(q, keys, values, window, tile=None if cut is None else Tile(*cut))
+    return kv_attention_triton(*case, launch=None if cut is None else LaunchConfig(*cut))
 
 
 def correct(bits: int, keys: KvFormat, values: KvFormat, cut: Cut | None = None) -> bool:
@@ -112,8 +113,9 @@ def correct(bits: int, keys: KvFormat, values: KvFormat, cut: Cut | None = None)
     k, v = torch.randn(2, 2, KV_HEADS, tokens, CHANNELS, generator=g, device="cuda")
     window = tuple(torch.randn(2, 2, KV_HEADS, 77, CHANNELS, generator=g, device="cuda").bfloat16())
     q = (2 * torch.randn(2, HEADS, 1, CHANNELS, generator=g, device="cuda")).bfloat16()
-    case: Case = q, Packed(keys, encode_kv(keys, k)), Packed(values, encode_kv(values, v)), (window[0], window[1])
-    expected = kv_attention_torch(q.float(), *case[1:])
+    packed = PackedTokens(keys, encode_kv(keys, k)), PackedTokens(values, encode_kv(values, v))
+    case: Case = q, PackedHistory(*packed, (window[0], window[1]))
+    expected = kv_attention_torch(q.float(), case[1])
     error = (attend(case, cut).float() - expected).abs()
     # The error of rounding the result and the probabilities to bfloat16, with a margin.
     most = 2**-6 * float(expected.abs().max())
@@ -167,18 +169,18 @@ def random_case(batch: int, tokens: int, keys: KvFormat, values: KvFormat) -> Ca
     """Make a cache of `tokens` tokens, window included, with random codes and the ranges of normal numbers."""
     count = tokens - WINDOW
 
-    def stored(fmt: KvFormat) -> Packed:
+    def stored(fmt: KvFormat) -> PackedTokens:
         codes = torch.randint(
             0, 256, (batch, KV_HEADS, count, CHANNELS * fmt.num_bits // 8), dtype=torch.uint8, device="cuda"
         )
         assert fmt.group_size is not None
         groups = (count // fmt.group_size, CHANNELS) if fmt.axis == "channel" else (count, CHANNELS // fmt.group_size)
         offset = -2 - torch.rand(batch, KV_HEADS, *groups, device="cuda", dtype=torch.float16)
-        return Packed(fmt, {"codes": codes, "scale": -2 * offset / (2**fmt.num_bits - 1), "offset": offset})
+        return PackedTokens(fmt, {"codes": codes, "scale": -2 * offset / (2**fmt.num_bits - 1), "offset": offset})
 
     q = torch.randn(batch, HEADS, 1, CHANNELS, device="cuda").bfloat16()
     window = torch.randn(2, batch, KV_HEADS, WINDOW, CHANNELS, device="cuda").bfloat16()
-    return q, stored(keys), stored(values), (window[0], window[1])
+    return q, PackedHistory(stored(keys), stored(values), (window[0], window[1]))
 
 
 def copies(batch: int, tokens: int, keys: KvFormat, values: KvFormat) -> list[Case]:
@@ -192,8 +194,9 @@ def over_l2(size: int) -> int:
 
 
 def stored_bytes(case: Case) -> int:
-    _, keys, values, window = case
-    return sum(t.nbytes for p in (keys, values) for t in p.stored.values()) + sum(w.nbytes for w in window)
+    history = case[1]
+    packed = sum(t.nbytes for p in (history.keys, history.values) for t in p.stored.values())
+    return packed + sum(w.nbytes for w in history.window)
 
 
 def timed(batch: int, tokens: int, keys: KvFormat, values: KvFormat, cut: Cut | None) -> tuple[float, int]:

@@ -21,7 +21,7 @@ from laconic.evaluation.cache_cost import filled, stored_bytes
 from laconic.evaluation.caches import caches_for, parse_stage, title
 from laconic.evaluation.through_cache import PLAIN, step
 from laconic.kv.cache import KvCache
-from laconic.kv.open import kv_shape
+from laconic.kv.shape import kv_shape
 
 KIVI = ("{method: kivi, k_bits: 4, v_bits: 4}", "{method: kivi, k_bits: 2, v_bits: 2}")
 
@@ -94,8 +94,8 @@ def decoded(new_cache: Callable[[], Cache]) -> Cache:
     """Make a cache that is decoded for every token."""
     cache = new_cache()
     assert isinstance(cache, KvCache)
-    for layer in cache.packed:
-        layer.unread = False
+    for layer in cache.quantized_layers:
+        layer.lazy = False
     return cache
 
 

@@ -25,15 +25,16 @@ from torch import Tensor
 
 from laconic.kv.format import KvFormat
 from laconic.kv.scheme import HeadGroup
-from laconic.serving import paged, paged_triton
-from laconic.serving.paged import PackedLayer, Part, Scoring, attend, write
-from laconic.serving.paged_triton import Cut
-from laconic.serving.paged_units import Units, write_units
+from laconic.kv.splits_triton import LaunchConfig
+from laconic.serving import paged_attention as paged
+from laconic.serving import paged_triton
+from laconic.serving.page import PagedLayer, Scoring, SequenceBatch
+from laconic.serving.page_write import UnitTokens, write_tokens, write_units
 
 # Number of tokens that are encoded; further pages are copies of these.
 _WRITTEN = 4096
-CUTS = [Cut(n, w, p) for n, w, p in itertools.product((32, 64), (1, 2, 4), (8, 16, 32))]
-Case = tuple[PackedLayer, Tensor, Part, tuple[Tensor, Tensor, Tensor], Units | None]
+LAUNCHES = [LaunchConfig(n, w, 3, p) for n, w, p in itertools.product((32, 64), (1, 2, 4), (8, 16, 32))]
+Case = tuple[PagedLayer, Tensor, SequenceBatch, tuple[Tensor, Tensor, Tensor], UnitTokens | None]
 
 
 def main() -> int:
@@ -55,9 +56,11 @@ def main() -> int:
     if wrong:
         print(f"the kernel is wrong for {wrong}: nothing is timed")
         return 1
-    cuts: dict[tuple[str, int], Cut | None] = {(name, bits): None for bits in args.bits for name in layers(bits)}
+    launches: dict[tuple[str, int], LaunchConfig | None] = {
+        (name, bits): None for bits in args.bits for name in layers(bits)
+    }
     if args.tune:
-        cuts = {(name, bits): tuned(name, layer) for bits in args.bits for name, layer in layers(bits).items()}
+        launches = {(name, bits): tuned(name, layer) for bits in args.bits for name, layer in layers(bits).items()}
     print(f"\nready after {time.monotonic() - start:.0f} s\n", flush=True)
     print("| tokens | batch | bf16 ms | pages | ms | speed-up over bf16 | over plain torch | GB/s | of copy |")
     print("|---:|---:|---:|---|---:|---:|---:|---:|---:|", flush=True)
@@ -70,7 +73,7 @@ def main() -> int:
             _, dense = best_bf16(batch, tokens * 1024)
             for bits in args.bits:
                 for name, layer in layers(bits).items():
-                    ms, plain, moved = timed(batch, tokens * 1024, layer, cuts[name, bits])
+                    ms, plain, moved = timed(batch, tokens * 1024, layer, launches[name, bits])
                     rate = moved / ms * 1e3
                     times = f"{dense:.3f} | {name} | {ms:.3f} | {dense / ms:.2f} | {plain / ms:.1f}"
                     print(
@@ -86,59 +89,59 @@ def main() -> int:
     return 0
 
 
-def layers(bits: int) -> dict[str, PackedLayer]:
+def layers(bits: int) -> dict[str, PagedLayer]:
     """Return the layers to time at this number of bits, by name."""
     token = KvFormat(bits, "token", CHANNELS)
     layers_by_name = {
-        f"{bits} bits by token": PackedLayer([HeadGroup(token, token)], {}, KV_HEADS, CHANNELS, torch.bfloat16),
-        f"{bits} bits, keys by channel": PackedLayer(
-            [HeadGroup(KvFormat(bits, "channel", 64), token)], {}, KV_HEADS, CHANNELS, torch.bfloat16, per_page=512
+        f"{bits} bits by token": PagedLayer([HeadGroup(token, token)], {}, KV_HEADS, CHANNELS, torch.bfloat16),
+        f"{bits} bits, keys by channel": PagedLayer(
+            [HeadGroup(KvFormat(bits, "channel", 64), token)], {}, KV_HEADS, CHANNELS, torch.bfloat16, page_tokens=512
         ),
     }
     return {name: layer.to(torch.device("cuda")) for name, layer in layers_by_name.items()}
 
 
-def case(batch: int, tokens: int, layer: PackedLayer) -> Case:
+def case(batch: int, tokens: int, layer: PagedLayer) -> Case:
     """Make a decode step of `batch` sequences of `tokens` tokens, the new one included."""
-    page = layer.per_page or 16
+    page = layer.page_tokens or 16
     some = min(tokens, _WRITTEN)
     pages = -(-some // page)
-    written = torch.zeros(pages, KV_HEADS, page, layer.nbytes, dtype=torch.uint8, device="cuda")
-    part = Part(
+    written = torch.zeros(pages, KV_HEADS, page, layer.row_bytes, dtype=torch.uint8, device="cuda")
+    part = SequenceBatch(
         torch.arange(pages, device="cuda")[None], torch.tensor([some], device="cuda"), some, torch.arange(some)[None]
     )
     k, v = (torch.randn(1, some, KV_HEADS, CHANNELS, device="cuda").bfloat16() for _ in range(2))
-    (write_units if layer.unit > 1 else write)(layer, written, part, k, v)
+    (write_units if layer.unit > 1 else write_tokens)(layer, written, part, k, v)
     count = -(-tokens // page)
     cache = written.repeat(-(-batch * count // pages), 1, 1, 1)[: batch * count]
     table = torch.randperm(batch * count, device="cuda").int().view(batch, count)
     lengths = torch.full((batch,), tokens, device="cuda", dtype=torch.int32)
-    step = Part(table, lengths, tokens, torch.arange(batch, device="cuda")[:, None])
+    step = SequenceBatch(table, lengths, tokens, torch.arange(batch, device="cuda")[:, None])
     q = torch.randn(batch, 1, HEADS, CHANNELS, device="cuda").bfloat16()
     k, v = (torch.randn(batch, 1, KV_HEADS, CHANNELS, device="cuda").bfloat16() for _ in range(2))
     units = write_units(layer, cache, step, k, v) if layer.unit > 1 else None
     return layer, cache, step, (q, k, v), units
 
 
-def run_attention(step_case: Case, cut: Cut | None = None, *, plain: bool = False) -> Tensor:
+def run_attention(step_case: Case, launch: LaunchConfig | None = None, *, plain: bool = False) -> Tensor:
     """Attend by the kernel, with the given or its default tile sizes, or in plain torch."""
     layer, cache, part, tokens, units = step_case
-    theirs, best = paged.kernel_reads, paged_triton.best_cut
+    theirs, best = paged.kernel_reads_pages, paged_triton.default_launch
     if plain:
-        paged.kernel_reads = lambda *_: False
-    if cut:
-        paged_triton.best_cut = lambda *_: cut
+        paged.kernel_reads_pages = lambda *_: False
+    if launch:
+        paged_triton.default_launch = lambda *_: launch
     try:
-        return attend(layer, cache, part, tokens, Scoring(CHANNELS**-0.5), units)
+        return paged.paged_attention(layer, cache, part, tokens, Scoring(CHANNELS**-0.5), units)
     finally:
-        paged.kernel_reads, paged_triton.best_cut = theirs, best
+        paged.kernel_reads_pages, paged_triton.default_launch = theirs, best
 
 
-def correct(name: str, layer: PackedLayer) -> bool:
+def correct(name: str, layer: PagedLayer) -> bool:
     """Compare the kernel with plain torch on the same pages."""
     torch.manual_seed(0)
     small = case(3, 5000, layer)
-    assert paged.kernel_reads(layer, Scoring(1.0), small[1])
+    assert paged.kernel_reads_pages(layer, Scoring(1.0), small[1])
     output, expected = run_attention(small), run_attention(small, plain=True)
     error = (output - expected).abs()
     right = bool(error.max() <= 2**-6 * expected.abs().max())
@@ -150,27 +153,27 @@ def correct(name: str, layer: PackedLayer) -> bool:
     return right
 
 
-def tuned(name: str, layer: PackedLayer) -> Cut:
+def tuned(name: str, layer: PagedLayer) -> LaunchConfig:
     """Find the fastest tile sizes over one long sequence and a batch of shorter ones."""
     cases = [case(1, 65536, layer), case(16, 16384, layer)]
     cost = {}
-    for cut in CUTS:
-        ms = [graph_ms([lambda c=c, cut=cut: run_attention(c, cut)], 5) for c in cases]  # type: ignore[misc]
-        cost[cut] = ms[0] * ms[1]
-    ranked = sorted(cost, key=lambda cut: cost[cut])
+    for launch in LAUNCHES:
+        ms = [graph_ms([lambda c=c, launch=launch: run_attention(c, launch)], 5) for c in cases]  # type: ignore[misc]
+        cost[launch] = ms[0] * ms[1]
+    ranked = sorted(cost, key=lambda launch: cost[launch])
     print(
-        f"{name}: " + ", ".join(f"{c.tokens}/{c.warps}/{c.programs} {cost[c] ** 0.5:.3f}" for c in ranked[:4]),
+        f"{name}: " + ", ".join(f"{c.block_tokens}/{c.warps}/{c.programs} {cost[c] ** 0.5:.3f}" for c in ranked[:4]),
         flush=True,
     )
     return ranked[0]
 
 
-def timed(batch: int, tokens: int, layer: PackedLayer, cut: Cut | None) -> tuple[float, float, int]:
+def timed(batch: int, tokens: int, layer: PagedLayer, launch: LaunchConfig | None) -> tuple[float, float, int]:
     """Return the milliseconds of a call by the kernel and in plain torch, and the bytes that are read."""
     first = case(batch, tokens, layer)
-    size = batch * tokens * KV_HEADS * layer.nbytes
+    size = batch * tokens * KV_HEADS * layer.row_bytes
     cases = [first, *(case(batch, tokens, layer) for _ in range(over_l2(size) - 1))]
-    calls: list[Callable[[], Tensor]] = [lambda c=c: run_attention(c, cut) for c in cases]  # type: ignore[misc]
+    calls: list[Callable[[], Tensor]] = [lambda c=c: run_attention(c, launch) for c in cases]  # type: ignore[misc]
     ms = graph_ms(calls)
     run_attention(first, plain=True)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -25,8 +25,8 @@ from laconic.data.text import evaluation_windows, read_documents
 from laconic.evaluation.caches import parse_stage, title
 from laconic.evaluation.context_perplexity import perplexity_by_position
 from laconic.evaluation.through_cache import PLAIN, chunks, plain_cache, step
+from laconic.kv.attach import make_cache
 from laconic.kv.files import read_kv_scheme
-from laconic.kv.open import make_cache
 
 ROWS = [
     "{method: kv_int8}",
@@ -130,12 +130,12 @@ def filled(model: Any, cache: Any, ids: torch.Tensor) -> Any:
     """Read tokens into a cache; convert its 16-bit tensors to bfloat16, because float32 computes."""
     for piece in chunks(ids, 128):
         step(model, piece, cache)
-    for layer in cache.packed:
+    for layer in cache.quantized_layers:
         layer.keys, layer.values = layer.keys.bfloat16(), layer.values.bfloat16()
         layer.sinks = layer.sinks and tuple(s.bfloat16() for s in layer.sinks)
-        layer.packed = [
+        layer.stored = [
             tuple({n: t.bfloat16() if t.dtype == torch.float32 else t for n, t in s.items()} for s in pair)
-            for pair in layer.packed
+            for pair in layer.stored
         ]
     return cache
 

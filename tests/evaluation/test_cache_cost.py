@@ -13,8 +13,8 @@ from transformers import Cache, PreTrainedModel
 from artifacts import original
 from laconic.evaluation.cache_cost import memory_by_length, speed_by_length
 from laconic.evaluation.through_cache import PLAIN, plain_cache
+from laconic.kv.attach import make_cache
 from laconic.kv.format import KvFormat
-from laconic.kv.open import make_cache
 from laconic.kv.scheme import uniform
 from tiny import make_model
 

@@ -26,8 +26,8 @@ from laconic import Artifact
 from laconic.checkpoint.source import load_tokenizer
 from laconic.evaluation.options import TaskOptions
 from laconic.evaluation.tasks import evaluate_tasks
+from laconic.kv.attach import make_cache
 from laconic.kv.cache import KvCache
-from laconic.kv.open import make_cache
 from tiny import make_model, make_text
 
 pytestmark = pytest.mark.skipif(
@@ -265,7 +265,7 @@ def test_answers_are_generated_with_the_cache_asked_for(
         made.append(make_cache(*args))
         return made[-1]
 
-    monkeypatch.setattr("laconic.kv.open.make_cache", watched)
+    monkeypatch.setattr("laconic.kv.attach.make_cache", watched)
     write(tmp_path / "gsm8k_train.jsonl", [{"question": "How many?", "answer": "Two and two. #### 4"}])
     write(tmp_path / "gsm8k_test.jsonl", [{"question": phrase(0, 3), "answer": "#### 4"}])
     kv = "{method: kivi, k_bits: 2, v_bits: 2, group_size: 16, residual_length: 16}"

@@ -15,8 +15,8 @@ import laconic
 from laconic.checkpoint.source import load_tokenizer
 from laconic.evaluation.needle import TEMPLATES, NeedleOptions, depths_of, find_needles, is_found, make_prompt
 from laconic.evaluation.through_cache import PLAIN, plain_cache
+from laconic.kv.attach import make_cache
 from laconic.kv.format import KvFormat
-from laconic.kv.open import make_cache
 from laconic.kv.scheme import uniform
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"

@@ -14,8 +14,8 @@ from artifacts import logits, original, tokens
 from laconic.evaluation.context_perplexity import edges, perplexity_by_position
 from laconic.evaluation.fidelity import measure
 from laconic.evaluation.through_cache import PLAIN, continue_greedily, plain_cache
+from laconic.kv.attach import make_cache
 from laconic.kv.format import KvFormat
-from laconic.kv.open import make_cache
 from laconic.kv.scheme import uniform
 from tiny import make_model
 

@@ -108,7 +108,7 @@ def test_bytes_are_those_of_the_bits() -> None:
     [
         (KvFormat(4, "token", 48), 64, "use 64 or 32"),
         (KvFormat(3, "token", 12), 12, "multiple of 8"),
-        (KvFormat(4, "token", 32, outlier_ratio=0.1), 512, "more than 256 channels"),
+        (KvFormat(4, "token", 32, outlier_ratio=0.1), 512, "at most 256 channels, and these have 512"),
     ],
 )
 def test_heads_that_do_not_fit_are_refused(fmt: KvFormat, channels: int, told: str) -> None:
@@ -138,7 +138,7 @@ def test_a_scheme_survives_json() -> None:
     scheme.check(2, 3, 64)
     with pytest.raises(ValueError, match="does not name each"):
         scheme.check(2, 4, 64)
-    with pytest.raises(ValueError, match="of 2 layers"):
+    with pytest.raises(ValueError, match="has 2 layers and the model 3"):
         scheme.check(3, 3, 64)
     with pytest.raises(ValueError, match="power of two"):
         scheme.check(2, 3, 96)

@@ -15,16 +15,18 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from artifacts import original
-from laconic.kv import attend as kv_attend
-from laconic.kv.attend import NAME
-from laconic.kv.attention import kv_attention_torch, runs_on
+from laconic.kv import attention_interface
+from laconic.kv.attach import make_cache
+from laconic.kv.attention import kv_attention_torch
+from laconic.kv.attention_interface import NAME
 from laconic.kv.cache import KvCache
 from laconic.kv.format import KvFormat
-from laconic.kv.lazy import History, Unread
-from laconic.kv.open import kv_shape, make_cache
+from laconic.kv.lazy import LazyHistory, LazyTensor
+from laconic.kv.packed import kernel_runs_on
 from laconic.kv.scheme import HeadGroup, KvScheme, uniform
+from laconic.kv.shape import kv_shape
+from rotations import static_rotations
 from tiny import make_model
-from turning import fixed_turns
 
 FOUR = (KvFormat(4, "channel", 16), KvFormat(4, "token", 16))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,12 +52,14 @@ def both_ways(folder: Path, way: Way, run: Callable[[PreTrainedModel, KvCache], 
     for name in (NAME, "sdpa"):
         model: Any = original(folder, torch.float32).to(DEVICE)
         shape = kv_shape(model.config)
-        fixed = fixed_turns(shape.layers, shape.heads, shape.channels) if way.get("rotation") == "attention" else None
+        fixed = (
+            static_rotations(shape.layers, shape.heads, shape.channels) if way.get("rotation") == "attention" else None
+        )
         cache = make_cache(model, scheme_of(shape.layers, way), fixed)
         assert model.config._attn_implementation == NAME
         model.config._attn_implementation = name
-        for layer in cache.packed:
-            layer.unread = name == NAME
+        for layer in cache.quantized_layers:
+            layer.lazy = name == NAME
         with torch.no_grad():
             made.append(run(model, cache).cpu())
     return made[0], made[1]
@@ -63,20 +67,20 @@ def both_ways(folder: Path, way: Way, run: Callable[[PreTrainedModel, KvCache], 
 
 def by_kernel(folder: Path, way: Way, run: Callable[[PreTrainedModel, KvCache], Tensor]) -> tuple[Tensor, Tensor, int]:
     """The same, and how often the kernel was called."""
-    from laconic.kv import attention_triton as kv_attention_triton
+    from laconic.kv import attention_triton
 
-    kernel, calls = kv_attention_triton.kv_attention_triton, 0
+    kernel, calls = attention_triton.kv_attention_triton, 0
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
         nonlocal calls
         calls += 1
         return kernel(*args, **kwargs)
 
-    kv_attention_triton.kv_attention_triton = counted
+    attention_triton.kv_attention_triton = counted
     try:
         return *both_ways(folder, way, run), calls
     finally:
-        kv_attention_triton.kv_attention_triton = kernel
+        attention_triton.kv_attention_triton = kernel
 
 
 def a_text(model: PreTrainedModel, cache: KvCache) -> Tensor:
@@ -87,6 +91,12 @@ def a_text(model: PreTrainedModel, cache: KvCache) -> Tensor:
     mask[0, :pads] = 0
     made = [through(model, cache, part, chunk, mask[:, :stop]) for part, chunk, stop in parts(tokens)]
     return torch.cat(made, 1)[:, pads:]
+
+
+def a_longer_text(model: PreTrainedModel, cache: KvCache) -> Tensor:
+    """Logits of a row of which single tokens follow one another until a sliding window holds encoded tokens."""
+    tokens = ids(1, 51)
+    return torch.cat([through(model, cache, tokens[:, :40], 40), through(model, cache, tokens[:, 40:], 1)], 1)
 
 
 def parts(tokens: Tensor) -> list[tuple[Tensor, int, int]]:
@@ -170,14 +180,14 @@ WAYS: list[Way] = [
 def test_the_reference_gives_what_the_decoded_cache_gives(
     way: Way, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_attend, "runs_on", lambda _: True)
+    monkeypatch.setattr(attention_interface, "kernel_runs_on", lambda _: True)
     calls = []
 
     def reference(*given: Any) -> Tensor:
         calls.append(1)
         return kv_attention_torch(*given)
 
-    monkeypatch.setattr(kv_attend, "kv_attention", reference)
+    monkeypatch.setattr(attention_interface, "kv_attention", reference)
     found, expected = both_ways(folder, way, a_text)
     assert calls
     # Angles are read in float16.
@@ -197,7 +207,7 @@ def test_the_kernel_gives_what_the_decoded_cache_gives(way: Way, both: Any, shal
 def test_so_it_does_in_every_family(family: str, both: Any, tmp_path: Path) -> None:
     heads = {"mistral": {"head_dim": 32}, "gemma3": {"head_dim": 32}}.get(family, {"num_attention_heads": 2})
     folder = make_model(tmp_path / family, family, dtype=torch.float32, **heads)
-    found, expected, calls = both(folder, {"residual_length": 3}, a_text)
+    found, expected, calls = both(folder, {"residual_length": 3}, a_longer_text)
     assert calls
     assert close(found, expected, 1e-2)
 
@@ -231,25 +241,25 @@ def test_what_the_kernel_cannot_read_is_decoded(way: Way, both: Any, folder: Pat
 
 def test_without_a_gpu_the_model_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    runs_on.cache_clear()
+    kernel_runs_on.cache_clear()
     model = original(folder, torch.float32)
     before = model.config._attn_implementation
     cache = make_cache(model, scheme_of(2, {}))
     assert model.device.type == "cpu"
     assert model.config._attn_implementation == before
     through(model, cache, ids_on_cpu(1, 40), 20)
-    assert not isinstance(cache.update(*torch.zeros(2, 1, 2, 1, 32), 0)[0], Unread)
+    assert not isinstance(cache.update(*torch.zeros(2, 1, 2, 1, 32), 0)[0], LazyTensor)
 
 
-def test_unread_tensors_are_decoded_by_whatever_looks_at_them() -> None:
+def test_lazy_tensors_are_decoded_by_whatever_looks_at_them() -> None:
     true, times = torch.randn(2, 1, 2, 7, 16), []
 
     def decode() -> tuple[Tensor, Tensor]:
         times.append(1)
         return true[0], true[1]
 
-    history = History(None, 1, decode)  # type: ignore[arg-type]
-    keys, values = (Unread(history, which, 7, true[0][:, :, :1]) for which in (0, 1))
+    history = LazyHistory(None, decode)  # type: ignore[arg-type]
+    keys, values = (LazyTensor(history, which, 7, true[0][:, :, :1]) for which in (0, 1))
     assert keys.shape == true[0].shape
     assert not times
     q = torch.randn(1, 4, 1, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,17 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from laconic.kv.attention import (
-    MOST_QUERIES,
-    Angles,
-    Packed,
-    Pair,
-    fits,
-    kv_attention,
-    kv_attention_torch,
-    supports,
-)
+from laconic.kv.attention import kv_attention, kv_attention_torch
 from laconic.kv.format import KvFormat, decode_kv, encode_kv
+from laconic.kv.packed import (
+    MAX_QUERIES,
+    KeysValues,
+    PackedHistory,
+    PackedTokens,
+    kernel_reads,
+    kernel_reads_scheme,
+)
+from laconic.kv.positions import RotaryAngles
 from laconic.kv.scheme import uniform
 
 BATCH, HEADS = 2, 2
@@ -33,7 +34,7 @@ HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
 Problem = dict[str, Any]
 
 
-def packed(fmt: KvFormat, tokens: int, channels: int, generator: torch.Generator) -> Packed:
+def packed(fmt: KvFormat, tokens: int, channels: int, generator: torch.Generator) -> PackedTokens:
     """Random numbers, stored: channels far from zero and of very different size, as keys have them."""
     spread = torch.linspace(-2, 2, channels).exp()
     x = torch.randn(BATCH, HEADS, tokens, channels, generator=generator) * spread + spread.flip(0)
@@ -43,10 +44,10 @@ def packed(fmt: KvFormat, tokens: int, channels: int, generator: torch.Generator
     if fmt.group_size is None:
         static["scale"] = (x.abs().amax((0, 2)) / 2 ** (fmt.num_bits - 1)).to(DEVICE)
         static["offset"] = x.amin((0, 2)).to(DEVICE) if fmt.datatype == "int" else x.mean((0, 2)).to(DEVICE)
-    return Packed(fmt, encode_kv(fmt, x.to(DEVICE), static), static)
+    return PackedTokens(fmt, encode_kv(fmt, x.to(DEVICE), static), static)
 
 
-def angles(rows: int, tokens: int, channels: int) -> Angles:
+def angles(rows: int, tokens: int, channels: int) -> RotaryAngles:
     """Of so many rows, each a little further on in its text."""
     positions = torch.arange(tokens) + 3 * torch.arange(rows)[:, None]
     turns = positions[..., None] * 100.0 ** -torch.linspace(0, 1, channels // 2)
@@ -70,19 +71,20 @@ def problem(
     """What `kv_attention` takes."""
     generator = torch.Generator().manual_seed(seed)
 
-    def pair(count: int) -> Pair:
+    def pair(count: int) -> KeysValues:
         k, v = torch.randn(2, BATCH, HEADS, count, channels, generator=generator).to(DEVICE, HALF)
         return k, v
 
-    return {
-        "q": torch.randn(BATCH, HEADS * rep, new, channels, generator=generator).to(DEVICE),
-        "keys": packed(keys, tokens, channels, generator),
-        "values": packed(values, tokens, channels, generator),
-        "window": pair(window),
-        "sinks": pair(sinks) if sinks else None,
-        "angles": angles(turned, tokens, channels) if turned else None,
-        "starts": None if starts is None else torch.tensor(starts, device=DEVICE),
-    }
+    q = torch.randn(BATCH, HEADS * rep, new, channels, generator=generator).to(DEVICE)
+    history = PackedHistory(
+        keys=packed(keys, tokens, channels, generator),
+        values=packed(values, tokens, channels, generator),
+        window=pair(window),
+        sinks=pair(sinks) if sinks else None,
+        first_B=None if starts is None else torch.tensor(starts, device=DEVICE),
+        angles=angles(turned, tokens, channels) if turned else None,
+    )
+    return {"q_BQNC": q, "history": history}
 
 
 # The reference --------------------------------------------------------------------------------------------------------
@@ -98,15 +100,16 @@ def test_reference_is_attention_over_what_was_stored(
     given = problem(keys, KvFormat(4, "token", 32), sinks=sinks, new=new, starts=starts)
     whole = []
     for which, name in enumerate(("keys", "values")):
-        x = decode_kv(given[name].fmt, given[name].stored, 64).double()
+        side = getattr(given["history"], name)
+        x = decode_kv(side.fmt, side.stored, 64).double()
         for row, start in enumerate(starts or [0, 0]) if sinks else ():
             sunk = min(sinks, 64 - start)
-            x[row, :, start : start + sunk] = given["sinks"][which][row, :, :sunk].double()
-        whole.append(torch.cat([x, given["window"][which].double()], 2).repeat_interleave(4, 1))
+            x[row, :, start : start + sunk] = given["history"].sinks[which][row, :, :sunk].double()
+        whole.append(torch.cat([x, given["history"].window[which].double()], 2).repeat_interleave(4, 1))
     mask = torch.ones(new, 69, dtype=torch.bool, device=DEVICE).tril(69 - new).repeat(BATCH, 1, 1, 1)
     for row, start in enumerate(starts or ()):
         mask[row, ..., :start] = False
-    expected = scaled_dot_product_attention(given["q"].double(), *whole, attn_mask=mask, scale=scaling)
+    expected = scaled_dot_product_attention(given["q_BQNC"].double(), *whole, attn_mask=mask, scale=scaling)
     torch.testing.assert_close(kv_attention_torch(**given, scaling=scaling).double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -117,17 +120,17 @@ def test_what_the_kernel_cannot_read_goes_to_the_reference() -> None:
 
 def test_supports_says_which_schemes_the_kernel_reads() -> None:
     keys, values = KvFormat(2, "channel", 32), KvFormat(2, "token", 32)
-    assert supports(uniform("kivi", keys, values, 2, residual_length=32, sinks=4), 128)
-    assert supports(uniform("kivi", keys, values, 2, rotation="hadamard"), 128)
-    assert supports(uniform("kvquant", keys, values, 2, pre_rope=True), 128)
-    assert not supports(uniform("kvquant", keys, values, 2, pre_rope=True, rotation="hadamard"), 128)
-    assert not supports(uniform("kivi", KvFormat(16), values, 2), 128)
-    assert not supports(uniform("kivi", keys, values, 2), 96)
-    assert fits(KvFormat(2, outlier_ratio=0.01), 128)
-    assert not fits(KvFormat(2, outlier_ratio=0.1), 128)
-    assert not fits(KvFormat(2, "channel", 8), 128), "a block of tokens shares no range"
-    assert not fits(KvFormat(2, "token", 8), 128), "a product would be half empty"
-    assert not fits(KvFormat(1), 64), "a plane has too few bytes"
+    assert kernel_reads_scheme(uniform("kivi", keys, values, 2, residual_length=32, sinks=4), 128)
+    assert kernel_reads_scheme(uniform("kivi", keys, values, 2, rotation="hadamard"), 128)
+    assert kernel_reads_scheme(uniform("kvquant", keys, values, 2, pre_rope=True), 128)
+    assert not kernel_reads_scheme(uniform("kvquant", keys, values, 2, pre_rope=True, rotation="hadamard"), 128)
+    assert not kernel_reads_scheme(uniform("kivi", KvFormat(16), values, 2), 128)
+    assert not kernel_reads_scheme(uniform("kivi", keys, values, 2), 96)
+    assert kernel_reads(KvFormat(2, outlier_ratio=0.01), 128)
+    assert not kernel_reads(KvFormat(2, outlier_ratio=0.1), 128)
+    assert not kernel_reads(KvFormat(2, "channel", 8), 128), "a block of tokens shares no range"
+    assert not kernel_reads(KvFormat(2, "token", 8), 128), "a product would be half empty"
+    assert not kernel_reads(KvFormat(1), 64), "a plane has too few bytes"
 
 
 # The kernel -----------------------------------------------------------------------------------------------------------
@@ -148,7 +151,14 @@ def agree(kernel: Attention, given: Problem, **rest: Any) -> None:
     ours, expected = kernel(**given, **rest), kv_attention_torch(**given)
     assert ours.dtype == expected.dtype
     size = (
-        decode_kv(given["values"].fmt, given["values"].stored, expected.shape[-1], given["values"].static).abs().max()
+        decode_kv(
+            given["history"].values.fmt,
+            given["history"].values.stored,
+            expected.shape[-1],
+            given["history"].values.static,
+        )
+        .abs()
+        .max()
     )
     torch.testing.assert_close(ours, expected, rtol=0, atol=3e-3 * max(1.0, float(size)))
 
@@ -193,7 +203,7 @@ def test_kernel_reads_every_datatype(kernel: Attention, axis: Any, rest: dict[st
 def test_kernel_reads_numbers_stored_apart(kernel: Attention, axis: Any, rest: dict[str, Any]) -> None:
     fmt = KvFormat(axis=axis, outlier_ratio=0.03, **rest)
     given = problem(fmt, fmt, channels=64 if fmt.num_bits == 4 else 128, rep=2)
-    assert given["keys"].stored["outlier_index"].shape[-1] > 1
+    assert given["history"].keys.stored["outlier_index"].shape[-1] > 1
     agree(kernel, given, splits=2)
 
 
@@ -212,7 +222,7 @@ def test_kernel_reads_numbers_stored_apart(kernel: Attention, axis: Any, rest: d
 )
 def test_kernel_turns_keys_from_before_their_rotary_embedding(kernel: Attention, fmt: KvFormat, rows: int) -> None:
     given = problem(fmt, KvFormat(4), channels=128, rep=2, turned=rows, starts=[0, 5], sinks=2)
-    unturned = kv_attention_torch(**given | {"angles": None})
+    unturned = kv_attention_torch(given["q_BQNC"], replace(given["history"], angles=None))
     assert (unturned - kv_attention_torch(**given)).abs().max() > 0.1, "turning does nothing: the test shows nothing"
     agree(kernel, given, splits=2)
 
@@ -246,7 +256,7 @@ def test_kernel_takes_any_number_of_tokens(
     seed: int,
 ) -> None:
     fmt = KvFormat(4, "token", group_size)
-    new = min(new, MOST_QUERIES // rep)
+    new = min(new, MAX_QUERIES // rep)
     window = max(window, new if new > 1 or starts else 0)
     # A query sees itself at least.
     starts = None if starts is None else [min(start, tokens + window - new) for start in starts]
@@ -259,7 +269,7 @@ def test_kernel_takes_values_of_any_size(kernel: Attention, size: float) -> None
     """Neither do scales times probabilities vanish in float16, nor do they overflow it."""
     given = problem(KvFormat(4, "channel", 32), KvFormat(4, "token", 32), window=0)
     for name in ("scale", "offset"):
-        given["values"].stored[name] *= size
+        given["history"].values.stored[name] *= size
     expected = kv_attention_torch(**given)
     torch.testing.assert_close(kernel(**given), expected, rtol=0, atol=3e-3 * float(expected.abs().max()))
 
@@ -267,10 +277,12 @@ def test_kernel_takes_values_of_any_size(kernel: Attention, size: float) -> None
 def test_kernel_reads_caches_that_lie_in_larger_ones(kernel: Attention) -> None:
     fmt = KvFormat(4, "token", 32)
     whole = problem(fmt, fmt, tokens=48, window=9)
-    part = {**whole, "window": tuple(w[:, :, 2:] for w in whole["window"])}
-    for name in ("keys", "values"):
-        part[name] = Packed(fmt, {n: t[:, :, :33] for n, t in whole[name].stored.items()})
-    agree(kernel, part)
+    history = whole["history"]
+    keys, values = (
+        PackedTokens(fmt, {n: t[:, :, :33] for n, t in side.stored.items()}) for side in (history.keys, history.values)
+    )
+    k, v = (w[:, :, 2:] for w in history.window)
+    agree(kernel, {**whole, "history": PackedHistory(keys, values, (k, v))})
 
 
 def test_kernel_scales_logits_as_it_is_told(kernel: Attention) -> None:

@@ -14,12 +14,13 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
 import laconic
 from artifacts import original
+from laconic.kv.attach import make_cache
 from laconic.kv.cache import KvCache
 from laconic.kv.format import KvFormat
-from laconic.kv.open import kv_shape, make_cache
 from laconic.kv.scheme import HeadGroup, KvScheme, uniform
+from laconic.kv.shape import kv_shape
+from rotations import static_rotations
 from tiny import make_model
-from turning import fixed_turns
 
 # Sixteen bits change nothing; eight change little.
 SIXTEEN = (KvFormat(16), KvFormat(16))
@@ -36,7 +37,7 @@ def model(llama: Path) -> PreTrainedModel:
 
 def cache_of(model: PreTrainedModel, formats: tuple[KvFormat, KvFormat] = EIGHT, **rest: Any) -> KvCache:
     shape = kv_shape(model.config)
-    fixed = fixed_turns(shape.layers, shape.heads, shape.channels) if rest.get("rotation") == "attention" else None
+    fixed = static_rotations(shape.layers, shape.heads, shape.channels) if rest.get("rotation") == "attention" else None
     return make_cache(model, uniform("test", *formats, shape.layers, **rest), fixed)
 
 
@@ -127,8 +128,8 @@ def test_sinks_are_each_rows_own_first_tokens(model: PreTrainedModel) -> None:
     mask[0, :pads] = 0
     cache = cache_of(model, formats, sinks=4)
     through(model, cache, tokens, 4, mask)
-    layer = cache.packed[0]
-    keys, _ = layer._whole()
+    layer = cache.quantized_layers[0]
+    keys, _ = layer._all_tokens()
     true = DynamicCache()
     through(model, true, tokens, 4, mask)
     for row, start in ((0, pads), (1, 0)):
@@ -154,9 +155,11 @@ def test_cropped_tokens_are_forgotten(way: dict[str, Any], count: int, model: Pr
 def test_what_was_encoded_is_never_encoded_again(model: PreTrainedModel) -> None:
     cache = cache_of(model, (KvFormat(2, "channel", 4), KvFormat(2, "token", 16)), residual_length=4)
     through(model, cache, ids(1, 16), 4)
-    before = [{n: t.clone() for n, t in stored.items()} for layer in cache.packed for stored in layer.packed[0]]
+    before = [
+        {n: t.clone() for n, t in stored.items()} for layer in cache.quantized_layers for stored in layer.stored[0]
+    ]
     through(model, cache, ids(1, 12, 1), 1)
-    after = [stored for layer in cache.packed for stored in layer.packed[0]]
+    after = [stored for layer in cache.quantized_layers for stored in layer.stored[0]]
     for old, new in zip(before, after, strict=True):
         for name, tensor in old.items():
             assert torch.equal(new[name][:, :, : tensor.shape[2]], tensor)
@@ -173,7 +176,7 @@ def test_rows_are_reordered_repeated_and_selected(model: PreTrainedModel) -> Non
     expected = through(model, DynamicCache(), torch.cat([tokens[order], more], 1), 30)[:, 18:]
     assert close(through(model, cache, more, 2), expected, 0.02)
     cache.batch_repeat_interleave(2)
-    assert cache.packed[0].keys.shape[0] == 6
+    assert cache.quantized_layers[0].keys.shape[0] == 6
     cache.batch_select_indices(torch.tensor([0, 5]))
     last = ids(2, 1, 2)
     rows = torch.cat([tokens[order], more], 1)[[0, 2]]
@@ -290,11 +293,11 @@ def test_what_is_no_model_is_told(llama: Path) -> None:
 def test_a_crop_that_cannot_be_leaves_the_cache_as_it_is(count: int, model: PreTrainedModel) -> None:
     cache, tokens = cache_of(model, EIGHT, residual_length=3), ids(1, 20)
     through(model, cache, tokens, 5)
-    before = [t.clone() for layer in cache.packed for t in layer.tensors()]
+    before = [t.clone() for layer in cache.quantized_layers for t in layer.tensors()]
     with pytest.raises(ValueError, match=r"crop\("):
         cache.crop(count)
     assert cache.get_seq_length() == 20
-    assert all(map(torch.equal, before, (t for layer in cache.packed for t in layer.tensors())))
+    assert all(map(torch.equal, before, (t for layer in cache.quantized_layers for t in layer.tensors())))
 
 
 def test_a_cache_of_another_batch_or_model_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -307,7 +310,9 @@ def test_a_cache_of_another_batch_or_model_is_refused(model: PreTrainedModel, tm
     with pytest.raises(ValueError, match="has 2 layers and the model more"):
         through(deeper, cache_of(model), ids(1, 8), 8)
     same = original(make_model(tmp_path / "same"), torch.float32)
-    with pytest.raises(ValueError, match="was not told where tokens are, so it was made for another model"):
+    with pytest.raises(
+        ValueError, match="does not give this cache the positions of its tokens, so it was made for another model"
+    ):
         through(same, cache_of(model, pre_rope=True), ids(1, 16), 8)
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from laconic.kv.fit import fit_static
 from laconic.kv.format import KvFormat, decode_kv, encode_kv
-from laconic.kv.kmeans import levels
+from laconic.kv.kmeans import kmeans_levels
 from laconic.solvers.allocate import allocate
-from laconic.solvers.rotate import balanced, hadamard
+from laconic.solvers.rotate import balancing_rotation, hadamard
 
 
 def cost(x: torch.Tensor, w: torch.Tensor, found: torch.Tensor) -> float:
@@ -26,7 +26,7 @@ def cost(x: torch.Tensor, w: torch.Tensor, found: torch.Tensor) -> float:
 def test_levels_are_where_no_small_move_helps(count: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(3000, generator=generator), torch.rand(3000, generator=generator) + 0.01
-    found = levels(x, count, w, steps=500)
+    found = kmeans_levels(x, count, w, steps=500)
     assert torch.equal(found, found.sort().values)
     least = cost(x, w, found)
     for i, delta in itertools.product(range(count), (-0.02, 0.02)):
@@ -38,7 +38,7 @@ def test_levels_are_where_no_small_move_helps(count: int) -> None:
 
 def test_levels_follow_the_weights() -> None:
     x = torch.tensor([0.0, 0.1, 5.0, 5.1])
-    torch.testing.assert_close(levels(x, 2, torch.tensor([3.0, 1.0, 1.0, 1.0])), torch.tensor([0.025, 5.05]))
+    torch.testing.assert_close(kmeans_levels(x, 2, torch.tensor([3.0, 1.0, 1.0, 1.0])), torch.tensor([0.025, 5.05]))
 
 
 @given(st.lists(st.lists(st.floats(0.01, 1), min_size=3, max_size=3), min_size=1, max_size=4), st.floats(2, 8))
@@ -59,7 +59,7 @@ def test_a_budget_is_spent_nearly_as_well_as_it_could_be(errors: list[list[float
 
 
 def test_a_budget_below_the_least_is_refused() -> None:
-    with pytest.raises(ValueError, match="less than the fewest"):
+    with pytest.raises(ValueError, match="less than the smallest choice"):
         allocate([[1.0, 0.5]] * 3, (2, 4), 5)
 
 
@@ -97,7 +97,7 @@ def test_fitted_ranges_beat_the_extremes(datatype: str, num_bits: int) -> None:
 
 
 @pytest.mark.parametrize("start", [0, 1])
-def test_balanced_channels_are_a_rotation_and_cost_least_pair_by_pair(start: int) -> None:
+def test_balancing_rotation_channels_are_a_rotation_and_cost_least_pair_by_pair(start: int) -> None:
     random = torch.Generator().manual_seed(3)
     roots = torch.randn(2, 3, 6, 6, generator=random, dtype=torch.float64)
     cost, spread = roots @ roots.mT
@@ -108,7 +108,7 @@ def test_balanced_channels_are_a_rotation_and_cost_least_pair_by_pair(start: int
         a, b = ((R.mT @ m @ R).diagonal(dim1=1, dim2=2) for m in (cost, spread))
         return (a * b).sum(1)
 
-    R = balanced(cost, spread, first)
+    R = balancing_rotation(cost, spread, first)
     torch.testing.assert_close(R.mT @ R, torch.eye(6).double().expand(3, 6, 6))
     least = objective(R)
     assert (least < 0.99 * objective(first)).all()

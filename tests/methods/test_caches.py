@@ -18,9 +18,9 @@ from laconic.artifact.size import measure_size
 from laconic.checkpoint.files import KV_CACHE, KV_CONFIG
 from laconic.evaluation.options import TextOptions
 from laconic.evaluation.text import evaluate_text
+from laconic.kv.attach import make_cache
 from laconic.kv.files import read_kv_scheme
 from laconic.kv.format import decode_kv, encode_kv
-from laconic.kv.open import make_cache
 from laconic.methods import METHODS
 from laconic.stages.cache import CacheStage
 from tiny import make_model

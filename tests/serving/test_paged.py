@@ -11,12 +11,13 @@ from torch import Tensor
 
 from laconic.kv.format import KvFormat, decode_kv, encode_kv
 from laconic.kv.scheme import HeadGroup
-from laconic.serving import paged
-from laconic.serving.paged import PackedLayer, Part, Scoring, attend, write
-from laconic.serving.paged_units import write_units
+from laconic.serving import paged_attention as paged
+from laconic.serving.page import PagedLayer, Scoring, SequenceBatch
+from laconic.serving.page_write import write_tokens, write_units
+from laconic.serving.paged_attention import paged_attention
 from laconic.serving.slot import slot_layout
-from laconic.solvers.rotate import turned, turns
-from turning import random_turns
+from laconic.solvers.rotate import layer_rotations, rotate
+from rotations import random_rotations
 
 HEADS, QUERIES, CHANNELS, PER_PAGE = 2, 6, 32, 8
 LENGTHS, NEW = (37, 6, 24), 5
@@ -24,33 +25,33 @@ LENGTHS, NEW = (37, 6, 24), 5
 CUTS = ((3, 11, 12, 13, 29), (), (16,))
 
 
-def layer(keys: KvFormat, values: KvFormat, **rest: Any) -> PackedLayer:
-    return PackedLayer([HeadGroup(keys, values)], {}, heads=HEADS, channels=CHANNELS, dtype=torch.float32, **rest)
+def layer(keys: KvFormat, values: KvFormat, **rest: Any) -> PagedLayer:
+    return PagedLayer([HeadGroup(keys, values)], {}, heads=HEADS, channels=CHANNELS, dtype=torch.float32, **rest)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def run(packed: PackedLayer, cache: Tensor, part: Part, tokens: tuple[Tensor, ...], scoring: Scoring) -> Tensor:
+def run(packed: PagedLayer, cache: Tensor, part: SequenceBatch, tokens: tuple[Tensor, ...], scoring: Scoring) -> Tensor:
     q, k, v = tokens
-    units = (write_units if packed.unit > 1 else write)(packed, cache, part, k, v)
-    return attend(packed, cache, part, (q, k, v), scoring, units)
+    units = (write_units if packed.unit > 1 else write_tokens)(packed, cache, part, k, v)
+    return paged_attention(packed, cache, part, (q, k, v), scoring, units)
 
 
-def stored(packed: PackedLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def stored(packed: PagedLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """All of a text as it is stored, once all of its units are whole."""
     at = torch.arange(len(k))[None]
     found_k, found_v = packed.decode(*packed.encode(k.transpose(0, 1)[None], v.transpose(0, 1)[None], at), at)
-    if packed.turns:
-        found_k = turned(found_k, packed.turns[0].mT) if packed.rotates_queries else found_k
-        found_v = turned(found_v, packed.turns[1].mT)
+    if packed.rotations:
+        found_k = rotate(found_k, packed.rotations[0].mT) if packed.rotates_queries else found_k
+        found_v = rotate(found_v, packed.rotations[1].mT)
     return found_k[0].transpose(0, 1), found_v[0].transpose(0, 1)
 
 
-def paged_and_plain(packed: PackedLayer, scoring: Scoring, *, dirt: int = 0xFF) -> tuple[Tensor, Tensor]:
-    """The last tokens of three texts: by `attend`, where all that was not written is dirt, and by plain softmax."""
-    cache = torch.full((32, HEADS, PER_PAGE, packed.nbytes + 3), dirt, dtype=torch.uint8)
+def paged_and_plain(packed: PagedLayer, scoring: Scoring, *, dirt: int = 0xFF) -> tuple[Tensor, Tensor]:
+    """The last tokens of three texts: by pages, where all that was not written is dirt, and by plain softmax."""
+    cache = torch.full((32, HEADS, PER_PAGE, packed.row_bytes + 3), dirt, dtype=torch.uint8)
     table = torch.randperm(32, generator=torch.Generator().manual_seed(1))[: 3 * 8].view(3, 8)
     last, plain = [], []
     for i, length in enumerate(LENGTHS):
@@ -58,7 +59,7 @@ def paged_and_plain(packed: PackedLayer, scoring: Scoring, *, dirt: int = 0xFF) 
         q, k, v = (numbers(40, n, CHANNELS, seed=3 * i + j) for j, n in enumerate((QUERIES, HEADS, HEADS)))
         for begin, end in pairwise((0, *CUTS[i], length - NEW)):
             some = slice(begin, end)
-            part = Part(table[i : i + 1], torch.tensor([end]), end, torch.arange(end - begin)[None])
+            part = SequenceBatch(table[i : i + 1], torch.tensor([end]), end, torch.arange(end - begin)[None])
             run(packed, cache, part, (q[None, some], k[None, some], v[None, some]), scoring)
         last.append([x[length - NEW : length] for x in (q, k, v)])
         stored_k, stored_v = stored(packed, k, v)
@@ -75,7 +76,7 @@ def paged_and_plain(packed: PackedLayer, scoring: Scoring, *, dirt: int = 0xFF) 
             if scoring.window is not None:
                 scores[:, : max(0, j + 1 - scoring.window)] = -torch.inf
             plain.append(torch.einsum("ht,thd->hd", scores.softmax(-1), seen_v.repeat_interleave(each, 1)))
-    part = Part(table, torch.tensor(LENGTHS), max(LENGTHS), torch.arange(3 * NEW).view(3, NEW))
+    part = SequenceBatch(table, torch.tensor(LENGTHS), max(LENGTHS), torch.arange(3 * NEW).view(3, NEW))
     tokens = tuple(torch.stack(x) for x in zip(*last, strict=True))
     return run(packed, cache, part, tokens, scoring), torch.stack(plain).view(3, NEW, QUERIES, CHANNELS)
 
@@ -83,9 +84,9 @@ def paged_and_plain(packed: PackedLayer, scoring: Scoring, *, dirt: int = 0xFF) 
 BY_CHANNEL = KvFormat(2, axis="channel", group_size=4)
 LAYERS = {
     "by token": (KvFormat(4), KvFormat(3), {}),
-    "by channel": (BY_CHANNEL, KvFormat(3), {"per_page": PER_PAGE}),
-    "sinks": (KvFormat(2), KvFormat(2), {"sinks": 3, "per_page": PER_PAGE}),
-    "by channel, sinks": (BY_CHANNEL, BY_CHANNEL, {"sinks": 5, "per_page": PER_PAGE}),
+    "by channel": (BY_CHANNEL, KvFormat(3), {"page_tokens": PER_PAGE}),
+    "sinks": (KvFormat(2), KvFormat(2), {"sinks": 3, "page_tokens": PER_PAGE}),
+    "by channel, sinks": (BY_CHANNEL, BY_CHANNEL, {"sinks": 5, "page_tokens": PER_PAGE}),
 }
 
 
@@ -104,7 +105,7 @@ LAYERS = {
 def test_attention_is_that_over_what_was_stored(
     made: tuple[KvFormat, KvFormat, dict[str, Any]], scoring: Scoring, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paged, "_HELD", at_once)
+    monkeypatch.setattr(paged, "_MAX_HELD", at_once)
     keys, values, rest = made
     found, plain = paged_and_plain(layer(keys, values, **rest), scoring)
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
@@ -118,10 +119,10 @@ def test_rotations_are_taken_back(
 ) -> None:
     phases = numbers(48, CHANNELS // 2).repeat(1, 2)
     angles = (phases.cos() * 1.1, phases.sin() * 1.1) if before_rotary else None
-    keys_turn, values_turn = random_turns(HEADS, CHANNELS)
-    found = turns(rotation, {"keys": keys_turn, "values": values_turn}, (CHANNELS, CHANNELS))
+    keys_rotation, values_rotation = random_rotations(HEADS, CHANNELS)
+    found = layer_rotations(rotation, {"keys": keys_rotation, "values": values_rotation}, (CHANNELS, CHANNELS))
     keys, values, rest = made
-    packed = layer(keys, values, turns=found, angles=angles, **rest)
+    packed = layer(keys, values, rotations=found, rotary=angles, **rest)
     found, plain = paged_and_plain(packed, Scoring(0.2))
     torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
 
@@ -168,4 +169,4 @@ def test_a_slot_of_two_bits_is_a_fifth_of_bf16() -> None:
 
 def test_pages_that_hold_no_whole_units_are_refused() -> None:
     with pytest.raises(ValueError, match="--block-size 24"):
-        layer(KvFormat(2, axis="channel", group_size=12), KvFormat(2), per_page=16).nbytes  # noqa: B018
+        layer(KvFormat(2, axis="channel", group_size=12), KvFormat(2), page_tokens=16).row_bytes  # noqa: B018

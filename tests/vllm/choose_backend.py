@@ -12,11 +12,11 @@ def main() -> None:
     from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from laconic.serving.vllm_kv import choose_ours
+    from laconic.serving.vllm_kv import choose_packed_backend
 
     platform = SimpleNamespace(get_attn_backend_cls=lambda selected, config, heads: "theirs")
-    choose_ours(platform)
-    choose_ours(platform)
+    choose_packed_backend(platform)
+    choose_packed_backend(platform)
     found = []
     for folder in sys.argv[1:3]:
         with set_current_vllm_config(VllmConfig(model_config=ModelConfig(folder, tokenizer=folder))):

@@ -21,10 +21,11 @@ from test_vllm import pytestmark as needs_vllm
 from torch import Tensor
 
 import laconic
+from laconic.kv.attach import make_cache
 from laconic.kv.format import KvFormat
-from laconic.kv.open import kv_shape, make_cache
 from laconic.kv.scheme import HeadGroup, KvScheme, uniform
-from turning import fixed_turns
+from laconic.kv.shape import kv_shape
+from rotations import static_rotations
 
 pytestmark = needs_vllm
 
@@ -130,13 +131,13 @@ def observe(folder: Path, scheme: KvScheme) -> Calibrated:
     model = laconic.load(folder, dtype=torch.float32)
     exact = one(KvFormat(16), rotation=scheme.rotation, pre_rope=scheme.pre_rope)
     shape = kv_shape(model.config)
-    turned = fixed_turns(shape.layers, shape.heads, shape.channels) if scheme.rotation == "attention" else None
+    turned = static_rotations(shape.layers, shape.heads, shape.channels) if scheme.rotation == "attention" else None
     cache = make_cache(model, exact, turned)
     with torch.no_grad():
         model(torch.tensor(prompts(256, 1)), past_key_values=cache)
     found: Calibrated = []
-    for layer, groups in zip(cache.packed, scheme.layers, strict=True):
-        keys, values = (stored["plain"][0] for stored in layer.packed[0])
+    for layer, groups in zip(cache.quantized_layers, scheme.layers, strict=True):
+        keys, values = (stored["plain"][0] for stored in layer.stored[0])
         found.append(dict(turned[layer.number]) if turned else {})
         for g, group in enumerate(groups):
             heads = list(group.heads or range(HEADS))

@@ -1,4 +1,8 @@
-"""Looking into attention: queries, keys and values of a block on the calibration set, and what rounding them costs."""
+"""Queries, keys and values of a block's attention on the calibration set, and the error that rounding them causes.
+
+Axes: B samples, Q query heads, H key-value heads, R query heads that share one (Q = H R), T tokens, P picked queries, C
+channels of a head.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +19,33 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from laconic.calibrate.stream import Stream
-from laconic.kv.format import KvFormat, decode_kv, encode_kv
-from laconic.kv.positions import Places
-from laconic.solvers.rotate import turned
+from laconic.kv.format import KvFormat, StaticParams, decode_kv, encode_kv
+from laconic.kv.positions import TokenPositions
+from laconic.solvers.rotate import rotate
 from laconic.structure.anatomy import BlockCall
 
-_NAME = "laconic_seen"
+_NAME = "laconic_capture"
 
-# Calibration samples looked at: a cache's ranges and levels have few numbers.
+# Calibration samples used: a cache's ranges and levels are few numbers.
 _SAMPLES = 16
-# Queries whose weights are looked at, of each sample: the square of the length would be much.
+# Queries of each sample whose attention weights are computed: all of them would cost the square of the length.
 _QUERIES = 256
 
 
 @dataclass(frozen=True)
-class Seen:
-    """queries: (samples, query heads, tokens, channels); keys, values: (samples, heads, tokens, channels); stored_keys:
-    keys as they are stored, before their rotary embedding if so; stored_queries: queries likewise. All float32.
-    scaling: of the products of queries and keys. places: to put the rotary embedding back, for layer `number`."""
+class AttentionCapture:
+    """What the attention of one block got on calibration samples; all tensors are float32.
+
+    Attributes:
+        queries: (B, Q, T, C).
+        keys: (B, H, T, C).
+        values: (B, H, T, C).
+        stored_keys: Keys as they are stored: before their rotary embedding where the scheme says so.
+        stored_queries: Queries likewise.
+        scaling: Factor of the products of queries and keys.
+        positions: Puts the rotary embedding on; None where keys are stored with it.
+        layer: Number of the block.
+    """
 
     queries: Tensor
     keys: Tensor
@@ -40,148 +53,192 @@ class Seen:
     stored_keys: Tensor
     stored_queries: Tensor
     scaling: float
-    places: Places | None
-    number: int
+    positions: TokenPositions | None
+    layer: int
 
-    def attended(self, keys: Tensor, values: Tensor) -> Tensor:
-        """What attention puts out for some of the queries: (samples, query heads, queries, channels)."""
-        made: Tensor = self.weights(keys) @ self._per_query(values)
-        return made
+    def attention(self, keys_BHTC: Tensor, values_BHTC: Tensor) -> Tensor:
+        """Compute the output of attention over these keys and values, of the picked queries: (B, Q, P, C)."""
+        out_BQPC: Tensor = self.weights(keys_BHTC) @ self._per_query_head(values_BHTC)
+        return out_BQPC
 
     @cached_property
     def output(self) -> Tensor:
-        """What attention puts out as it is, against which every error is measured."""
-        return self.attended(self.keys, self.values)
+        """Output of attention over unrounded keys and values, (B, Q, P, C); errors are measured against it."""
+        return self.attention(self.keys, self.values)
 
-    def weights(self, keys: Tensor) -> Tensor:
-        """Attention's weights for evenly spaced queries, causal: (samples, query heads, queries, tokens)."""
-        tokens, picked = keys.shape[2], self.picked()
-        scores = self.queries[:, :, picked] @ self._per_query(keys).transpose(-1, -2) * self.scaling
-        later = torch.arange(tokens, device=keys.device) > picked[:, None]
-        made: Tensor = scores.masked_fill_(later, -math.inf).softmax(-1)
-        return made
+    def weights(self, keys_BHTC: Tensor) -> Tensor:
+        """Compute the causal attention weights of the picked queries: (B, Q, P, T)."""
+        tokens, picked_P = keys_BHTC.shape[2], self.picked()
+        scores = self.queries[:, :, picked_P] @ self._per_query_head(keys_BHTC).transpose(-1, -2) * self.scaling
+        later = torch.arange(tokens, device=keys_BHTC.device) > picked_P[:, None]
+        weights_BQPT: Tensor = scores.masked_fill_(later, -math.inf).softmax(-1)
+        return weights_BQPT
 
     def picked(self) -> Tensor:
-        """Which queries are looked at."""
+        """Return the tokens whose queries are used, evenly spaced: (P,) int64."""
         tokens = self.keys.shape[2]
         return torch.linspace(tokens // 4, tokens - 1, min(_QUERIES, tokens), device=self.keys.device).long()
 
-    def _per_query(self, x: Tensor) -> Tensor:
-        return x.repeat_interleave(self.queries.shape[1] // x.shape[1], 1)
+    def _per_query_head(self, x_BHTC: Tensor) -> Tensor:
+        return x_BHTC.repeat_interleave(self.queries.shape[1] // x_BHTC.shape[1], 1)
 
 
-def key_weight(seen: Seen, turn: Tensor | None = None) -> Tensor:
-    """What a squared error of a stored key's channel costs (samples, heads, tokens, channels): to first order, the
-    squares of the weights that queries give the token, times the squares of their channel, summed. turn: of channels,
-    before they are stored, (heads or 1, channels, channels).
+def key_weight(capture: AttentionCapture, rotation: Tensor | None = None) -> Tensor:
+    """Compute the cost of a squared error in each channel of each stored key.
 
-    Tokens that are attended to are the far ones of their channels: without these weights ranges would cut them off. A
-    query meets a key from before its rotary embedding at many angles, so it counts with the mean of its two halves.
+    To first order it is the sum over queries of the squared weight that the query gives the token times the square of
+    the query's channel. Tokens with much weight are outliers of their channels; without this cost, range search would
+    cut them off. A query meets a key from before its rotary embedding at many angles, so the mean of the two channels
+    of a pair counts.
+
+    Args:
+        capture: Inputs of attention.
+        rotation: Rotation of channels before they are stored, (H or 1, C, C).
+
+    Returns:
+        (B, H, T, C).
     """
-    heads, queries = seen.keys.shape[1], seen.stored_queries[:, :, seen.picked()]
-    if turn is not None and seen.places is None:
-        queries = turned(queries.unflatten(1, (heads, -1)), turn).flatten(1, 2)
-    energy = queries.square()
-    if seen.places is not None:
-        energy = (energy + energy.roll(energy.shape[-1] // 2, -1)) / 2
-    cost = seen.weights(seen.keys).square().transpose(-1, -2) @ energy
-    per_head: Tensor = cost.unflatten(1, (heads, -1)).mean(2)
-    if turn is not None and seen.places is not None:
-        per_head = turned(per_head, turn.square())
-    return per_head.clamp(min=1e-20)
+    heads, queries_BQPC = capture.keys.shape[1], capture.stored_queries[:, :, capture.picked()]
+    if rotation is not None and capture.positions is None:
+        queries_BQPC = rotate(queries_BQPC.unflatten(1, (heads, -1)), rotation).flatten(1, 2)
+    energy_BQPC = queries_BQPC.square()
+    if capture.positions is not None:
+        energy_BQPC = (energy_BQPC + energy_BQPC.roll(energy_BQPC.shape[-1] // 2, -1)) / 2
+    cost_BQTC = capture.weights(capture.keys).square().transpose(-1, -2) @ energy_BQPC
+    cost_BHTC: Tensor = cost_BQTC.unflatten(1, (heads, -1)).mean(2)
+    if rotation is not None and capture.positions is not None:
+        cost_BHTC = rotate(cost_BHTC, rotation.square())
+    return cost_BHTC.clamp(min=1e-20)
 
 
-def value_weight(seen: Seen) -> Tensor:
-    """What a squared error of a token's value costs: the squares of the weights that it gets, summed (samples, heads,
-    tokens, 1)."""
-    weights = seen.weights(seen.keys).square().sum(2)
-    per_head: Tensor = weights.unflatten(1, (seen.keys.shape[1], -1)).mean(2).unsqueeze(-1)
-    return per_head.clamp(min=1e-12)
+def value_weight(capture: AttentionCapture) -> Tensor:
+    """Compute the cost of a squared error in each value: the sum of the squared weights that its token gets.
 
+    Args:
+        capture: Inputs of attention.
 
-def query_cost(seen: Seen) -> Tensor:
-    """What an error e in a head's stored keys costs, e' S e (heads, channels, channels): to first order, queries by
-    queries, each as often as it gives weight to few tokens (the squares of its weights, summed).
-
-    Of keys from before their rotary embedding the diagonal alone is left, as `key_weight` has it: whatever else there
-    is, the angles at which keys are met average away.
+    Returns:
+        (B, H, T, 1).
     """
-    heads, queries = seen.keys.shape[1], seen.stored_queries[:, :, seen.picked()]
-    mass = seen.weights(seen.keys).square().sum(-1, keepdim=True)
-    if seen.places is not None:
-        energy = (queries.square() * mass).sum((0, 2)).unflatten(0, (heads, -1)).sum(1)
-        return torch.diag_embed((energy + energy.roll(energy.shape[-1] // 2, -1)) / 2)
-    cost: Tensor = ((queries * mass).mT @ queries).sum(0).unflatten(0, (heads, -1)).sum(1)
-    return cost
+    weights_BQT = capture.weights(capture.keys).square().sum(2)
+    cost_BHT1: Tensor = weights_BQT.unflatten(1, (capture.keys.shape[1], -1)).mean(2).unsqueeze(-1)
+    return cost_BHT1.clamp(min=1e-12)
+
+
+def query_cost(capture: AttentionCapture) -> Tensor:
+    """Compute a matrix S of each head such that e' S e is the cost of an error e in its stored keys.
+
+    To first order S is the second moment of the queries, each weighted by the sum of its squared attention weights. Of
+    keys from before their rotary embedding only the diagonal is left, as in `key_weight`: over the angles at which
+    queries meet keys, everything else averages out.
+
+    Args:
+        capture: Inputs of attention.
+
+    Returns:
+        (H, C, C), symmetric.
+    """
+    heads, queries_BQPC = capture.keys.shape[1], capture.stored_queries[:, :, capture.picked()]
+    mass_BQP1 = capture.weights(capture.keys).square().sum(-1, keepdim=True)
+    if capture.positions is not None:
+        energy_HC = (queries_BQPC.square() * mass_BQP1).sum((0, 2)).unflatten(0, (heads, -1)).sum(1)
+        return torch.diag_embed((energy_HC + energy_HC.roll(energy_HC.shape[-1] // 2, -1)) / 2)
+    cost_HCC: Tensor = ((queries_BQPC * mass_BQP1).mT @ queries_BQPC).sum(0).unflatten(0, (heads, -1)).sum(1)
+    return cost_HCC
 
 
 def attention_error(
-    seen: Seen, which: str, fmt: KvFormat, static: dict[str, Tensor], turn: Tensor | None = None
+    capture: AttentionCapture, which: str, fmt: KvFormat, static: StaticParams, rotation: Tensor | None = None
 ) -> Tensor:
-    """||o' - o||^2 / ||o||^2 of each key-value head (heads,), when its `keys`, or `values`, are stored so and
-    nothing else is. turn: of channels, before they are stored, (heads or 1, channels, channels)."""
-    x = seen.stored_keys if which == "keys" else seen.values
-    whole = x.shape[2] // fmt.tokens_at_once * fmt.tokens_at_once
-    stored = x[:, :, :whole] if turn is None else turned(x[:, :, :whole], turn)
-    back = decode_kv(fmt, encode_kv(fmt, stored, static, torch.float32), x.shape[-1], static)
-    back = torch.cat([back if turn is None else turned(back, turn.mT), x[:, :, whole:]], 2)
+    """Compute ||o' - o||^2 / ||o||^2 of each key-value head, o' with its keys or its values rounded.
+
+    Args:
+        capture: Inputs of attention.
+        which: What is rounded: `keys` or `values`.
+        fmt: Format of what is rounded.
+        static: Static parameters of the format.
+        rotation: Rotation of channels before they are stored, (H or 1, C, C).
+
+    Returns:
+        (H,).
+    """
+    x_BHTC = capture.stored_keys if which == "keys" else capture.values
+    whole = x_BHTC.shape[2] // fmt.tokens_at_once * fmt.tokens_at_once
+    stored = x_BHTC[:, :, :whole] if rotation is None else rotate(x_BHTC[:, :, :whole], rotation)
+    decoded = decode_kv(fmt, encode_kv(fmt, stored, static, torch.float32), x_BHTC.shape[-1], static)
+    decoded = decoded if rotation is None else rotate(decoded, rotation.mT)
+    rounded_BHTC = torch.cat([decoded, x_BHTC[:, :, whole:]], 2)
     if which == "values":
-        made = seen.attended(seen.keys, back)
+        out = capture.attention(capture.keys, rounded_BHTC)
     else:
-        keys = seen.places.rotate(back, 0, seen.number) if seen.places else back
-        made = seen.attended(keys, seen.values)
-    groups = seen.keys.shape[1]
-    lost, whole_output = (t.square().sum((0, 2, 3)).view(groups, -1).sum(1) for t in (made - seen.output, seen.output))
-    return lost / whole_output.clamp(min=1e-30)
+        positions = capture.positions
+        keys = positions.apply_rotary(rounded_BHTC, 0, capture.layer) if positions else rounded_BHTC
+        out = capture.attention(keys, capture.values)
+    heads = capture.keys.shape[1]
+    error_H, square_H = (
+        t.square().sum((0, 2, 3)).view(heads, -1).sum(1) for t in (out - capture.output, capture.output)
+    )
+    return error_H / square_H.clamp(min=1e-30)
 
 
-def look(
+def capture_attention(
     block: nn.Module,
     config: Any,
     call: BlockCall,
     stream: Stream,
+    *,
     device: torch.device,
-    places: Places | None,
-    number: int,
-) -> Seen:
-    """Run a block on some of the calibration set and keep what its attention got.
+    positions: TokenPositions | None,
+    layer: int,
+) -> AttentionCapture:
+    """Run a block on some calibration samples and record what its attention gets.
 
-    config: the model's. places: where keys are stored before their rotary embedding.
-    Raises: ValueError when the block's attention cannot be looked into.
+    Args:
+        block: Decoder block.
+        config: Config of the model.
+        call: Calls the block on hidden states.
+        stream: Hidden states of the calibration set before the block.
+        device: Device on which the block runs.
+        positions: Removes rotary embeddings, where keys are stored before them.
+        layer: Number of the block.
+
+    Raises:
+        ValueError: The block's attention does not go through transformers' attention interface once a call.
     """
-    picked = torch.linspace(0, len(stream.hidden) - 1, min(_SAMPLES, len(stream.hidden))).long()
-    found: list[tuple[Tensor, Tensor, Tensor, float]] = []
-    with _watching(config, found):
-        for i in picked.unique().tolist():
+    picked = torch.linspace(0, len(stream.hidden) - 1, min(_SAMPLES, len(stream.hidden))).long().unique()
+    with _recorded_attention(config) as calls:
+        for i in picked.tolist():
             call(block, stream.hidden[i : i + 1].to(device))
-    if len(found) != len(picked.unique()):
+    if len(calls) != len(picked):
         raise ValueError(
-            f"cannot look into the attention of '{config.get_text_config().model_type}', which a calibrated cache "
-            "needs; use a tuning-free method (kivi, kv_per_token)"
+            f"cannot record the attention of '{config.get_text_config().model_type}', which a calibrated cache needs; "
+            "use a method without calibration (kivi, kv_per_token)"
         )
-    queries, keys, values = (torch.cat([x.float() for x in part]) for part in list(zip(*found, strict=True))[:3])
-    stored = (keys, queries)
-    if places is not None:
-        places.cut(0)
-        places.begin(0, keys.shape[2], None, None)
-        stored = (places.unrotate(keys, 0, number), places.unrotate(queries, 0, number))
-    return Seen(queries, keys, values, *stored, found[0][3], places, number)
+    queries, keys, values = (torch.cat([x.float() for x in tensors]) for tensors in list(zip(*calls, strict=True))[:3])
+    stored_keys, stored_queries = keys, queries
+    if positions is not None:
+        positions.crop(0)
+        positions.begin_pass(0, keys.shape[2], None, None)
+        stored_keys = positions.remove_rotary(keys, 0, layer)
+        stored_queries = positions.remove_rotary(queries, 0, layer)
+    return AttentionCapture(queries, keys, values, stored_keys, stored_queries, calls[0][3], positions, layer)
 
 
 @contextmanager
-def _watching(config: Any, found: list[tuple[Tensor, Tensor, Tensor, float]]) -> Iterator[None]:
-    """While this lasts every attention of a model leaves its queries, keys, values and scaling in `found`."""
+def _recorded_attention(config: Any) -> Iterator[list[tuple[Tensor, Tensor, Tensor, float]]]:
+    """Record queries, keys, values and scaling of every attention of a model while the context lasts."""
+    calls: list[tuple[Tensor, Tensor, Tensor, float]] = []
 
-    def watch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         scaling = kwargs.get("scaling")
-        found.append((query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling))
+        calls.append((query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling))
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
-    AttentionInterface.register(_NAME, watch)
+    AttentionInterface.register(_NAME, record)
     text = config.get_text_config()
     before = text._attn_implementation
     text._attn_implementation = _NAME
     try:
-        yield
+        yield calls
     finally:
         text._attn_implementation = before

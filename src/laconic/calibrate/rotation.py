@@ -1,4 +1,7 @@
-"""The rotation of a head's channels with which storing it costs attention least, found on the calibration set."""
+"""The rotation of a head's channels with which rounding costs attention least, on the calibration set.
+
+Axes: B samples, H key-value heads, T tokens, C channels of a head.
+"""
 
 from __future__ import annotations
 
@@ -7,40 +10,45 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from laconic.calibrate.attention import Seen, query_cost
+from laconic.calibrate.attention import AttentionCapture, query_cost
 from laconic.kv.format import KvFormat
-from laconic.solvers.rotate import balanced, hadamard
+from laconic.solvers.rotate import balancing_rotation, hadamard
 
 
-def find_turn(seen: Seen, which: str, fmt: KvFormat, error: Callable[[Tensor], Tensor]) -> Tensor:
-    """Of none, Hadamard's, and for keys with ranges of channels the one that balances them, each head's best.
+def find_rotation(capture: AttentionCapture, which: str, fmt: KvFormat, error: Callable[[Tensor], Tensor]) -> Tensor:
+    """Choose the best rotation of each head: none, Hadamard's, or for keys with ranges of channels a balancing one.
 
-    which: `keys` or `values`, stored as `fmt`. error: what attention loses by a rotation (heads or 1, channels,
-    channels), of each head (heads,). Returns: (heads, channels, channels), orthogonal.
+    Args:
+        capture: Inputs of attention.
+        which: What is rotated: `keys` or `values`.
+        fmt: Its format.
+        error: Returns the error of attention under a rotation (H or 1, C, C), of each head (H,).
+
+    Returns:
+        (H, C, C), orthogonal.
     """
-    x = seen.stored_keys if which == "keys" else seen.values
-    heads, n = x.shape[1], x.shape[-1]
-    none = torch.eye(n, device=x.device).expand(heads, n, n)
-    tried = [none]
+    x_BHTC = capture.stored_keys if which == "keys" else capture.values
+    heads, n = x_BHTC.shape[1], x_BHTC.shape[-1]
+    identity = torch.eye(n, device=x_BHTC.device).expand(heads, n, n)
+    candidates = [identity]
     if not n & (n - 1):
-        tried.append(hadamard(none))
+        candidates.append(hadamard(identity))
     if which == "keys" and fmt.axis == "channel" and n % 2 == 0:
-        tried.append(balanced(query_cost(seen), _spread(x, fmt.group_size), none))
-    return _best(tried, [error(turn) for turn in tried])
+        candidates.append(balancing_rotation(query_cost(capture), _covariance(x_BHTC, fmt.group_size), identity))
+    return _best_per_head(candidates, [error(rotation) for rotation in candidates])
 
 
-def _spread(x: Tensor, group: int | None) -> Tensor:
-    """How far apart tokens are that share a range, (heads, channels, channels): their covariance. x: (samples, heads,
-    tokens, channels)."""
-    if group is None:
-        parts = x.transpose(0, 1).flatten(1, 2)[:, None]
+def _covariance(x_BHTC: Tensor, group_size: int | None) -> Tensor:
+    """Compute the covariance of tokens that share a range, summed over ranges: (H, C, C)."""
+    if group_size is None:
+        groups = x_BHTC.transpose(0, 1).flatten(1, 2)[:, None]
     else:
-        parts = x[:, :, : x.shape[2] // group * group].transpose(0, 1).reshape(x.shape[1], -1, group, x.shape[-1])
-    parts = parts - parts.mean(2, keepdim=True)
-    return (parts.mT @ parts).sum(1)
+        whole = x_BHTC[:, :, : x_BHTC.shape[2] // group_size * group_size]
+        groups = whole.transpose(0, 1).reshape(x_BHTC.shape[1], -1, group_size, x_BHTC.shape[-1])
+    groups = groups - groups.mean(2, keepdim=True)
+    return (groups.mT @ groups).sum(1)
 
 
-def _best(tried: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
-    """Of each head the one of least error."""
-    best = torch.stack(list(errors)).argmin(0)
-    return torch.stack([tried[int(which)][head] for head, which in enumerate(best)]).contiguous()
+def _best_per_head(candidates: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
+    best_H = torch.stack(list(errors)).argmin(0)
+    return torch.stack([candidates[int(i)][head] for head, i in enumerate(best_H)]).contiguous()

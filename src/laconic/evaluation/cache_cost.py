@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from laconic.evaluation.through_cache import Caches, step
 from laconic.kv.cache import KvCache
-from laconic.kv.open import KvShape, kv_shape
+from laconic.kv.shape import KvShape, kv_shape
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def filled(
         tokens = min(chunk, length - start)
         x = torch.randn(2, rows, shape.heads, tokens, shape.channels, generator=generator).to(device, dtype)
         if isinstance(cache, KvCache):
-            cache.places.begin(start, tokens, None, None)
+            cache.positions.begin_pass(start, tokens, None, None)
         for layer in range(shape.layers):
             cache.update(x[0], x[1], layer)
     return cache

@@ -11,8 +11,9 @@ from transformers import Cache, PreTrainedModel
 
 from laconic.evaluation.file_names import slug
 from laconic.evaluation.through_cache import PLAIN, plain_cache
-from laconic.kv.open import kv_shape, make_cache
+from laconic.kv.attach import make_cache
 from laconic.kv.scheme import KvScheme
+from laconic.kv.shape import kv_shape
 from laconic.pipeline.kv_cache import kv_scheme
 
 
@@ -33,7 +34,7 @@ def caches_for(model: PreTrainedModel, kv: Sequence[str] = ()) -> dict[str, Call
     caches: dict[str, Callable[[], Cache]] = {PLAIN: partial(plain_cache, model)}
     scheme: KvScheme | None = vars(model).get("kv_scheme")
     if scheme is not None:
-        caches[f"artifact ({scheme.method})"] = partial(make_cache, model, scheme, vars(model).get("kv_calibrated"))
+        caches[f"artifact ({scheme.method})"] = partial(make_cache, model, scheme, vars(model).get("kv_static"))
     for text in kv:
         stage = parse_stage(text)
         caches[title(stage)] = partial(make_cache, model, resolve(stage, model.config))

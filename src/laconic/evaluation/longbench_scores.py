@@ -12,7 +12,7 @@ from laconic.evaluation.options import LongBenchOptions
 from laconic.evaluation.retention import compare_scores
 from laconic.evaluation.task_files import OpenTasks, open_local
 from laconic.evaluation.through_cache import PLAIN, Caches
-from laconic.kv.open import generating_with
+from laconic.kv.attach import generating_with
 
 
 def open_longbench(options: LongBenchOptions, context_length: int) -> OpenTasks:

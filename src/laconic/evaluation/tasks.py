@@ -24,7 +24,7 @@ from laconic.evaluation.retention import compare_scores, mean_retention
 from laconic.evaluation.suites import standard_tasks
 from laconic.evaluation.task_calibration import calibration_rows
 from laconic.evaluation.task_files import OpenTasks, open_local
-from laconic.kv.open import use_by_default
+from laconic.kv.attach import use_by_default
 from laconic.pipeline.provenance import command_line, versions
 from laconic.runtime.reading import load
 

@@ -1,4 +1,4 @@
-"""The cache of an artifact: its scheme in config.json, and what calibration fixed of it in a file of its own."""
+"""The cache of an artifact: its scheme in config.json, and its static parameters in a file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from laconic.checkpoint.files import KV_CACHE, KV_CONFIG, first_line
-from laconic.kv.cache import Calibrated
-from laconic.kv.scheme import KvScheme
+from laconic.kv.cache import StaticByLayer
+from laconic.kv.scheme import ROTATIONS, KvScheme
 
 
-def read_kv_scheme(folder: Path, config: Mapping[str, Any]) -> tuple[KvScheme, Calibrated | None] | None:
-    """The cache's scheme, and of each layer what is fixed of it; None where the artifact has no scheme.
+def read_kv_scheme(folder: Path, config: Mapping[str, Any]) -> tuple[KvScheme, StaticByLayer | None] | None:
+    """Read the cache of an artifact.
 
-    Raises: ValueError when they cannot be read.
+    Args:
+        folder: Folder of the artifact.
+        config: Its config.json.
+
+    Returns:
+        The scheme, and the static parameters of each layer, if it needs any; None where the artifact has no scheme.
+
+    Raises:
+        ValueError: They cannot be read.
     """
     if KV_CONFIG not in config:
         return None
@@ -29,34 +37,43 @@ def read_kv_scheme(folder: Path, config: Mapping[str, Any]) -> tuple[KvScheme, C
     if not file.exists():
         raise ValueError(f"{folder} has no {KV_CACHE}, which its cache needs; copy it there, or compress again")
     try:
-        fixed = by_layer(load_file(file), len(scheme.layers))
+        static = by_layer(load_file(file), len(scheme.layers))
     except (SafetensorError, ValueError, IndexError) as e:
         raise ValueError(f"{file} cannot be read ({first_line(e)}); copy it again, or compress again") from e
-    if lacking := _lacking(scheme, fixed):
-        raise ValueError(f"{file} lacks '{lacking}'; copy it again, or compress again")
-    return scheme, fixed
+    if missing := _missing_tensor(scheme, static):
+        raise ValueError(f"{file} lacks '{missing}'; copy it again, or compress again")
+    return scheme, static
 
 
-def _lacking(scheme: KvScheme, fixed: Calibrated) -> str | None:
-    """The name of a tensor that is not there."""
+def _missing_tensor(scheme: KvScheme, static: StaticByLayer) -> str | None:
+    """Return the name of a tensor that the scheme needs and the file does not have."""
     for i, layer in enumerate(scheme.layers):
         for which in ("keys", "values") if scheme.rotation == "attention" else ():
-            if which not in fixed[i].get("turn.0", {}):
-                return f"{i}.turn.0.{which}"
+            if which not in static[i].get(ROTATIONS, {}):
+                return f"{i}.{ROTATIONS}.{which}"
         for g, group in enumerate(layer):
             for which, fmt in (("keys", group.keys), ("values", group.values)):
-                wanted = ["scale"] if fmt.calibrated and fmt.group_size is None else []
-                wanted += ["levels"] if fmt.calibrated and fmt.datatype == "table" else []
-                for leaf in wanted:
-                    if leaf not in fixed[i].get(f"{which}.{g}", {}):
+                needed = ["scale"] if fmt.calibrated and fmt.group_size is None else []
+                needed += ["levels"] if fmt.calibrated and fmt.datatype == "table" else []
+                for leaf in needed:
+                    if leaf not in static[i].get(f"{which}.{g}", {}):
                         return f"{i}.{which}.{g}.{leaf}"
     return None
 
 
-def by_layer(fixed: Mapping[str, Tensor], layers: int) -> Calibrated:
-    """Tensors named `LAYER.keys.GROUP.scale` and so on, of each layer by `keys.GROUP`."""
-    found: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(layers)]
-    for name, tensor in fixed.items():
+def by_layer(tensors: Mapping[str, Tensor], layers: int) -> StaticByLayer:
+    """Sort tensors named `LAYER.keys.GROUP.scale` and so on by layer, and there by `keys.GROUP`.
+
+    Args:
+        tensors: Tensors of the file.
+        layers: Layers of the model.
+
+    Raises:
+        ValueError: A name has another form.
+        IndexError: A layer is not of the model.
+    """
+    static: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(layers)]
+    for name, tensor in tensors.items():
         layer, which, group, leaf = name.split(".")
-        found[int(layer)].setdefault(f"{which}.{group}", {})[leaf] = tensor
-    return found
+        static[int(layer)].setdefault(f"{which}.{group}", {})[leaf] = tensor
+    return static

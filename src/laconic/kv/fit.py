@@ -1,4 +1,7 @@
-"""What calibration fixes of a cache's formats: ranges that hold for all tokens, and levels of a non-uniform grid."""
+"""Static parameters of a cache's formats from calibration: ranges for all tokens, and levels of a non-uniform grid.
+
+Axes: B samples, H key-value heads, T tokens, C channels, L levels.
+"""
 
 from __future__ import annotations
 
@@ -7,73 +10,86 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.kv.format import KvFormat, decode_kv, encode_kv, normalised
-from laconic.kv.kmeans import levels
+from laconic.kv.format import KvFormat, decode_kv, encode_kv, normalize
+from laconic.kv.kmeans import kmeans_levels
 
 Correction = Literal["slope", "q_norm", "none"]
 
-# Numbers that levels are fitted to: more changes nothing that one could measure.
+# Numbers to which levels are fitted; more make no measurable difference.
 _SAMPLE = 1 << 18
-# Times that levels are stretched and numbers given to the nearest anew.
+# Repetitions of stretching levels and assigning numbers to the nearest level.
 _STRETCHES = 3
+# Shares of the full range that are tried.
+_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
 
 
-def fit_static(fmt: KvFormat, x: Tensor, weight: Tensor, *, correction: Correction = "none") -> dict[str, Tensor]:
-    """Whatever `fmt` leaves to calibration, of what it is to store.
+def fit_static(fmt: KvFormat, x_BHTC: Tensor, weight: Tensor, *, correction: Correction = "none") -> dict[str, Tensor]:
+    """Fit the static parameters of a format to numbers of the calibration set.
 
-    x: (samples, heads, tokens, channels). weight: what a squared error costs, broadcasting over x. correction: of
-    levels, see `_corrected`.
-    Returns: scale and offset, (heads, channels) or (1, 1), and levels (2^bits,), float32; empty where nothing is left.
+    Args:
+        fmt: Format to fit.
+        x_BHTC: Numbers that it is to store.
+        weight: Cost of a squared error of each number, broadcasting over x.
+        correction: How levels are corrected, see `_correct_levels`.
+
+    Returns:
+        `scale` and `offset`, (H, C) or (1, 1), and `levels` (L,), float32; empty where nothing is static.
     """
     if not fmt.calibrated:
         return {}
     static: dict[str, Tensor] = {}
     if fmt.group_size is None:
-        static = _ranges(fmt, x, weight)
+        static = _search_ranges(fmt, x_BHTC, weight)
     if fmt.datatype == "table":
-        u, spread = normalised(fmt, x, static)
-        cost = (weight * spread.square()).expand_as(u)
-        flat, w = u.flatten(), cost.flatten()
+        u_BHTC, unit = normalize(fmt, x_BHTC, static)
+        cost = (weight * unit.square()).expand_as(u_BHTC)
+        flat, w = u_BHTC.flatten(), cost.flatten()
         step = max(1, len(flat) // _SAMPLE)
         flat, w = flat[::step], w[::step]
-        found = levels(flat, 2**fmt.num_bits, w.clamp(min=1e-30))
-        static["levels"] = _corrected(found, flat, w, correction)
+        levels_L = kmeans_levels(flat, 2**fmt.num_bits, w.clamp(min=1e-30))
+        static["levels"] = _correct_levels(levels_L, flat, w, correction)
     return static
 
 
-def _corrected(levels: Tensor, x: Tensor, weight: Tensor, correction: Correction) -> Tensor:
-    """Levels that are means of what they stand for have less spread than it, and products with them shrink.
+def _correct_levels(levels_L: Tensor, x: Tensor, weight: Tensor, correction: Correction) -> Tensor:
+    """Undo that k-means levels, being means, have less spread than their numbers, so that products with them shrink.
 
-    q_norm: give them its mean and standard deviation (Q-Norm, KVQuant, arXiv 2401.18079, section 3.6). That undoes
-    half: with D the share of the variance that rounding takes, the least-squares line of a stored number on the true
-    one has slope 1 - D before, and sqrt(1 - D) after. slope: stretch them until it has slope 1, by weight.
+    With D the share of the variance lost by rounding, the least-squares line of a stored number on the true one has
+    slope 1 - D for k-means levels, and sqrt(1 - D) after Q-Norm.
+
+    Args:
+        levels_L: Levels of k-means.
+        x: Numbers, (n,).
+        weight: Their weights, (n,).
+        correction: `q_norm` gives the rounded numbers the mean and standard deviation of the numbers (Q-Norm, KVQuant,
+            arXiv 2401.18079, section 3.6); `slope` stretches the levels until the weighted line has slope 1.
     """
     if correction == "none":
-        return levels
+        return levels_L
     x = x.contiguous()
 
-    def nearest(levels: Tensor) -> Tensor:
-        return levels[torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)]
+    def nearest(levels_L: Tensor) -> Tensor:
+        return levels_L[torch.bucketize(x, (levels_L[1:] + levels_L[:-1]) / 2)]
 
     if correction == "q_norm":
-        found = nearest(levels)
-        return (levels - found.mean()) * (x.std() / found.std().clamp(min=1e-12)) + x.mean()
+        rounded = nearest(levels_L)
+        return (levels_L - rounded.mean()) * (x.std() / rounded.std().clamp(min=1e-12)) + x.mean()
     share = weight / weight.sum()
-    middle = (share * x).sum()
-    # Numbers may be nearest to other levels once these are farther apart.
+    mean = (share * x).sum()
+    # Stretched levels may be nearest to other numbers than before.
     for _ in range(_STRETCHES):
-        found = nearest(levels)
-        stored = (share * found).sum()
-        along = (share * (x - middle) * (found - stored)).sum().clamp(min=1e-12)
-        levels = (levels - stored) * ((share * (x - middle).square()).sum() / along) + middle
-    return levels
+        rounded = nearest(levels_L)
+        rounded_mean = (share * rounded).sum()
+        covariance = (share * (x - mean) * (rounded - rounded_mean)).sum().clamp(min=1e-12)
+        levels_L = (levels_L - rounded_mean) * ((share * (x - mean).square()).sum() / covariance) + mean
+    return levels_L
 
 
-def _ranges(fmt: KvFormat, x: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """One range a channel, or one for all, of least weighted squared error among shrunk ones."""
+def _search_ranges(fmt: KvFormat, x_BHTC: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """Find one range per channel, or one for all, of least weighted squared error among shrunk ones."""
     by_channel = fmt.axis == "channel"
-    flat = x.transpose(1, 2).flatten(0, 1) if by_channel else x.reshape(-1, 1, 1)
-    # What is stored apart does not stretch the range of the rest.
+    flat = x_BHTC.transpose(1, 2).flatten(0, 1) if by_channel else x_BHTC.reshape(-1, 1, 1)
+    # Outliers are stored apart and must not widen the range.
     tail = fmt.outlier_ratio / 2
     ordered = flat.sort(0).values
     n = len(ordered)
@@ -85,21 +101,21 @@ def _ranges(fmt: KvFormat, x: Tensor, weight: Tensor) -> dict[str, Tensor]:
         return _range(fmt, lo, hi)
     best, least = _range(fmt, lo, hi), torch.full_like(lo, torch.inf)
     middle = (lo + hi) / 2
-    for share in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5):
-        tried = _range(fmt, middle + (lo - middle) * share, middle + (hi - middle) * share)
-        error = (decode_kv(fmt, encode_kv(fmt, x, tried, torch.float32), x.shape[-1], tried) - x).square() * weight
+    for share in _SHRINKS:
+        candidate = _range(fmt, middle + (lo - middle) * share, middle + (hi - middle) * share)
+        decoded = decode_kv(fmt, encode_kv(fmt, x_BHTC, candidate, torch.float32), x_BHTC.shape[-1], candidate)
+        error = (decoded - x_BHTC).square() * weight
         cost = error.sum((0, 2)) if by_channel else error.sum().view(1, 1)
         better = cost < least
         least = torch.where(better, cost, least)
-        best = {name: torch.where(better, tried[name], best[name]) for name in best}
+        best = {name: torch.where(better, candidate[name], best[name]) for name in best}
     return best
 
 
 def _range(fmt: KvFormat, lo: Tensor, hi: Tensor) -> dict[str, Tensor]:
-    """lo, hi: (heads, channels) or (1, 1)."""
-    reach = fmt.reach
+    """Return the parameters of ranges [lo, hi], (H, C) or (1, 1)."""
     if fmt.symmetric:
-        return {"scale": (hi / reach).clamp(min=1e-12)}
+        return {"scale": (hi / fmt.max_code).clamp(min=1e-12)}
     if fmt.datatype == "int":
         return {"scale": ((hi - lo) / (2**fmt.num_bits - 1)).clamp(min=1e-12), "offset": lo}
-    return {"scale": ((hi - lo) / 2 / reach).clamp(min=1e-12), "offset": (hi + lo) / 2}
+    return {"scale": ((hi - lo) / 2 / fmt.max_code).clamp(min=1e-12), "offset": (hi + lo) / 2}

@@ -1,8 +1,11 @@
-"""How keys and values are stored in a cache: one format for keys, one for values, of each group of heads.
+"""How keys and values are stored in a cache: a format for keys and one for values, of each group of heads.
 
-Numbers are (batch, heads, tokens, channels). What is stored of them is a mapping of tensors that all have the batch
-first and run along time in their third dimension (in tokens, or in groups of tokens), so that a cache can join, cut,
-select and count them without knowing what they are.
+What is stored of a tensor x_BHTC is a mapping of tensors that all have the batch first and run along time in their
+third dimension (in tokens, or in groups of tokens), so that a cache can join, cut, select and count them without
+knowing what they are.
+
+Axes: B sequences, H key-value heads, T tokens, C channels, G groups of numbers that share a range, K outliers of a
+token, X bytes.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from torch import Tensor
 from laconic.kv.planes import pack_planes, packed_size, unpack_planes
 
 Stored = dict[str, Tensor]
-Static = Mapping[str, Tensor]
-"""What calibration fixed, float32: scale and offset, each broadcasting over (heads, channels); levels (2^bits,)."""
+"""What `encode_kv` stores, by name."""
+StaticParams = Mapping[str, Tensor]
+"""What calibration fixed for a format, float32: `scale` and `offset`, each broadcasting over (H, C); `levels` (L,)."""
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 _FP8 = torch.float8_e4m3fn
@@ -26,11 +30,18 @@ _FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class KvFormat:
-    """num_bits: of a code; 16 stores numbers as they are. axis: which numbers share a range: `token`, neighbouring
-    channels of one token; `channel`, one channel of neighbouring tokens. group_size: how many of them; None for a range
-    that calibration fixed. datatype: `int`, evenly spaced codes; `table`, levels that calibration chose in [-1, 1];
-    `float`, FP8 E4M3. symmetric: ranges about zero, of which one number is stored. outlier_ratio: the share of a
-    token's channels, the farthest out, that are stored apart in 16 bit."""
+    """A format of keys, or of values.
+
+    Attributes:
+        num_bits: Bits of a code; 16 stores numbers as they are.
+        axis: Which numbers share a range: `token`, neighbouring channels of one token; `channel`, one channel of
+            neighbouring tokens.
+        group_size: How many numbers share a range; None for a static range from calibration.
+        datatype: `int`, evenly spaced codes; `table`, levels in [-1, 1] chosen by calibration; `float`, FP8 E4M3.
+        symmetric: Whether ranges are symmetric about zero, and stored without an offset.
+        outlier_ratio: Share of a token's channels, the farthest from the middle of their range, that are stored in 16
+            bit beside the codes.
+    """
 
     num_bits: int = 4
     axis: Literal["token", "channel"] = "token"
@@ -51,27 +62,31 @@ class KvFormat:
 
     @property
     def tokens_at_once(self) -> int:
-        """How many tokens have to be there before they can be encoded."""
+        """Number of tokens that are encoded together."""
         return self.group_size if self.axis == "channel" and self.group_size and self.num_bits < 16 else 1
 
     @property
     def calibrated(self) -> bool:
-        """Whether calibration fixed something of it."""
+        """Whether the format needs static parameters from calibration."""
         return self.num_bits < 16 and (self.group_size is None or self.datatype == "table")
 
     @property
-    def reach(self) -> float:
-        """The largest code on either side of zero that a range asks for."""
+    def max_code(self) -> float:
+        """Largest code on either side of zero, to which a range is scaled."""
         if self.datatype == "float":
             return float(torch.finfo(_FP8).max)
         return 1.0 if self.datatype == "table" else 2 ** (self.num_bits - 1) - 1
 
     def outliers(self, channels: int) -> int:
-        """How many channels of a token are stored apart."""
+        """Return how many of a token's channels are stored as outliers."""
         return max(1, round(self.outlier_ratio * channels)) if self.outlier_ratio and self.num_bits < 16 else 0
 
     def check(self, channels: int) -> None:
-        """Raises: ValueError when heads of this many channels cannot be stored so."""
+        """Check that heads of this many channels can be stored in the format.
+
+        Raises:
+            ValueError: They cannot.
+        """
         if self.num_bits == 16:
             return
         packed_size(channels, self.num_bits)
@@ -82,149 +97,178 @@ class KvFormat:
                 f"use {' or '.join(map(str, fitting))}"
             )
         if self.outlier_ratio and channels > 256:
-            raise ValueError(f"outliers of heads of more than 256 channels are not stored, and these have {channels}")
+            raise ValueError(
+                f"outliers can be stored for heads of at most 256 channels, and these have {channels}; "
+                "set outlier_ratio: 0"
+            )
 
 
-def encode_kv(fmt: KvFormat, x: Tensor, static: Static | None = None, dtype: torch.dtype = torch.bfloat16) -> Stored:
-    """Store x (batch, heads, tokens, channels), any float dtype; tokens a multiple of `tokens_at_once`.
+def encode_kv(
+    fmt: KvFormat, x_BHTC: Tensor, static: StaticParams | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Stored:
+    """Store keys or values.
 
-    Returns: codes (batch, heads, tokens, bytes) uint8; scale and, where ranges are not symmetric, offset, float16, with
-    a channel's (batch, heads, groups of tokens, channels) and a token's (batch, heads, tokens, groups of channels);
-    outlier_index uint8 and outlier_value in `dtype` (batch, heads, tokens, k). For 16 bits, only `plain`, in `dtype`.
+    Args:
+        fmt: Their format.
+        x_BHTC: Numbers of any float dtype; T is a multiple of `fmt.tokens_at_once`.
+        static: Static parameters, where `fmt.calibrated`.
+        dtype: Dtype of what is stored in 16 bit.
+
+    Returns:
+        `codes` (B, H, T, X) uint8; `scale` and, unless symmetric, `offset`, float16, (B, H, G, C) for ranges of
+        channels and (B, H, T, G) for ranges of tokens; `outlier_index` uint8 and `outlier_value` in `dtype`,
+        (B, H, T, K). For 16 bits, only `plain`, in `dtype`.
     """
     if fmt.num_bits == 16:
-        return {"plain": x.to(dtype)}
+        return {"plain": x_BHTC.to(dtype)}
     stored: Stored = {}
-    dense = x.float()
-    if fmt.outliers(x.shape[-1]):
-        index, dense = _without_outliers(fmt, dense, static)
-        stored["outlier_index"] = index.to(torch.uint8)
-        stored["outlier_value"] = x.gather(-1, index).to(dtype)
-    ranges = _static(static) if fmt.group_size is None else _ranges(fmt, dense)
+    dense_BHTC = x_BHTC.float()
+    if fmt.outliers(x_BHTC.shape[-1]):
+        index_BHTK, dense_BHTC = _split_outliers(fmt, dense_BHTC, static)
+        stored["outlier_index"] = index_BHTK.to(torch.uint8)
+        stored["outlier_value"] = x_BHTC.gather(-1, index_BHTK).to(dtype)
+    ranges = _static_ranges(static) if fmt.group_size is None else _group_ranges(fmt, dense_BHTC)
     if fmt.group_size is not None:
         stored |= ranges
-    stored["codes"] = _codes(fmt, dense, ranges, static)
+    stored["codes"] = _to_codes(fmt, dense_BHTC, ranges, static)
     return stored
 
 
-def normalised(fmt: KvFormat, x: Tensor, static: Static | None = None) -> tuple[Tensor, Tensor]:
-    """x without its outliers in units of its ranges, as it meets the levels of a table; and those units, broadcasting.
-    What is stored apart counts as the middle of its range."""
-    dense = x.float()
-    if fmt.outliers(x.shape[-1]):
-        _, dense = _without_outliers(fmt, dense, static)
-    ranges = _static(static) if fmt.group_size is None else _ranges(fmt, dense)
-    scale, offset = _over(fmt, x.shape, ranges)
-    return (dense - offset) / scale, scale
+def normalize(fmt: KvFormat, x_BHTC: Tensor, static: StaticParams | None = None) -> tuple[Tensor, Tensor]:
+    """Express numbers in units of their ranges, as they meet the levels of a table.
+
+    Args:
+        fmt: Their format.
+        x_BHTC: Numbers; outliers are replaced by the middle of their range.
+        static: Static ranges, where `fmt.group_size` is None.
+
+    Returns:
+        The normalized numbers (B, H, T, C) and their units, which broadcast over them.
+    """
+    dense_BHTC = x_BHTC.float()
+    if fmt.outliers(x_BHTC.shape[-1]):
+        _, dense_BHTC = _split_outliers(fmt, dense_BHTC, static)
+    ranges = _static_ranges(static) if fmt.group_size is None else _group_ranges(fmt, dense_BHTC)
+    scale, offset = _expand_ranges(fmt, x_BHTC.shape, ranges)
+    return (dense_BHTC - offset) / scale, scale
 
 
-def decode_kv(fmt: KvFormat, stored: Stored, channels: int, static: Static | None = None) -> Tensor:
-    """What was stored, (batch, heads, tokens, channels), float32 (16 bits: in its own dtype)."""
+def decode_kv(fmt: KvFormat, stored: Stored, channels: int, static: StaticParams | None = None) -> Tensor:
+    """Invert `encode_kv`.
+
+    Returns:
+        (B, H, T, C) float32; for 16 bits, in the dtype that is stored.
+    """
     if fmt.num_bits == 16:
         return stored["plain"]
-    ranges = _static(static) if fmt.group_size is None else stored
-    x = _values(fmt, stored["codes"], channels, ranges, static)
+    ranges = _static_ranges(static) if fmt.group_size is None else stored
+    x_BHTC = _from_codes(fmt, stored["codes"], channels, ranges, static)
     if "outlier_index" in stored:
-        x = x.scatter(-1, stored["outlier_index"].long(), stored["outlier_value"].float())
-    return x
+        x_BHTC = x_BHTC.scatter(-1, stored["outlier_index"].long(), stored["outlier_value"].float())
+    return x_BHTC
 
 
-def _ranges(fmt: KvFormat, x: Tensor) -> Stored:
-    """Ranges of x's own groups, as they are stored."""
-    tiles = _tiles(fmt, x)
+def _group_ranges(fmt: KvFormat, x_BHTC: Tensor) -> Stored:
+    """Compute the ranges of each group of numbers, as they are stored."""
+    grouped = _group(fmt, x_BHTC)
     dim = 3 if fmt.axis == "channel" else -1
-    lo, hi = tiles.amin(dim), tiles.amax(dim)
+    lo, hi = grouped.amin(dim), grouped.amax(dim)
     if fmt.symmetric:
-        return {"scale": _half(torch.maximum(-lo, hi) / fmt.reach)}
+        return {"scale": _to_half(torch.maximum(-lo, hi) / fmt.max_code)}
     if fmt.datatype == "int":
-        return {"scale": _half((hi - lo) / (2**fmt.num_bits - 1)), "offset": _half(lo, positive=False)}
-    return {"scale": _half((hi - lo) / 2 / fmt.reach), "offset": _half((hi + lo) / 2, positive=False)}
+        return {"scale": _to_half((hi - lo) / (2**fmt.num_bits - 1)), "offset": _to_half(lo, positive=False)}
+    return {
+        "scale": _to_half((hi - lo) / 2 / fmt.max_code),
+        "offset": _to_half((hi + lo) / 2, positive=False),
+    }
 
 
-def _codes(fmt: KvFormat, x: Tensor, ranges: Mapping[str, Tensor], static: Static | None) -> Tensor:
-    scale, offset = _over(fmt, x.shape, ranges)
-    u = (x - offset) / scale
+def _to_codes(fmt: KvFormat, x_BHTC: Tensor, ranges: Mapping[str, Tensor], static: StaticParams | None) -> Tensor:
+    scale, offset = _expand_ranges(fmt, x_BHTC.shape, ranges)
+    u_BHTC = (x_BHTC - offset) / scale
     if fmt.datatype == "float":
-        top = fmt.reach
-        return u.clamp_(-top, top).to(_FP8).view(torch.uint8)
+        top = fmt.max_code
+        return u_BHTC.clamp_(-top, top).to(_FP8).view(torch.uint8)
     if fmt.datatype == "table":
         assert static is not None
-        levels = static["levels"].to(x.device)
-        codes = torch.bucketize(u, (levels[1:] + levels[:-1]) / 2)
+        levels_L = static["levels"].to(x_BHTC.device)
+        codes = torch.bucketize(u_BHTC, (levels_L[1:] + levels_L[:-1]) / 2)
     else:
         zero = 2 ** (fmt.num_bits - 1) if fmt.symmetric else 0
-        codes = u.add_(zero).round_().clamp_(0, 2**fmt.num_bits - 1)
+        codes = u_BHTC.add_(zero).round_().clamp_(0, 2**fmt.num_bits - 1)
     return pack_planes(codes.to(torch.uint8), fmt.num_bits)
 
 
-def _values(fmt: KvFormat, codes: Tensor, channels: int, ranges: Mapping[str, Tensor], static: Static | None) -> Tensor:
+def _from_codes(
+    fmt: KvFormat, codes_BHTX: Tensor, channels: int, ranges: Mapping[str, Tensor], static: StaticParams | None
+) -> Tensor:
     if fmt.datatype == "float":
-        u = codes.view(_FP8).float()
+        u_BHTC = codes_BHTX.view(_FP8).float()
     else:
-        unpacked = unpack_planes(codes, fmt.num_bits, channels)
+        unpacked = unpack_planes(codes_BHTX, fmt.num_bits, channels)
         if fmt.datatype == "table":
             assert static is not None
-            u = static["levels"].to(codes.device)[unpacked.int()]
+            u_BHTC = static["levels"].to(codes_BHTX.device)[unpacked.int()]
         else:
-            u = unpacked.float()
+            u_BHTC = unpacked.float()
             if fmt.symmetric:
-                u -= 2 ** (fmt.num_bits - 1)
-    scale, offset = _over(fmt, u.shape, ranges)
-    return u.mul_(scale).add_(offset)
+                u_BHTC -= 2 ** (fmt.num_bits - 1)
+    scale, offset = _expand_ranges(fmt, u_BHTC.shape, ranges)
+    return u_BHTC.mul_(scale).add_(offset)
 
 
-def _over(fmt: KvFormat, shape: torch.Size, ranges: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Scale and offset of every number of x of this shape, float32, broadcasting."""
+def _expand_ranges(fmt: KvFormat, shape: torch.Size, ranges: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return scale and offset of every number of a tensor of this shape, float32, broadcasting over it."""
 
-    def spread(p: Tensor) -> Tensor:
-        p = p.float()
+    def expand(param: Tensor) -> Tensor:
+        param = param.float()
         if fmt.group_size is None:
-            return p
-        return p.repeat_interleave(shape[2] // p.shape[2], 2).repeat_interleave(shape[3] // p.shape[3], 3)
+            return param
+        return param.repeat_interleave(shape[2] // param.shape[2], 2).repeat_interleave(shape[3] // param.shape[3], 3)
 
-    scale = spread(ranges["scale"])
-    return scale, spread(ranges["offset"]) if "offset" in ranges else torch.zeros_like(scale)
+    scale = expand(ranges["scale"])
+    return scale, expand(ranges["offset"]) if "offset" in ranges else torch.zeros_like(scale)
 
 
-def _tiles(fmt: KvFormat, x: Tensor) -> Tensor:
-    """(batch, heads, groups, tokens, channels), or (batch, heads, tokens, groups, channels)."""
+def _group(fmt: KvFormat, x_BHTC: Tensor) -> Tensor:
+    """Group numbers that share a range: (B, H, G, tokens of a group, C), or (B, H, T, G, channels of a group)."""
     assert fmt.group_size is not None
-    tiles: Tensor = x.unflatten(2 if fmt.axis == "channel" else 3, (-1, fmt.group_size))
-    return tiles
+    grouped: Tensor = x_BHTC.unflatten(2 if fmt.axis == "channel" else 3, (-1, fmt.group_size))
+    return grouped
 
 
-def _without_outliers(fmt: KvFormat, x: Tensor, static: Static | None) -> tuple[Tensor, Tensor]:
-    """Which channels of each token are stored apart (..., k), rising, and x with the middle in their place."""
-    middle, spread = _middle_and_spread(fmt, x, static)
-    far = ((x - middle) / spread).abs()
-    index = far.topk(fmt.outliers(x.shape[-1]), -1).indices.sort(-1).values
-    return index, x.scatter(-1, index, middle.expand_as(x).gather(-1, index))
+def _split_outliers(fmt: KvFormat, x_BHTC: Tensor, static: StaticParams | None) -> tuple[Tensor, Tensor]:
+    """Return the outlier channels of each token (B, H, T, K), ascending, and x with the middle in their place."""
+    middle, spread = _middle_and_spread(fmt, x_BHTC, static)
+    distance = ((x_BHTC - middle) / spread).abs()
+    index_BHTK = distance.topk(fmt.outliers(x_BHTC.shape[-1]), -1).indices.sort(-1).values
+    return index_BHTK, x_BHTC.scatter(-1, index_BHTK, middle.expand_as(x_BHTC).gather(-1, index_BHTK))
 
 
-def _middle_and_spread(fmt: KvFormat, x: Tensor, static: Static | None) -> tuple[Tensor, Tensor]:
-    """From where, and in what unit, it is measured how far out a number is: that of its channel, or of its token."""
+def _middle_and_spread(fmt: KvFormat, x_BHTC: Tensor, static: StaticParams | None) -> tuple[Tensor, Tensor]:
+    """Return from where, and in what unit, a number's distance is measured: those of its channel, or of its token."""
     if fmt.group_size is None:
-        ranges = _static(static)
-        scale, offset = _over(fmt, x.shape, ranges)
+        ranges = _static_ranges(static)
+        scale, offset = _expand_ranges(fmt, x_BHTC.shape, ranges)
         if fmt.datatype == "int" and not fmt.symmetric:
             offset = offset + scale * (2**fmt.num_bits - 1) / 2
         return offset, scale
     if fmt.axis == "channel":
-        tiles = _tiles(fmt, x)
-        # Not the range: what is far out would be its own measure.
-        middle = tiles.median(3, keepdim=True).values
-        spread = (tiles - middle).abs().median(3, keepdim=True).values.clamp(min=1e-12)
-        return middle.expand_as(tiles).flatten(2, 3), spread.expand_as(tiles).flatten(2, 3)
-    return x.median(-1, keepdim=True).values, torch.ones_like(x[..., :1])
+        grouped = _group(fmt, x_BHTC)
+        # Medians, not the range: an outlier would widen the range that it is measured by.
+        middle = grouped.median(3, keepdim=True).values
+        spread = (grouped - middle).abs().median(3, keepdim=True).values.clamp(min=1e-12)
+        return middle.expand_as(grouped).flatten(2, 3), spread.expand_as(grouped).flatten(2, 3)
+    return x_BHTC.median(-1, keepdim=True).values, torch.ones_like(x_BHTC[..., :1])
 
 
-def _static(static: Static | None) -> dict[str, Tensor]:
-    """Fixed ranges, (heads or 1, 1, channels or 1)."""
+def _static_ranges(static: StaticParams | None) -> dict[str, Tensor]:
+    """Return static ranges as (H or 1, 1, C or 1)."""
     assert static is not None
     return {n: static[n].unsqueeze(-2) for n in ("scale", "offset") if n in static}
 
 
-def _half(x: Tensor, *, positive: bool = True) -> Tensor:
-    """As it is stored: float16, within its range; a scale never zero."""
+def _to_half(x: Tensor, *, positive: bool = True) -> Tensor:
+    """Round to float16, within its range; a positive number (a scale) never to zero."""
     top = torch.finfo(torch.float16).max
     return x.clamp(2.0**-24 if positive else -top, top).half()

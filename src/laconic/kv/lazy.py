@@ -1,60 +1,63 @@
-"""Keys and values that nobody has decoded yet: what a cache hands to attention that may read them as they are stored.
+"""Keys and values that are decoded only when something computes with them.
 
-To anything else they are plain tensors, decoded when first looked at. So a model need not say how it attends, and what
-cannot read packed keys and values never has to be told apart.
+A cache returns them to attention. Our attention function (`kv.attention_interface`) reads the packed tokens behind
+them; anything else sees plain tensors, decoded at the first operation, so no model has to say how it attends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-if TYPE_CHECKING:
-    from laconic.kv.cache import PackedLayer
+from laconic.kv.packed import KeysValues, LayerHistory
 
 
-class History:
-    """What attention may look at in one pass. layer: as it is in this pass, which nothing changes any more. new: how
-    many tokens are new. decode: gives all keys and values, in 16 bit."""
+class LazyHistory:
+    """What attention may read in one forward pass, packed and decoded.
 
-    def __init__(self, layer: PackedLayer, new: int, decode: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        self.layer, self.new, self._decode = layer, new, decode
+    Args:
+        layer: The packed history.
+        decode: Returns all its keys and values in 16 bit.
+    """
+
+    def __init__(self, layer: LayerHistory, decode: Callable[[], KeysValues]) -> None:
+        self.layer, self._decode = layer, decode
 
     @cached_property
-    def decoded(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, (batch, heads, tokens, channels)."""
+    def decoded(self) -> KeysValues:
+        """Keys and values, (B, H, T, C) each, decoded at the first access."""
         return self._decode()
 
 
-class Unread(Tensor):
-    """The keys (which: 0) or values (1) of a history."""
+class LazyTensor(Tensor):
+    """The keys (`which` 0) or the values (`which` 1) of a history, as a tensor (B, H, T, C)."""
 
-    history: History
+    history: LazyHistory
     which: int
 
     @staticmethod
-    def __new__(cls, history: History, which: int, tokens: int, like: Tensor) -> Unread:
-        """like: the new ones, (batch, heads, new tokens, channels)."""
+    def __new__(cls, history: LazyHistory, which: int, tokens: int, like: Tensor) -> LazyTensor:
+        """Make a tensor of so many tokens, with the other sizes, dtype and device of the new tokens `like`."""
         shape = (*like.shape[:2], tokens, like.shape[3])
-        made: Unread = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        made.history, made.which = history, which
-        return made
+        lazy: LazyTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        lazy.history, lazy.which = history, which
+        return lazy
 
     def decoded(self) -> Tensor:
-        """As a plain tensor."""
+        """Return the plain tensor."""
         return self.history.decoded[self.which]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Whatever is computed of it is computed of the plain tensor."""
-        args, kwargs = tree_map(lambda x: x.decoded() if isinstance(x, Unread) else x, (args, kwargs or {}))
+        """Compute every operation on the plain tensors."""
+        args, kwargs = tree_map(lambda x: x.decoded() if isinstance(x, LazyTensor) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
-        return f"Unread(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+        return f"LazyTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -1,4 +1,15 @@
-"""Codes in bit planes (`kv.planes`), unpacked in the registers of a GPU into float16, for tensor cores."""
+"""Codes in bit planes (`kv.planes`), unpacked in the registers of a GPU into float16, for tensor cores.
+
+Words of several bytes are loaded, and byte J of all words makes a tile (tokens, words) of its own: the numbers of the
+channels J, J + WORD_BYTES, and so on, of a segment. Constants:
+
+    LOW, HIGH    bits of the first and of the second bit plane (0: none)
+    CHANNELS     channels of a head
+    SEGMENT      channels of a segment (`kv.packed.segment`)
+    WORD_BYTES   bytes of a word; a segment is SEGMENT / WORD_BYTES words
+    TYPE         datatype of the format: int, table or float
+    ASSEMBLER    whether to use inline assembler, which the interpreter does not have
+"""
 
 # mypy: disable-error-code="assignment"
 from __future__ import annotations
@@ -8,103 +19,114 @@ import triton.language as tl
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def tiles(codes, n, here, x, BYTES: tl.constexpr, X: tl.constexpr, UNIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The words of UNIT bytes of the tokens n, each plane cut into pieces of X words: of each piece (tokens, X)."""
+def load_words(  # type: ignore[no-untyped-def]
+    codes, n, mask, x, BYTES: tl.constexpr, WORDS: tl.constexpr, WORD_BYTES: tl.constexpr
+):
+    """Load the BYTES of each token n as words, in tiles (tokens, WORDS)."""
     words = ()
-    for piece in tl.static_range(BYTES // UNIT // X):
-        words += (tl.load(codes + n[:, None] * (BYTES // UNIT) + (piece * X + x)[None, :], here[:, None], 0),)
+    for i in tl.static_range(BYTES // WORD_BYTES // WORDS):
+        words += (tl.load(codes + n[:, None] * (BYTES // WORD_BYTES) + (i * WORDS + x)[None, :], mask[:, None], 0),)
     return words
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def numbers(  # type: ignore[no-untyped-def]
-    words, S: tl.constexpr, J: tl.constexpr, levels, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr,
-    D: tl.constexpr, SEG: tl.constexpr, UNIT: tl.constexpr, TYPE: tl.constexpr, FAST: tl.constexpr,
-    PLANE: tl.constexpr,
+def numbers_of(  # type: ignore[no-untyped-def]
+    words, S: tl.constexpr, J: tl.constexpr, levels, LOW: tl.constexpr, HIGH: tl.constexpr,
+    CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, WORD_BYTES: tl.constexpr, TYPE: tl.constexpr,
+    ASSEMBLER: tl.constexpr, PLANE: tl.constexpr,
 ):  # fmt: skip
-    """Byte J of the words of segment S of channels: numbers (tokens, words) in float16, in units of `one`.
+    """Unpack byte J of the words of segment S: numbers (tokens, words) in float16, in units of 1 / `unit_of`.
 
-    Whole numbers are the sum of what their planes hold, and PLANE says of which: a product for each costs less than
-    putting them together. Of other types it is 0, and numbers are whole."""
-    PIECES_0: tl.constexpr = D * WIDTH_0 // 8 // SEG
-    PIECES_1: tl.constexpr = D * WIDTH_1 // 8 // SEG
-    AT_0: tl.constexpr = WIDTH_0 * (S // PIECES_0)
-    # A whole number below 1024 is the float16, subnormal, of that many times 2^-24.
+    An integer is the sum of what its planes hold, and PLANE says of which: a product for each plane costs less than
+    joining them. Of other types PLANE is 0, and numbers are complete.
+    """
+    LOW_TILES: tl.constexpr = CHANNELS * LOW // 8 // SEGMENT
+    HIGH_TILES: tl.constexpr = CHANNELS * HIGH // 8 // SEGMENT
+    LOW_BIT: tl.constexpr = LOW * (S // LOW_TILES)
+    # An integer below 1024 has the bits of the subnormal float16 that is 2^-24 times as large.
     if PLANE == 1:
-        AT_1: tl.constexpr = WIDTH_1 * (S // PIECES_1)
-        return _bits(words[PIECES_0 + S % PIECES_1], J, AT_1, WIDTH_1, WIDTH_0, UNIT, FAST)
+        HIGH_BIT: tl.constexpr = HIGH * (S // HIGH_TILES)
+        return _extract_bits(words[LOW_TILES + S % HIGH_TILES], J, HIGH_BIT, HIGH, LOW, WORD_BYTES, ASSEMBLER)
     if TYPE == "int":
-        return _bits(words[S % PIECES_0], J, AT_0, WIDTH_0, 0, UNIT, FAST)
-    code = words[S % PIECES_0].to(tl.int32) >> (8 * J + AT_0) & (1 << WIDTH_0) - 1
-    if WIDTH_1:
-        high = words[PIECES_0 + S % PIECES_1].to(tl.int32) >> (8 * J + WIDTH_1 * (S // PIECES_1))
-        code |= (high & (1 << WIDTH_1) - 1) << WIDTH_0
+        return _extract_bits(words[S % LOW_TILES], J, LOW_BIT, LOW, 0, WORD_BYTES, ASSEMBLER)
+    code = words[S % LOW_TILES].to(tl.int32) >> (8 * J + LOW_BIT) & (1 << LOW) - 1
+    if HIGH:
+        high = words[LOW_TILES + S % HIGH_TILES].to(tl.int32) >> (8 * J + HIGH * (S // HIGH_TILES))
+        code |= (high & (1 << HIGH) - 1) << LOW
     if TYPE == "table":
         return tl.load(levels + code).to(tl.float16)
-    # E4M3 has float16's form with fewer bits, its exponents counted from 7 instead of 15.
-    return ((code & 127) << 7 | (code & 128) << 8).to(tl.int16).to(tl.float16, bitcast=True)
+    return _e4m3_as_half(code)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def number_at(  # type: ignore[no-untyped-def]
-    codes, n, here, c, levels, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, D: tl.constexpr, TYPE: tl.constexpr
+    codes, n, mask, c, levels, LOW: tl.constexpr, HIGH: tl.constexpr, CHANNELS: tl.constexpr, TYPE: tl.constexpr
 ):  # fmt: skip
-    """Of each of the tokens n the number of a channel c of its own, (tokens,) float32, in units of 1."""
-    BYTES_0: tl.constexpr = D * WIDTH_0 // 8
-    BYTES_1: tl.constexpr = D * WIDTH_1 // 8
-    at = codes.to(tl.pointer_type(tl.uint8)) + n * (BYTES_0 + BYTES_1)
-    code = tl.load(at + c % BYTES_0, here, 0).to(tl.int32) >> WIDTH_0 * (c // BYTES_0) & (1 << WIDTH_0) - 1
-    if WIDTH_1:
-        high = tl.load(at + BYTES_0 + c % BYTES_1, here, 0).to(tl.int32) >> WIDTH_1 * (c // BYTES_1)
-        code |= (high & (1 << WIDTH_1) - 1) << WIDTH_0
+    """Load the number of channel c of each token n, c being different for each: (tokens,) float32, in units of 1."""
+    LOW_BYTES: tl.constexpr = CHANNELS * LOW // 8
+    HIGH_BYTES: tl.constexpr = CHANNELS * HIGH // 8
+    token = codes.to(tl.pointer_type(tl.uint8)) + n * (LOW_BYTES + HIGH_BYTES)
+    code = tl.load(token + c % LOW_BYTES, mask, 0).to(tl.int32) >> LOW * (c // LOW_BYTES) & (1 << LOW) - 1
+    if HIGH:
+        high = tl.load(token + LOW_BYTES + c % HIGH_BYTES, mask, 0).to(tl.int32) >> HIGH * (c // HIGH_BYTES)
+        code |= (high & (1 << HIGH) - 1) << LOW
     if TYPE == "table":
         return tl.load(levels + code).to(tl.float32)
     if TYPE == "float":
-        half = ((code & 127) << 7 | (code & 128) << 8).to(tl.int16).to(tl.float16, bitcast=True)
-        return half.to(tl.float32) * 256.0
+        return _e4m3_as_half(code).to(tl.float32) * 256.0
     return code.to(tl.float32)
 
 
+@triton.jit
+def _e4m3_as_half(code):  # type: ignore[no-untyped-def]
+    """Return FP8 E4M3 numbers divided by 256: float16 has the same form with its exponents counted from 15, not 7."""
+    return ((code & 127) << 7 | (code & 128) << 8).to(tl.int16).to(tl.float16, bitcast=True)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
-def _bits(  # type: ignore[no-untyped-def]
-    x, J: tl.constexpr, AT: tl.constexpr, WIDTH: tl.constexpr, TO: tl.constexpr, UNIT: tl.constexpr, FAST: tl.constexpr
-):
-    """WIDTH bits of byte J of words, from bit AT, put at bit TO, as float16. Compiled from Triton's own operations it
-    would be twice the instructions: here two words are one register, the same for all that is cut out of them."""
-    if not FAST:
-        return ((x.to(tl.int32) >> (8 * J + AT) & (1 << WIDTH) - 1) << TO).to(tl.int16).to(tl.float16, bitcast=True)
-    MASK: tl.constexpr = ((1 << WIDTH) - 1) * 0x10001 << TO
-    DOWN: tl.constexpr = (8 * J if UNIT == 2 else 8 * (J % 2)) + AT - TO
-    CUT: tl.constexpr = f"shr.u32 t, t, {DOWN};" if DOWN >= 0 else f"shl.b32 t, t, {-DOWN};"
-    if UNIT == 2:
+def _extract_bits(  # type: ignore[no-untyped-def]
+    x, J: tl.constexpr, BIT: tl.constexpr, BITS: tl.constexpr, TO: tl.constexpr, WORD_BYTES: tl.constexpr,
+    ASSEMBLER: tl.constexpr,
+):  # fmt: skip
+    """Move BITS bits of byte J of words, from bit BIT on, to bit TO, and return them as float16.
+
+    Compiled from Triton's own operations it would be twice as many instructions: here two words are one register, the
+    same for all that is extracted from them.
+    """
+    if not ASSEMBLER:
+        return ((x.to(tl.int32) >> (8 * J + BIT) & (1 << BITS) - 1) << TO).to(tl.int16).to(tl.float16, bitcast=True)
+    MASK: tl.constexpr = ((1 << BITS) - 1) * 0x10001 << TO
+    DOWN: tl.constexpr = (8 * J if WORD_BYTES == 2 else 8 * (J % 2)) + BIT - TO
+    SHIFT: tl.constexpr = f"shr.u32 t, t, {DOWN};" if DOWN >= 0 else f"shl.b32 t, t, {-DOWN};"
+    if WORD_BYTES == 2:
         return tl.inline_asm_elementwise(
-            f"{{ .reg .b32 t; mov.b32 t, $1; {CUT} and.b32 $0, t, {MASK}; }}",
+            f"{{ .reg .b32 t; mov.b32 t, $1; {SHIFT} and.b32 $0, t, {MASK}; }}",
             "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
         )  # fmt: skip
-    # Bytes alone first get a register each.
-    if UNIT == 1:
+    # Single bytes are widened to a register each first.
+    if WORD_BYTES == 1:
         x = x.to(tl.int32)
     HALVES: tl.constexpr = 0x5410 + 0x2222 * (J // 2)
     return tl.inline_asm_elementwise(
-        f"{{ .reg .b32 t; prmt.b32 t, $1, $2, {HALVES}; {CUT} and.b32 $0, t, {MASK}; }}",
+        f"{{ .reg .b32 t; prmt.b32 t, $1, $2, {HALVES}; {SHIFT} and.b32 $0, t, {MASK}; }}",
         "=r,r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
     )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def one(TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What 1 in `numbers` is worth."""
+def unit_of(TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the factor by which numbers of `numbers_of` are too small."""
     if TYPE == "table":
         return 1.0
     return 256.0 if TYPE == "float" else 16777216.0
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def ranges(scale, offset, at, here, ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scales and offsets, float32; of symmetric ranges, the offset that a code in the middle answers for."""
-    s = tl.load(scale + at, here, 1.0).to(tl.float32)
-    if offset is None:
-        o = s * (-ZERO)
+def load_ranges(scales, offsets, at, mask, ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load scales and offsets, float32; offsets are None for symmetric ranges, whose code of zero is ZERO."""
+    scale = tl.load(scales + at, mask, 1.0).to(tl.float32)
+    if offsets is None:
+        offset = scale * (-ZERO)
     else:
-        o = tl.load(offset + at, here, 0.0).to(tl.float32)
-    return s, o
+        offset = tl.load(offsets + at, mask, 0.0).to(tl.float32)
+    return scale, offset

@@ -1,66 +1,80 @@
-"""Where the tokens in a cache are: their positions, and how many padding tokens lead each row.
+"""Positions of the tokens in a cache, and how much padding precedes the tokens of each row.
 
-A cache is given keys with their rotary embedding on, and nothing of positions. A hook on the model (`kv.open`)
-tells of them at the beginning of each forward pass.
+A cache gets keys with their rotary embedding on, and no positions. A hook on the model (`kv.attach`) calls
+`TokenPositions.begin_pass` at the beginning of each forward pass.
+
+Axes: B rows of the batch, H key-value heads, T tokens, C channels. A *column* is a place along T, padding included.
 """
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
+
+from laconic.kv.rotary import RotaryEmbedding, apply_rotary, remove_rotary
+
+RotaryAngles = tuple[Tensor, Tensor]
+"""Cosines and sines by which packed keys are rotated, the first half of the channels against the second: (B or 1, T,
+C / 2), float16."""
 
 
-class Places:
-    """rotary: the model's rotary embedding, `rotary(x, position_ids) -> cos, sin`. layer_types: of each layer, where
-    the model has a rotary embedding for each.
+class TokenPositions:
+    """Positions of all tokens of a cache.
 
-    padding: how many slots lead each row that are none of its tokens, (rows,); None where none do. only_padding:
-    whether the pass that has begun hides these and nothing else."""
+    Attributes:
+        rotary: Rotary embedding of the model; None where keys are stored with it.
+        positions: Positions of the tokens, (B or 1, T) int32; None before the first pass, or without `rotary`.
+        padding: Number of padding columns before the first token of each row, (B,); None where no row has any.
+        only_padding: Whether the mask of the current pass hides padding and nothing else.
+    """
 
-    def __init__(self, rotary: nn.Module | None = None, layer_types: Sequence[str] | None = None) -> None:
-        self.rotary, self.layer_types = rotary, layer_types
+    def __init__(self, rotary: RotaryEmbedding | None = None) -> None:
+        self.rotary = rotary
         self.positions: Tensor | None = None
         self.padding: Tensor | None = None
         self.only_padding = False
-        self._known: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        # Layers of one type ask for the same angles in one pass.
+        self._angles: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept."""
+        """Bytes of the tensors held."""
         return sum(t.nbytes for t in (self.positions, self.padding) if t is not None)
 
-    def begin(self, seen: int, tokens: int, positions: Tensor | None, mask: Tensor | None) -> None:
-        """A forward pass of so many tokens begins, after those seen. positions: (rows or 1, tokens). mask: (rows, seen
-        + tokens), zero for padding."""
-        # A new text forgets the padding of the one before, whose own is told right below.
-        self.cut(seen)
-        self._known.clear()
-        # While only padding was seen, more of it may follow.
-        plain = mask is None or mask.dim() == 2
-        if mask is not None and plain and not mask.all():
-            hidden = (mask == 0).long()
-            self.padding = hidden.cumprod(-1).sum(-1)
-            self.only_padding = bool((hidden.sum(-1) == self.padding).all())
+    def begin_pass(self, cached: int, new: int, positions: Tensor | None, mask: Tensor | None) -> None:
+        """Note the positions and the padding of a forward pass that begins.
+
+        Args:
+            cached: Tokens in the cache so far.
+            new: New tokens of the pass.
+            positions: Positions of the new tokens, (B or 1, new); counted on from `cached` if None.
+            mask: Attention mask, zero for padding: (B, cached + new); of four dimensions where a model makes its own.
+        """
+        # A new text forgets the padding of the one before; its own is read from the mask below.
+        self.crop(cached)
+        self._angles.clear()
+        # While all tokens so far are padding, more padding may follow.
+        two_dimensional = mask is None or mask.dim() == 2
+        if mask is not None and two_dimensional and not mask.all():
+            hidden_BT = (mask == 0).long()
+            self.padding = hidden_BT.cumprod(-1).sum(-1)
+            self.only_padding = bool((hidden_BT.sum(-1) == self.padding).all())
         else:
-            self.only_padding = plain and self.padding is None
+            self.only_padding = two_dimensional and self.padding is None
         if self.rotary is None:
             return
         if positions is None:
-            positions = torch.arange(seen, seen + tokens)[None]
-        new = positions.to(torch.int32)
+            positions = torch.arange(cached, cached + new)[None]
+        new_BT = positions.to(torch.int32)
         if self.positions is None:
-            self.positions = new
+            self.positions = new_BT
         else:
-            rows = max(len(self.positions), len(new))
-            self.positions = torch.cat([p.to(new.device).expand(rows, -1) for p in (self.positions, new)], 1)
+            rows = max(len(self.positions), len(new_BT))
+            self.positions = torch.cat([p.to(new_BT.device).expand(rows, -1) for p in (self.positions, new_BT)], 1)
 
-    def cut(self, tokens: int) -> None:
+    def crop(self, tokens: int) -> None:
         """Forget all but the first tokens."""
         if tokens == 0:
             self.positions = self.padding = None
@@ -68,111 +82,62 @@ class Places:
             self.positions = self.positions[:, :tokens]
 
     def select(self, rows: Tensor) -> None:
-        """Take these rows."""
+        """Keep these rows, in this order."""
         if self.positions is not None and len(self.positions) > 1:
             self.positions = self.positions[rows.to(self.positions.device)]
         if self.padding is not None:
             self.padding = self.padding[rows.to(self.padding.device)]
-        self._known.clear()
+        self._angles.clear()
 
     def repeat(self, times: int) -> None:
-        """Every row so many times."""
+        """Repeat every row."""
         if self.positions is not None and len(self.positions) > 1:
             self.positions = self.positions.repeat_interleave(times, 0)
         if self.padding is not None:
             self.padding = self.padding.repeat_interleave(times, 0)
-        self._known.clear()
+        self._angles.clear()
 
-    def starts(self, rows: int, device: torch.device) -> Tensor:
-        """The slot of every row's first token, (rows,)."""
+    def first_columns(self, rows: int, device: torch.device) -> Tensor:
+        """Return the column of every row's first token, (B,) int64."""
         return torch.zeros(rows, dtype=torch.long, device=device) if self.padding is None else self.padding.to(device)
 
-    def rotate(self, keys: Tensor, start: int, layer: int) -> Tensor:
-        """Put the rotary embedding on keys (rows, heads, tokens, channels) of the slots from `start` on."""
-        return turn(keys, *self._angles(keys, start, layer))
+    def apply_rotary(self, keys_BHTC: Tensor, start: int, layer: int) -> Tensor:
+        """Put the rotary embedding on keys of the columns from `start` on."""
+        return apply_rotary(keys_BHTC, *self._cos_sin(start, keys_BHTC.shape[2], keys_BHTC.device, layer))
 
-    def unrotate(self, keys: Tensor, start: int, layer: int) -> Tensor:
-        """The inverse of `rotate`, whatever factor the embedding scales by."""
-        return turn_back(keys, *self._angles(keys, start, layer))
+    def remove_rotary(self, keys_BHTC: Tensor, start: int, layer: int) -> Tensor:
+        """Invert `apply_rotary`, whatever factor the embedding scales by."""
+        return remove_rotary(keys_BHTC, *self._cos_sin(start, keys_BHTC.shape[2], keys_BHTC.device, layer))
 
-    def angles(self, start: int, tokens: int, device: torch.device, layer: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of so many slots from `start` on, of the first half of the channels that turn, whose
-        second half has the same: (rows or 1, tokens, channels / 2), float16."""
-        name = ("half", self.layer_types[layer] if self.layer_types else None, start, tokens)
-        if name not in self._known:
-            cos, sin = self._angles(torch.empty(1, 1, tokens, 0, device=device), start, layer)
+    def angles(self, start: int, tokens: int, device: torch.device, layer: int) -> RotaryAngles:
+        """Return cosines and sines of the columns from `start` on, of the first half of the channels that rotate.
+
+        The second half has the same angles.
+        """
+        key = ("half", self._layer_type(layer), start, tokens)
+        if key not in self._angles:
+            cos, sin = self._cos_sin(start, tokens, device, layer)
             n = cos.shape[-1] // 2
-            self._known[name] = (cos[:, 0, :, :n].half().contiguous(), sin[:, 0, :, :n].half().contiguous())
-        return self._known[name]
+            self._angles[key] = (cos[:, 0, :, :n].half().contiguous(), sin[:, 0, :, :n].half().contiguous())
+        return self._angles[key]
 
-    def _angles(self, keys: Tensor, start: int, layer: int) -> tuple[Tensor, Tensor]:
+    def _layer_type(self, layer: int) -> str | None:
+        assert self.rotary is not None
+        return self.rotary.layer_types[layer] if self.rotary.layer_types else None
+
+    def _cos_sin(self, start: int, tokens: int, device: torch.device, layer: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, (B or 1, 1, tokens, channels that rotate), float32."""
         assert self.rotary is not None
         if self.positions is None:
             raise ValueError(
-                "this cache was not told where tokens are, so it was made for another model; make one for each, by "
-                "laconic.kv_cache"
+                "the model does not give this cache the positions of its tokens, so it was made for another model; "
+                "make one for each, by laconic.kv_cache"
             )
-        stop = start + keys.shape[2]
-        kind = self.layer_types[layer] if self.layer_types else None
-        if (kind, start, stop) not in self._known:
-            positions = self.positions[:, start:stop].long().to(keys.device)
-            more = {} if kind is None else {"layer_type": kind}
-            cos, sin = self.rotary(torch.empty(0, dtype=torch.float32, device=keys.device), positions, **more)
-            self._known[kind, start, stop] = (cos.float()[:, None], sin.float()[:, None])
-        return self._known[kind, start, stop]
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first channels, as many as there are angles, the first half of them against the second."""
-    n = cos.shape[-1]
-    turned, rest = x[..., :n], x[..., n:]
-    return torch.cat([turned * cos + _half_turn(turned) * sin, rest], -1)
-
-
-def turn_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The inverse of `turn`, whatever factor the angles scale by."""
-    n = cos.shape[-1]
-    turned, rest = x[..., :n], x[..., n:]
-    turned = (turned * cos - _half_turn(turned) * sin) / (cos.square() + sin.square())
-    return torch.cat([turned, rest], -1)
-
-
-def places_of(model: PreTrainedModel, *, rotary: bool) -> Places:
-    """Places for a cache of a model. rotary: whether keys are to be freed of their rotary embedding.
-
-    Raises: ValueError when that was asked for of a model that has none, or one of another kind.
-    """
-    if not rotary:
-        return Places()
-    decoder = model.get_decoder()
-    embedding = getattr(decoder, "rotary_emb", None)
-    if not isinstance(embedding, nn.Module) or not _turns_by_halves(decoder):
-        raise ValueError(
-            f"keys are to be stored before their rotary embedding, and that of '{model.config.model_type}' is not "
-            "known; set before_rope: false"
-        )
-    kinds = getattr(embedding, "rope_type", "default")
-    if {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
-        raise ValueError("this model's rotary embedding changes with the length of the text; set before_rope: false")
-    by_layer = "layer_type" in inspect.signature(type(embedding).forward).parameters
-    return Places(embedding, model.config.get_text_config().layer_types if by_layer else None)
-
-
-def _turns_by_halves(decoder: nn.Module) -> bool:
-    """Whether the model's own function turns the first half of channels against the second, as `Places.rotate` does."""
-    own = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
-    if own is None:
-        return False
-    x = torch.randn(1, 1, 3, 8, generator=torch.Generator().manual_seed(0))
-    angles = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(1)).repeat(1, 1, 2)
-    cos, sin = angles.cos(), angles.sin()
-    try:
-        found = own(x, x, cos, sin)[1]
-    except Exception:
-        return False
-    return torch.allclose(found, x * cos[:, None] + _half_turn(x) * sin[:, None], atol=1e-5)
-
-
-def _half_turn(x: Tensor) -> Tensor:
-    a, b = x.chunk(2, -1)
-    return torch.cat([-b, a], -1)
+        stop = start + tokens
+        layer_type = self._layer_type(layer)
+        if (layer_type, start, stop) not in self._angles:
+            positions = self.positions[:, start:stop].long().to(device)
+            options = {} if layer_type is None else {"layer_type": layer_type}
+            cos, sin = self.rotary.module(torch.empty(0, dtype=torch.float32, device=device), positions, **options)
+            self._angles[layer_type, start, stop] = (cos.float()[:, None], sin.float()[:, None])
+        return self._angles[layer_type, start, stop]

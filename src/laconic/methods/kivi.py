@@ -1,7 +1,7 @@
 """KIVI (Liu et al., arXiv 2402.02750): keys per channel, values per token, recent tokens in 16 bit; no calibration.
 
-Keys have channels that are loud in every token, so a channel's range is that of a group of neighbouring tokens; values
-have none, so a token's range is that of a group of its channels.
+Keys have outlier channels, large in every token, so the numbers of one channel share a range, over a group of
+neighbouring tokens. Values have none, so the numbers of one token share a range, over a group of channels.
 """
 
 from __future__ import annotations
@@ -11,14 +11,21 @@ from typing import Literal
 from pydantic import Field
 
 from laconic.kv.format import KvFormat
-from laconic.kv.open import KvShape
+from laconic.kv.shape import KvShape
 from laconic.stages.cache import CacheStage
 
 
 class Kivi(CacheStage):
-    """k_bits, v_bits: of a code. group_size: tokens of a channel that share a range, and channels of a token.
-    key_ranges: `group`, from each group of tokens; `static`, one a channel from calibration, so that a token is stored
-    as it comes (what vLLM serves). outlier_ratio: of a token's channels, kept in 16 bit beside the codes."""
+    """Options of `kivi`.
+
+    Attributes:
+        k_bits: Bits of a key's code.
+        v_bits: Bits of a value's code.
+        group_size: Tokens of a key's channel that share a range, and channels of a value that share one.
+        key_ranges: `group`, a range for each group of tokens; `static`, one range per channel from calibration, so that
+            each token is encoded at once (which vLLM serves in small pages).
+        outlier_ratio: Share of a token's channels that are kept in 16 bit beside the codes.
+    """
 
     method: Literal["kivi"] = "kivi"
     k_bits: int = Field(2, ge=1, le=8)

@@ -1,6 +1,6 @@
 """FP8 E4M3 cache: one calibrated scale per layer for keys and one for values; engines have kernels for it.
 
-Written as compressed-tensors' `kv_cache_scheme` too, which vLLM reads by itself.
+It is also written as compressed-tensors' `kv_cache_scheme`, which vLLM reads without our plugin.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from laconic.kv.format import KvFormat
-from laconic.kv.open import KvShape
+from laconic.kv.shape import KvShape
 from laconic.stages.cache import CacheStage
 
 
 class KvFp8(CacheStage):
-    """It has no options of its own."""
+    """Options of `kv_fp8`: those of every cache method."""
 
     method: Literal["kv_fp8"] = "kv_fp8"
 
@@ -24,8 +24,8 @@ class KvFp8(CacheStage):
     def engine_scheme(self) -> dict[str, Any] | None:
         return {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
-    def engine_scales(self, told: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"k_scale": told["keys.8.scale"].view(1), "v_scale": told["values.8.scale"].view(1)}
+    def engine_scales(self, calibration: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"k_scale": calibration["keys.8.scale"].view(1), "v_scale": calibration["values.8.scale"].view(1)}
 
     def formats(self, shape: KvShape) -> tuple[KvFormat, KvFormat]:
         fmt = KvFormat(8, "token", None, "float", symmetric=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from laconic.kv.format import KvFormat
-from laconic.kv.open import KvShape
+from laconic.kv.shape import KvShape
 from laconic.stages.cache import CacheStage
 
 
 class KvInt8(CacheStage):
-    """It has no options of its own."""
+    """Options of `kv_int8`: those of every cache method."""
 
     method: Literal["kv_int8"] = "kv_int8"
 

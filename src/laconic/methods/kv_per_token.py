@@ -7,12 +7,18 @@ from typing import Literal
 from pydantic import Field
 
 from laconic.kv.format import KvFormat
-from laconic.kv.open import KvShape
+from laconic.kv.shape import KvShape
 from laconic.stages.cache import CacheStage
 
 
 class KvPerToken(CacheStage):
-    """k_bits, v_bits: of a code. symmetric: ranges about zero."""
+    """Options of `kv_per_token`.
+
+    Attributes:
+        k_bits: Bits of a key's code.
+        v_bits: Bits of a value's code.
+        symmetric: Whether ranges are symmetric about zero.
+    """
 
     method: Literal["kv_per_token"] = "kv_per_token"
     k_bits: int = Field(8, ge=1, le=8)

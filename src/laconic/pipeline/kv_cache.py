@@ -8,9 +8,10 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
+from laconic.kv.attach import make_cache
 from laconic.kv.cache import KvCache
-from laconic.kv.open import kv_shape, make_cache
 from laconic.kv.scheme import KvScheme
+from laconic.kv.shape import kv_shape
 from laconic.methods import METHODS
 from laconic.stages.cache import CacheStage
 

@@ -28,7 +28,7 @@ from laconic.checkpoint.source import (
 from laconic.data.text import calibration_windows, read_documents
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import as_stored
-from laconic.kv.open import fingerprint
+from laconic.kv.attach import fingerprint
 from laconic.pipeline.engines import quantization_config
 from laconic.pipeline.provenance import account, identify, sha256
 from laconic.recipe import Calibration, Recipe
@@ -150,7 +150,7 @@ def _write_cache(prepared: Prepared, workspace: Workspace) -> dict[str, Any]:
     stage, shape = prepared.plan.cache
     if not prepared.plan.calibrates_cache:
         return stage.scheme(shape).to_dict()
-    scheme, fixed = stage.settle(shape, workspace.read_calibration(shape.layers))
+    scheme, fixed = stage.finish_calibration(shape, workspace.read_calibration(shape.layers))
     if fixed:
         workspace.write_cache(fixed)
     embeddings = prepared.model.get_input_embeddings()

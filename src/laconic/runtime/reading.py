@@ -12,8 +12,8 @@ from laconic.checkpoint.files import linear_quantization_config, open_checkpoint
 from laconic.checkpoint.layout import arrange, engine_names
 from laconic.checkpoint.source import build_skeleton, main_dtype, materialise, model_folder, read_config
 from laconic.checkpoint.trust import UNTRUSTED, Trust
+from laconic.kv.attach import use_by_default
 from laconic.kv.files import read_kv_scheme
-from laconic.kv.open import use_by_default
 from laconic.runtime.linear import QLinear, replace_linear
 from laconic.runtime.quant_config import is_ours, schemes_of
 from laconic.structure.anatomy import linears_of

@@ -1,7 +1,9 @@
-"""One token of one head as a run of bytes: codes of its key and value, their own ranges, and their outliers.
+"""A slot: one token of one head in a page, as bytes: codes of its key and value, their ranges and their outliers.
 
-A slot needs nothing but what calibration fixed to be read, so pages of slots can be shared, moved, dropped and taken up
-again in any order. Ranges that a run of `unit` tokens shares are packed beside their slots.
+A slot is decoded with nothing but itself and the static parameters of calibration, so pages of slots can be shared,
+moved, dropped and reused in any order. Ranges that a unit of tokens shares are packed beside the slots.
+
+Axes: B sequences, H key-value heads, T tokens, U units of tokens, X bytes.
 """
 
 from __future__ import annotations
@@ -17,11 +19,19 @@ from laconic.kv.scheme import HeadGroup, tokens_at_once
 
 
 @dataclass(frozen=True)
-class Field:
-    """A tensor of what is stored, in the bytes [start, stop) of a token or of a unit, which has `rows` of it. of: keys
-    or values."""
+class SlotField:
+    """Where a stored tensor lies in the bytes of a slot, or of what a unit shares.
 
-    of: str
+    Attributes:
+        side: `keys` or `values`.
+        name: Name of the tensor, as `encode_kv` returns it.
+        start: Its first byte.
+        stop: The byte after its last.
+        dtype: Its dtype.
+        rows: Its rows for a unit; 1 in a slot.
+    """
+
+    side: str
     name: str
     start: int
     stop: int
@@ -31,68 +41,92 @@ class Field:
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """Where everything is in a slot of `nbytes`, and in the `shared_nbytes` of every `unit` tokens."""
+    """Where everything lies in a slot, and in what a unit of tokens shares.
+
+    Attributes:
+        unit: Tokens of a unit.
+        fields: Fields of a slot.
+        nbytes: Bytes of a slot.
+        shared: Fields of what a unit shares.
+        shared_nbytes: Bytes of what a unit shares.
+    """
 
     unit: int
-    fields: tuple[Field, ...]
+    fields: tuple[SlotField, ...]
     nbytes: int
-    shared: tuple[Field, ...]
+    shared: tuple[SlotField, ...]
     shared_nbytes: int
 
     def pack(self, keys: Stored, values: Stored) -> tuple[Tensor, Tensor]:
-        """What `encode_kv` stored, (batch, heads, tokens, ...) each -> slots (batch, heads, tokens, nbytes) and what
-        they share (batch, heads, tokens / unit, shared_nbytes), uint8."""
-        stored = {"keys": keys, "values": values}
-        lead = stored[self.fields[0].of][self.fields[0].name].shape[:3]
-        device = next(iter(keys.values())).device
-        slots = torch.zeros(*lead, self.nbytes, dtype=torch.uint8, device=device)
-        shared = torch.zeros(*lead[:2], lead[2] // self.unit, self.shared_nbytes, dtype=torch.uint8, device=device)
-        for f in self.fields:
-            slots[..., f.start : f.stop] = stored[f.of][f.name].contiguous().view(torch.uint8)
-        for f in self.shared:
-            of_unit = stored[f.of][f.name].unflatten(2, (-1, f.rows)).flatten(3)
-            shared[..., f.start : f.stop] = of_unit.contiguous().view(torch.uint8)
-        return slots, shared
+        """Pack stored tensors into bytes.
 
-    def unpack(self, slots: Tensor, shared: Tensor) -> tuple[Stored, Stored]:
-        """The inverse of `pack`, where either may have more bytes at its end."""
+        Args:
+            keys: What `encode_kv` returned, (B, H, T, ...) each.
+            values: Likewise.
+
+        Returns:
+            Slots (B, H, T, `nbytes`) and what units share (B, H, U, `shared_nbytes`), uint8.
+        """
+        stored = {"keys": keys, "values": values}
+        lead = stored[self.fields[0].side][self.fields[0].name].shape[:3]
+        device = next(iter(keys.values())).device
+        slots_BHTX = torch.zeros(*lead, self.nbytes, dtype=torch.uint8, device=device)
+        shared_BHUX = torch.zeros(*lead[:2], lead[2] // self.unit, self.shared_nbytes, dtype=torch.uint8, device=device)
+        for f in self.fields:
+            slots_BHTX[..., f.start : f.stop] = stored[f.side][f.name].contiguous().view(torch.uint8)
+        for f in self.shared:
+            of_unit = stored[f.side][f.name].unflatten(2, (-1, f.rows)).flatten(3)
+            shared_BHUX[..., f.start : f.stop] = of_unit.contiguous().view(torch.uint8)
+        return slots_BHTX, shared_BHUX
+
+    def unpack(self, slots_BHTX: Tensor, shared_BHUX: Tensor) -> tuple[Stored, Stored]:
+        """Invert `pack`; either may have more bytes at its end."""
         stored: Mapping[str, Stored] = {"keys": {}, "values": {}}
         for f in self.fields:
-            stored[f.of][f.name] = slots[..., f.start : f.stop].contiguous().view(f.dtype)
+            stored[f.side][f.name] = slots_BHTX[..., f.start : f.stop].contiguous().view(f.dtype)
         for f in self.shared:
-            of_unit = shared[..., f.start : f.stop].contiguous().view(f.dtype)
-            stored[f.of][f.name] = of_unit.unflatten(3, (f.rows, -1)).flatten(2, 3)
+            of_unit = shared_BHUX[..., f.start : f.stop].contiguous().view(f.dtype)
+            stored[f.side][f.name] = of_unit.unflatten(3, (f.rows, -1)).flatten(2, 3)
         return stored["keys"], stored["values"]
 
 
 def slot_layout(group: HeadGroup, channels: int, dtype: torch.dtype, unit: int | None = None) -> SlotLayout:
-    """The slot of heads of so many channels. dtype: of what is stored in 16 bit. unit: of the layer, if it has heads
-    stored otherwise.
+    """Lay out the slots of a group of heads.
 
-    Raises: ValueError when heads of these channels cannot be stored so.
+    Args:
+        group: Formats of its keys and values.
+        channels: Channels of a head.
+        dtype: Dtype of what is stored in 16 bit.
+        unit: Tokens of a unit of the layer, where other groups of its heads need larger units.
+
+    Raises:
+        ValueError: Heads of so many channels cannot be stored in these formats.
     """
     unit = unit or tokens_at_once([group])
-    own: list[tuple[str, str, Tensor]] = []
-    shared: list[tuple[str, str, Tensor]] = []
-    for of, fmt in (("keys", group.keys), ("values", group.values)):
+    of_slot: list[tuple[str, str, Tensor]] = []
+    of_unit: list[tuple[str, str, Tensor]] = []
+    for side, fmt in (("keys", group.keys), ("values", group.values)):
         fmt.check(channels)
-        # One unit shows what is stored, under which names and dtypes.
-        stored = encode_kv(fmt, torch.zeros(1, 1, unit, channels), _any_ranges(fmt), dtype)
+        # Encode one unit, to see the names, shapes and dtypes of what is stored.
+        stored = encode_kv(fmt, torch.zeros(1, 1, unit, channels), _placeholder_static(fmt), dtype)
         for name, t in stored.items():
-            (own if t.shape[2] == unit else shared).append((of, name, t[0, 0]))
-    slot, nbytes = _fields([(of, name, t[0]) for of, name, t in own])
-    beside, shared_nbytes = _fields(shared)
-    return SlotLayout(unit, slot, nbytes, beside, shared_nbytes)
+            (of_slot if t.shape[2] == unit else of_unit).append((side, name, t[0, 0]))
+    fields, nbytes = _fields([(side, name, t[0]) for side, name, t in of_slot])
+    shared, shared_nbytes = _fields(of_unit)
+    return SlotLayout(unit, fields, nbytes, shared, shared_nbytes)
 
 
-def _any_ranges(fmt: KvFormat) -> dict[str, Tensor]:
+def _placeholder_static(fmt: KvFormat) -> dict[str, Tensor]:
     return {"scale": torch.ones(1, 1), "levels": torch.linspace(-1, 1, 2 ** min(fmt.num_bits, 8))}
 
 
-def _fields(tensors: list[tuple[str, str, Tensor]]) -> tuple[tuple[Field, ...], int]:
-    """One after another, the widest numbers first, so that each begins at a multiple of its size; and their bytes."""
+def _fields(tensors: list[tuple[str, str, Tensor]]) -> tuple[tuple[SlotField, ...], int]:
+    """Lay tensors out one after another, and return their bytes too.
+
+    The widest numbers come first, so that each field begins at a multiple of its item size.
+    """
     fields, start, widest = [], 0, 1
-    for of, name, t in sorted(tensors, key=lambda w: -w[2].element_size()):
-        fields.append(Field(of, name, start, start + t.nbytes, t.dtype, 1 if t.dim() == 1 else t.shape[0]))
+    for side, name, t in sorted(tensors, key=lambda entry: -entry[2].element_size()):
+        fields.append(SlotField(side, name, start, start + t.nbytes, t.dtype, 1 if t.dim() == 1 else t.shape[0]))
         start, widest = start + t.nbytes, max(widest, t.element_size())
     return tuple(fields), -(-start // widest) * widest

@@ -1,9 +1,9 @@
-"""Teaches vLLM to serve native artifacts (`quant_method: laconic`), packed key-value caches (`serving.vllm_kv`) and
-models whose blocks differ in width (`serving.vllm_widths`).
+"""The vLLM plugin: native artifacts, packed key-value caches, and models whose blocks differ in width.
 
-vLLM finds `register` through the entry point `vllm.general_plugins`, wherever laconic is installed beside it. Int8 by
-int8 runs as integer products, with outlier columns in a product of their own; every other native scheme is decoded
-once, and its arithmetic simulated in floating point.
+vLLM finds `register` through the entry point `vllm.general_plugins`, wherever laconic is installed beside it. Native
+artifacts are those of `quant_method: laconic`: int8 by int8 runs as integer products, with outlier columns in a product
+of their own; every other native scheme is decoded once, and its arithmetic simulated in floating point. Caches are in
+`serving.vllm_kv`, widths in `serving.vllm_widths`.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from laconic.serving.vllm_widths import register_widths
 
 log = init_logger(__name__)
 
-# How vLLM names the linears that it fuses, beside plain numbers.
+# Names, beside plain numbers, by which vLLM's loaders call the linears of a fused one.
 _SHARDS = {"q": 0, "k": 1, "v": 2}
 
 
 def register() -> None:
-    """Make `quant_method: laconic`, packed caches and widths by block known to vLLM. May be called again."""
-    register_quantization_config(NATIVE)(LaconicConfig)
+    """Register `quant_method: laconic`, packed caches and widths by block with vLLM; may be called again."""
+    register_quantization_config(NATIVE)(VllmLaconicConfig)
     register_kv()
     register_widths()
 
 
-class LaconicConfig(QuantizationConfig):
-    """The quantization_config of a native artifact."""
+class VllmLaconicConfig(QuantizationConfig):
+    """The quantization_config of a native artifact, as vLLM reads it."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.config = dict(config)
-        self._told = False
+        self._warned = False
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> LaconicConfig:
+    def from_config(cls, config: dict[str, Any]) -> VllmLaconicConfig:
         return cls(config)
 
     def get_name(self) -> str:
@@ -67,7 +67,15 @@ class LaconicConfig(QuantizationConfig):
         return []
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """For a linear, fused or not, and for the head; all else stays as it is."""
+        """Return the method of a linear, fused or not, or of the head; None for other layers.
+
+        Args:
+            layer: Layer that vLLM builds.
+            prefix: Its name in the model.
+
+        Raises:
+            ValueError: vLLM fuses linears that have different schemes.
+        """
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
         parent, _, leaf = prefix.rpartition(".")
@@ -77,16 +85,19 @@ class LaconicConfig(QuantizationConfig):
         if not schemes:
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if len(schemes) < len(names) or len(set(schemes.values())) > 1:
-            raise ValueError(f"vLLM fuses {', '.join(names)}, which this artifact keeps in different schemes")
+            raise ValueError(
+                f"vLLM fuses {', '.join(names)}, which have different schemes in this artifact; give them one scheme "
+                "in the recipe"
+            )
         scheme = schemes[names[0]]
-        if not scheme.integer and not self._told:
-            log.warning("laconic: %s is decoded, and its arithmetic simulated; its speed is not real", scheme.title)
-            self._told = True
+        if not scheme.integer and not self._warned:
+            log.warning("laconic: %s is decoded and its arithmetic simulated; do not measure its speed", scheme.title)
+            self._warned = True
         return LaconicLinearMethod(scheme)
 
 
 class LaconicLinearMethod(LinearMethodBase):
-    """Runs one linear, or several that vLLM has fused: each keeps its tensors as stored until all are loaded."""
+    """Method of one linear, or of several fused ones: each keeps its tensors as stored until all are loaded."""
 
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
@@ -102,9 +113,9 @@ class LaconicLinearMethod(LinearMethodBase):
         **extra: Any,
     ) -> None:
         if input_size_per_partition != input_size or sum(output_partition_sizes) != output_size:
-            raise ValueError("native artifacts run on one device yet; serve with --tensor-parallel-size 1")
+            raise ValueError("native artifacts run on one device only; serve with --tensor-parallel-size 1")
         if isinstance(layer, ParallelLMHead):
-            # vLLM pads the vocabulary; the file does not.
+            # vLLM pads the vocabulary, and the file has no padding.
             output_partition_sizes = [layer.org_vocab_size]
         layer.laconic_parts = [{} for _ in output_partition_sizes]
         layer.laconic_shapes = [(rows, input_size) for rows in output_partition_sizes]
@@ -117,7 +128,7 @@ class LaconicLinearMethod(LinearMethodBase):
         dtypes |= {f"input_{name}": p.dtype for name, p in calibrated.items()}
         layer.laconic_names = tuple(dtypes)
         for name, dtype in dtypes.items():
-            # Only a name to load by, and the device: the parts of a fused linear differ in shape.
+            # An empty parameter with only a name, a device and a loader: parts of a fused linear differ in shape.
             handle: Any = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             handle.weight_loader = _loader(layer.laconic_parts, name)
             layer.register_parameter(name, handle)
@@ -128,23 +139,26 @@ class LaconicLinearMethod(LinearMethodBase):
         for name in layer.laconic_names:
             delattr(layer, name)
         if len(shapes) > 1 and not parts[1]:
-            # Linears that are one in the file too came whole.
+            # Linears that the checkpoint fuses too are loaded as one.
             parts, shapes = parts[:1], [(sum(rows for rows, _ in shapes), shapes[0][1])]
         parts = [{n: t.to(device) for n, t in part.items()} for part in parts]
-        kept = [from_stored(part, scheme, shape) for part, shape in zip(parts, shapes, strict=True)]
-        columns = [q.outliers for q in kept if q.outliers is not None]
+        quantized = [from_stored(part, scheme, shape) for part, shape in zip(parts, shapes, strict=True)]
+        columns = [q.outliers for q in quantized if q.outliers is not None]
         if any(not torch.equal(c.indices, columns[0].indices) for c in columns):
-            raise ValueError("linears that vLLM fuses have different outlier columns in this artifact")
-        ready = {f"input_{name}": parts[0][f"input_{name}"] for name in layer.laconic_calibrated}
-        ready["outlier_indices"] = columns[0].indices if columns else None
+            raise ValueError(
+                "linears that vLLM fuses have different outlier columns in this artifact; compress it again with one "
+                "scheme for them"
+            )
+        buffers = {f"input_{name}": parts[0][f"input_{name}"] for name in layer.laconic_calibrated}
+        buffers["outlier_indices"] = columns[0].indices if columns else None
         if scheme.integer:
-            scales = [q.params["scale"].reshape(-1, 1).expand(len(q.codes), 1) for q in kept]
-            ready |= {"laconic_weight": torch.cat([q.codes for q in kept]), "weight_scale": torch.cat(scales)}
-            ready["outlier_weight"] = torch.cat([c.weight for c in columns]) if columns else None
+            scales = [q.params["scale"].reshape(-1, 1).expand(len(q.codes), 1) for q in quantized]
+            buffers |= {"laconic_weight": torch.cat([q.codes for q in quantized]), "weight_scale": torch.cat(scales)}
+            buffers["outlier_weight"] = torch.cat([c.weight for c in columns]) if columns else None
         else:
             decoded = torch.float32 if scheme.input_activations else dtype
-            ready["laconic_weight"] = torch.cat([q.decode(decoded) for q in kept])
-        for name, tensor in ready.items():
+            buffers["laconic_weight"] = torch.cat([q.decode(decoded) for q in quantized])
+        for name, tensor in buffers.items():
             layer.register_buffer(name, tensor, persistent=False)
         del layer.laconic_parts, layer.laconic_shapes, layer.laconic_names, layer.laconic_dtype
 
@@ -158,7 +172,10 @@ class LaconicLinearMethod(LinearMethodBase):
 
 
 def _loader(parts: Sequence[dict[str, Tensor]], name: str) -> Callable[..., None]:
-    """Keeps a tensor of the file under its part of a fused linear; vLLM numbers the parts, or calls them q, k and v."""
+    """Return a loader that keeps a tensor of the file with its part of a fused linear.
+
+    vLLM numbers the parts, or calls them q, k and v.
+    """
 
     def load(_: nn.Parameter, tensor: Tensor, shard: str | int | None = None) -> None:
         parts[_SHARDS[shard] if isinstance(shard, str) else shard or 0][name] = tensor

@@ -1,6 +1,6 @@
-"""Teaches vLLM models whose blocks differ in width (`structure.widths`).
+"""Models whose blocks differ in width (`structure.widths`), in vLLM.
 
-While vLLM's own model builds a block, its config says that block's widths; vLLM gives every attention layer a cache of
+While vLLM's own model builds a block, the config holds that block's widths; vLLM gives every attention layer a cache of
 its own shape. Nothing else is changed.
 """
 
@@ -19,7 +19,7 @@ from vllm.model_executor.models.utils import make_layers
 
 from laconic.structure.config_keys import BASE, WIDTHS
 
-# Those that were tried; more may work.
+# Models that are tested; more may work.
 _SERVED = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -33,7 +33,7 @@ _PREFIX = "Laconic"
 
 
 def register_widths() -> None:
-    """Make vLLM's models with widths by block known to it, by name: each is imported when it is asked for."""
+    """Register vLLM's models with widths by block, by name: vLLM imports each when it is needed."""
     for name in _SERVED:
         if name in _TEXT_GENERATION_MODELS:
             ModelRegistry.register_model(f"{_PREFIX}{name}", f"{__name__}:{_PREFIX}{name}")
@@ -46,21 +46,21 @@ def _model_class(name: str) -> type[Any]:
     stock = getattr(imported, stock_name)
 
     def __init__(self: Any, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
-        with _own_widths(vllm_config.model_config.hf_config):
+        with _block_widths(vllm_config.model_config.hf_config):
             stock.__init__(self, vllm_config=vllm_config, prefix=prefix, **kwargs)
 
     return type(f"{_PREFIX}{name}", (stock,), {"__init__": __init__, "__module__": __name__})
 
 
 @contextmanager
-def _own_widths(config: Any) -> Iterator[None]:
-    """While this lasts, `make_layers` builds each layer with its own widths in the config."""
+def _block_widths(config: Any) -> Iterator[None]:
+    """Make `make_layers` build each layer with its own widths in the config, while the context lasts."""
 
     def make(count: int, build: Callable[..., Any], prefix: str) -> Any:
-        def build_own(prefix: str) -> Any:
-            own = config.__dict__[WIDTHS][int(prefix.rpartition(".")[2])]
-            before = {key: getattr(config, key, None) for key in own}
-            for key, value in own.items():
+        def build_block(prefix: str) -> Any:
+            widths = config.__dict__[WIDTHS][int(prefix.rpartition(".")[2])]
+            before = {key: getattr(config, key, None) for key in widths}
+            for key, value in widths.items():
                 setattr(config, key, value)
             try:
                 layer = build(prefix=prefix)
@@ -70,7 +70,7 @@ def _own_widths(config: Any) -> Iterator[None]:
             _check_heads(layer, config)
             return layer
 
-        return make_layers(count, build_own, prefix)
+        return make_layers(count, build_block, prefix)
 
     models = [m for n, m in sys.modules.items() if n.startswith("vllm.model_executor.models.")]
     using = [
@@ -86,11 +86,15 @@ def _own_widths(config: Any) -> Iterator[None]:
 
 
 def _check_heads(layer: Any, config: Any) -> None:
-    """Raises: ValueError when vLLM takes a head for wider than it is, since a block has fewer of them."""
-    wide = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if any(m.head_size != wide for m in layer.modules() if isinstance(m, Attention)):
+    """Check that vLLM has the width of a head right, which it may compute from a block's number of heads.
+
+    Raises:
+        ValueError: It has not.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if any(m.head_size != head_dim for m in layer.modules() if isinstance(m, Attention)):
         raise ValueError(
-            f"vLLM tells how wide a head of '{getattr(config, BASE)}' is by how many there are, which differs here; "
+            f"vLLM computes the width of a head of '{getattr(config, BASE)}' from the number of heads, which differs; "
             "prune with groups: [mlp], or open it with transformers"
         )
 

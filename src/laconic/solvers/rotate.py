@@ -1,4 +1,7 @@
-"""Rotations of a head's channels before they are rounded: Hadamard's, and one made for what attention does."""
+"""Rotations of a head's channels before they are rounded: Hadamard's, and one fitted to the errors of attention.
+
+Axes: H heads, C channels.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,30 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-Turns = tuple[Tensor, Tensor]
-"""Rotations of a layer's keys and of its values, (heads or 1, channels, channels): x R is what is stored."""
+Rotations = tuple[Tensor, Tensor]
+"""Rotations R of a layer's keys and of its values, (H or 1, C, C): x R is what is stored."""
 
-# Sweeps over all pairs of channels: later ones change nothing that one could measure.
+# Jacobi sweeps over all pairs of channels; more make no measurable difference.
 _SWEEPS = 12
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """x H / sqrt(n) along the last dimension (Sylvester's order), in n log n operations and new memory. H is its own
-    inverse. x: (..., n), n a power of two."""
+    """Compute x H / sqrt(n) along the last dimension (Sylvester's order), in n log n operations.
+
+    The transform is its own inverse.
+
+    Args:
+        x: (..., n), n a power of two.
+
+    Returns:
+        A new tensor of the shape of x.
+
+    Raises:
+        ValueError: n is no power of two.
+    """
     n = x.shape[-1]
     if n & (n - 1):
-        raise ValueError(f"a Hadamard transform wants a power of two numbers, not {n}")
+        raise ValueError(f"a Hadamard transform needs a power of two numbers, not {n}")
     shape, half = x.shape, 1
     while half < n:
         pairs = x.reshape(*shape[:-1], n // (2 * half), 2, half)
@@ -30,57 +44,72 @@ def hadamard(x: Tensor) -> Tensor:
     return x.reshape(shape) / math.sqrt(n)
 
 
-def turns(kind: str | None, fixed: Mapping[str, Tensor], channels: tuple[int, int]) -> Turns | None:
-    """A layer's rotations. kind: a scheme's `rotation`. fixed: `keys` and `values`, from calibration, where it is
-    `attention`. channels: of keys and of values."""
+def layer_rotations(kind: str | None, calibrated: Mapping[str, Tensor], channels: tuple[int, int]) -> Rotations | None:
+    """Return the rotations of one layer.
+
+    Args:
+        kind: `rotation` of the cache's scheme.
+        calibrated: Rotations from calibration, `keys` and `values`, where kind is `attention`.
+        channels: Channels of a key and of a value.
+    """
     if kind is None:
         return None
     if kind == "hadamard":
         return hadamard(torch.eye(channels[0]))[None], hadamard(torch.eye(channels[1]))[None]
-    return fixed["keys"], fixed["values"]
+    return calibrated["keys"], calibrated["values"]
 
 
-def turned(x: Tensor, turn: Tensor) -> Tensor:
-    """x R. x: (batch, heads, [queries a head,] tokens, channels)."""
-    made: Tensor = x @ (turn if x.dim() == 4 else turn[:, None])
-    return made
+def rotate(x: Tensor, rotation_HCC: Tensor) -> Tensor:
+    """Compute x R for each head.
 
-
-def balanced(cost: Tensor, spread: Tensor, start: Tensor) -> Tensor:
-    """A rotation R of channels with a small sum over them of (R' cost R)_cc (R' spread R)_cc: what an error in a
-    channel costs, times the square of how far numbers there are apart, hence how large an error is.
-
-    Jacobi's sweeps: two channels are turned against each other by the angle that is best for them. With a = (R' cost
-    R)_ii, _jj, _ij and b likewise, what the two add is a constant and r_a r_b cos(4 t - f_a - f_b), where r and f are
-    length and angle of ((a_ii - a_jj) / 2, a_ij); it is least at 4 t = f_a + f_b + pi.
-
-    cost, spread: (heads, n, n), symmetric, of no negative eigenvalue. start: (heads, n, n), where it begins.
-    Returns: (heads, n, n), orthogonal, in start's dtype.
+    Args:
+        x: (batch, heads, [queries of a head,] tokens, channels).
+        rotation_HCC: R, of each head or the same for all.
     """
-    R = start.double()
-    A, B = (R.mT @ m.double() @ R for m in (cost, spread))
+    rotated: Tensor = x @ (rotation_HCC if x.dim() == 4 else rotation_HCC[:, None])
+    return rotated
+
+
+def balancing_rotation(cost_HCC: Tensor, spread_HCC: Tensor, start_HCC: Tensor) -> Tensor:
+    """Find a rotation R with a small sum over channels c of (R' cost R)_cc (R' spread R)_cc, by Jacobi sweeps.
+
+    The first factor is the cost of an error in a channel, the second the square of the channel's spread and hence of
+    the size of its error. Two channels i, j at a time are rotated against each other by their best angle: with
+    a = (R' cost R)_ii, _jj, _ij and b likewise of spread, what the two add is a constant and
+    r_a r_b cos(4 t - f_a - f_b), where r and f are length and angle of ((a_ii - a_jj) / 2, a_ij); it is least at
+    4 t = f_a + f_b + pi.
+
+    Args:
+        cost_HCC: Symmetric, positive semidefinite.
+        spread_HCC: Symmetric, positive semidefinite.
+        start_HCC: Orthogonal; where the sweeps begin.
+
+    Returns:
+        (H, C, C), orthogonal, in the dtype of `start_HCC`.
+    """
+    R = start_HCC.double()
+    A, B = (R.mT @ m.double() @ R for m in (cost_HCC, spread_HCC))
     n = A.shape[-1]
     for _ in range(_SWEEPS):
-        for i, j in _rounds(n, A.device):
+        for i, j in _tournament(n, A.device):
             fa, fb = (torch.atan2(m[:, i, j], (m[:, i, i] - m[:, j, j]) / 2) for m in (A, B))
             angle = (fa + fb + math.pi) / 4
             c, s = angle.cos()[:, None], angle.sin()[:, None]
-            R = _turned(R, i, j, c, s)
-            A, B = (_turned(_turned(m, i, j, c, s).mT, i, j, c, s) for m in (A, B))
-    return R.to(start.dtype)
+            R = _rotate_pairs(R, i, j, c, s)
+            A, B = (_rotate_pairs(_rotate_pairs(m, i, j, c, s).mT, i, j, c, s) for m in (A, B))
+    return R.to(start_HCC.dtype)
 
 
-def _turned(m: Tensor, i: Tensor, j: Tensor, c: Tensor, s: Tensor) -> Tensor:
-    """Columns i and j of m (heads, n, n), pair by pair, turned by angles of these cosines and sines (heads, 1,
-    pairs)."""
-    a, b = m[:, :, i], m[:, :, j]
-    out = m.clone()
-    out[:, :, i], out[:, :, j] = a * c + b * s, b * c - a * s
-    return out
+def _rotate_pairs(m_HCC: Tensor, i: Tensor, j: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """Rotate columns i against columns j, pair by pair, by angles with cosines c and sines s (H, 1, pairs)."""
+    a, b = m_HCC[:, :, i], m_HCC[:, :, j]
+    rotated = m_HCC.clone()
+    rotated[:, :, i], rotated[:, :, j] = a * c + b * s, b * c - a * s
+    return rotated
 
 
-def _rounds(n: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Every pair of n channels once, in rounds of pairs that share none (a tournament's). n: even."""
+def _tournament(n: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Return every pair of n channels once, n even, in rounds of pairs that share no channel."""
     order = list(range(n))
     rounds = []
     for _ in range(n - 1):

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from laconic.formats.fp4 import Fp4
 from laconic.formats.schemes import Scheme
 from laconic.formats.tiling import groups_for
-from laconic.kv.open import KvShape, kv_shape
-from laconic.kv.positions import places_of
+from laconic.kv.rotary import rotary_of
+from laconic.kv.shape import KvShape, kv_shape
 from laconic.solvers.masks import StackedLinear
 from laconic.stages.cache import CacheStage
 from laconic.stages.pruning import Masking, PruningStage
@@ -237,7 +237,7 @@ def _cache_apart(
         shape = kv_shape(model.config)
         caches[0].scheme(shape)
         if caches[0].pre_rope:
-            places_of(model, rotary=True)
+            rotary_of(model)
     except ValueError as e:
         raise ValueError(f"stages.{number} ({caches[0].method}): {e}") from e
     return weights, (caches[0], shape)

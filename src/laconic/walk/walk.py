@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laconic.artifact.workspace import Workspace
-from laconic.calibrate.attention import look
+from laconic.calibrate.attention import capture_attention
 from laconic.calibrate.memory import give_back
 from laconic.calibrate.observe import advance
 from laconic.calibrate.original import Original
 from laconic.checkpoint.files import open_shard
 from laconic.checkpoint.layout import arrange, to_file_layout
 from laconic.checkpoint.source import Source, materialise
-from laconic.kv.positions import places_of
+from laconic.kv.positions import TokenPositions
+from laconic.kv.rotary import rotary_of
 from laconic.runtime.linear import QLinear
 from laconic.walk.domain import head_shares
 from laconic.walk.flow import Flow, embed, read_after
@@ -168,13 +169,20 @@ class _Walker:
         shard, for engines."""
         assert self.plan.cache is not None
         stage, shape = self.plan.cache
-        places = places_of(self.model, rotary=True) if stage.pre_rope else None
-        seen = look(block, self.model.config, flow.calls[i], flow.stream, self.settings.device, places, i)
-        told = stage.calibrate(seen, shape)
-        self.workspace.write_calibration(i, told)
+        capture = capture_attention(
+            block,
+            self.model.config,
+            flow.calls[i],
+            flow.stream,
+            device=self.settings.device,
+            positions=TokenPositions(rotary_of(self.model)) if stage.pre_rope else None,
+            layer=i,
+        )
+        calibration = stage.calibrate(capture, shape)
+        self.workspace.write_calibration(i, calibration)
         attention = f"{name}.{self.plan.anatomy.taps[i][0].linears[0]}".rpartition(".")[0]
-        found = stage.engine_scales(told)
-        return {f"{attention}.{leaf}": scale for leaf, scale in found.items()}
+        scales = stage.engine_scales(calibration)
+        return {f"{attention}.{leaf}": scale for leaf, scale in scales.items()}
 
     def _read_back(self, block: nn.Module, i: int, name: str) -> None:
         """The finished block i, as its shard holds it."""

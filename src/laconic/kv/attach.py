@@ -1,0 +1,129 @@
+"""Quantized caches for a model: made, used by `generate` by default, and given the positions of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from laconic.kv.attention_interface import read_packed
+from laconic.kv.cache import KvCache, StaticByLayer
+from laconic.kv.positions import TokenPositions
+from laconic.kv.rotary import rotary_of
+from laconic.kv.scheme import KvScheme
+from laconic.kv.shape import kv_shape
+
+_PREPARE = "_prepare_cache_for_generation"
+"""Method of transformers' models in which `generate` makes its cache."""
+
+
+def make_cache(model: PreTrainedModel, scheme: KvScheme, static: StaticByLayer | None = None) -> KvCache:
+    """Make a new, empty cache for one batch: `model.generate(..., past_key_values=cache)`.
+
+    Args:
+        model: Model that will use the cache.
+        scheme: How it is stored.
+        static: Static parameters from calibration, where the scheme needs them.
+
+    Raises:
+        ValueError: The model cannot have such a cache, or the scheme was calibrated on another model.
+    """
+    shape = kv_shape(model.config)
+    scheme.check(shape.layers, shape.heads, shape.channels)
+    if scheme.calibrated and static is None:
+        raise ValueError(f"a cache of '{scheme.method}' is calibrated; make it by 'laconic compress' and open that")
+    if scheme.fingerprint and scheme.fingerprint != fingerprint(_embeddings(model)):
+        raise ValueError("this cache was calibrated on another model; calibrate it on this one, by 'laconic compress'")
+    _install_position_hook(model)
+    positions = TokenPositions(rotary_of(model) if scheme.pre_rope else None)
+    return KvCache(scheme, positions=positions, static=static, windows=shape.windows, lazy=read_packed(model))
+
+
+def use_by_default(model: PreTrainedModel, scheme: KvScheme, static: StaticByLayer | None) -> None:
+    """Make `generate` use such a cache where it is given none.
+
+    Args:
+        model: Model whose `generate` is changed.
+        scheme: How the cache is stored.
+        static: Static parameters from calibration, where the scheme needs them.
+
+    Raises:
+        ValueError: The model cannot have such a cache.
+    """
+    make_cache(model, scheme, static)  # raises errors now rather than in `generate`
+    _make_in_generate(model, partial(make_cache, model, scheme, static))
+    vars(model)["kv_scheme"], vars(model)["kv_static"] = scheme, static
+
+
+@contextmanager
+def generating_with(model: PreTrainedModel, new_cache: Callable[[], Cache], *, chunk: int) -> Iterator[None]:
+    """Make `generate` use a cache where it is given none, and read prompts in chunks.
+
+    Args:
+        model: Model whose `generate` is changed.
+        new_cache: Makes the cache of one call.
+        chunk: Tokens of a chunk.
+    """
+    prepare, config = vars(model).get(_PREPARE), model.generation_config
+    assert config is not None
+    chunk_before = config.prefill_chunk_size
+    _make_in_generate(model, new_cache)
+    config.prefill_chunk_size = chunk
+    try:
+        yield
+    finally:
+        config.prefill_chunk_size = chunk_before
+        del vars(model)[_PREPARE]
+        if prepare is not None:
+            vars(model)[_PREPARE] = prepare
+
+
+def _make_in_generate(model: PreTrainedModel, new_cache: Callable[[], Cache]) -> None:
+    parameters = inspect.signature(type(model).forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"
+    prepare: Any = getattr(model, _PREPARE)
+
+    def prepare_with_ours(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
+        if wanted and model_kwargs.get(name) is None:
+            model_kwargs[name] = new_cache()
+        return prepare(generation_config, model_kwargs, *args, **kwargs)
+
+    vars(model)[_PREPARE] = prepare_with_ours
+
+
+def fingerprint(embeddings: Tensor) -> str:
+    """Identify a model by its embeddings (vocabulary, width), which compression leaves alone."""
+    flat = embeddings.detach().flatten()
+    sample = flat[torch.linspace(0, flat.numel() - 1, 256, device=flat.device, dtype=torch.float64).long()]
+    content = sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+    return hashlib.sha256(content + str(tuple(embeddings.shape)).encode()).hexdigest()[:16]
+
+
+def _embeddings(model: PreTrainedModel) -> Tensor:
+    weight: Any = model.get_input_embeddings().weight
+    return weight  # type: ignore[no-any-return]
+
+
+def _install_position_hook(model: PreTrainedModel) -> None:
+    """Give quantized caches the positions and the padding of each forward pass; once for each model."""
+    decoder: nn.Module = model.get_decoder()
+    if not getattr(decoder, "laconic_gives_positions", False):
+        decoder.register_forward_pre_hook(_begin_pass, with_kwargs=True)
+        vars(decoder)["laconic_gives_positions"] = True
+
+
+def _begin_pass(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    caches = (kwargs.get("cache"), kwargs.get("past_key_values"))
+    cache = next((c for c in caches if isinstance(c, KvCache)), None)
+    if cache is not None:
+        tokens = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
+        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        cache.positions.begin_pass(cache.get_seq_length(), tokens.shape[1], positions, mask)

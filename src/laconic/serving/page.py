@@ -1,0 +1,243 @@
+"""Pages of packed keys and values: how the tokens of one layer become bytes, and where these lie in a page.
+
+A page is (H, tokens of a page, X); a cache is pages, and a sequence is a row of page numbers. Behind the slots of a
+page, a few bytes in each of its rows, is its *tail*: the exact first tokens of a text (in its first page), the ranges
+that units of tokens share, and the exact tokens of a unit that is not complete (`serving.page_write`).
+
+Axes: B sequences, H key-value heads, N new tokens, T tokens, U units of tokens, P pages, C channels, X bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from laconic.kv.format import StaticParams, decode_kv, encode_kv
+from laconic.kv.rotary import apply_rotary, remove_rotary
+from laconic.kv.scheme import HeadGroup, tokens_at_once
+from laconic.serving.slot import SlotLayout, slot_layout
+from laconic.solvers.rotate import Rotations, rotate
+
+RotaryTable = tuple[Tensor, Tensor]
+"""Cosines and sines of every position, (positions, channels that rotate), float32."""
+
+
+@dataclass(frozen=True)
+class PagedLayer:
+    """How keys and values of one layer become pages, and are decoded again.
+
+    Attributes:
+        groups: Formats of its groups of heads.
+        static: Static parameters of `keys.G` and `values.G`, G the number of the group of heads.
+        heads: Key-value heads.
+        channels: Channels of a head.
+        dtype: Dtype of what is stored in 16 bit.
+        rotations: Rotations of keys and values before they are rounded.
+        rotary: Rotary embedding of every position, where keys are stored before it.
+        sinks: How many of a text's first tokens are exact.
+        page_tokens: Tokens of a page, where it has a tail.
+    """
+
+    groups: Sequence[HeadGroup]
+    static: Mapping[str, StaticParams]
+    heads: int
+    channels: int
+    dtype: torch.dtype
+    rotations: Rotations | None = None
+    rotary: RotaryTable | None = None
+    sinks: int = 0
+    page_tokens: int | None = None
+
+    def to(self, device: torch.device) -> PagedLayer:
+        """Return the layer with its tensors on a device."""
+        static = {name: {n: t.to(device) for n, t in params.items()} for name, params in self.static.items()}
+        rotary = None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device))
+        rotations = None if self.rotations is None else (self.rotations[0].to(device), self.rotations[1].to(device))
+        return replace(self, static=static, rotary=rotary, rotations=rotations)
+
+    @cached_property
+    def unit(self) -> int:
+        """Tokens of a unit: they are encoded together."""
+        return tokens_at_once(self.groups)
+
+    @cached_property
+    def layouts(self) -> list[SlotLayout]:
+        """Layout of the slots of each group of heads."""
+        return [slot_layout(g, self.channels, self.dtype, self.unit) for g in self.groups]
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot."""
+        return max(layout.nbytes for layout in self.layouts)
+
+    @cached_property
+    def shared_bytes(self) -> int:
+        """Bytes that the tokens of a unit share."""
+        return max(layout.shared_nbytes for layout in self.layouts)
+
+    @cached_property
+    def exact_bytes(self) -> int:
+        """Bytes of a token that is kept exact."""
+        return 2 * self.channels * torch.empty(0, dtype=self.dtype).element_size()
+
+    @cached_property
+    def tail_bytes(self) -> int:
+        """Bytes of a page's tail, of each head: sinks, what units share, the incomplete unit."""
+        if self.page_tokens is None:
+            return 0
+        incomplete = self.unit * self.exact_bytes if self.unit > 1 else 0
+        return self.shared_at + self.page_tokens // self.unit * self.shared_bytes + incomplete
+
+    @cached_property
+    def shared_at(self) -> int:
+        """Byte of the tail at which that begins which units share."""
+        return self.sinks * self.exact_bytes
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of a row of a page: a slot, and its part of the tail; even, so that float16 numbers are aligned.
+
+        Raises:
+            ValueError: Pages are too small, or do not hold whole units.
+        """
+        if self.page_tokens is None:
+            assert self.unit == 1
+            assert not self.sinks
+            return self.slot_bytes
+        if self.page_tokens % self.unit or self.sinks > self.page_tokens:
+            raise ValueError(
+                f"pages of {self.page_tokens} tokens hold no whole units of {self.unit}, or not {self.sinks} exact "
+                "first tokens; serve with "
+                f"--block-size {-(-max(self.page_tokens, self.sinks) // self.unit) * self.unit}"
+            )
+        return (self.slot_bytes + -(-self.tail_bytes // self.page_tokens) + 1) // 2 * 2
+
+    @property
+    def tail_width(self) -> int:
+        """Bytes of the tail in each row of a page."""
+        return self.row_bytes - self.slot_bytes
+
+    @property
+    def rotates_queries(self) -> bool:
+        """Whether queries are rotated instead of decoded keys: a product is the same after both sides were rotated.
+
+        Not where the rotary embedding comes between.
+        """
+        return self.rotations is not None and self.rotary is None
+
+    def encode(self, keys_BHTC: Tensor, values_BHTC: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode the tokens of whole units.
+
+        Returns:
+            Slots (B, H, T, `slot_bytes`) and what units share (B, H, U, `shared_bytes`), uint8.
+        """
+        keys, values = keys_BHTC, values_BHTC
+        if self.rotary is not None:
+            keys = remove_rotary(keys.float(), *self._cos_sin(positions_BT))
+        if self.rotations:
+            keys, values = rotate(keys.float(), self.rotations[0]), rotate(values.float(), self.rotations[1])
+        lead, tokens = keys.shape[:2], keys.shape[2]
+        slots = torch.zeros(*lead, tokens, self.slot_bytes, dtype=torch.uint8, device=keys.device)
+        shared = torch.zeros(*lead, tokens // self.unit, self.shared_bytes, dtype=torch.uint8, device=keys.device)
+        for g, (group, layout) in enumerate(zip(self.groups, self.layouts, strict=True)):
+            heads = slice(None) if group.heads is None else list(group.heads)
+            slots[:, heads, :, : layout.nbytes], shared[:, heads, :, : layout.shared_nbytes] = layout.pack(
+                encode_kv(group.keys, keys[:, heads], self.static.get(f"keys.{g}"), self.dtype),
+                encode_kv(group.values, values[:, heads], self.static.get(f"values.{g}"), self.dtype),
+            )
+        return slots, shared
+
+    def decode(self, slots_BHTX: Tensor, shared_BHUX: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Invert `encode`, but for rotations.
+
+        Args:
+            slots_BHTX: Slots.
+            shared_BHUX: What units share.
+            positions: (B or 1, T).
+
+        Returns:
+            Keys and values, (B, H, T, C) float32; keys still rotated where `rotates_queries`, and values where there
+            are `rotations`.
+        """
+        decoded = []
+        for g, (group, layout) in enumerate(zip(self.groups, self.layouts, strict=True)):
+            heads = slice(None) if group.heads is None else list(group.heads)
+            keys, values = layout.unpack(slots_BHTX[:, heads], shared_BHUX[:, heads])
+            k = decode_kv(group.keys, keys, self.channels, self.static.get(f"keys.{g}"))
+            v = decode_kv(group.values, values, self.channels, self.static.get(f"values.{g}"))
+            decoded.append((k.float(), v.float()))
+        k_BHTC, v_BHTC = decoded[0]
+        if self.groups[0].heads is not None:
+            k_BHTC, v_BHTC = (k_BHTC.new_empty(*slots_BHTX.shape[:3], self.channels) for _ in range(2))
+            for group, (k, v) in zip(self.groups, decoded, strict=True):
+                k_BHTC[:, list(group.heads or ())], v_BHTC[:, list(group.heads or ())] = k, v
+        if self.rotary is not None:
+            k_BHTC = rotate(k_BHTC, self.rotations[0].mT) if self.rotations else k_BHTC
+            k_BHTC = apply_rotary(k_BHTC, *self._cos_sin(positions))
+        return k_BHTC, v_BHTC
+
+    def rotate_exact(self, keys_BHTC: Tensor, values_BHTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate exact keys and values as `decode` leaves the encoded ones."""
+        if self.rotations is None:
+            return keys_BHTC, values_BHTC
+        keys = rotate(keys_BHTC, self.rotations[0]) if self.rotates_queries else keys_BHTC
+        return keys, rotate(values_BHTC, self.rotations[1])
+
+    def to_exact(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Store keys and values (..., C) as they are: (..., `exact_bytes`) uint8."""
+        return torch.cat([keys, values], -1).to(self.dtype).contiguous().view(torch.uint8)
+
+    def from_exact(self, exact: Tensor) -> tuple[Tensor, Tensor]:
+        """Invert `to_exact`, in float32."""
+        keys, values = exact.contiguous().view(self.dtype).float().chunk(2, -1)
+        return keys, values
+
+    def _cos_sin(self, positions: Tensor) -> RotaryTable:
+        assert self.rotary is not None
+        cos, sin = self.rotary
+        positions = positions.clamp(max=len(cos) - 1)  # a page may extend beyond the longest text
+        return cos[positions][:, None], sin[positions][:, None]
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """Sequences of one step that have the same number of new tokens.
+
+    Attributes:
+        table_BP: Numbers of the pages of each sequence.
+        lengths_B: Tokens of each sequence, new ones included.
+        longest: Largest length, or an upper bound of it.
+        tokens_BN: Which tokens of the step the new tokens are.
+    """
+
+    table_BP: Tensor
+    lengths_B: Tensor
+    longest: int
+    tokens_BN: Tensor
+
+    @property
+    def positions_BN(self) -> Tensor:
+        """Positions of the new tokens."""
+        n = self.tokens_BN.shape[1]
+        return self.lengths_B.long()[:, None] - n + torch.arange(n, device=self.lengths_B.device)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How scores are computed.
+
+    Attributes:
+        scale: Factor of the products of queries and keys.
+        window: How many tokens a token attends to, itself included (None: all).
+        softcap: Bound of the scores, by tanh; 0 for none.
+        slopes: ALiBi's slope of each query head.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float = 0.0
+    slopes: Tensor | None = None
