@@ -209,7 +209,7 @@ def test_fp8_is_told_to_engines_in_their_words(llama: Path, text: Path, tmp_path
         ([{"method": "kivi"}, {"method": "kv_per_token"}], "one stage for the cache"),
         ([{"method": "kivi", "group_size": 12}], r"stages\.0 \(kivi\): group_size 12 does not divide the 16 channels"),
         ([{"method": "kivi", "k_bits": 12}], r"stages\.0\.k_bits"),
-        ([{"method": "kivi", "per_head": True}], "per_head shares out a budget"),
+        ([{"method": "kivi", "per_head": True}], "per_head allocates a budget to heads"),
         ([{"method": "kivi", "targets": "Linear"}], "unknown key 'stages.0.targets'"),
     ],
 )
