@@ -17,7 +17,7 @@ METHODS: dict[str, Stages] = {
     "rtn (mse)": [{"method": "rtn", "observer": "mse"}],
     "awq": [{"method": "awq"}],
     "gptq": [{"method": "gptq"}],
-    "gptq (asymmetric)": [{"method": "gptq", "asymmetric": 1.0}],
+    "gptq (asymmetric)": [{"method": "gptq", "asymmetric_calibration": 1.0}],
     "autoround": [{"method": "autoround"}],
     "zeroquant": [{"method": "zeroquant"}],
     "smoothquant, rtn": [{"method": "smoothquant"}, {"method": "rtn"}],

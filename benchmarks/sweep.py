@@ -19,7 +19,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from laconic.formats import Format, Params, decode
+from laconic.formats import Format, Params
 from laconic.formats.int_affine import IntAffine
 from laconic.formats.tiling import Tiling
 from laconic.solvers.grid import GridRounder
@@ -93,7 +93,7 @@ def measure(linear: Linear, tokens: int, chunk: int, device: torch.device, repea
     times["loop"] = perf_counter() - start
 
     def error(codes: Tensor) -> Tensor:
-        E = W - decode(INT4, codes[:, order.argsort()], params)
+        E = W - INT4.decode(codes[:, order.argsort()], params)
         return ((E @ H) * E).sum()
 
     return times | {"error": float(error(column_loop()) / error(codes))}

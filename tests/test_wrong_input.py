@@ -617,7 +617,7 @@ def test_a_tokenizer_of_another_model(refused: Refused, tmp_path: Path, text: Pa
         {"method": "smoothquant"},
         {"method": "zeroquant", "scheme": "W8A8", "iters": 2},
         {"method": "autoround", "scheme": "W8A16", "iters": 2},
-        {"method": "autoround", "scheme": "W8A16", "iters": 2, "asymmetric": False},
+        {"method": "autoround", "scheme": "W8A16", "iters": 2, "asymmetric_calibration": False},
     ],
     ids=lambda s: s["method"],
 )

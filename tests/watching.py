@@ -13,8 +13,9 @@ from torch import Tensor
 from laconic.artifact.workspace import Workspace
 from laconic.checkpoint.source import arrange_source, build_skeleton, open_source
 from laconic.solvers.moments import Moments
-from laconic.stages.block import Block
-from laconic.stages.stage import BlockStage, LinearStage, Outcome, Stage
+from laconic.stages.block import Block, BlockStage
+from laconic.stages.linear import LinearStage, LinearTask, Outcome
+from laconic.stages.stage import Needs, Stage
 from laconic.structure.anatomy import dissect
 from laconic.walk.plan import Plan, make_plan
 from laconic.walk.settings import Settings
@@ -32,21 +33,13 @@ class Watch(LinearStage):
     _seen: list[Moments] = PrivateAttr(default_factory=list)
 
     @property
-    def gram(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(second_moments=True, cross_moments=self.with_original, sequential=self.true_sequential)
 
-    @property
-    def cross(self) -> bool:
-        return self.with_original
-
-    @property
-    def sequential(self) -> bool:
-        return self.true_sequential
-
-    def compress(self, weight: Tensor, moments: Moments | None, dtype: torch.dtype) -> Outcome:
-        assert moments is not None
-        self._seen.append(moments)
-        return Outcome(weight * self.factor)
+    def compress(self, task: LinearTask) -> Outcome:
+        assert task.moments is not None
+        self._seen.append(task.moments)
+        return Outcome(task.weight * self.factor)
 
 
 class Learn(BlockStage):
@@ -56,8 +49,8 @@ class Learn(BlockStage):
     _taught: list[Tensor] = PrivateAttr(default_factory=list)
 
     @property
-    def cross(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(activations=True, cross_moments=True)
 
     def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
         assert block.original_output is not None
@@ -92,5 +85,5 @@ def _taps(plan: Plan, stage: int) -> list[str]:
         for i, taps in enumerate(plan.anatomy.taps)
         for tap in taps
     ]
-    touched = ([n for n in names if n in plan.touched[stage]] for names in (*inside, [plan.anatomy.head]))
+    touched = ([n for n in names if n in plan.targets[stage]] for names in (*inside, [plan.anatomy.head]))
     return [names[0] for names in touched if names]

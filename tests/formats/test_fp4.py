@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from matrices import FINITE, matrices
 from torch import Tensor
 
-from laconic.formats import Params, fit, quantize
+from laconic.formats import Params, quantize
 from laconic.formats.fp4 import Fp4, MxFp4, NvFp4, decode_e2m1, encode_e2m1, pack_fp4, unpack_fp4
 from laconic.formats.schemes import PRESETS
-from laconic.formats.storage import to_stored
 from laconic.formats.tiling import Tiling
 from laconic.runtime.products import round_activations
 
@@ -83,7 +82,7 @@ def test_what_we_store_is_what_they_would(preset: str) -> None:
     params = their_params(w, theirs.weights)
     compressor = BaseCompressor.get_value_from_registry(kept.storage)
     expected = compressor.compress({"weight": w, **{f"weight_{n}": p for n, p in params.items()}}, theirs)
-    ours = to_stored(quantize(kept.weights, w, fit(kept.weights, w)), kept)
+    ours = quantize(kept.weights, w, kept.weights.fit(w)).to_tensors()
     assert ours.keys() == expected.keys()
     for name, tensor in expected.items():
         assert ours[name].dtype == tensor.dtype
@@ -95,7 +94,7 @@ def test_decoded_values_are_theirs(preset: str) -> None:
     kept, args, w = PRESETS[preset], preset_name_to_scheme(preset, ["Linear"]).weights, weight()
     params = their_params(w, args)
     expected = fake_quantize(w, params["scale"], None, args, params.get("global_scale"))
-    assert torch.equal(quantize(kept.weights, w, fit(kept.weights, w)).decode(), expected)
+    assert torch.equal(quantize(kept.weights, w, kept.weights.fit(w)).decode(), expected)
 
 
 @pytest.mark.parametrize("preset", ["MXFP4", "NVFP4"])
@@ -120,7 +119,7 @@ def test_a_power_of_two_is_the_smallest_that_cuts_nothing_off(w: Tensor) -> None
 def test_the_largest_value_of_a_tensor_is_kept_exactly(w: Tensor) -> None:
     fmt = NvFp4(tiling=Tiling("group", 4))
     largest = w.abs().amax()
-    params = fit(fmt, w)
+    params = fmt.fit(w)
     assert params["global_scale"].shape == (1,)
     if largest > 1e-30:
         assert float(params["scale"].float().amax()) == 448
@@ -130,7 +129,7 @@ def test_the_largest_value_of_a_tensor_is_kept_exactly(w: Tensor) -> None:
 @pytest.mark.parametrize("fmt", [MxFp4(), NvFp4()], ids=["mxfp4", "nvfp4"])
 def test_rows_on_their_own_keep_the_scale_of_the_whole(fmt: Fp4) -> None:
     w = weight()
-    whole = quantize(fmt, w, fit(fmt, w))
+    whole = quantize(fmt, w, fmt.fit(w))
     part = whole.rows(8, 24)
     assert torch.equal(part.decode(), whole.decode()[8:24])
     assert part.params["scale"].shape == fmt.tiling.param_shape((16, 128))

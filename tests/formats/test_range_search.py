@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from matrices import DTYPES, FORMATS, ROW, TILINGS, matrices, name
 from torch import Tensor
 
-from laconic.formats import Format, Params, fit, fit_shared, quantize
+from laconic.formats import Format, Params, quantize
 from laconic.formats.floats import Fp8
 from laconic.formats.fp4 import MxFp4, NvFp4
 from laconic.formats.int_affine import IntAffine
@@ -45,8 +45,8 @@ def test_no_tile_is_worse_off_than_with_its_whole_range(
     w = data.draw(matrices(multiple_of=tiling.group_size or 1))
     importance = data.draw(st.none() | st.integers(0, 99).map(lambda seed: importances(w.shape[1], seed)))
     found = search_range(fmt, w, importance, dtype=dtype)
-    assert all(found[n].shape == p.shape and found[n].dtype == p.dtype for n, p in fit(fmt, w, dtype).items())
-    ours, min_max = (tile_errors(fmt, w, p, importance) for p in (found, fit(fmt, w, dtype)))
+    assert all(found[n].shape == p.shape and found[n].dtype == p.dtype for n, p in fmt.fit(w, dtype).items())
+    ours, min_max = (tile_errors(fmt, w, p, importance) for p in (found, fmt.fit(w, dtype)))
     assert bool((ours <= min_max * ROUNDING).all())
 
 
@@ -55,7 +55,7 @@ def test_no_tile_is_worse_off_than_with_its_whole_range(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_symmetric_range_is_nearly_the_best_of_many(fmt: Format, weighted: bool, dtype: torch.dtype) -> None:
     w = torch.randn(6, 32, generator=torch.Generator().manual_seed(1)) ** 3
-    importance, shared = importances(32) if weighted else None, fit_shared(fmt, w)
+    importance, shared = importances(32) if weighted else None, fmt.fit_shared(w)
     # Where the steps at the top are coarse, the largest value may do better on 4 than on 6.
     widest = 1.5 if isinstance(fmt, NvFp4) else 1
     candidates = [

@@ -90,8 +90,8 @@ def test_saying_what_a_preset_is_already_changes_nothing(preset: str) -> None:
         ("MXFP4", {"strategy": "channel"}, "MXFP4 is groups of 32: leave group_size and strategy out"),
         ("NVFP4A16", {"symmetric": False}, "NVFP4A16 is always symmetric"),
         ("NVFP4A16", {"dynamic": True}, "NVFP4A16 keeps activations in 16 bit"),
-        ("NVFP4", {"dynamic": True}, "NVFP4 rounds activations in its own way: leave 'dynamic' out"),
-        ("MXFP4", {"dynamic": False}, "MXFP4 rounds activations in its own way: leave 'dynamic' out"),
+        ("NVFP4", {"dynamic": True}, "NVFP4 quantizes activations in its own way: leave 'dynamic' out"),
+        ("MXFP4", {"dynamic": False}, "MXFP4 quantizes activations in its own way: leave 'dynamic' out"),
     ],
     ids=str,
 )

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from laconic.formats import LowRank, Outliers, Quantized, fit, quantize
+from laconic.formats import LowRank, Outliers, Quantized, quantize
 from laconic.formats.schemes import PRESETS, Scheme
-from laconic.formats.storage import as_stored, from_stored, stored_bytes, stored_shapes, to_stored
+from laconic.formats.storage import scheme_of_shapes, stored_bytes, stored_shapes
 
 SHAPE = (48, 256)
 KEPT = [
@@ -26,7 +26,7 @@ def made(kept: Scheme, dtype: torch.dtype = torch.bfloat16) -> Quantized:
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     w = draw(*SHAPE)
-    q = quantize(kept.weights, w, fit(kept.weights, w, dtype))
+    q = quantize(kept.weights, w, kept.weights.fit(w, dtype))
     if k := kept.outlier_columns:
         q = replace(
             q, outliers=Outliers(torch.tensor([7, 31, 200][:k], dtype=torch.int32), draw(SHAPE[0], k).to(dtype))
@@ -61,8 +61,8 @@ def test_rows_are_cut_with_what_is_beside_them(kept: Scheme) -> None:
 @every_scheme
 def test_what_was_stored_is_read_back_bit_for_bit(kept: Scheme) -> None:
     q = made(kept)
-    stored = to_stored(q, kept)
-    assert torch.equal(from_stored(stored, kept, SHAPE).decode(), q.decode())
+    stored = q.to_tensors()
+    assert torch.equal(Quantized.from_tensors(kept.weights, stored, SHAPE).decode(), q.decode())
     assert stored_bytes(kept, SHAPE, torch.bfloat16) == sum(t.nbytes for t in stored.values())
     foretold = stored_shapes(kept, SHAPE, torch.bfloat16)
     assert {n: (t.shape, t.dtype) for n, t in foretold.items()} == {n: (t.shape, t.dtype) for n, t in stored.items()}
@@ -71,7 +71,7 @@ def test_what_was_stored_is_read_back_bit_for_bit(kept: Scheme) -> None:
 @every_scheme
 def test_a_file_tells_how_many_columns_and_what_rank(kept: Scheme) -> None:
     uncounted = replace(kept, outlier_columns=None, rank=0)
-    assert as_stored(uncounted, {n: tuple(t.shape) for n, t in to_stored(made(kept), kept).items()}) == kept
+    assert scheme_of_shapes(uncounted, {n: tuple(t.shape) for n, t in made(kept).to_tensors().items()}) == kept
 
 
 def test_only_what_engines_have_no_name_for_is_native_and_only_int8_is_real() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from matrices import TILINGS, matrices, name
 from torch import Tensor
 
-from laconic.formats import fit, quantize
+from laconic.formats import quantize
 from laconic.formats.int_affine import IntAffine
 from laconic.formats.tiling import Tiling
 
@@ -65,7 +65,7 @@ def test_rows_of_a_quantized_matrix_stand_on_their_own(tiling: Tiling, symmetric
     edges = [*range(0, w.shape[0], height), w.shape[0]]
     start, stop = sorted(data.draw(st.lists(st.sampled_from(edges), min_size=2, max_size=2, unique=True)))
     fmt = IntAffine(4, symmetric, tiling)
-    whole = quantize(fmt, w, fit(fmt, w))
+    whole = quantize(fmt, w, fmt.fit(w))
     part = whole.rows(start, stop)
     assert torch.equal(part.decode(), whole.decode()[start:stop])
     assert all(p.shape == tiling.param_shape((stop - start, w.shape[1])) for p in part.params.values())
@@ -76,7 +76,7 @@ def test_rows_that_cut_a_block_are_refused(start: int, stop: int) -> None:
     fmt = IntAffine(4, True, Tiling("block", block_structure=(3, 5)))
     w = torch.ones(7, 5)
     with pytest.raises(ValueError, match=f"rows {start}:{stop} cut a block of 3 rows"):
-        quantize(fmt, w, fit(fmt, w)).rows(start, stop)
+        quantize(fmt, w, fmt.fit(w)).rows(start, stop)
 
 
 @pytest.mark.parametrize(

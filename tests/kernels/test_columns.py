@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from laconic.formats import Params, decode, fit
+from laconic.formats import Params
 from laconic.formats.fp4 import Fp4, MxFp4, NvFp4, decode_e2m1
 from laconic.formats.int_affine import IntAffine
 from laconic.formats.tiling import Tiling
@@ -86,7 +86,7 @@ def test_sweep_on_static_groups_is_the_papers_loop(symmetric: bool, actorder: bo
         W[:, order], H[order][:, order], fmt, lambda j, _: {n: p[:, order[j] // GROUP] for n, p in params.items()}
     )
     back = order.argsort()
-    agree(W, H, (codes, decode(fmt, codes, params)), (expected[0][:, back], expected[1][:, back]))
+    agree(W, H, (codes, fmt.decode(codes, params)), (expected[0][:, back], expected[1][:, back]))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -105,11 +105,11 @@ def test_sweep_on_online_groups_is_the_papers_loop(symmetric: bool, observer: st
     def params_at(j: int, now: Tensor) -> Params:
         if j % GROUP == 0:
             group = now[:, j : j + GROUP].float()
-            fitted = fit(fmt, group) if importance is None else search_range(fmt, group, importance[j : j + GROUP])
+            fitted = fmt.fit(group) if importance is None else search_range(fmt, group, importance[j : j + GROUP])
             found.update({name: p[:, 0] for name, p in fitted.items()})
         return found
 
-    agree(W, H, (codes, decode(fmt, codes, rounder.params)), algorithm_1(W, H, fmt, params_at))
+    agree(W, H, (codes, fmt.decode(codes, rounder.params)), algorithm_1(W, H, fmt, params_at))
 
 
 @pytest.mark.parametrize("fmt", [NvFp4(), MxFp4()], ids=["nvfp4", "mxfp4"])
@@ -136,7 +136,7 @@ def test_sweep_onto_fp4_is_the_papers_loop_onto_its_points(fmt: Fp4, static: boo
     agree(
         W,
         H,
-        (decode(fmt, codes, params).double().round(decimals=5), decode(fmt, codes, params)),
+        (fmt.decode(codes, params).double().round(decimals=5), fmt.decode(codes, params)),
         (Q.round(decimals=5), Q),
     )
 

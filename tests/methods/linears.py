@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from laconic.formats import Quantized
+from laconic.solvers.masks import StackedLinear
 from laconic.solvers.moments import Moments
-from laconic.stages.stage import LinearStage
-from laconic.walk.beside import compress_tap
+from laconic.stages.linear import LinearStage, LinearTask, Outcome
+from laconic.stages.pruning import Masking
+from laconic.stages.quantizing import QuantizingStage
+from laconic.walk.side_tensors import compress_stack
 
 
 def correlated(tokens: int = 512, n: int = 128, *, seed: int = 0) -> Tensor:
@@ -28,9 +33,27 @@ def moments_of(x: Tensor, x_full: Tensor | None = None, *, gram: bool = True) ->
     return moments.finish()
 
 
+def task_of(
+    stage: LinearStage, W: Tensor, moments: Moments | None, dtype: torch.dtype, rows: Sequence[int] = ()
+) -> LinearTask:
+    """Linears of so many rows (one, if nothing is said) as the walk gives them to a stage."""
+    stops = torch.tensor([*rows] or [len(W)]).cumsum(0).tolist()
+    share = stage.share if isinstance(stage, Masking) and stage.prunes else 0.0
+    parts = [StackedLinear(slice(a, b), share) for a, b in zip([0, *stops], stops, strict=False)]
+    scheme = stage.scheme_for((len(W), W.shape[1])) if isinstance(stage, QuantizingStage) else None
+    return LinearTask(W, scheme, moments, dtype, parts)
+
+
+def compressed(
+    stage: LinearStage, W: Tensor, moments: Moments | None, dtype: torch.dtype, rows: Sequence[int] = ()
+) -> list[Outcome]:
+    """What comes of each of some stacked linears."""
+    return compress_stack(stage, task_of(stage, W, moments, dtype, rows))
+
+
 def made_of(stage: LinearStage, W: Tensor, x: Tensor, x_full: Tensor | None = None) -> Tensor:
     """What a stage makes of a weight whose input is x (and was x_full in the original model), decoded."""
-    made = compress_tap(stage, W, [len(W)], moments_of(x, x_full, gram=stage.gram), torch.bfloat16)[0].weight
+    made = compressed(stage, W, moments_of(x, x_full, gram=stage.needs.second_moments), torch.bfloat16)[0].weight
     return made.decode() if isinstance(made, Quantized) else made
 
 

@@ -13,15 +13,14 @@ from torch import Tensor
 import laconic
 from artifacts import Stage, inputs, logits, original, press, tensors, windows
 from laconic.evaluation.fidelity import measure
-from laconic.formats import LowRank, Outliers, fit, quantize, schemes
+from laconic.formats import LowRank, Outliers, quantize, schemes
 from laconic.formats.int_affine import IntAffine
-from laconic.formats.storage import to_stored
 from laconic.formats.tiling import Tiling
 from laconic.methods.autoround import _Tuned
-from laconic.methods.awq import _relative_size, _rounded, _Seen
+from laconic.methods.awq import _Inputs, _relative_size, _round_scaled
 from laconic.methods.smoothquant import scales
 from laconic.runtime.linear import QLinear
-from laconic.train.block_tuning import passing_gradients
+from laconic.train.block_tuning import differentiable_codes
 from tiny import make_model
 
 G16 = Tiling("group", 16)
@@ -119,18 +118,18 @@ def test_a_column_is_measured_against_its_group() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_scaled_and_rounded_weight_has_its_scale_taken_back(symmetric: bool) -> None:
     fmt, W, s = IntAffine(4, symmetric, G16), torch.randn(70, 64), torch.rand(64) + 0.5
-    expected = quantize(fmt, W * s, fit(fmt, W * s)).decode() / s
-    torch.testing.assert_close(_rounded(W, s, fmt), expected)
+    expected = quantize(fmt, W * s, fmt.fit(W * s)).decode() / s
+    torch.testing.assert_close(_round_scaled(W, s, fmt), expected)
 
 
 def test_what_was_seen_of_x_tells_of_scaled_x() -> None:
     X, s = torch.randn(50, 32, dtype=torch.float64), torch.rand(32, dtype=torch.float64) + 0.5
 
-    def seen(X: Tensor) -> _Seen:
+    def seen(X: Tensor) -> _Inputs:
         blocks = torch.stack([x.T @ x for x in X.split(16, 1)]) / len(X)
-        return _Seen(X.abs().mean(0), X.square().mean(0), blocks)
+        return _Inputs(X.abs().mean(0), X.square().mean(0), blocks)
 
-    moved, expected = seen(X).over(s), seen(X / s)
+    moved, expected = seen(X).divided(s), seen(X / s)
     for name in ("mean", "energy", "blocks"):
         torch.testing.assert_close(getattr(moved, name), getattr(expected, name))
 
@@ -196,7 +195,14 @@ def test_what_was_tuned_is_what_is_stored() -> None:
     "stage",
     [
         {"method": "autoround", "scheme": "W2A16", "group_size": 32, "iters": 20, "batch_size": 4},
-        {"method": "autoround", "scheme": "W2A16", "group_size": 32, "iters": 20, "batch_size": 4, "asymmetric": False},
+        {
+            "method": "autoround",
+            "scheme": "W2A16",
+            "group_size": 32,
+            "iters": 20,
+            "batch_size": 4,
+            "asymmetric_calibration": False,
+        },
         {"method": "zeroquant", "scheme": "W4A8", "group_size": 32, "iters": 20, "batch_size": 4},
     ],
     ids=str,
@@ -237,16 +243,16 @@ def test_codes_pass_on_the_gradient_of_what_they_stand_for(scheme: str, keys: di
     kept = replace(schemes.scheme(scheme, group_size=16 if scheme == "W4A8" else None), **keys)
     linear = QLinear(32, 8, bias=False, scheme=kept, dtype=torch.float32)
     W = torch.randn(8, 32)
-    made = quantize(kept.weights, W, fit(kept.weights, W, torch.float32))
+    made = quantize(kept.weights, W, kept.weights.fit(W, torch.float32))
     if "outlier_columns" in keys:
         made = replace(made, outliers=Outliers(torch.tensor([1, 5, 9], dtype=torch.int32), torch.randn(8, 3)))
     if "rank" in keys:
         made = replace(made, low_rank=LowRank(torch.randn(8, 2), torch.randn(2, 32)))
-    for name, tensor in to_stored(made, kept).items():
+    for name, tensor in made.to_tensors().items():
         setattr(linear, name, torch.nn.Parameter(tensor, requires_grad=False))
     x, G = torch.randn(2, 5, 32).requires_grad_(), torch.randn(2, 5, 8)
     expected = linear(x.detach())
-    with passing_gradients(linear, torch.float32):
+    with differentiable_codes(linear, torch.float32):
         found = linear(x)
     assert torch.equal(found, expected)
     (found * G).sum().backward()

@@ -21,11 +21,13 @@ from laconic.methods import METHODS
 from laconic.methods.gptq import Gptq
 from laconic.methods.reap import Reap
 from laconic.methods.rtn import Rtn
+from laconic.stages.block import BlockStage
+from laconic.stages.linear import Outcome, WeightStage
 from laconic.stages.model import ModelStage
-from laconic.stages.stage import BlockStage, Outcome, QuantizingStage
+from laconic.stages.quantizing import QuantizingStage
 from laconic.stages.stage import Stage as AnyStage
-from laconic.walk import treatment
-from laconic.walk.beside import attach, compress_tap
+from laconic.walk import apply
+from laconic.walk.side_tensors import attach, compress_stack
 from tiny import make_model
 
 SCHEMES: list[dict[str, Any]] = [
@@ -83,7 +85,7 @@ def told(stage: Stage) -> str:
     return "-".join(str(v) for v in stage.values())
 
 
-EVERY = [stage for method in METHODS if issubclass(method, AnyStage) for stage in stages_of(method)]
+EVERY = [stage for method in METHODS if issubclass(method, WeightStage) for stage in stages_of(method)]
 BY_NAME = {method.model_fields["method"].default: method for method in METHODS}
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.model_fields["method"].default)
@@ -141,7 +143,7 @@ def test_untargeted_weights_are_left_as_they_were(stage: Stage, llama: Path, tex
     targeted = stage | {"targets": "re:.*layers.1.mlp.*"}
     before, after = tensors(llama), tensors(press(llama, tmp_path / "part", targeted, text=text).path)
     # A method that moves scales changes the norm before the linears too.
-    moves = isinstance(config := made(stage), BlockStage) and config.links
+    moves = isinstance(config := made(stage), BlockStage) and config.needs.links
     untouched = [n for n in before if ("layers.1." if moves else ".1.mlp.") not in n]
     assert set(after) >= set(untouched)
     for name in untouched:
@@ -162,8 +164,8 @@ def test_the_file_decodes_to_what_was_chosen(
 
         return choose_and_keep
 
-    monkeypatch.setattr(treatment, "compress_tap", watched(compress_tap))
-    monkeypatch.setattr(treatment, "attach", watched(attach))
+    monkeypatch.setattr(apply, "compress_stack", watched(compress_stack))
+    monkeypatch.setattr(apply, "attach", watched(attach))
     path = press(llama, tmp_path / "watched", stage, text=text).path
     found = linears_in(path, [e["linear"] for e in artifact.log])
     assert torch.equal(torch.cat([w.flatten() for w in found]), torch.cat([w.flatten() for w in chosen]))

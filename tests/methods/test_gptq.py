@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from linears import correlated, made_of, moments_of, output_error, weight
+from linears import correlated, made_of, moments_of, output_error, task_of, weight
 
 import laconic
 from artifacts import original, press, windows
@@ -67,7 +67,7 @@ def test_every_way_to_share_scales_is_swept(keys: dict[str, Any]) -> None:
 def test_an_input_that_is_always_zero_does_no_harm() -> None:
     x = X.clone()
     x[:, [3, 64, 127]] = 0
-    outcome = gptq().compress(W, moments_of(x), torch.bfloat16)
+    outcome = gptq().compress(task_of(gptq(), W, moments_of(x), torch.bfloat16))
     assert outcome.notes["dead_columns"] == 3
     assert outcome.weight.decode().isfinite().all()
     assert output_error(W, outcome.weight.decode(), x) < 1.2 * error()
@@ -90,7 +90,7 @@ def drifted(seed: int = 5) -> torch.Tensor:
 def test_gptaq_comes_closer_to_the_original_output(scheme: str) -> None:
     full = drifted()
     plain, half, whole = (
-        output_error(W, made_of(gptq(scheme=scheme, group_size=None, asymmetric=a), W, X, full), X, full)
+        output_error(W, made_of(gptq(scheme=scheme, group_size=None, asymmetric_calibration=a), W, X, full), X, full)
         for a in (0.0, 0.5, 1.0)
     )
     assert whole < half < plain
@@ -106,10 +106,12 @@ def test_its_target_is_the_least_squares_solution() -> None:
 
 
 def test_without_drift_gptaq_is_gptq() -> None:
-    assert torch.equal(made_of(gptq(asymmetric=1.0), W, X, X), made_of(gptq(), W, X))
+    assert torch.equal(made_of(gptq(asymmetric_calibration=1.0), W, X, X), made_of(gptq(), W, X))
 
 
-@pytest.mark.parametrize("keys", [{}, {"actorder": None}, {"true_sequential": False}, {"asymmetric": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "keys", [{}, {"actorder": None}, {"true_sequential": False}, {"asymmetric_calibration": 0.5}], ids=str
+)
 def test_a_model_stays_closer_to_itself_than_by_rounding(
     keys: dict[str, Any], llama: Path, text: Path, tmp_path: Path
 ) -> None:

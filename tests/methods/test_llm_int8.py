@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from linears import moments_of
+from linears import compressed, moments_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import laconic
 from artifacts import logits, original, press, quantized_linears, rtn
 from commands import Laconic
-from laconic.formats.storage import as_stored, to_stored
+from laconic.formats.storage import scheme_of_shapes
 from laconic.methods.llm_int8 import LlmInt8
 from laconic.runtime.linear import QLinear
-from laconic.walk.beside import compress_tap
 from tiny import make_recipe
 
 LLM_INT8 = {"method": "llm_int8", "threshold": 2.5}
@@ -55,15 +54,15 @@ def papers(x: Tensor, W: Tensor, outliers: list[int]) -> Tensor:
 )
 def test_it_computes_what_the_paper_says(keys: dict[str, Any], outliers: list[int]) -> None:
     x, W = outlying()
-    (outcome,) = compress_tap(stage(**keys), W, [len(W)], moments_of(x, gram=False), torch.float32)
+    (outcome,) = compressed(stage(**keys), W, moments_of(x, gram=False), torch.float32)
     if len(outliers) > 1:
         assert outcome.notes["outlier_columns"] == len(outliers)
         assert outcome.weight.outliers.indices.tolist() == outliers
     else:
         outliers = outcome.weight.outliers.indices.tolist()
         assert outliers in ([4], [30])
-    stored = to_stored(outcome.weight, stage().result)
-    kept = as_stored(stage().result, {n: tuple(t.shape) for n, t in stored.items()})
+    stored = outcome.weight.to_tensors()
+    kept = scheme_of_shapes(stage().proposed_scheme, {n: tuple(t.shape) for n, t in stored.items()})
     linear = QLinear(x.shape[1], len(W), bias=False, scheme=kept, dtype=torch.float32)
     for name, tensor in stored.items():
         setattr(linear, name, nn.Parameter(tensor, requires_grad=False))

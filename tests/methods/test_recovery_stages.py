@@ -20,7 +20,7 @@ from laconic.checkpoint.source import load_tokenizer
 from laconic.data.mix import TextSource, collate, read_mix
 from laconic.runtime.adapter_files import read_adapter
 from laconic.train import finetune as loop
-from laconic.train.finetune import Course
+from laconic.train.finetune import TrainingArguments
 from laconic.train.losses import language_loss
 from tiny import make_model, make_text
 
@@ -197,14 +197,14 @@ def test_it_stops_early_and_keeps_the_best(
     pruned: Path, texts: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # From the third step on uphill, a little at a time.
-    monkeypatch.setattr(Course, "rate", lambda self, step: 1e-2 if step < 2 else -3e-3)
+    monkeypatch.setattr(TrainingArguments, "rate", lambda self, step: 1e-2 if step < 2 else -3e-3)
     keys = {"max_steps": 9, "eval_every": 1, "patience": 2}
     artifact = press(pruned, tmp_path / "a", recover(texts, **keys))
     told = artifact.results["training-lora"]
     losses = {m["step"]: m["loss"] for m in told["held_out"]}
     assert told["best_step"] == min(losses, key=lambda s: losses[s]) == 2
     assert (told["steps"], told["stopped_early"]) == (4, True)
-    monkeypatch.setattr(Course, "rate", lambda self, step: 1e-2)
+    monkeypatch.setattr(TrainingArguments, "rate", lambda self, step: 1e-2)
     best = press(pruned, tmp_path / "b", recover(texts, **keys | {"max_steps": 2}))
     assert same_bytes(artifact.path, best.path)
 
@@ -237,7 +237,7 @@ def test_a_loss_that_turns_nan_ends_it_and_the_last_good_adapters_are_kept(
     )
     monkeypatch.setattr(loop, "_loss", calm)
     # What is kept is what a run of two steps would have come to; and training goes on from it.
-    monkeypatch.setattr(Course, "rate", lambda self, step: 1e-2 * (step + 1))
+    monkeypatch.setattr(TrainingArguments, "rate", lambda self, step: 1e-2 * (step + 1))
     stage = recover(texts, start=str(kept), max_steps=1)
     artifact = laconic.compress(str(pruned), {"stages": [stage]}, tmp_path / "a", overwrite=True)
     held = artifact.results["training-lora"]["held_out"]

@@ -38,7 +38,7 @@ LLAMA = {
     "gptq beside rtn": [rtn("W8A16", targets=Q), gptq("W8A16", ignore=["lm_head", Q])],
     "gptq with asymmetric beside rtn": [
         rtn("W8A16", targets=Q),
-        gptq("W8A16", ignore=["lm_head", Q], asymmetric=1.0),
+        gptq("W8A16", ignore=["lm_head", Q], asymmetric_calibration=1.0),
     ],
     "static rtn beside gptq": [
         gptq("W8A8", dynamic=False, targets=Q),
@@ -50,14 +50,14 @@ LLAMA = {
     ],
     "smoothquant between": [rtn("W8A16", targets=ATTENTION), SMOOTH, rtn("W8A8", targets=MLP)],
     "smoothquant beside rtn of q": [rtn("W8A8", targets=Q), SMOOTH, rtn("W8A8", ignore=["lm_head", Q])],
-    "gptq with asymmetric behind smoothquant": [SMOOTH, gptq("W8A16", asymmetric=1.0)],
+    "gptq with asymmetric behind smoothquant": [SMOOTH, gptq("W8A16", asymmetric_calibration=1.0)],
 }
 FALCON = {
     "gptq twice": [gptq("W8A16", targets=ATTENTION), in_groups(gptq("W8A16", targets=MLP))],
     "awq behind gptq": [gptq("W8A16", targets=ATTENTION), awq("W8A16", targets=MLP, unlinked="skip")],
     "gptq with asymmetric behind awq": [
         awq("W8A16", targets=ATTENTION, unlinked="skip"),
-        gptq("W8A16", targets=MLP, asymmetric=1.0),
+        gptq("W8A16", targets=MLP, asymmetric_calibration=1.0),
     ],
 }
 

@@ -17,7 +17,7 @@ from laconic.methods.gptq import Gptq
 from laconic.methods.llm_int8 import LlmInt8
 from laconic.methods.rtn import Rtn
 from laconic.methods.sparsegpt import SparseGpt
-from laconic.stages.stage import LinearStage
+from laconic.stages.linear import LinearStage, Outcome
 
 SCHEMES: list[dict[str, Any]] = [
     {"scheme": "W4A16", "group_size": 32},
@@ -36,9 +36,9 @@ METHODS: list[tuple[type[LinearStage], dict[str, Any]]] = [
     (Rtn, {"observer": "mse"}),
     (Gptq, {}),
     (Gptq, {"actorder": None}),
-    (Gptq, {"asymmetric": 1.0}),
+    (Gptq, {"asymmetric_calibration": 1.0}),
     (Gptq, {"outlier_ratio": 0.05}),
-    (Gptq, {"outlier_ratio": 0.05, "asymmetric": 0.5}),
+    (Gptq, {"outlier_ratio": 0.05, "asymmetric_calibration": 0.5}),
 ]
 STAGES = [m.model_validate(scheme | keys) for m, keys in METHODS for scheme in SCHEMES] + [
     LlmInt8(threshold=2.0),
@@ -52,15 +52,15 @@ X, FULL = correlated(256), correlated(256) + 0.1 * correlated(256, seed=5)
 def test_zeros_stay_zeros(stage: LinearStage, seed: int, share: float) -> None:
     W = weight(32)
     W[torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)) < share] = 0
-    made = made_of(stage, W, X, FULL if stage.cross else None)
+    made = made_of(stage, W, X, FULL if stage.needs.cross_moments else None)
     assert (made[W == 0] == 0).all()
     assert made.isfinite().all()
 
 
-@pytest.mark.parametrize("keys", [{}, {"actorder": None}, {"asymmetric": 1.0}], ids=str)
+@pytest.mark.parametrize("keys", [{}, {"actorder": None}, {"asymmetric_calibration": 1.0}], ids=str)
 def test_what_is_kept_answers_for_what_is_rounded(keys: dict[str, Any]) -> None:
     """The sweep is worth as much on a masked weight as it is on a dense one."""
-    x, full = correlated(), correlated() + 0.1 * correlated(seed=5) if keys.get("asymmetric") else None
+    x, full = correlated(), correlated() + 0.1 * correlated(seed=5) if keys.get("asymmetric_calibration") else None
     W = made_of(SparseGpt(), weight(), correlated())
     scheme = {"scheme": "W3A16", "group_size": 32}
     swept = output_error(W, made_of(Gptq.model_validate(scheme | keys), W, x, full), x, full)
@@ -76,7 +76,7 @@ QUANTIZING: list[list[dict[str, Any]]] = [
     [{"method": "autoround", "scheme": "W2A16", "group_size": 16, "symmetric": False, "iters": 4, "lr": 0.3}],
     [{"method": "zeroquant", "scheme": "W4A8", "group_size": 32, "iters": 4, "batch_size": 2}],
     [{"method": "smoothquant", "alpha": 0.5}, {"method": "rtn", "scheme": "W8A8"}],
-    [{"method": "gptq", "scheme": "W4A16", "group_size": 32, "asymmetric": 1.0}],
+    [{"method": "gptq", "scheme": "W4A16", "group_size": 32, "asymmetric_calibration": 1.0}],
 ]
 
 
@@ -115,12 +115,7 @@ def test_stages_of_one_recipe_keep_them_too(
 def test_a_mask_that_a_later_stage_loses_ends_the_run(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loses(self: Any, weight: torch.Tensor, *_: Any) -> Any:
-        from laconic.stages.stage import Outcome
-
-        return Outcome(weight + 1)
-
-    monkeypatch.setattr(SparseGpt, "prune", loses)
+    monkeypatch.setattr(SparseGpt, "compress", lambda self, task: Outcome(task.weight + 1))
     stages = [{"method": "magnitude"}, {"method": "sparsegpt", "targets": "re:.*down_proj"}]
     with pytest.raises(ValueError, match="down_proj: sparsegpt has filled in 4096 of the zeros of magnitude; list"):
         laconic.compress(str(llama), recipe(*stages, text=text), tmp_path / "out")
@@ -135,7 +130,7 @@ def test_a_mask_that_a_later_stage_loses_ends_the_run(
         {"mask_structure": "2:4"},
         {"mask_structure": "2:4", "actorder": None},
         {"mask_structure": "4x8", "sparsity": 0.25},
-        {"mask_structure": "2:4", "asymmetric": 1.0},
+        {"mask_structure": "2:4", "asymmetric_calibration": 1.0},
         {"mask_structure": "4:8", "scheme": "FP8_DYNAMIC", "group_size": None},
         {"mask_structure": "4:8", "scheme": "NVFP4A16", "group_size": None},
         {"sparsity": 0.5, "scheme": "W4A16_ASYM"},
@@ -145,7 +140,7 @@ def test_a_mask_that_a_later_stage_loses_ends_the_run(
 def test_gptq_prunes_and_rounds_in_one_sweep(keys: dict[str, Any]) -> None:
     W, x = weight(), correlated()
     stage = Gptq.model_validate({"scheme": "W4A16", "group_size": 32} | keys)
-    made = made_of(stage, W, x, x if stage.cross else None)
+    made = made_of(stage, W, x, x if stage.needs.cross_moments else None)
     share = float((made == 0).float().mean())
     # Some of what is kept rounds to zero as well.
     assert stage.share <= share < stage.share + 0.15

@@ -112,9 +112,9 @@ def test_what_is_kept_beside_the_codes_is_read_back(
 @pytest.mark.parametrize(
     "stages",
     [
-        [{"method": "smoothquant"}, GPTQ | {"asymmetric": 1.0}],
+        [{"method": "smoothquant"}, GPTQ | {"asymmetric_calibration": 1.0}],
         [TUNED | ATTENTION, TUNED | MLP],
-        [TUNED | ATTENTION, GPTQ | MLP | {"asymmetric": 1.0}],
+        [TUNED | ATTENTION, GPTQ | MLP | {"asymmetric_calibration": 1.0}],
         # These are content with the original's activations, but the last to look comes after one that quantizes.
         [RTN | ATTENTION, {"method": "smoothquant"}, RTN | MLP],
         [{"method": "llm_int8"} | ATTENTION, {"method": "llm_int8"} | MLP],
@@ -400,7 +400,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
 @pytest.mark.parametrize(
     "stage",
-    [GPTQ, GPTQ | {"asymmetric": 1.0}, {"method": "gptq", "scheme": "W8A8", "dynamic": False}],
+    [GPTQ, GPTQ | {"asymmetric_calibration": 1.0}, {"method": "gptq", "scheme": "W8A8", "dynamic": False}],
     ids=["gptq", "two streams", "static activations"],
 )
 def test_a_process_killed_at_random_moments_ends_with_the_same_bytes(

@@ -19,7 +19,7 @@ from interruptions import Killed, contents, is_whole
 from laconic.pipeline.compression import compress, prepare
 from laconic.recipe import Recipe, load_recipe
 from laconic.runtime.reading import load
-from laconic.stages.model import ModelStage, Remade, Work
+from laconic.stages.model import ModelOutcome, ModelStage, ModelTask
 from tiny import make_model, make_recipe
 
 RTN = rtn("W8A16")
@@ -35,7 +35,7 @@ class Louder(ModelStage):
     after_codes: bool = False
 
     @property
-    def takes_codes(self) -> bool:
+    def accepts_codes(self) -> bool:
         return self.after_codes
 
     def check(self, source: Any, model: Any, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
@@ -43,17 +43,19 @@ class Louder(ModelStage):
             raise ValueError("a factor of 0 silences the model; use another")
         return {}
 
-    def remake(self, work: Work) -> Remade:
-        (work.scratch / "begun").touch()
-        (work.artifact / "notes").mkdir(exist_ok=True)
-        (work.artifact / "notes" / "note.txt").write_text("louder")
-        work.report({"event": "work", "done": 1, "total": 1})
+    def apply(self, task: ModelTask) -> ModelOutcome:
+        (task.scratch / "begun").touch()
+        (task.artifact / "notes").mkdir(exist_ok=True)
+        (task.artifact / "notes" / "note.txt").write_text("louder")
+        task.report({"event": "work", "done": 1, "total": 1})
         config = {"louder": self.factor, "initializer_range": None}
         if self.factor == 1:
-            return Remade(None, config)
-        model = load(work.folder, dtype=torch.float32)
+            return ModelOutcome(None, config)
+        model = load(task.folder, dtype=torch.float32)
         model.model.norm.weight.data *= self.factor
-        return Remade(model, config, [{"event": "louder", "factor": self.factor}], {"loudness": {"is": self.factor}})
+        return ModelOutcome(
+            model, config, [{"event": "louder", "factor": self.factor}], {"loudness": {"is": self.factor}}
+        )
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from laconic.formats import fit, quantize
+from laconic.formats import quantize
 from laconic.formats.schemes import PRESETS, Scheme, scheme
-from laconic.formats.storage import to_stored
 from laconic.runtime.linear import QLinear
 from laconic.runtime.products import round_activations
 
@@ -98,7 +97,7 @@ def qlinear(kept: Scheme, *, bias: bool, dtype: torch.dtype) -> QLinear:
     generator = torch.Generator().manual_seed(1)
     w = torch.randn(200, 256, generator=generator)
     linear = QLinear(256, 200, bias=bias, scheme=kept, dtype=dtype)
-    stored = to_stored(quantize(kept.weights, w, fit(kept.weights, w, dtype)), kept)
+    stored = quantize(kept.weights, w, kept.weights.fit(w, dtype)).to_tensors()
     if bias:
         stored["bias"] = torch.randn(200, generator=generator).to(dtype)
     if kept.input_activations:

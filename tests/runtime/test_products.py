@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from laconic.formats import Outliers, Quantized, fit, quantize
+from laconic.formats import Outliers, Quantized, quantize
 from laconic.formats.schemes import PRESETS, scheme
-from laconic.formats.storage import to_stored
 from laconic.runtime.linear import QLinear
 from laconic.runtime.products import exact_float_product, int8_product, round_activations
 
@@ -49,11 +48,11 @@ def qlinear(dtype: torch.dtype, *, loud: list[int], **varied: Any) -> QLinear:
     generator = torch.Generator().manual_seed(1)
     w = torch.randn(200, 256, generator=generator)
     columns = torch.tensor(loud, dtype=torch.int64)
-    q = quantize(kept.weights, w.index_fill(1, columns, 0), fit(kept.weights, w.index_fill(1, columns, 0), dtype))
+    q = quantize(kept.weights, w.index_fill(1, columns, 0), kept.weights.fit(w.index_fill(1, columns, 0), dtype))
     if loud:
         q = replace(q, outliers=Outliers(columns.to(torch.int32), w[:, columns].to(dtype)))
     linear = QLinear(256, 200, bias=True, scheme=kept, dtype=dtype)
-    stored = to_stored(q, kept) | {"bias": torch.randn(200, generator=generator).to(dtype)}
+    stored = q.to_tensors() | {"bias": torch.randn(200, generator=generator).to(dtype)}
     if linear.calibrated:
         stored["input_scale"] = torch.tensor([0.03], dtype=dtype)
     for name, tensor in stored.items():
@@ -114,10 +113,10 @@ def test_simulated_schemes_keep_outlier_columns_too() -> None:
     w, x = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)), loud_input(torch.float32)
     columns = torch.tensor(LOUD, dtype=torch.int32)
     q: Quantized = replace(
-        quantize(kept.weights, w, fit(kept.weights, w)), outliers=Outliers(columns, w[:, LOUD].contiguous())
+        quantize(kept.weights, w, kept.weights.fit(w)), outliers=Outliers(columns, w[:, LOUD].contiguous())
     )
     linear = QLinear(256, 64, bias=False, scheme=kept, dtype=torch.float32)
-    for name, tensor in to_stored(q, kept).items():
+    for name, tensor in q.to_tensors().items():
         setattr(linear, name, nn.Parameter(tensor, requires_grad=False))
     seen = round_activations(x, kept.input_activations, {}, columns)
     expected = seen.double() @ q.decode().double().T

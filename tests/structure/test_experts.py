@@ -83,7 +83,12 @@ def test_every_token_for_every_expert_is_shown_and_changes_nothing(arch: str, tm
 @every_mixture
 @pytest.mark.parametrize(
     "stage",
-    [gptq("W4A16", group_size=32, true_sequential=False), AWQ, ZEROQUANT, AUTOROUND | {"asymmetric": False}],
+    [
+        gptq("W4A16", group_size=32, true_sequential=False),
+        AWQ,
+        ZEROQUANT,
+        AUTOROUND | {"asymmetric_calibration": False},
+    ],
     ids=lambda s: s["method"],
 )
 def test_the_log_counts_the_tokens_that_the_router_sent(
@@ -106,7 +111,13 @@ def test_an_expert_without_tokens_is_named(arch: str, text: Path, tmp_path: Path
     few = {"text": text, "samples": 1, "length": 4}
     said = r"model\.layers\.0\.mlp\.experts\.\d+\.\w+: no calibration token .* calibration\.moe_calibrate_all_experts"
     for number, stage in enumerate(
-        [gptq("W4A16", group_size=32), rtn("W8A8", dynamic=False), AWQ, ZEROQUANT, AUTOROUND | {"asymmetric": False}]
+        [
+            gptq("W4A16", group_size=32),
+            rtn("W8A8", dynamic=False),
+            AWQ,
+            ZEROQUANT,
+            AUTOROUND | {"asymmetric_calibration": False},
+        ]
     ):
         with pytest.raises(ValueError, match=said):
             press(folder, tmp_path / f"without {number}", stage, **few)
@@ -193,7 +204,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 
 @every_mixture
 def test_matching_the_original_needs_the_same_tokens(arch: str, text: Path, tmp_path: Path) -> None:
-    folder, stage = make_model(tmp_path / "model", arch), gptq("W4A16", group_size=32, asymmetric=1.0)
+    folder, stage = make_model(tmp_path / "model", arch), gptq("W4A16", group_size=32, asymmetric_calibration=1.0)
     with pytest.raises(ValueError, match=r"experts read other tokens; set calibration\.moe_calibrate_all_experts"):
         press(folder, tmp_path / "out", stage, text=text)
     artifact = press(folder, tmp_path / "out", stage, text=text, **ALL)

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from laconic.data.mix import Example, Mix
 from laconic.runtime.adapters import Nf4Linear, adapt
 from laconic.runtime.reading import load
-from laconic.train.finetune import Course, cut_by_block, finetune
+from laconic.train.finetune import TrainingArguments, finetune, wrap_each_block
 from laconic.train.losses import language_loss
 
 
@@ -34,7 +34,7 @@ class Cutting(Accelerator):
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
         order = [n for n, p in model.named_parameters() if p.requires_grad]
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=True)
-        cut_by_block(plugin, model.model.layers[0])
+        wrap_each_block(plugin, model.model.layers[0])
         state = SimpleNamespace(fsdp_plugin=plugin)
         told = {"mixed_precision": "no", "device": self.device, "is_main_process": self.is_main_process}
         fsdp2_prepare_model(SimpleNamespace(state=state, **told), model)  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ def train(model_folder: str, output: Path, accelerator: Accelerator, batch: int,
     rest = [n for n in names if n not in down]
     adapt(model, rest, rank=2, alpha=4, dropout=0, masked=True, generator=generator)
     mix = Mix((examples(48, 0),), (1.0,), examples(6, 1), 0)
-    course = Course(6, batch, 2, 1e-2, 0.0, "cosine", 0.01, 1.0, 2, None, 2, False, 0)
+    arguments = TrainingArguments(6, batch, 2, 1e-2, 0.0, "cosine", 0.01, 1.0, 2, None, 2, False, 0)
 
     def report(event: Any) -> None:
         if stop and event["step"] == stop:
@@ -83,7 +83,7 @@ def train(model_folder: str, output: Path, accelerator: Accelerator, batch: int,
     scratch = output.with_suffix(".scratch")
     scratch.mkdir(exist_ok=True)
     with torch.enable_grad():
-        trained = finetune(model, language_loss, mix, course, accelerator, scratch, report)
+        trained = finetune(model, language_loss, mix, arguments, accelerator, scratch, report)
     if accelerator.is_main_process:
         torch.save({"parameters": trained.parameters, "curve": trained.curve, "held_out": trained.held_out}, output)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laconic.data.mix import Mix
-from laconic.train.finetune import Course, finetune
+from laconic.train.finetune import TrainingArguments, finetune
 
 
 class Bigram(nn.Module):
@@ -33,10 +33,10 @@ def loss(model: Any, ids: Tensor, loss_mask: Tensor) -> Tensor:
 
 def test_it_is_adamw_on_the_mean_over_a_steps_tokens(tmp_path: Path) -> None:
     mix = Mix((examples(24, 0),), (1.0,), (), 0)
-    course = Course(5, 2, 3, 0.05, 0.4, "linear", 0.1, 0.5, 1, None, 1, False, 0)
+    arguments = TrainingArguments(5, 2, 3, 0.05, 0.4, "linear", 0.1, 0.5, 1, None, 1, False, 0)
     model, plain = Bigram(), Bigram()
     with torch.enable_grad():
-        made = finetune(model, loss, mix, course, Accelerator(cpu=True), tmp_path)
+        made = finetune(model, loss, mix, arguments, Accelerator(cpu=True), tmp_path)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.0, weight_decay=0.1)
     order = mix.order(30)
     for step in range(5):

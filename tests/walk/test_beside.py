@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from linears import compressed
 from torch import Tensor
 
 from laconic.formats import Quantized
 from laconic.methods.gptq import Gptq
 from laconic.methods.rtn import Rtn
 from laconic.solvers.moments import Moments
-from laconic.stages.stage import QuantizingStage
-from laconic.walk.beside import compress_tap, low_rank
+from laconic.stages.quantizing import QuantizingStage
+from laconic.walk.side_tensors import low_rank
 
 TOKENS, IN = 600, 64
 LOUD = [5, 40, 41]
@@ -47,7 +48,7 @@ def rtn(**keys: Any) -> Rtn:
 
 
 def made(stage: QuantizingStage, seen: Moments, dtype: torch.dtype = torch.float32) -> Quantized:
-    (outcome,) = compress_tap(stage, W, [len(W)], seen, dtype)
+    (outcome,) = compressed(stage, W, seen, dtype)
     assert isinstance(outcome.weight, Quantized)
     return outcome.weight
 
@@ -66,7 +67,7 @@ def lost(Q: Tensor, full: Tensor | None = None) -> float:
     ids=["energy", "peak", "peak of rounded activations"],
 )
 def test_the_loudest_columns_are_kept_in_order(stage: QuantizingStage) -> None:
-    q = made(stage, moments(gram=stage.gram))
+    q = made(stage, moments(gram=stage.needs.second_moments))
     assert q.outliers is not None
     assert q.outliers.indices.tolist() == LOUD
     assert q.outliers.indices.dtype == torch.int32
@@ -81,7 +82,7 @@ def test_a_loud_weight_in_an_outlier_column_widens_no_grid() -> None:
     spiked = W.clone()
     spiked[:, LOUD] *= 1000
     (plain,), (wide,) = (
-        compress_tap(rtn(outlier_ratio=0.05), w, [len(W)], moments(gram=False), torch.float32) for w in (W, spiked)
+        compressed(rtn(outlier_ratio=0.05), w, moments(gram=False), torch.float32) for w in (W, spiked)
     )
     assert torch.equal(wide.weight.params["scale"], plain.weight.params["scale"])
 
@@ -99,7 +100,7 @@ def test_their_weights_are_the_least_squares_answer_to_the_errors_of_the_others(
 
 
 def test_they_do_not_count_as_dead_inputs() -> None:
-    (outcome,) = compress_tap(gptq(outlier_ratio=0.05), W, [len(W)], moments(), torch.float32)
+    (outcome,) = compressed(gptq(outlier_ratio=0.05), W, moments(), torch.float32)
     assert outcome.notes["dead_columns"] == 0
     assert outcome.notes["outlier_columns"] == 3
     assert outcome.notes["outlier_share"] == pytest.approx(3 / IN, abs=1e-4)
@@ -115,7 +116,7 @@ def test_they_help_more_than_columns_that_only_stay() -> None:
 
 def test_they_go_with_the_original_models_output() -> None:
     full = X + 0.1 * torch.randn(X.shape, generator=torch.Generator().manual_seed(4))
-    towards, blind = (made(gptq(asymmetric=a, outlier_ratio=0.05), moments(full=full)).decode() for a in (1.0, 0.0))
+    towards, blind = (made(gptq(asymmetric_calibration=a, outlier_ratio=0.05), moments(full=full)).decode() for a in (1.0, 0.0))
     assert lost(towards, full) < lost(blind, full)
 
 
@@ -151,7 +152,7 @@ def test_with_second_moments_it_is_the_best_for_the_output(rows: int) -> None:
 @pytest.mark.parametrize("outlier_ratio", [None, 0.05])
 def test_more_rank_leaves_less(stage: Any, outlier_ratio: float | None) -> None:
     errors = [
-        lost(made(s := stage(low_rank=r, outlier_ratio=outlier_ratio), moments(gram=s.gram)).decode())
+        lost(made(s := stage(low_rank=r, outlier_ratio=outlier_ratio), moments(gram=s.needs.second_moments)).decode())
         for r in (0, 4, 12, 24)
     ]
     assert errors == sorted(errors, reverse=True)
@@ -160,7 +161,7 @@ def test_more_rank_leaves_less(stage: Any, outlier_ratio: float | None) -> None:
 
 def test_linears_of_a_tap_come_out_as_each_would_alone() -> None:
     stage, rows = gptq(outlier_ratio=0.05, low_rank=3), [8, 16]
-    together = compress_tap(stage, W, rows, moments(), torch.float32)
+    together = compressed(stage, W, moments(), torch.float32, rows)
     for outcome, part in zip(together, W.split(rows), strict=True):
-        (alone,) = compress_tap(stage, part, [len(part)], moments(), torch.float32)
+        (alone,) = compressed(stage, part, moments(), torch.float32)
         torch.testing.assert_close(outcome.weight.decode(), alone.weight.decode(), rtol=1e-3, atol=1e-4)

@@ -20,20 +20,20 @@ def observe(
     *,
     gram: bool,
     original: Passes | None = None,
-    moved: Mapping[str, Tensor] | None = None,
+    column_scales: Mapping[str, Tensor] | None = None,
     through: bool = False,
 ) -> dict[Tap, Moments]:
     """Moments at some taps of a block, over the whole stream; the passes halt before the last of the taps, or go
     through the block, so that the stream holds its output after.
 
-    original: passes through the uncompressed block on the original model's activations, for cross moments. moved: what
+    original: passes through the uncompressed block on the original model's activations, for cross moments. column_scales: what
     the columns of linears were multiplied by, by name. Their inputs were divided by it, and so the original's are.
     """
     widths = {tap: _width(passes.block, tap) for tap in taps}
     moments = {t: Moments(w, passes.device, gram=gram, cross=original is not None) for t, w in widths.items()}
     full: Iterator[tuple[Tap, Tensor] | None] = original.inputs(taps) if original else iter(lambda: None, object())
     for (tap, x), other in zip(passes.through(taps) if through else passes.inputs(taps), full, strict=False):
-        moments[tap].add(x, _rescaled(other[1], tap, moved or {}) if other else None)
+        moments[tap].add(x, _rescaled(other[1], tap, column_scales or {}) if other else None)
     for found in moments.values():
         found.finish()
     return moments
@@ -46,8 +46,8 @@ def _width(block: nn.Module, tap: Tap) -> int:
     return first.in_features
 
 
-def _rescaled(x: Tensor, tap: Tap, moved: Mapping[str, Tensor]) -> Tensor:
-    columns = moved.get(tap.linears[0])
+def _rescaled(x: Tensor, tap: Tap, column_scales: Mapping[str, Tensor]) -> Tensor:
+    columns = column_scales.get(tap.linears[0])
     return x if columns is None else x / columns
 
 

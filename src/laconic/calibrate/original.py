@@ -15,14 +15,15 @@ from laconic.structure.anatomy import BlockCall
 @dataclass
 class Original:
     """stream: what the block reads in the original model. room: for what it puts out, while what it reads is kept.
-    moved: what the columns of linears were multiplied by in the block that is compressed, by name within it."""
+    column_scales: what the columns of linears were
+    multiplied by in the block that is compressed, by name within it."""
 
     module: nn.Module
     call: BlockCall
     stream: Stream
     device: torch.device
     room: Room
-    moved: dict[str, Tensor] = field(default_factory=dict)
+    column_scales: dict[str, Tensor] = field(default_factory=dict)
     _output: Stream | None = None
 
     def output(self, *, read_again: bool) -> Stream:

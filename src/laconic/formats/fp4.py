@@ -5,16 +5,19 @@ A code is the four bits as they are: 0 to 7 stand for 0, .5, 1, 1.5, 2, 3, 4, 6,
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from laconic.formats import NOTHING, Params
+from laconic.formats.base import NO_PARAMS, Params
 from laconic.formats.floats import E4M3, E4M3_MAX
 from laconic.formats.int_affine import storable
+from laconic.formats.scalar import ScalarFormat
 from laconic.formats.tiling import Tiling
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -24,7 +27,7 @@ _GROUPS_OF_16, _GROUPS_OF_32 = Tiling("group", 16), Tiling("group", 32)
 
 
 def encode_e2m1(x: Tensor) -> Tensor:
-    """The nearest code (uint8) of each value; half way, the one whose mantissa is even; past 6, that of 6."""
+    """Return the nearest code (uint8) of each value; half way, the one whose mantissa is even; past 6, that of 6."""
     m = x.abs()
     # Steps are .5 up to 2, 1 up to 4, 2 up to 6, and each stretch begins on an even code: count the steps in each.
     steps = (2 * m).clamp_(max=4).round_()
@@ -34,7 +37,7 @@ def encode_e2m1(x: Tensor) -> Tensor:
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
-    """The value (float32) of each code."""
+    """Return the value (float32) of each code."""
     return _values(codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 
@@ -44,20 +47,20 @@ def _values(device: torch.device) -> Tensor:
 
 
 def pack_fp4(codes: Tensor) -> Tensor:
-    """(rows, n) codes, n even -> (rows, n / 2) uint8: the first of two codes in the low half of the byte."""
+    """Pack (rows, n) codes, n even, into (rows, n / 2) uint8: the first of two codes in the low half of the byte."""
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
 def unpack_fp4(packed: Tensor) -> Tensor:
-    """The inverse of `pack_fp4`."""
+    """Unpack codes: the inverse of `pack_fp4`."""
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
 @dataclass(frozen=True)
-class Fp4(ABC):
+class Fp4(ScalarFormat):
     """w = step * value of the code, one step a tile."""
 
-    tiling: Tiling
+    tiling: Tiling = _GROUPS_OF_16
 
     @property
     def num_bits(self) -> int:
@@ -68,11 +71,15 @@ class Fp4(ABC):
         return True
 
     @property
-    def headroom(self) -> float:
-        return 1.0
+    def storage(self) -> str:
+        return f"{self.title.lower()}-pack-quantized"
 
     @property
-    def widest(self) -> float:
+    def granularity(self) -> str:
+        return f"group {self.tiling.group_size}"
+
+    @property
+    def widest_step(self) -> float:
         return 2.0
 
     @property
@@ -80,14 +87,7 @@ class Fp4(ABC):
         return torch.uint8
 
     @abstractmethod
-    def unit(self, params: Params) -> Tensor:
-        """What a code's value is multiplied by, float32."""
-
-    def shared(self, lo: Tensor, hi: Tensor) -> Params:
-        return NOTHING
-
-    @abstractmethod
-    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NOTHING) -> Params: ...
+    def unit(self, params: Params) -> Tensor: ...
 
     def encode_tiles(self, tiles: Tensor, params: Params) -> Tensor:
         return encode_e2m1(tiles / self.unit(params).unsqueeze(-1))
@@ -95,8 +95,56 @@ class Fp4(ABC):
     def decode_tiles(self, codes: Tensor, params: Params) -> Tensor:
         return decode_e2m1(codes) * self.unit(params).unsqueeze(-1)
 
-    def snap_tiles(self, tiles: Tensor, params: Params) -> Tensor:
-        return self.decode_tiles(self.encode_tiles(tiles, params), params)
+    def check_shape(self, name: str, shape: tuple[int, int]) -> None:
+        size = self.tiling.group_size
+        assert size is not None
+        if shape[1] % size:
+            raise ValueError(
+                f"{self.title} is groups of {size}, which do not divide the {shape[1]} inputs of {name}; "
+                "use another scheme there, or ignore it"
+            )
+
+    def to_tensors(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        return {"weight_packed": pack_fp4(codes)} | {f"weight_{name}": p for name, p in params.items()}
+
+    def from_tensors(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Params]:
+        own = {n.removeprefix("weight_"): t for n, t in tensors.items() if n.startswith("weight_")}
+        return unpack_fp4(own.pop("packed")), own
+
+    def to_config(self) -> dict[str, Any]:
+        config = super().to_config() | {"type": "float", "scale_dtype": self.scale_dtype}
+        return config | {"strategy": self.config_strategy}
+
+    @property
+    @abstractmethod
+    def scale_dtype(self) -> torch.dtype:
+        """Dtype of scales in the file, which config.json names."""
+
+    @property
+    def config_strategy(self) -> str:
+        """The word of compressed-tensors for how scales are shared."""
+        return "group"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self | None:
+        if config["type"] != "float" or config["num_bits"] != 4:
+            return None
+        default = cls()
+        if config["strategy"] != default.config_strategy:
+            return None
+        scale_dtype = config.get("scale_dtype")
+        # Written by name, and read by compressed-tensors as a dtype.
+        known = scale_dtype is None or str(scale_dtype) == str(default.scale_dtype)
+        sized = config.get("group_size") == default.tiling.group_size
+        return default if sized and known and config["symmetric"] else None
+
+    def vary(self, preset: str, *, group_size: int | None, symmetric: bool | None, strategy: str | None) -> Fp4:
+        size = self.tiling.group_size
+        if group_size not in (None, size) or strategy not in (None, "group"):
+            raise ValueError(f"{preset} is groups of {size}: leave group_size and strategy out")
+        if symmetric is False:
+            raise ValueError(f"{preset} is always symmetric")
+        return self
 
 
 @dataclass(frozen=True)
@@ -105,12 +153,22 @@ class MxFp4(Fp4):
 
     tiling: Tiling = _GROUPS_OF_32
 
+    @property
+    def title(self) -> str:
+        return "MXFP4"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.uint8
+
     def unit(self, params: Params) -> Tensor:
         return params["scale"].view(torch.float8_e8m0fnu).float()
 
-    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NOTHING) -> Params:
-        """The smallest power of two under which the larger end of [lo, hi] still rounds to 6 (that is, stays below 7)
-        rather than being cut off. An all-zero tile gets scale 1."""
+    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NO_PARAMS) -> Params:
+        """Return the smallest power of two under which the larger end of [lo, hi] rounds to 6 and is not clipped.
+
+        That is, under which it stays below 7. An all-zero tile gets scale 1.
+        """
         absmax = torch.maximum(-lo, hi).float()
         # absmax = mantissa 2^exponent with a mantissa of 1/2 to 1, so that 2^(exponent - 3) leaves it at 4 to 8.
         mantissa, exponent = torch.frexp(absmax)
@@ -120,10 +178,23 @@ class MxFp4(Fp4):
 
 @dataclass(frozen=True)
 class NvFp4(Fp4):
-    """NVIDIA's FP4: groups of 16 whose scale is an FP8 (E4M3), and one float32 `global_scale` a tensor that spreads
-    these scales over the range of FP8. step = scale / global_scale."""
+    """NVIDIA's FP4: groups of 16 whose scale is an FP8 (E4M3), and one float32 `global_scale` a tensor.
 
-    tiling: Tiling = _GROUPS_OF_16
+    The global scale spreads the scales of groups over the range of FP8: step = scale / global_scale.
+    """
+
+    @property
+    def title(self) -> str:
+        return "NVFP4"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return E4M3
+
+    @property
+    def config_strategy(self) -> str:
+        # Groups with a scale of the whole tensor beside theirs.
+        return "tensor_group"
 
     @property
     def headroom(self) -> float:
@@ -134,12 +205,12 @@ class NvFp4(Fp4):
         return params["scale"].float() / params["global_scale"]
 
     def shared(self, lo: Tensor, hi: Tensor) -> Params:
-        """The global scale that gives the tile of the largest value the largest scale, 448. All zeros get 1."""
+        """Return the global scale that gives the tile of the largest value the largest scale, 448. All zeros get 1."""
         absmax = torch.maximum(-lo, hi).float().amax().reshape(1)
         largest = torch.finfo(torch.float32).max
         return {"global_scale": torch.where(absmax > 0, (E4M3_MAX * E2M1_MAX / absmax).clamp(max=largest), 1.0)}
 
-    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NOTHING) -> Params:
-        """The FP8 scale that puts the larger end of [lo, hi] nearest to 6. An all-zero tile gets scale 1."""
+    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NO_PARAMS) -> Params:
+        """Return the FP8 scale that puts the larger end of [lo, hi] nearest to 6. An all-zero tile gets scale 1."""
         absmax = torch.maximum(-lo, hi).float()
         return {"scale": storable(absmax / E2M1_MAX * shared["global_scale"], E4M3)}

@@ -1,6 +1,6 @@
-"""A scheme says in which format weights and input activations are kept: W4A16, W8A8, FP8, ...
+"""Schemes: in which formats weights and input activations of a linear are kept (W4A16, W8A8, FP8, ...).
 
-It is data. The presets are the names the field uses; `scheme` varies one by the keys a recipe may give.
+The presets are the names that the field uses; `scheme` varies one by the keys that a recipe may give.
 """
 
 from __future__ import annotations
@@ -11,34 +11,40 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.formats import NOTHING, Format, Params
+from laconic.formats.base import NO_PARAMS, Format, Params
 from laconic.formats.floats import Fp8
-from laconic.formats.fp4 import Fp4, MxFp4, NvFp4
+from laconic.formats.fp4 import MxFp4, NvFp4
 from laconic.formats.int_affine import IntAffine
-from laconic.formats.tiling import Tiling
-
-CHANNEL = Tiling("channel")
-TOKEN = Tiling("token")
-TENSOR = Tiling("tensor")
-
-Storage = Literal["pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"]
+from laconic.formats.scalar import ScalarFormat
+from laconic.formats.tiling import CHANNEL, TENSOR, TOKEN, Tiling
 
 
 @dataclass(frozen=True)
 class Activations:
-    """How a linear's input is rounded. dynamic: parameters from each input itself; otherwise from calibration; `local`
-    takes from calibration those that a whole tensor has one of."""
+    """How a linear's input is quantized.
 
-    format: Format
+    Attributes:
+        format: of the codes.
+        dynamic: True for parameters from each input itself, False for parameters from calibration; `local` takes only
+            those of a whole tensor from calibration.
+    """
+
+    format: ScalarFormat
     dynamic: bool | Literal["local"]
 
     @property
     def calibrated(self) -> bool:
-        """Whether calibration must say anything."""
+        """Whether calibration sets any parameter."""
         return self.dynamic is not True
 
     def calibrate(self, lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Params:
-        """The parameters that stay as they are for every input, each (1,). lo, hi: of all inputs seen, 0-dim."""
+        """Return the parameters that are the same for every input, each (1,).
+
+        Args:
+            lo: 0-dim, the smallest value of all calibration inputs.
+            hi: 0-dim, the largest.
+            dtype: in which they are stored.
+        """
         lo, hi = lo.reshape(1), hi.reshape(1)
         match self.dynamic:
             case "local":
@@ -46,14 +52,23 @@ class Activations:
             case False:
                 return self.format.from_range(lo, hi, dtype)
             case _:
-                return NOTHING
+                return NO_PARAMS
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """name: the preset it came from. engine: whether a serving engine runs it, or only our own QLinear, which
-    simulates the arithmetic. outlier_columns: input columns kept in 16 bit beside the codes, None when only calibration
-    will tell how many. rank: of the 16-bit product added to the codes."""
+    """How one linear is stored and computed.
+
+    Attributes:
+        name: the preset that it came from.
+        weights: format of the weight.
+        input_activations: of the input; None for 16 bit.
+        engine: the first engine that runs it; `laconic` for our own arithmetic, which is simulated.
+        outlier_columns: number of input columns in 16 bit beside the codes; None while calibration has not set it.
+        rank: of the 16-bit product that is added to the codes.
+        input_transform: dimensions of the transform of input channels: 0 none, 1 a vector, 2 a matrix.
+        output_transform: the same of output channels.
+    """
 
     name: str
     weights: Format
@@ -61,54 +76,59 @@ class Scheme:
     engine: Literal["vllm", "transformers", "laconic"] = "vllm"
     outlier_columns: int | None = 0
     rank: int = 0
+    input_transform: int = 0
+    output_transform: int = 0
 
     @property
     def title(self) -> str:
-        """The name, with what is kept beside the codes."""
-        return self.name + " + outliers" * (self.outlier_columns != 0) + f" + rank {self.rank}" * (self.rank > 0)
+        """Name for people, side tensors included."""
+        return (
+            self.name
+            + " + outliers" * (self.outlier_columns != 0)
+            + f" + rank {self.rank}" * (self.rank > 0)
+            + " + transforms" * bool(self.input_transform or self.output_transform)
+        )
+
+    @property
+    def plain(self) -> Scheme:
+        """The scheme without side tensors, whose sizes depend on the linear."""
+        return replace(self, outlier_columns=0, rank=0, input_transform=0, output_transform=0)
 
     @property
     def native(self) -> bool:
         """Whether only our own code reads it (QLinear, and our plugin for vLLM)."""
-        return self.engine == "laconic" or self.outlier_columns != 0 or self.rank > 0
+        return self.engine == "laconic" or not self.weights.standard or self != self.plain
 
     @property
     def integer(self) -> bool:
-        """Whether the product is one of int8 by int8 that we compute as such, outlier columns in a second product."""
+        """Whether the product is computed as int8 by int8, outlier columns in a second product."""
         acts = self.input_activations
         return (
-            _int8(self.weights, "channel", "tensor")
-            and acts is not None
+            acts is not None
+            and _int8(self.weights, "channel", "tensor")
             and _int8(acts.format, "token", "tensor")
-            and self.rank == 0
+            and replace(self, outlier_columns=0) == self.plain
         )
 
     @property
     def simulated(self) -> bool:
-        """Whether nobody, neither an engine nor we, has arithmetic for it, so that any speed it shows is not real."""
+        """Whether neither an engine nor our code has arithmetic for it, so that its speed means nothing."""
         return self.native and not self.integer
 
     @property
-    def storage(self) -> Storage:
-        """The compressed-tensors layout of its weights on disk."""
-        match self.weights:
-            case Fp8():
-                return "float-quantized"
-            case NvFp4():
-                return "nvfp4-pack-quantized"
-            case MxFp4():
-                return "mxfp4-pack-quantized"
-        # Engines that compute in integers want a plain int8 weight; the others unpack words themselves.
-        return "int-quantized" if self.input_activations and self.engine != "laconic" else "pack-quantized"
+    def storage(self) -> str:
+        """Name of the layout of its weights on disk."""
+        return self.weights.storage
 
 
 def _int8(fmt: Format, *strategies: str) -> bool:
-    ints = isinstance(fmt, IntAffine) and fmt.num_bits == 8 and fmt.symmetric
-    return ints and fmt.tiling.strategy in strategies
+    if not isinstance(fmt, ScalarFormat) or fmt.integer_range != (-128, 127) or not fmt.symmetric:
+        return False
+    return fmt.tiling.strategy in strategies
 
 
-def _ints(num_bits: int, tiling: Tiling, symmetric: bool = True) -> IntAffine:
-    return IntAffine(num_bits, symmetric, tiling)
+def _ints(num_bits: int, tiling: Tiling, symmetric: bool = True, packed: bool = True) -> IntAffine:
+    return IntAffine(num_bits, symmetric, tiling, packed=packed)
 
 
 def _acts(num_bits: int) -> Activations:
@@ -125,8 +145,9 @@ PRESETS: dict[str, Scheme] = {
         Scheme("W4A16_ASYM", _ints(4, _G128, symmetric=False)),
         Scheme("W3A16", _ints(3, _G128), engine="transformers"),
         Scheme("W2A16", _ints(2, _G128), engine="transformers"),
-        Scheme("W8A8", _ints(8, CHANNEL), _acts(8)),
-        Scheme("W4A8", _ints(4, _G128), _acts(8)),
+        # Engines that multiply integers read a plain int8 weight.
+        Scheme("W8A8", _ints(8, CHANNEL, packed=False), _acts(8)),
+        Scheme("W4A8", _ints(4, _G128, packed=False), _acts(8)),
         Scheme("W7A7", _ints(7, CHANNEL), _acts(7), engine="laconic"),
         Scheme("W6A6", _ints(6, CHANNEL), _acts(6), engine="laconic"),
         Scheme("W4A6", _ints(4, _G128), _acts(6), engine="laconic"),
@@ -144,6 +165,15 @@ PRESETS: dict[str, Scheme] = {
         Scheme("MXFP4", MxFp4(), Activations(MxFp4(), dynamic=True)),
     )
 }
+"""The schemes by name. A format is known to readers of config.json once a preset has it."""
+
+# Presets whose activations are quantized for each input and in no other way.
+_ALWAYS_DYNAMIC = ("FP8_BLOCK", "W4A8")
+
+
+def known_formats() -> tuple[type[Format], ...]:
+    """Return the kinds of format that presets have, for reading config.json."""
+    return tuple(dict.fromkeys(type(s.weights) for s in PRESETS.values()))
 
 
 def scheme(
@@ -154,53 +184,27 @@ def scheme(
     strategy: str | None = None,
     dynamic: bool | None = None,
 ) -> Scheme:
-    """The preset `name`, varied: group_size -1 is one scale a channel; `strategy` is the weights' (tensor,
-    channel or group); `dynamic` says whether activations are scaled by each input or by calibration.
+    """Return a preset, varied.
 
-    Raises: ValueError for an unknown name or a variation the preset cannot take.
+    Args:
+        name: of the preset.
+        group_size: columns that share a scale; -1 for one scale a channel.
+        symmetric: whether the weights' grid has no zero point.
+        strategy: of the weights: `tensor`, `channel` or `group`.
+        dynamic: whether activations are scaled by each input, or by calibration.
+
+    Raises:
+        ValueError: for an unknown name or a variation that the preset cannot take.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown scheme '{name}': choose one of {', '.join(PRESETS)}")
     base = PRESETS[name]
     if strategy not in (None, "tensor", "channel", "group"):
         raise ValueError(f"strategy '{strategy}' is not one of tensor, channel, group")
-    return replace(
-        base,
-        weights=_vary_weights(base, group_size, symmetric, strategy),
-        input_activations=_vary_activations(base, dynamic),
-    )
-
-
-def _vary_weights(base: Scheme, group_size: int | None, symmetric: bool | None, strategy: str | None) -> Format:
-    weights, tiling = base.weights, base.weights.tiling
-    if isinstance(weights, Fp4):
-        if group_size not in (None, tiling.group_size) or strategy not in (None, "group"):
-            raise ValueError(f"{base.name} is groups of {tiling.group_size}: leave group_size and strategy out")
-        if symmetric is False:
-            raise ValueError(f"{base.name} is always symmetric")
-        return weights
-    # These formats have a scale a row or one alone, and nothing between.
-    ungrouped = isinstance(weights, Fp8) or base.name == "W8A8"
-    if group_size is not None and strategy not in (None, "channel" if group_size == -1 else "group"):
-        raise ValueError(f"group_size {group_size} contradicts strategy '{strategy}'")
-    if group_size == -1 or strategy in ("tensor", "channel"):
-        tiling = TENSOR if strategy == "tensor" else CHANNEL
-    elif group_size is not None or strategy == "group":
-        if ungrouped:
-            raise ValueError(f"{base.name} has no groups: leave group_size out")
-        tiling = Tiling("group", group_size if group_size is not None else 128)
-    if tiling.strategy == "tensor" and not ungrouped:
-        raise ValueError(f"{base.name} is stored by channel or by group: strategy 'tensor' is for W8A8 and FP8")
-    if base.name == "FP8_BLOCK" and tiling.strategy != "block":
-        raise ValueError("FP8_BLOCK is 128 x 128 blocks: use FP8 or FP8_DYNAMIC for another strategy")
-    if isinstance(weights, Fp8):
-        if symmetric is False:
-            raise ValueError(f"{base.name} is always symmetric")
-        return Fp8(tiling)
-    assert isinstance(weights, IntAffine)
-    if symmetric is False and base.input_activations is not None:
-        raise ValueError(f"{base.name} computes in integers and needs symmetric weights")
-    return replace(weights, tiling=tiling, symmetric=weights.symmetric if symmetric is None else symmetric)
+    weights = base.weights.vary(name, group_size=group_size, symmetric=symmetric, strategy=strategy)
+    if not weights.symmetric and base.input_activations is not None:
+        raise ValueError(f"{name} computes in integers and needs symmetric weights")
+    return replace(base, weights=weights, input_activations=_vary_activations(base, dynamic))
 
 
 def _vary_activations(base: Scheme, dynamic: bool | None) -> Activations | None:
@@ -211,9 +215,9 @@ def _vary_activations(base: Scheme, dynamic: bool | None) -> Activations | None:
         raise ValueError(f"{base.name} keeps activations in 16 bit: leave 'dynamic' out")
     if dynamic == acts.dynamic:
         return acts
-    if isinstance(acts.format, Fp4):
-        raise ValueError(f"{base.name} rounds activations in its own way: leave 'dynamic' out")
-    if base.name in ("FP8_BLOCK", "W4A8"):
+    if base.name in _ALWAYS_DYNAMIC:
         raise ValueError(f"{base.name} has dynamic activations only")
-    assert isinstance(acts.format, Fp8 | IntAffine)
-    return Activations(replace(acts.format, tiling=TOKEN if dynamic else TENSOR), dynamic)
+    fmt = acts.format.retiled(TOKEN if dynamic else TENSOR)
+    if fmt is None:
+        raise ValueError(f"{base.name} quantizes activations in its own way: leave 'dynamic' out")
+    return Activations(fmt, dynamic)

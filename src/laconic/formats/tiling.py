@@ -1,7 +1,7 @@
-"""Which elements of a matrix share one scale: the whole tensor, a row, a group in a row, or a rectangle.
+"""Tilings: which elements of a matrix share one scale: the whole tensor, a row, a group in a row, or a rectangle.
 
-`split` lays a (out, in) matrix out as (*param_shape, n): whatever shares parameters lies along the last
-dimension, so a format needs one code path for every strategy. `join` is its inverse.
+`split` lays a (out, in) matrix out as (*param_shape, n): elements that share parameters lie along the last dimension,
+so a format needs one code path for every strategy. `join` is its inverse.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 @dataclass(frozen=True)
 class Tiling:
-    """strategy: `token` is `channel` said of activations (one scale a row).
-    group_size: columns in a group. block_structure: (rows, columns) of a block."""
+    """One way to share parameters.
+
+    Attributes:
+        strategy: `tensor`, `channel` (one scale a row), `group`, `block`; `token` is `channel` of activations.
+        group_size: columns in a group.
+        block_structure: (rows, columns) of a block.
+    """
 
     strategy: Strategy
     group_size: int | None = None
@@ -36,9 +41,10 @@ class Tiling:
             raise ValueError("block_structure goes with strategy 'block', and only with it")
 
     def param_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of a parameter of a matrix of shape (out, in).
+        """Return the shape of a parameter of a matrix of shape (out, in).
 
-        Raises: ValueError when group_size does not divide `in`.
+        Raises:
+            ValueError: if group_size does not divide `in`.
         """
         rows, cols = shape
         match self.strategy:
@@ -57,7 +63,7 @@ class Tiling:
                 return (-(-rows // height), -(-cols // width))
 
     def split(self, w: Tensor) -> Tensor:
-        """(out, in) -> (*param_shape, n). A block that reaches over the edge is padded with zeros."""
+        """Lay out (out, in) as (*param_shape, n); a block that reaches over the edge is padded with zeros."""
         shape = self.param_shape(tuple(w.shape))
         if self.strategy != "block":
             return w.reshape(*shape, -1)
@@ -69,7 +75,7 @@ class Tiling:
         return w.reshape(shape[0], height, shape[1], width).transpose(1, 2).reshape(*shape, height * width)
 
     def join(self, tiles: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """(*param_shape, n) -> (out, in); what `split` padded is cut off."""
+        """Lay out (*param_shape, n) as (out, in); the padding of `split` is cut off."""
         if self.strategy != "block":
             return tiles.reshape(shape)
         assert self.block_structure is not None
@@ -79,7 +85,11 @@ class Tiling:
         return whole[: shape[0], : shape[1]].contiguous()
 
     def cut_params(self, param: Tensor, start: int, stop: int, rows: int) -> Tensor:
-        """The parameters of rows [start, stop) out of those of a matrix of `rows` rows."""
+        """Return the parameters of rows [start, stop) of a matrix of `rows` rows.
+
+        Raises:
+            ValueError: if a block would be cut.
+        """
         if param.dim() == 1:  # one for the whole tensor
             return param.clone()
         match self.strategy:
@@ -93,6 +103,11 @@ class Tiling:
                 return param[start:stop]
 
 
+CHANNEL = Tiling("channel")
+TOKEN = Tiling("token")
+TENSOR = Tiling("tensor")
+
+
 def groups_for(columns: int) -> str:
-    """Group sizes that rows of so many columns can have: the largest usual ones, and -1, the whole row."""
+    """Return the group sizes that rows of so many columns can have: the largest usual ones, and -1, the whole row."""
     return ", ".join(str(g) for g in [*[g for g in (128, 64, 32, 16, 8) if columns % g == 0][:2], -1])

@@ -13,10 +13,11 @@ from laconic.methods.kv_per_token import KvPerToken
 from laconic.methods.kvquant import KvQuant
 from laconic.methods.llm_int8 import LlmInt8
 from laconic.methods.llm_pruner.stage import LlmPruner
-from laconic.methods.lora import Lora
+from laconic.methods.lora.lora import Lora
+from laconic.methods.lora.qlora import QLora
 from laconic.methods.magnitude import Magnitude
-from laconic.methods.qlora import QLora
 from laconic.methods.reap import Reap
+from laconic.methods.registry_check import check_methods
 from laconic.methods.rtn import Rtn
 from laconic.methods.smoothquant import SmoothQuant
 from laconic.methods.sparsegpt import SparseGpt
@@ -45,3 +46,5 @@ METHODS = (
     KvInt8,
     KvFp8,
 )
+
+check_methods(METHODS)

@@ -8,75 +8,95 @@ compressed model's activations comes near to the original model's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from laconic.formats import Format, Params, Quantized
+from laconic.formats import Params, Quantized, ScalarFormat
 from laconic.formats.pieces import rows_at_once
-from laconic.stages.block import Block, stacked, stacks
-from laconic.stages.stage import BlockStage, Outcome, QuantizingStage
-from laconic.train.block_tuning import SignSGD, hold, outputs, tune, unstack
+from laconic.stages.block import Block, BlockStage, stacked
+from laconic.stages.linear import Outcome
+from laconic.stages.quantizing import QuantizingStage
+from laconic.stages.renamed import refuse_renamed
+from laconic.stages.stage import Needs
+from laconic.train.block_tuning import SignSGD, block_output, freeze_where, tune, unstack
 
 # How far float32 may take a value that lies half a step from its code.
 _ROUNDING = 1 + 1e-4
 
 
 class AutoRound(QuantizingStage, BlockStage):
-    """iters: steps a block. batch_size: samples a step. lr: largest move of V a step (1 / iters when not given). clip:
-    tune ranges as well. asymmetric: aim at the original model's output, rather than at what the uncompressed block
-    makes of the compressed model's activations."""
+    """Tune rounding offsets and ranges.
+
+    Attributes:
+        iters: steps a block.
+        batch_size: samples a step.
+        lr: largest move of V a step; 1 / iters if not given.
+        clip: tune ranges as well.
+        asymmetric_calibration: aim at the original model's output, rather than at the output of the uncompressed block
+            for the compressed model's activations.
+    """
+
+    example: ClassVar = {"scheme": "W4A16", "group_size": 32, "iters": 3, "batch_size": 2}
 
     method: Literal["autoround"] = "autoround"
     iters: int = Field(200, ge=1)
     batch_size: int = Field(2, ge=1)
     lr: float | None = Field(None, gt=0)
     clip: bool = True
-    asymmetric: bool = True
+    asymmetric_calibration: bool = True
+
+    _renamed = refuse_renamed(asymmetric="asymmetric_calibration")
 
     @property
-    def cross(self) -> bool:
-        return self.asymmetric
+    def needs(self) -> Needs:
+        return replace(super().needs, activations=True, cross_moments=self.asymmetric_calibration)
 
     def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
-        fmt = self.result.weights
-        names = [n for tap in block.targeted_taps() for n in stacks(block.module, block.targets(tap), self.result)]
-        tuned = {n: _Tuned.start(fmt, stacked(block.module, n, block.dtype)) for n in names}
-        targets = block.original_output.hidden if block.original_output else outputs(block)
+        stacks = [stack for tap in block.targeted_taps() for stack in block.stacks(tap)]
+        tuned = {s: _Tuned.start(s.format, stacked(block.module, s.linears, block.dtype)) for s in stacks}
+        targets = block.original_output.hidden if block.original_output else block_output(block)
 
         def weights() -> Mapping[str, Tensor]:
-            made: dict[str, Tensor] = {}
-            for linears, parts in tuned.items():
-                made |= unstack(block.module, linears, parts.weight(fmt, block.dtype))
-            return made
+            by_name: dict[str, Tensor] = {}
+            for stack, parts in tuned.items():
+                by_name |= unstack(block.module, stack.linears, parts.weight(stack.format, block.dtype))
+            return by_name
 
         step = self.lr or 1 / self.iters
         optimizers = [SignSGD([t.V], step, (-0.5, 0.5)) for t in tuned.values()]
         if self.clip:
             optimizers += [SignSGD([end], step, (0.1, 1)) for t in tuned.values() for end in (t.low, t.high)]
-        before, after, fell = tune(
+        result = tune(
             block,
             weights,
             optimizers,
             targets,
             iters=self.iters,
             batch_size=self.batch_size,
-            acts=self.result.input_activations if not self.static else None,
+            activations=block.dynamic_activations(),
         )
-        if not fell:
+        if not result.improved:
             for parts in tuned.values():
                 parts.reset()
-        notes = {"loss_before": before, "loss_after": after if fell else before}
-        return {n: Outcome(t.quantized(fmt, block.dtype), notes) for n, t in tuned.items()}
+        return {s.linears: Outcome(t.quantized(s.format, block.dtype), result.notes) for s, t in tuned.items()}
 
 
 @dataclass(frozen=True)
 class _Tuned:
-    """Some stacked linears. W: (out, in). V: in tiles (..., n). Of each tile (...): lo, hi, its range; low, high, how
-    much of either end is covered."""
+    """The tuned parameters of stacked linears.
+
+    Attributes:
+        W: (out, in).
+        V: rounding offsets, in tiles (..., n).
+        lo: lower end of the range of each tile (...).
+        hi: upper end.
+        low: how much of the lower end is covered, (...).
+        high: how much of the upper end is.
+    """
 
     W: Tensor
     V: Tensor
@@ -86,16 +106,16 @@ class _Tuned:
     high: Tensor
 
     @classmethod
-    def start(cls, fmt: Format, W: Tensor) -> _Tuned:
-        """Round to nearest over the whole range."""
+    def start(cls, fmt: ScalarFormat, W: Tensor) -> _Tuned:
+        """Start from rounding to nearest over the whole range."""
         tiles = fmt.tiling.split(W)
         lo, hi = tiles.amin(-1).float(), tiles.amax(-1).float()
         V, low, high = torch.empty_like(tiles, dtype=torch.float32), torch.empty_like(lo), torch.empty_like(hi)
-        # Zeros stay zeros: to nearest they are, and nothing moves them from it.
-        V = hold(V.requires_grad_(), tiles == 0)
-        started = cls(W, V, lo, hi, low.requires_grad_(), high.requires_grad_())
-        started.reset()
-        return started
+        # Zeros stay zeros: nearest is zero, and no gradient moves them.
+        V = freeze_where(V.requires_grad_(), tiles == 0)
+        tuned = cls(W, V, lo, hi, low.requires_grad_(), high.requires_grad_())
+        tuned.reset()
+        return tuned
 
     def reset(self) -> None:
         """Go back to rounding to nearest over the whole range."""
@@ -103,31 +123,31 @@ class _Tuned:
         self.low.data.fill_(1)
         self.high.data.fill_(1)
 
-    def params(self, fmt: Format, dtype: torch.dtype) -> Params:
-        """As they will be stored."""
+    def params(self, fmt: ScalarFormat, dtype: torch.dtype) -> Params:
+        """Return the parameters as they will be stored."""
         with torch.no_grad():
             lo, hi = self.lo * self.low, self.hi * self.high
             shared = fmt.shared(lo, hi)
             return {**fmt.from_range(lo, hi, dtype, shared), **shared}
 
-    def weight(self, fmt: Format, dtype: torch.dtype) -> Tensor:
-        """The rounded weight in `dtype`, differentiable in V, low and high through the rounding."""
+    def weight(self, fmt: ScalarFormat, dtype: torch.dtype) -> Tensor:
+        """Return the rounded weight in `dtype`, differentiable in V, low and high through the rounding."""
         span = _span(fmt, self.lo * self.low, self.hi * self.high)
         tiles, params = fmt.tiling.split(self.W), self.params(fmt, dtype)
         rounded: Tensor = _Round.apply(tiles, self.V, span, fmt, params, dtype)  # type: ignore[no-untyped-call]
         return fmt.tiling.join(rounded, self.W.shape)
 
-    def quantized(self, fmt: Format, dtype: torch.dtype) -> Quantized:
-        """Codes and parameters, as they stand."""
+    def quantized(self, fmt: ScalarFormat, dtype: torch.dtype) -> Quantized:
+        """Return the codes and parameters of the present offsets and ranges."""
         params = self.params(fmt, dtype)
         with torch.no_grad():
             shifted = fmt.tiling.split(self.W) + self.V * fmt.unit(params).unsqueeze(-1)
             codes = fmt.tiling.join(fmt.encode_tiles(shifted, params), self.W.shape)
-        return Quantized(fmt, codes, params)
+        return Quantized.scalar(fmt, codes, params)
 
 
-def _span(fmt: Format, lo: Tensor, hi: Tensor) -> Tensor:
-    """What a grid's scale is proportional to."""
+def _span(fmt: ScalarFormat, lo: Tensor, hi: Tensor) -> Tensor:
+    """Return what a grid's scale is proportional to."""
     return torch.maximum(-lo, hi) if fmt.symmetric else hi.clamp(min=0) - lo.clamp(max=0)
 
 
@@ -140,7 +160,7 @@ class _Round(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, W: Tensor, V: Tensor, span: Tensor, fmt: Format, params: Params, dtype: torch.dtype
+        ctx: Any, W: Tensor, V: Tensor, span: Tensor, fmt: ScalarFormat, params: Params, dtype: torch.dtype
     ) -> Tensor:
         s = fmt.unit(params).unsqueeze(-1)
         ctx.save_for_backward(W, V, s, span)
@@ -160,7 +180,7 @@ class _Round(torch.autograd.Function):
             w, unit, g = W[some].float(), s[some], grad[some].float()
             shifted = torch.addcmul(w, V[some], unit)
             Q = fmt.snap_tiles(shifted, _of(ctx.params, some, W))
-            inside = (shifted.sub_(Q).abs_() <= unit.abs() * (fmt.widest / 2 * _ROUNDING)).to(w.dtype)
+            inside = (shifted.sub_(Q).abs_() <= unit.abs() * (fmt.widest_step / 2 * _ROUNDING)).to(w.dtype)
             if ctx.needs_input_grad[2]:
                 # s times dQ/ds, summed over the tile; s goes with the span.
                 by_scale = Q.addcmul_(w, inside, value=-1).mul_(g).sum(-1)
@@ -176,5 +196,5 @@ def _pieces(tiles: Tensor) -> Iterator[slice]:
 
 
 def _of(params: Params, some: slice, tiles: Tensor) -> Params:
-    """The parameters of some of the tiles; those of the whole tensor are every tile's."""
+    """Return the parameters of some of the tiles; those of the whole tensor hold for every tile."""
     return {n: p[some] if p.dim() == tiles.dim() - 1 else p for n, p in params.items()}

@@ -6,7 +6,7 @@ The heuristic to measure other structured pruning by.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -17,7 +17,16 @@ from laconic.checkpoint.files import read_json
 from laconic.checkpoint.rebuild import rebuild_model, tensors_of
 from laconic.checkpoint.source import Source
 from laconic.runtime.reading import load
-from laconic.stages.model import ModelStage, Remade, Report, Work, check_finite, run_through, sizes_of
+from laconic.stages.model import (
+    ModelOutcome,
+    ModelStage,
+    ModelTask,
+    Report,
+    check_finite,
+    parameter_counts,
+    run_batches,
+)
+from laconic.stages.stage import Needs
 from laconic.structure.anatomy import find_blocks
 from laconic.structure.hooks import forward_hooks
 from laconic.structure.widths import make_config
@@ -25,6 +34,8 @@ from laconic.structure.widths import make_config
 
 class Depth(ModelStage):
     """blocks: how many are dropped; or sparsity: the share of them that is. batch_size: samples run at once."""
+
+    example: ClassVar = {"blocks": 1}
 
     method: Literal["depth"] = "depth"
     blocks: int | None = Field(None, ge=0)
@@ -38,8 +49,8 @@ class Depth(ModelStage):
         return self
 
     @property
-    def observes(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(activations=True)
 
     @property
     def reshapes(self) -> bool:
@@ -51,13 +62,13 @@ class Depth(ModelStage):
             raise ValueError(f"'{model.config.model_type}' is more than a language model; depth prunes plain ones")
         return {}
 
-    def remake(self, work: Work) -> Remade:
-        assert work.windows is not None
-        raw = read_json(work.folder / "config.json")
-        model = load(work.folder, device=work.device, dtype=torch.float32, trust_remote_code=work.trust_remote_code)
+    def apply(self, task: ModelTask) -> ModelOutcome:
+        assert task.windows is not None
+        raw = read_json(task.folder / "config.json")
+        model = load(task.folder, device=task.device, dtype=torch.float32, trust_remote_code=task.trust_remote_code)
         name = find_blocks(model)
         blocks = list(model.get_submodule(name).children())
-        influence = block_influence(model, blocks, work.windows, self.batch_size, work.report)
+        influence = block_influence(model, blocks, task.windows, self.batch_size, task.report)
         dropped = sorted(influence.argsort(stable=True)[: self._count(len(blocks))].tolist())
         kept = [i for i in range(len(blocks)) if i not in dropped]
         config = _shortened(raw, kept)
@@ -66,8 +77,8 @@ class Depth(ModelStage):
             {"event": "block_influence", "block": i, "influence": float(v), "dropped": i in dropped}
             for i, v in enumerate(influence)
         ]
-        result = {"method": self.method, **sizes_of(model, made), "dropped": dropped}
-        return Remade(made, config, events, {"pruning": result})
+        result = {"method": self.method, **parameter_counts(model, made), "dropped": dropped}
+        return ModelOutcome(made, config, events, {"pruning": result})
 
     def _count(self, blocks: int) -> int:
         """How many blocks go. Raises: ValueError when none would be left, or none would go."""
@@ -100,7 +111,7 @@ def block_influence(
         return look
 
     with forward_hooks(((block, hook(i)) for i, block in enumerate(blocks)), with_kwargs=True):
-        run_through(model, windows, batch_size, report)
+        run_batches(model, windows, batch_size, report)
     influence = 1 - alike / windows.numel()
     check_finite(influence, "the activations")
     return influence

@@ -6,7 +6,7 @@ neighbouring tokens. Values have none, so the numbers of one token share a range
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,8 @@ class Kivi(CacheStage):
             each token is encoded at once (which vLLM serves in small pages).
         outlier_ratio: Share of a token's channels that are kept in 16 bit beside the codes.
     """
+
+    example: ClassVar = {"k_bits": 4, "v_bits": 4, "group_size": 16}
 
     method: Literal["kivi"] = "kivi"
     k_bits: int = Field(2, ge=1, le=8)

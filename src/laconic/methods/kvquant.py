@@ -11,7 +11,7 @@ until the least-squares line of stored on true numbers has slope 1.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,8 @@ class KvQuant(CacheStage):
         before_rope: Whether keys are stored as they were before their rotary embedding.
         correction: How levels are corrected: `slope`, as above; `q_norm`, as in the paper; `none`.
     """
+
+    example: ClassVar = {"group_size": 16}
 
     method: Literal["kvquant"] = "kvquant"
     k_bits: int = Field(3, ge=1, le=8)

@@ -7,53 +7,49 @@ quantization, section 3.1); columns whose activations reach a threshold are take
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from laconic.formats import Quantized, encode, fit
-from laconic.formats.int_affine import IntAffine
+from laconic.formats import Quantized
+from laconic.formats.schemes import Scheme
 from laconic.solvers.moments import Moments
-from laconic.stages.stage import LinearStage, Outcome, QuantizingStage
+from laconic.stages.linear import LinearStage, LinearTask, Outcome
+from laconic.stages.quantizing import QuantizingStage
+from laconic.stages.stage import Needs
 
 
 class LlmInt8(QuantizingStage, LinearStage):
-    """threshold: input columns that reach this magnitude in calibration stay in 16 bit. outlier_ratio: in place of the
-    threshold, the share of columns that stay, the loudest."""
+    """Int8 by int8, outlier columns in 16 bit.
+
+    Attributes:
+        threshold: input columns that reach this magnitude in calibration stay in 16 bit.
+        outlier_ratio: in place of the threshold, the share of columns that stay.
+    """
+
+    example: ClassVar = {"threshold": 2.5}
 
     method: Literal["llm_int8"] = "llm_int8"
     scheme: Literal["W8A8"] = "W8A8"
     threshold: float = Field(6.0, gt=0, allow_inf_nan=False)
 
     @property
-    def ranges(self) -> str | None:
-        return self.method
-
-    @property
-    def original_inputs(self) -> bool:
-        return True
-
-    @property
-    def sequential(self) -> bool:
-        # Which channels are loud does not hang on int8's small errors before them in the block: one pass is enough.
-        return False
+    def needs(self) -> Needs:
+        # Outlier channels do not depend on int8's small errors before them in the block: one pass is enough.
+        return Needs(ranges=True, sequential=False, original_activations=True, reason=self.method)
 
     def count_outliers(self, columns: int) -> int | None:
         return None if self.outlier_ratio is None else super().count_outliers(columns)
 
-    def outliers(self, moments: Moments | None) -> Tensor:
+    def outlier_columns(self, scheme: Scheme, moments: Moments | None) -> Tensor:
         if self.outlier_ratio is not None:
-            return super().outliers(moments)
+            return super().outlier_columns(scheme, moments)
         assert moments is not None
         return (moments.peak >= self.threshold).nonzero().flatten()
 
-    def compress(self, weight: Tensor, moments: Moments | None, dtype: torch.dtype) -> Outcome:
-        fmt = self.result.weights
-        assert isinstance(fmt, IntAffine)
+    def compress(self, task: LinearTask) -> Outcome:
         # The paper's grid, 127 steps to the largest magnitude, is the stored one without its lowest code.
-        grid = replace(fmt, narrow=True)
-        params = fit(grid, weight, dtype)
-        return Outcome(Quantized(fmt, encode(grid, weight, params), params))
+        fmt, grid = task.format, task.format.for_activations()
+        params = grid.fit(task.weight, task.dtype)
+        return Outcome(Quantized.scalar(fmt, grid.encode(task.weight, params), params))

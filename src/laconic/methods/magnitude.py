@@ -6,24 +6,19 @@ those with the least sum of squares.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from laconic.solvers.masks import StackedLinear, keep_mask_of_stack
-from laconic.solvers.moments import Moments
+from laconic.solvers.masks import keep_mask_of_stack
+from laconic.stages.linear import LinearTask, Outcome
 from laconic.stages.pruning import PruningStage
-from laconic.stages.stage import Outcome
 
 
 class Magnitude(PruningStage):
-    """Looks at no data, unless an allocation does."""
+    """Remove the smallest weights. Needs no data, unless an allocation does."""
+
+    example: ClassVar = {"sparsity": 0.5}
 
     method: Literal["magnitude"] = "magnitude"
 
-    def prune(
-        self, weight: Tensor, parts: Sequence[StackedLinear], moments: Moments | None, dtype: torch.dtype
-    ) -> Outcome:
-        return Outcome(weight * keep_mask_of_stack(weight.square(), parts, self.structure, "matrix"))
+    def compress(self, task: LinearTask) -> Outcome:
+        return Outcome(task.weight * keep_mask_of_stack(task.weight.square(), task.parts, self.structure, "matrix"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +16,16 @@ from laconic.checkpoint.files import read_json
 from laconic.checkpoint.rebuild import build_empty_model, rebuild_model, tensors_of
 from laconic.checkpoint.source import Source
 from laconic.runtime.reading import load
-from laconic.stages.model import ModelStage, Remade, Report, Work, check_finite, run_through, sizes_of
+from laconic.stages.model import (
+    ModelOutcome,
+    ModelStage,
+    ModelTask,
+    Report,
+    check_finite,
+    parameter_counts,
+    run_batches,
+)
+from laconic.stages.stage import Needs
 from laconic.structure.experts import Experts, routers_of
 from laconic.structure.hooks import Hook, forward_hooks, forward_pre_hooks
 
@@ -24,13 +33,15 @@ from laconic.structure.hooks import Hook, forward_hooks, forward_pre_hooks
 class Reap(ModelStage):
     """sparsity: share of the experts of every layer that is dropped. batch_size: samples run at once."""
 
+    example: ClassVar = {"sparsity": 0.25}
+
     method: Literal["reap"] = "reap"
     sparsity: float = Field(0.25, ge=0, lt=1)
     batch_size: int = Field(1, ge=1)
 
     @property
-    def observes(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(activations=True)
 
     @property
     def reshapes(self) -> bool:
@@ -40,12 +51,12 @@ class Reap(ModelStage):
         self._keys(read_json(source.folder / "config.json"), model)
         return {}
 
-    def remake(self, work: Work) -> Remade:
-        assert work.windows is not None
-        raw = read_json(work.folder / "config.json")
-        model = load(work.folder, device=work.device, dtype=torch.float32, trust_remote_code=work.trust_remote_code)
+    def apply(self, task: ModelTask) -> ModelOutcome:
+        assert task.windows is not None
+        raw = read_json(task.folder / "config.json")
+        model = load(task.folder, device=task.device, dtype=torch.float32, trust_remote_code=task.trust_remote_code)
         config = self._keys(raw, model)
-        scores = saliency(model, work.windows, self.batch_size, work.report)
+        scores = saliency(model, task.windows, self.batch_size, task.report)
         left = self._left(model)
         kept = {name: s.argsort(descending=True, stable=True)[:left].sort().values for name, s in scores.items()}
         made = rebuild_model({**raw, **config}, _without(model, kept), torch.float32)
@@ -58,7 +69,7 @@ class Reap(ModelStage):
             }
             for name, s in scores.items()
         ]
-        return Remade(made, config, events, {"pruning": {"method": self.method, **sizes_of(model, made)}})
+        return ModelOutcome(made, config, events, {"pruning": {"method": self.method, **parameter_counts(model, made)}})
 
     def _left(self, model: PreTrainedModel) -> int:
         """How many experts a layer keeps. Raises: ValueError when there are none, or tokens would find too few."""
@@ -142,7 +153,7 @@ def saliency(
     sums = {n: torch.zeros(len(experts), dtype=torch.float64) for n, experts in layers.items()}
     tokens = {n: torch.zeros(len(experts), dtype=torch.float64) for n, experts in layers.items()}
     with _watching(layers, sums, tokens):
-        run_through(model, windows, batch_size, report)
+        run_batches(model, windows, batch_size, report)
     found = {n: sums[n] / tokens[n].clamp(min=1) for n in layers}
     for scores in found.values():
         check_finite(scores, "the activations")

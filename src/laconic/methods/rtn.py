@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from laconic.formats import fit, quantize
-from laconic.solvers.moments import Moments
+from laconic.formats import quantize
 from laconic.solvers.search import search_range
-from laconic.stages.stage import LinearStage, Outcome, QuantizingStage
+from laconic.stages.linear import LinearStage, LinearTask, Outcome
+from laconic.stages.quantizing import QuantizingStage
+from laconic.stages.stage import Needs
 
 
 class Rtn(QuantizingStage, LinearStage):
-    """observer: how a grid's range is found: `minmax`, or `mse`, the range of least squared error."""
+    """Round to nearest.
+
+    Attributes:
+        observer: how a grid's range is chosen: `minmax`, or `mse` for the range of least squared error.
+    """
+
+    example: ClassVar = {"scheme": "W4A16", "group_size": 32}
 
     method: Literal["rtn"] = "rtn"
     observer: Literal["minmax", "mse"] = "minmax"
 
     @property
-    def original_inputs(self) -> bool:
-        # A static range is that of what the compressed model reads: what stands out in it must not be cut off.
-        return not self.static
+    def needs(self) -> Needs:
+        # A static range is that of the compressed model's activations, whose outliers must not be clipped.
+        return replace(super().needs, original_activations=not self.static)
 
-    def compress(self, weight: Tensor, moments: Moments | None, dtype: torch.dtype) -> Outcome:
-        fmt = self.result.weights
-        params = fit(fmt, weight, dtype) if self.observer == "minmax" else search_range(fmt, weight, dtype=dtype)
-        return Outcome(quantize(fmt, weight, params))
+    def compress(self, task: LinearTask) -> Outcome:
+        fmt, W = task.format, task.weight
+        params = fmt.fit(W, task.dtype) if self.observer == "minmax" else search_range(fmt, W, dtype=task.dtype)
+        return Outcome(quantize(fmt, W, params))

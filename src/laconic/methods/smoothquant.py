@@ -9,26 +9,35 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from laconic.formats import fit, quantize
+from laconic.formats import ScalarFormat, quantize
 from laconic.formats.schemes import Scheme, scheme
 from laconic.formats.tiling import groups_for
 from laconic.runtime.products import round_activations
-from laconic.stages.block import Block, stacked
-from laconic.stages.stage import BlockStage, Outcome
+from laconic.stages.block import Block, BlockStage, stacked
+from laconic.stages.linear import Outcome
+from laconic.stages.stage import Needs
 from laconic.structure.anatomy import Tap
 from laconic.structure.links import Link
 
 
 class SmoothQuant(BlockStage):
-    """alpha: how much of the difficulty moves into the weights, 0 to 1; `search` tries several for each norm and keeps
-    the one with the least output error under `scheme`, in groups of `group_size` if not the preset's. search_tokens:
-    on how many."""
+    """Move activation outliers into weights.
+
+    Attributes:
+        alpha: how much of the range moves into the weights, 0 to 1; `search` tries several for each norm and takes the
+            one of least output error under `scheme`.
+        scheme: under which alphas are compared.
+        group_size: of the scheme's weights, if not the preset's.
+        search_tokens: calibration tokens on which alphas are compared.
+    """
+
+    example: ClassVar = {"alpha": 0.5}
 
     method: Literal["smoothquant"] = "smoothquant"
     alpha: float | Literal["search"] = 0.5
@@ -55,21 +64,17 @@ class SmoothQuant(BlockStage):
         return value
 
     @property
-    def original_inputs(self) -> bool:
-        return True
-
-    @property
-    def links(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(activations=True, links=True, original_activations=True)
 
     def check(self, taps: Mapping[Tap, int], links: Mapping[Tap, Link]) -> None:
         smoothed = {tap: width for tap, width in taps.items() if tap in links and links[tap].is_norm}
         if not smoothed:
             raise ValueError(
-                f"no norm feeds {next(iter(taps)).linears[0]} and only what is not quantized yet, so its scale can go "
-                "nowhere; "
-                "narrow targets to blocks that have such a norm, or leave this stage out"
+                f"no norm feeds {next(iter(taps)).linears[0]} and only linears that are not quantized yet, so its scale "
+                "cannot be moved; narrow targets to blocks that have such a norm, or leave this stage out"
             )
+        assert isinstance(self.compared.weights, ScalarFormat)
         size = self.compared.weights.tiling.group_size if self.alpha == "search" else None
         for tap, width in smoothed.items():
             if size and width % size:
@@ -81,57 +86,73 @@ class SmoothQuant(BlockStage):
 
     def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
         taps = [t for t in block.targeted_taps() if t in block.links and block.links[t].is_norm]
-        seen = _look(block, taps, self.search_tokens if self.alpha == "search" else 0)
-        made: dict[tuple[str, ...], Outcome] = {}
+        inputs = _observe(block, taps, self.search_tokens if self.alpha == "search" else 0)
+        outcomes: dict[tuple[str, ...], Outcome] = {}
         for link in dict.fromkeys(block.links[t] for t in taps):
-            behind = [t for t in taps if block.links[t] is link]
-            largest = torch.stack([seen[t].largest for t in behind]).amax(0)
-            W = stacked(block.module, [n for t in behind for n in block.targets(t)])
+            readers = [t for t in taps if block.links[t] is link]
+            largest = torch.stack([inputs[t].largest for t in readers]).amax(0)
+            W = stacked(block.module, [n for t in readers for n in block.targets(t)])
             alpha = self.alpha
             if alpha == "search":
-                x = torch.cat([seen[t].sample for t in behind])
+                x = torch.cat([inputs[t].sample for t in readers])
                 alpha = _search(W, x, largest, self.compared)
             block.fold(link, scales(largest, W, alpha))
-            for tap in behind:
+            for tap in readers:
                 names = tuple(block.targets(tap))
-                made[names] = Outcome(stacked(block.module, names), {"alpha": alpha})
-        return made
+                outcomes[names] = Outcome(stacked(block.module, names), {"alpha": alpha})
+        return outcomes
 
 
 def scales(largest: Tensor, W: Tensor, alpha: float) -> Tensor:
-    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha); 1 where a channel is dead. largest: max|X_j| (in,). W: (out, in)."""
+    """Return s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) (eq. 4), and 1 where a channel is dead.
+
+    Args:
+        largest: max|X_j|, (in,).
+        W: (out, in).
+        alpha: 0 to 1.
+    """
     weights = W.abs().amax(0)
     s = largest.pow(alpha) / weights.clamp(min=1e-5).pow(1 - alpha)
     return torch.where((largest > 0) & (weights > 0), s.clamp(min=1e-5), torch.ones_like(s))
 
 
 @dataclass
-class _Seen:
-    """largest: max|X_j| (in,). sample: some rows of X."""
+class _Inputs:
+    """The input X of a tap.
+
+    Attributes:
+        largest: max|X_j|, (in,).
+        sample: some rows of X.
+    """
 
     largest: Tensor
     sample: Tensor
 
 
-def _look(block: Block, taps: Sequence[Tap], tokens: int) -> dict[Tap, _Seen]:
-    seen: dict[Tap, _Seen] = {}
+def _observe(block: Block, taps: Sequence[Tap], tokens: int) -> dict[Tap, _Inputs]:
+    inputs: dict[Tap, _Inputs] = {}
     count = max(1, block.stream.hidden.shape[0] * block.stream.hidden.shape[1])
     for tap, x in block.inputs(taps):
         x = x.reshape(-1, x.shape[-1])
         largest = x.abs().amax(0).float()
-        share = x[:: max(1, count // max(1, tokens))].float() if tokens else x[:0].float()
-        old = seen.get(tap)
+        rows = x[:: max(1, count // max(1, tokens))].float() if tokens else x[:0].float()
+        old = inputs.get(tap)
         if old is None:
-            seen[tap] = _Seen(largest, share)
+            inputs[tap] = _Inputs(largest, rows)
         else:
-            seen[tap] = _Seen(torch.maximum(old.largest, largest), torch.cat([old.sample, share]))
-    return seen
+            inputs[tap] = _Inputs(torch.maximum(old.largest, largest), torch.cat([old.sample, rows]))
+    return inputs
 
 
 def _search(W: Tensor, x: Tensor, largest: Tensor, under: Scheme, steps: int = 20) -> float:
-    """The alpha of least output error ||Q(x / s) Q(W s)^T - x W^T||^2 among steps + 1 from 0 to 1.
+    """Return the alpha of least output error ||Q(x / s) Q(W s)^T - x W^T||^2 among steps + 1 from 0 to 1.
 
-    W: (out, in). x: (tokens, in). largest: max|X_j| (in,).
+    Args:
+        W: (out, in).
+        x: (tokens, in).
+        largest: max|X_j|, (in,).
+        under: the scheme.
+        steps: number of intervals.
     """
     acts = under.input_activations
     assert acts is not None
@@ -139,6 +160,6 @@ def _search(W: Tensor, x: Tensor, largest: Tensor, under: Scheme, steps: int = 2
     errors = []
     for alpha in torch.linspace(0, 1, steps + 1).tolist():
         s = scales(largest, W, alpha)
-        weight = quantize(under.weights, W * s, fit(under.weights, W * s)).decode()
+        weight = quantize(under.weights, W * s, under.weights.fit(W * s)).decode()
         errors.append(float((round_activations(x / s, acts, {}) @ weight.T - expected).square().sum()))
     return errors.index(min(errors)) / steps

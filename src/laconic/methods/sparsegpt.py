@@ -6,28 +6,33 @@ for each group of N:M as it comes, by what their loss would cost (algorithm 1). 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from laconic.solvers.grid import order_by_energy
-from laconic.solvers.masks import StackedLinear
-from laconic.solvers.moments import Moments
 from laconic.solvers.obs import factor_hessian
 from laconic.solvers.prune import least_squares, prune_with_hessian
+from laconic.stages.linear import LinearTask, Outcome
 from laconic.stages.pruning import PruningStage
-from laconic.stages.stage import Outcome
+from laconic.stages.stage import Needs
 
 
 class SparseGpt(PruningStage):
-    """actorder: null goes left to right, as the paper does; `weight` in the order of falling activation energy, groups
-    of N:M and columns of a tile side by side. dampening_frac: share of the Hessian's mean diagonal added to it.
-    block_size: columns from which an unstructured mask is chosen at once. true_sequential: observe each linear after
-    the earlier ones of its block are pruned. update: give the weights that are kept in the end the values of least
-    squared output error, row by row."""
+    """Prune with error feedback.
+
+    Attributes:
+        actorder: null treats columns from left to right, as the paper does; `weight` in the order of falling activation
+            energy, groups of N:M and columns of a tile side by side.
+        dampening_frac: share of the Hessian's mean diagonal added to it.
+        block_size: number of columns from which an unstructured mask is chosen at once.
+        true_sequential: observe each linear after the earlier ones of its block are pruned.
+        update: at the end give the remaining weights the values of least squared output error, row by row.
+    """
+
+    example: ClassVar = {"sparsity": 0.5}
 
     method: Literal["sparsegpt"] = "sparsegpt"
     actorder: Literal["weight"] | None = None
@@ -37,24 +42,16 @@ class SparseGpt(PruningStage):
     update: bool = False
 
     @property
-    def gram(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return replace(super().needs, second_moments=True, sequential=self.true_sequential, reason=self.method)
 
-    @property
-    def sequential(self) -> bool:
-        return self.true_sequential
-
-    def prune(
-        self, weight: Tensor, parts: Sequence[StackedLinear], moments: Moments | None, dtype: torch.dtype
-    ) -> Outcome:
-        assert moments is not None
-        assert moments.H is not None
-        H = moments.H
-        # A dead input moves nothing: its weights are the first to go, since they are worth next to nothing.
-        dead = int(((H.diagonal() == 0) & (weight != 0).any(0)).sum())
+    def compress(self, task: LinearTask) -> Outcome:
+        W, H = task.weight, task.hessian
+        # A dead input changes nothing: its weights have the lowest scores and are removed first.
+        dead = int(((H.diagonal() == 0) & (W != 0).any(0)).sum())
         order = order_by_energy(H, self.structure.width) if self.actorder else torch.arange(len(H), device=H.device)
         factor = factor_hessian(H, self.dampening_frac, order if self.actorder else None)
-        made = prune_with_hessian(weight, factor, order, weight == 0, parts, self.structure, columns=self.block_size)
+        pruned = prune_with_hessian(W, factor, order, W == 0, task.parts, self.structure, columns=self.block_size)
         if self.update:
-            made = least_squares(weight, made != 0, H, factor.dampening_frac)
-        return Outcome(made.to(dtype).float(), {"dampening_frac": factor.dampening_frac, "dead_columns": dead})
+            pruned = least_squares(W, pruned != 0, H, factor.dampening_frac)
+        return Outcome(pruned.to(task.dtype).float(), {"dampening_frac": factor.dampening_frac, "dead_columns": dead})

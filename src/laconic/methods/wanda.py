@@ -6,24 +6,28 @@ or is moved to what comes closest to the row as it was, exactly (`update`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from laconic.solvers.masks import StackedLinear, keep_mask_of_stack
-from laconic.solvers.moments import Moments
+from laconic.solvers.masks import keep_mask_of_stack
 from laconic.solvers.prune import least_squares
+from laconic.stages.linear import LinearTask, Outcome
 from laconic.stages.pruning import PruningStage
-from laconic.stages.stage import Outcome
+from laconic.stages.stage import Needs
 
 
 class Wanda(PruningStage):
-    """update: give the kept weights of each row the values of least squared output error. dampening_frac: share of the
-    Hessian's mean diagonal added to it for that. true_sequential: observe each linear after the earlier ones of its
-    block are pruned."""
+    """Remove the weights of least |W_ij| ||X_j|| in each row.
+
+    Attributes:
+        update: give the remaining weights of each row the values of least squared output error.
+        dampening_frac: share of the Hessian's mean diagonal added to it for the update.
+        true_sequential: observe each linear after the earlier ones of its block are pruned.
+    """
+
+    example: ClassVar = {"sparsity": 0.5}
 
     method: Literal["wanda"] = "wanda"
     update: bool = False
@@ -31,23 +35,19 @@ class Wanda(PruningStage):
     true_sequential: bool = True
 
     @property
-    def gram(self) -> bool:
-        return self.update
+    def needs(self) -> Needs:
+        return replace(
+            super().needs,
+            activations=True,
+            second_moments=self.update,
+            sequential=self.true_sequential,
+            reason=self.method,
+        )
 
-    @property
-    def observes(self) -> bool:
-        return True
-
-    @property
-    def sequential(self) -> bool:
-        return self.true_sequential
-
-    def prune(
-        self, weight: Tensor, parts: Sequence[StackedLinear], moments: Moments | None, dtype: torch.dtype
-    ) -> Outcome:
+    def compress(self, task: LinearTask) -> Outcome:
+        W, moments = task.weight, task.moments
         assert moments is not None
-        keep = keep_mask_of_stack(weight.square() * moments.energy, parts, self.structure, "row") & (weight != 0)
+        keep = keep_mask_of_stack(W.square() * moments.energy, task.parts, self.structure, "row") & (W != 0)
         if not self.update:
-            return Outcome(weight * keep)
-        assert moments.H is not None
-        return Outcome(least_squares(weight, keep, moments.H, self.dampening_frac).to(dtype).float())
+            return Outcome(W * keep)
+        return Outcome(least_squares(W, keep, task.hessian, self.dampening_frac).to(task.dtype).float())

@@ -8,20 +8,31 @@ weights are tuned so that for the compressed model's activations it puts out wha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from laconic.formats import fit, quantize
-from laconic.stages.block import Block, stacked, stacks
-from laconic.stages.stage import BlockStage, Outcome, QuantizingStage
-from laconic.train.block_tuning import hold, outputs, rounded_through, tune, unstack
+from laconic.formats import quantize
+from laconic.stages.block import Block, BlockStage, Stack, stacked
+from laconic.stages.linear import Outcome
+from laconic.stages.quantizing import QuantizingStage
+from laconic.stages.stage import Needs
+from laconic.train.block_tuning import block_output, freeze_where, straight_through, tune, unstack
 
 
 class ZeroQuant(QuantizingStage, BlockStage):
-    """iters: steps a block. batch_size: samples a step. lr: Adam's, as a share of the weights' root mean square."""
+    """Distil each block before its weights are rounded to nearest.
+
+    Attributes:
+        iters: steps a block.
+        batch_size: samples a step.
+        lr: Adam's learning rate, as a share of the weights' root mean square.
+    """
+
+    example: ClassVar = {"scheme": "W4A8", "group_size": 32, "iters": 3, "batch_size": 2}
 
     method: Literal["zeroquant"] = "zeroquant"
     scheme: str = "W4A8"
@@ -29,32 +40,39 @@ class ZeroQuant(QuantizingStage, BlockStage):
     batch_size: int = Field(8, ge=1)
     lr: float = Field(2e-3, gt=0)
 
+    @property
+    def needs(self) -> Needs:
+        return replace(super().needs, activations=True)
+
     def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
-        fmt = self.result.weights
-        names = [n for tap in block.targeted_taps() for n in stacks(block.module, block.targets(tap), self.result)]
-        # Zeros stay zeros: what a mask put there is no error to be taught.
-        tuned = {n: hold(W.requires_grad_(), W == 0) for n in names for W in [stacked(block.module, n)]}
+        tuned: dict[Stack, Tensor] = {}
+        for stack in [stack for tap in block.targeted_taps() for stack in block.stacks(tap)]:
+            W = stacked(block.module, stack.linears).requires_grad_()
+            # Zeros stay zeros: a weight that a mask has removed is not trained.
+            tuned[stack] = freeze_where(W, W == 0)
 
         def weights() -> Mapping[str, Tensor]:
-            made: dict[str, Tensor] = {}
-            for linears, W in tuned.items():
+            by_name: dict[str, Tensor] = {}
+            for stack, W in tuned.items():
                 with torch.no_grad():
-                    nearest = quantize(fmt, W, fit(fmt, W, block.dtype)).decode()
-                made |= unstack(block.module, linears, rounded_through(W, nearest).to(block.dtype))
-            return made
+                    nearest = quantize(stack.format, W, stack.format.fit(W, block.dtype)).decode()
+                by_name |= unstack(block.module, stack.linears, straight_through(W, nearest).to(block.dtype))
+            return by_name
 
         optimizers = [
             torch.optim.Adam([W], lr=self.lr * float(W.detach().square().mean().sqrt())) for W in tuned.values()
         ]
-        before, after, fell = tune(
+        result = tune(
             block,
             weights,
             optimizers,
-            outputs(block),
+            block_output(block),
             iters=self.iters,
             batch_size=self.batch_size,
-            acts=self.result.input_activations if not self.static else None,
+            activations=block.dynamic_activations(),
         )
-        notes = {"loss_before": before, "loss_after": after if fell else before}
-        made = {n: W.detach() if fell else stacked(block.module, n) for n, W in tuned.items()}
-        return {n: Outcome(quantize(fmt, W, fit(fmt, W, block.dtype)), notes) for n, W in made.items()}
+        final = {s: W.detach() if result.improved else stacked(block.module, s.linears) for s, W in tuned.items()}
+        return {
+            s.linears: Outcome(quantize(s.format, W, s.format.fit(W, block.dtype)), result.notes)
+            for s, W in final.items()
+        }

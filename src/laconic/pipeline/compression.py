@@ -134,7 +134,7 @@ def prepare(
 
 
 def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Report = lambda _: None) -> Artifact:
-    """Work a prepared recipe, or go on with one that was interrupted. Of the processes of a launch the first does all
+    """ModelTask a prepared recipe, or go on with one that was interrupted. Of the processes of a launch the first does all
     of it, and the others help where a model is trained."""
     if isinstance(prepared, Prepared):
         if not is_main():
@@ -177,10 +177,10 @@ def _compose(
     device_of(recipe)
     if not shared and is_main():
         _check_kept(output, source)
-    needing = [getattr(s, "needing", s.method) for s in recipe.stages if s.observes or getattr(s, "surveys", False)]
+    reasons = [s.calibration_reason for s in recipe.stages if s.needs.calibration]
     windows = None
-    if needing:
-        windows = calibration_ids(recipe, source, needing[0], trust_remote_code=trust_remote_code)
+    if reasons:
+        windows = calibration_ids(recipe, source, reasons[0], trust_remote_code=trust_remote_code)
     groups = _groups(recipe.stages)
     model = build_skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
     steps: list[Step] = []
@@ -254,7 +254,7 @@ def _in_order(first: int, stage: Any, before: _Before, source: Source, model: Pr
             f"{told} needs the model whole, and reads no pickle weights; convert them to safetensors first "
             "(transformers' save_pretrained writes those)"
         )
-    if before.quantized and not stage.takes_codes:
+    if before.quantized and not stage.accepts_codes:
         raise ValueError(f"{told} changes weights, and earlier stages have quantized them; list it before them")
     kept = stage.leaves_adapters(quantized=before.quantized)
     if before.cache and not kept:

@@ -14,7 +14,7 @@ from laconic.checkpoint.layout import TransposedLinear, engine_names
 from laconic.formats.schemes import Scheme
 from laconic.runtime.quant_config import to_config
 from laconic.structure.experts import enclosing_experts
-from laconic.walk.plan import Plan, alike
+from laconic.walk.plan import Plan
 
 
 def quantization_config(
@@ -60,7 +60,7 @@ def _decodes_experts(scheme: Scheme) -> bool:
         return scheme.weights.symmetric
     if scheme.storage == "mxfp4-pack-quantized":
         return True
-    return scheme.storage == "float-quantized" and scheme.weights.tiling.strategy != "block"
+    return scheme.storage == "float-quantized" and scheme.weights.row_unit == 1
 
 
 def closed_to_transformers(plan: Plan, model: PreTrainedModel) -> str | None:
@@ -70,7 +70,7 @@ def closed_to_transformers(plan: Plan, model: PreTrainedModel) -> str | None:
     if any(isinstance(model.get_submodule(n), TransposedLinear) for n in quantized):
         return "quantized Conv1D linears (it makes up their weights, or stops)"
     schemes = set(quantized.values())
-    experts = {alike(quantized.get(n)) for n in plan.linears if enclosing_experts(model, n)}
+    experts = {(s := quantized.get(n)) and s.plain for n in plan.linears if enclosing_experts(model, n)}
     if any(s.native and s.outlier_columns is not None for s in schemes):
         # It opens those by way of laconic, where `weight` of an expert is no tensor of its own.
         unread = [s.name for s in experts if s and s.storage in ("int-quantized", "float-quantized")]

@@ -39,6 +39,6 @@ def kv_scheme(config: Any, stage: Mapping[str, Any]) -> KvScheme:
         problem = e.errors(include_url=False)[0]
         where = ".".join(map(str, (stage["method"], *problem["loc"])))
         raise ValueError(f"{where}: {problem['msg']}") from e
-    if made.observes:
+    if made.needs.calibration:
         raise ValueError(f"{made.method} is calibrated; make an artifact by 'laconic compress', and open or eval that")
     return made.scheme(kv_shape(config))

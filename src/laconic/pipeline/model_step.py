@@ -20,7 +20,7 @@ from laconic.checkpoint.source import build_skeleton, main_dtype, read_config
 from laconic.pipeline.provenance import account
 from laconic.pipeline.walking import device_of
 from laconic.recipe import Recipe
-from laconic.stages.model import ModelStage, Work
+from laconic.stages.model import ModelStage, ModelTask
 from laconic.structure.anatomy import find_blocks
 from laconic.train.ranks import is_main
 from laconic.walk.span import span
@@ -42,25 +42,25 @@ def run_model_step(
     trust_remote_code: bool = False,
     describe: Callable[[Path], None] = lambda _: None,
 ) -> Artifact:
-    """Let `stage`, number `first` of the recipe, remake the model in `folder`, and write it to `output`; only help with
+    """Let `stage`, number `first` of the recipe, apply the model in `folder`, and write it to `output`; only help with
     the former where this is not the first process of a launch. before: the artifact of the step before, if there is
-    one. describe: writes the cards into the folder. The rest is as in `Work`.
+    one. describe: writes the cards into the folder. The rest is as in `ModelTask`.
     """
     begun = time.monotonic()
     torch.manual_seed(recipe.seed)
     device = device_of(recipe)
 
-    def work_in(artifact: Path, scratch: Path) -> Work:
-        seen = windows if stage.observes else None
-        return Work(folder, original, seen, device, recipe.seed, scratch, artifact, report, trust_remote_code)
+    def work_in(artifact: Path, scratch: Path) -> ModelTask:
+        seen = windows if stage.needs.calibration else None
+        return ModelTask(folder, original, seen, device, recipe.seed, scratch, artifact, report, trust_remote_code)
 
     if not is_main():
-        stage.remake(work_in(partial_folder(output), scratch_folder(partial_folder(output))))
+        stage.apply(work_in(partial_folder(output), scratch_folder(partial_folder(output))))
         return Artifact(output)
     with Workspace(output, identity, 0, overwrite=overwrite) as workspace:
         try:
             with span(stage.method):
-                made = stage.remake(work_in(workspace.folder, workspace.scratch))
+                made = stage.apply(work_in(workspace.folder, workspace.scratch))
         except ValueError as e:
             raise ValueError(f"stages.{first} ({stage.method}): {e}") from e
         if made.model is None:

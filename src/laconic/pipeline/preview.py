@@ -159,7 +159,7 @@ def describe_plan(prepared: Prepared | Composed) -> CompressionPlan:
 
 def _walk_step(walk: Prepared) -> PlannedStep:
     plan = walk.plan
-    linears = enumerate(zip(plan.stages, plan.touched, strict=True), plan.first)
+    linears = enumerate(zip(plan.stages, plan.targets, strict=True), plan.first)
     stages = [PlannedStage(i, stage.method, f"{len(names)} linears") for i, (stage, names) in linears]
     if plan.cache:
         stage, shape = plan.cache

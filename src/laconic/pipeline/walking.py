@@ -27,7 +27,7 @@ from laconic.checkpoint.source import (
 )
 from laconic.data.text import calibration_windows, read_documents
 from laconic.formats.schemes import Scheme
-from laconic.formats.storage import as_stored
+from laconic.formats.storage import scheme_of_shapes
 from laconic.kv.attach import fingerprint
 from laconic.pipeline.engines import quantization_config
 from laconic.pipeline.provenance import account, identify, sha256
@@ -83,10 +83,10 @@ def prepare_walk(
     check_complete(whole, source.checkpoint)
     plan = make_plan(whole, dissect(whole), recipe.stages, first)
     check_experts(plan, bool(recipe.calibration and recipe.calibration.moe_calibrate_all_experts))
-    if not plan.observing:
+    if not plan.calibrates:
         windows = None
     elif windows is None:
-        windows = calibration_ids(recipe, source, plan.needing, trust_remote_code=trust_remote_code)
+        windows = calibration_ids(recipe, source, plan.calibration_reason, trust_remote_code=trust_remote_code)
     if windows is not None and plan.cache and plan.calibrates_cache:
         plan.cache[0].check_length(plan.cache[1], windows.shape[1])
     domains = _domains(recipe, source, plan, trust_remote_code)
@@ -166,7 +166,7 @@ def _as_written(schemes: Mapping[str, Scheme], workspace: Workspace, prepared: P
         linear, _, leaf = name.rpartition(".")
         found.setdefault(linear, {})[leaf] = shape
     stored = engine_names(prepared.source.checkpoint, prepared.model, [*schemes])
-    return {n: as_stored(s, found.get(n) or found.get(stored[n], {})) for n, s in schemes.items()}
+    return {n: scheme_of_shapes(s, found.get(n) or found.get(stored[n], {})) for n, s in schemes.items()}
 
 
 def calibration_ids(recipe: Recipe, source: Source, needing: str, *, trust_remote_code: bool = False) -> Tensor:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import inspect
 
-from laconic.formats import Format
-from laconic.formats.floats import Fp8
-from laconic.formats.fp4 import MxFp4, NvFp4
-from laconic.formats.int_affine import IntAffine
 from laconic.formats.schemes import PRESETS, Scheme
 from laconic.methods import METHODS
 from laconic.recipe import gallery
@@ -54,9 +50,7 @@ def support_matrix() -> str:
 
 
 def _weights(scheme: Scheme) -> str:
-    fmt = scheme.weights
-    sign = f", {'symmetric' if fmt.symmetric else 'asymmetric'}" if isinstance(fmt, IntAffine) else ""
-    return f"{_kind(fmt)}{sign}, {_sharing(fmt)}"
+    return f"{scheme.weights.title}, {scheme.weights.granularity}"
 
 
 def _activations(scheme: Scheme) -> str:
@@ -64,25 +58,8 @@ def _activations(scheme: Scheme) -> str:
     if acts is None:
         return "16 bit"
     timing = {True: "dynamic", False: "static", "local": "dynamic in a static range"}[acts.dynamic]
-    return f"{_kind(acts.format)}, {timing}, {_sharing(acts.format)}"
-
-
-def _kind(fmt: Format) -> str:
-    match fmt:
-        case Fp8():
-            return "FP8 E4M3"
-        case NvFp4():
-            return "NVFP4"
-        case MxFp4():
-            return "MXFP4"
-        case _:
-            return f"int{fmt.num_bits}"
-
-
-def _sharing(fmt: Format) -> str:
-    tiling, block = fmt.tiling, fmt.tiling.block_structure
-    size = f" {tiling.group_size}" if tiling.group_size else f" {block[0]}x{block[1]}" if block else ""
-    return f"{tiling.strategy}{size}"
+    # Activations are always symmetric.
+    return f"{acts.format.title}, {timing}, {acts.format.granularity.removeprefix('symmetric, ')}"
 
 
 def _first_line(module: object) -> str:

@@ -7,26 +7,26 @@ the schemes that no engine has.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 
 from laconic.formats import Quantized
 from laconic.formats.schemes import Scheme
-from laconic.formats.storage import from_stored, stored_shapes
+from laconic.formats.storage import stored_shapes
 from laconic.runtime.products import integer_linear, simulated_linear
 
 
 class QLinear(nn.Module):
-    """The stored tensors of one quantized linear, as parameters of their stored names."""
+    """A linear whose parameters are the stored tensors of one quantized weight, under their stored names."""
+
+    dense: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, scheme: Scheme, dtype: torch.dtype) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.scheme, self.dtype = (
-            in_features,
-            out_features,
-            scheme,
-            dtype,
-        )
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme, self.dtype = scheme, dtype
         stored = stored_shapes(scheme, (out_features, in_features), dtype)
         self.names = tuple(stored)
         for name, meta in stored.items():
@@ -38,22 +38,42 @@ class QLinear(nn.Module):
         for name, meta in calibrated.items():
             self.register_parameter(f"input_{name}", _frozen(torch.empty_like(meta, device=_default_device())))
         self.bias = _frozen(torch.empty(out_features, dtype=dtype)) if bias else None
-        self.dense: Tensor | None = None
+        # A buffer, so that it moves with the module; not in the file, since the codes are.
+        self.register_buffer("dense", None, persistent=False)
 
     def quantized(self) -> Quantized:
-        """The stored tensors as codes and what is kept beside them."""
+        """Return the weight as codes, parameters and side tensors."""
         stored = {name: getattr(self, name) for name in self.names}
-        return from_stored(stored, self.scheme, (self.out_features, self.in_features))
+        return Quantized.from_tensors(self.scheme.weights, stored, (self.out_features, self.in_features))
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """The weight that the stored tensors stand for, (out, in)."""
+        """Return the decoded weight, (out, in)."""
         return self.quantized().decode(dtype)
 
     def unpack(self) -> None:
-        """Keep the decoded weight, so that many forward passes decode it once; the codes stay. Integer products use
-        the codes as they are."""
+        """Keep the decoded weight beside the codes, so that many forward passes decode it once.
+
+        Integer products use the codes as they are, and keep none.
+        """
         if not self.scheme.integer:
             self.dense = self.decode(torch.float32 if self.scheme.input_activations else self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
+        """Move the module, or change its dtype. Codes and their parameters keep the dtype in which they are stored."""
+        stored = {n: self.get_parameter(n) for n in (*self.names, *(f"input_{n}" for n in self.calibrated))}
+        dtypes = {n: p.dtype for n, p in stored.items()}
+        originals = {n: p.data for n, p in stored.items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, dtype in dtypes.items():
+            moved = self.get_parameter(name)
+            if moved.dtype != dtype:
+                moved.data = originals[name].to(moved.device)
+        floats = fn(torch.empty(0, dtype=self.dtype, device=_device(originals)))
+        if self.dense is not None and floats.dtype != self.dtype:
+            self.dtype = floats.dtype
+            self.unpack()
+        self.dtype = floats.dtype
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         acts = self.scheme.input_activations
@@ -80,12 +100,16 @@ def _frozen(t: Tensor) -> nn.Parameter:
     return nn.Parameter(t, requires_grad=False)
 
 
+def _device(tensors: Mapping[str, Tensor]) -> torch.device:
+    return next(iter(tensors.values())).device
+
+
 def _default_device() -> torch.device:
     return torch.empty(0).device
 
 
 def replace_linear(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype) -> QLinear:
-    """Put a QLinear of the same shape where the linear `name` is."""
+    """Replace the linear `name` of a model by a QLinear of the same shape, its tensors not set yet."""
     old = model.get_submodule(name)
     assert isinstance(old, nn.Linear)
     new = QLinear(old.in_features, old.out_features, bias=old.bias is not None, scheme=scheme, dtype=dtype)

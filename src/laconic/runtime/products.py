@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laconic.formats import Outliers, Params, decode, encode, fit
+from laconic.formats import Outliers, Params
 from laconic.formats.schemes import Activations
 from laconic.kernels.half_linear import half_linear
 
@@ -29,7 +29,7 @@ def round_activations(x: Tensor, acts: Activations, calibrated: Params, exempt: 
     flat = x.reshape(-1, x.shape[-1]).float()
     rest = _without(flat, exempt)
     params = _activation_params(rest, acts, calibrated)
-    rounded = decode(acts.format, encode(acts.format, rest, params), params)
+    rounded = acts.format.decode(acts.format.encode(rest, params), params)
     if exempt is not None:
         rounded[:, exempt.long()] = flat[:, exempt.long()]
     return rounded.view(x.shape)
@@ -83,7 +83,7 @@ def _integer_rows(
     rest = _without(x.float(), None if outliers is None else outliers.indices)
     params = _activation_params(rest, acts, calibrated)
     # What codes stand in outlier columns does not count: the input is zero there.
-    y = int8_product(encode(acts.format, rest, params), codes).float()
+    y = int8_product(acts.format.encode(rest, params), codes).float()
     y.mul_(params["scale"].float()).mul_(scale.float().reshape(1, -1))
     if outliers is not None:
         y.add_(_wide_product(x[:, outliers.indices.long()], outliers.weight.to(x.dtype)))
@@ -119,7 +119,7 @@ def _wide_product(x: Tensor, w: Tensor) -> Tensor:
 
 def _activation_params(x: Tensor, acts: Activations, calibrated: Params) -> Params:
     if acts.dynamic:
-        return fit(acts.format, x, shared=calibrated)
+        return acts.format.fit(x, shared=calibrated)
     return {name: p.float() for name, p in calibrated.items()}
 
 

@@ -1,112 +1,145 @@
 """The `quantization_config` of config.json: which linear has which scheme, in compressed-tensors' words.
 
 Schemes that engines run are written under `quant_method: compressed-tensors`. Schemes that only we read are written in
-the same words under `quant_method: laconic`, so that no engine opens them by mistake; there `outlier_columns` and
-`low_rank` say how many columns, and what rank, a linear has beside its codes, by its full name.
+the same words under `quant_method: laconic`, so that no engine opens them by mistake. There `outlier_columns`,
+`low_rank`, `input_transform` and `output_transform` give the sizes of a linear's 16-bit side tensors, by its full name;
+and a format that compressed-tensors cannot describe has an entry in its own words (`Format.to_config`).
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 from pydantic import ValidationError
 
-from laconic.formats import Format
-from laconic.formats.floats import Fp8
-from laconic.formats.fp4 import Fp4, MxFp4, NvFp4
-from laconic.formats.int_affine import IntAffine
-from laconic.formats.schemes import PRESETS, Activations, Scheme
-from laconic.formats.tiling import Tiling
+from laconic.formats import Format, ScalarFormat
+from laconic.formats.schemes import PRESETS, Activations, Scheme, known_formats
 
 COMPRESSED_TENSORS = "compressed-tensors"
 NATIVE = "laconic"
 
-# Groups with a scale of the whole tensor beside theirs.
-_TENSOR_GROUP = "tensor_group"
-_SCALE_DTYPE = {MxFp4: torch.uint8, NvFp4: torch.float8_e4m3fn}
+# Types of numbers that compressed-tensors can describe.
+_STANDARD_TYPES = ("int", "float")
+
+# Layouts that transformers decodes to bfloat16, and then multiplies with activations of whatever dtype.
+_DECODED_LAYOUTS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
+
+# Side tensors of a linear, by our key in the config and the field of its scheme.
+_SIDES = {
+    "outlier_columns": "outlier_columns",
+    "low_rank": "rank",
+    "input_transform": "input_transform",
+    "output_transform": "output_transform",
+}
+_ALWAYS_WRITTEN = ("outlier_columns", "low_rank")
 
 
 def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
-    """The quantization_config of a model. schemes: by full name of each quantized linear, or by a pattern (`re:`) of
-    many. linears: every linear, or a pattern of many that are not quantized."""
+    """Return the quantization_config of a model.
+
+    Args:
+        schemes: by full name of each quantized linear, or by a pattern (`re:`) of many.
+        linears: every linear, or a pattern of many that are not quantized.
+    """
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
-        groups.setdefault(replace(scheme, outlier_columns=0, rank=0), []).append(name)
+        groups.setdefault(scheme.plain, []).append(name)
     # The commonest scheme is the rule, the others are exceptions by name, and come first.
     ordered = sorted(groups, key=lambda s: len(groups[s]))
     storages = {s.storage for s in ordered}
     native = any(s.native for s in schemes.values())
+    entries = {f"group_{i}": _group(s, groups[s], s is ordered[-1], len(ordered)) for i, s in enumerate(ordered)}
+    standard = {key: e for (key, e), s in zip(entries.items(), ordered, strict=True) if s.weights.standard}
     config: dict[str, Any] = QuantizationConfig.model_validate(
         {
-            "config_groups": {
-                f"group_{i}": {
-                    "targets": ["Linear", *(n for n in groups[s] if _is_pattern(n) and len(ordered) > 1)]
-                    if s is ordered[-1]
-                    else groups[s],
-                    "weights": _args(s.weights, False),
-                    "input_activations": s.input_activations
-                    and _args(s.input_activations.format, s.input_activations.dynamic),
-                    "format": s.storage,
-                }
-                for i, s in enumerate(ordered)
-            },
+            "config_groups": standard,
             "format": "dense" if not storages else storages.pop() if len(storages) == 1 else "mixed-precision",
             "quantization_status": QuantizationStatus.COMPRESSED,
             "ignore": [name for name in linears if name not in schemes],
         }
     ).model_dump(mode="json")
+    config["config_groups"] = {key: config["config_groups"].get(key, entry) for key, entry in entries.items()}
     config["quant_method"] = NATIVE if native else COMPRESSED_TENSORS
     if native:
-        config["outlier_columns"] = {n: s.outlier_columns for n, s in schemes.items() if s.outlier_columns}
-        config["low_rank"] = {n: s.rank for n, s in schemes.items() if s.rank}
+        for key, field in _SIDES.items():
+            sizes = {n: size for n, s in schemes.items() if (size := getattr(s, field))}
+            if sizes or key in _ALWAYS_WRITTEN:
+                config[key] = sizes
     if len(ordered) == 1 and not native and _decoded_while_loading(ordered[0]):
         config["dequantize"] = True
     return config
 
 
+def _group(scheme: Scheme, names: Sequence[str], rule: bool, groups: int) -> dict[str, Any]:
+    """Return an entry of `config_groups`. rule: whether it holds for all linears that no other entry names."""
+    acts = scheme.input_activations
+    return {
+        "targets": ["Linear", *(n for n in names if _is_pattern(n) and groups > 1)] if rule else names,
+        "weights": scheme.weights.to_config() | {"dynamic": False},
+        "input_activations": acts and acts.format.to_config() | {"dynamic": acts.dynamic},
+        "format": scheme.storage,
+    }
+
+
 def _decoded_while_loading(scheme: Scheme) -> bool:
-    """Whether transformers must decode a scheme as it loads it. Otherwise it sets up packed zero points with the wrong
-    shape, and multiplies weights of FP4, which it decodes to bfloat16, with activations of whatever dtype."""
-    fp4 = isinstance(scheme.weights, Fp4) and scheme.input_activations is None
+    """Return whether transformers must decode a scheme as it loads it.
+
+    Otherwise it sets up packed zero points with the wrong shape, and computes with FP4 in two dtypes.
+    """
+    fp4 = scheme.storage in _DECODED_LAYOUTS and scheme.input_activations is None
     return fp4 or not scheme.weights.symmetric
 
 
 def schemes_from_config(config: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Scheme]:
-    """The scheme of every quantized linear: the inverse of `to_config`, for our own artifacts and others'.
+    """Return the scheme of every quantized linear: the inverse of `to_config`, for our own artifacts and others'.
 
-    Raises: ValueError for what we have no format for.
+    Args:
+        config: the quantization_config.
+        linears: full names of all linears.
+
+    Raises:
+        ValueError: for what we have no format for.
     """
-    parsed = _parse(config)
+    groups: Mapping[str, Mapping[str, Any]] = config.get("config_groups") or {}
+    native = {key: g for key, g in groups.items() if isinstance(g, Mapping) and not _is_standard(g)}
+    parsed = _parse({**config, "config_groups": {key: g for key, g in groups.items() if key not in native}})
     schemes = {t: _scheme(g, parsed) for g in parsed.config_groups.values() for t in g.targets}
+    schemes |= {t: _native_scheme(g) for g in native.values() for t in g["targets"]}
     # As compressed-tensors ranks them: a full name comes before a pattern, a pattern before a class.
     ranked = sorted(schemes, key=lambda t: (t == "Linear", t.startswith("re:"), t))
-    out: dict[str, Scheme] = {}
+    by_name: dict[str, Scheme] = {}
     for name in linears:
         target = next((t for t in ranked if t == "Linear" or _matches(name, t)), None)
         if target and not any(_matches(name, pattern) for pattern in parsed.ignore or ()):
-            out[name] = replace(
-                schemes[target],
-                outlier_columns=(config.get("outlier_columns") or {}).get(name, 0),
-                rank=(config.get("low_rank") or {}).get(name, 0),
-            )
-    return out
+            sides = {field: (config.get(key) or {}).get(name, 0) for key, field in _SIDES.items()}
+            by_name[name] = replace(schemes[target], **sides)
+    return by_name
+
+
+def _is_standard(group: Mapping[str, Any]) -> bool:
+    weights = group.get("weights")
+    return not isinstance(weights, Mapping) or weights.get("type", "int") in _STANDARD_TYPES
 
 
 def schemes_of(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Scheme]:
-    """The scheme of every quantized linear of a model that engines may know by another name. names: theirs by ours."""
+    """Return the scheme of every quantized linear of a model whose linears engines may know by another name.
+
+    Args:
+        config: the quantization_config.
+        names: the engines' name by ours.
+    """
     theirs = schemes_from_config(config, dict.fromkeys(names.values()))
     ours = schemes_from_config(config, names)
     return {name: theirs[other] for name, other in names.items() if other in theirs and name in ours}
 
 
 def is_ours(config: Mapping[str, Any]) -> bool:
-    """Whether we can read a model with this quantization_config."""
+    """Return whether we can read a model with this quantization_config."""
     return config.get("quant_method") in (COMPRESSED_TENSORS, NATIVE)
 
 
@@ -116,24 +149,6 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _is_pattern(name: str) -> bool:
     return name.startswith("re:")
-
-
-def _args(fmt: Format, dynamic: bool | str) -> dict[str, Any]:
-    tiling = fmt.tiling
-    args: dict[str, Any] = {
-        "num_bits": fmt.num_bits,
-        "type": "int" if isinstance(fmt, IntAffine) else "float",
-        "symmetric": fmt.symmetric,
-        "strategy": _TENSOR_GROUP if isinstance(fmt, NvFp4) else tiling.strategy,
-        "dynamic": dynamic,
-    }
-    if isinstance(fmt, Fp4):
-        args["scale_dtype"] = _SCALE_DTYPE[type(fmt)]
-    if tiling.group_size:
-        args["group_size"] = tiling.group_size
-    if tiling.block_structure:
-        args["block_structure"] = list(tiling.block_structure)
-    return args
 
 
 def _parse(config: Mapping[str, Any]) -> QuantizationConfig:
@@ -148,62 +163,59 @@ def _parse(config: Mapping[str, Any]) -> QuantizationConfig:
 
 
 def _scheme(group: QuantizationScheme, config: QuantizationConfig) -> Scheme:
-    given = group.input_activations
-    if group.weights is None or group.output_activations or (given and not (given.symmetric or given.dynamic)):
+    inputs = group.input_activations
+    if group.weights is None or group.output_activations or (inputs and not (inputs.symmetric or inputs.dynamic)):
         raise ValueError("cannot read linears whose outputs are rounded, or inputs alone, or inputs from a zero point")
-    weights = _format(group.weights)
-    acts = None
-    if given:
-        fmt = _format(given, narrow=given.type == "int" and given.symmetric)
-        acts = Activations(fmt, "local" if given.dynamic == "local" else bool(given.dynamic))
-    name = _name(weights, acts)
     native = config.quant_method == NATIVE
-    engine = PRESETS[name].engine if name in PRESETS else "laconic" if native else "vllm"
-    found = Scheme(name, weights, acts, engine)
     storage = group.format or config.format
-    if storage not in ("mixed-precision", found.storage):
-        raise ValueError(f"cannot read weights of {name} stored as '{storage}'")
-    return found
+    if storage == "mixed-precision":
+        # A file of several schemes that does not name the layout of each: engines compute with plain integers.
+        storage = "int-quantized" if inputs and not native else "pack-quantized"
+    weights = _format(group.weights.model_dump() | {"format": storage})
+    acts = None
+    if inputs:
+        fmt = _format(inputs.model_dump())
+        if not isinstance(fmt, ScalarFormat):
+            raise ValueError("cannot read activations that have no codes of their own")
+        acts = Activations(fmt.for_activations(), "local" if inputs.dynamic == "local" else bool(inputs.dynamic))
+    name = _name(weights, acts)
+    engine = PRESETS[name].engine if name in PRESETS else "laconic" if native else "vllm"
+    if (group.format or config.format) not in ("mixed-precision", weights.storage):
+        raise ValueError(f"cannot read weights of {name} stored as '{group.format or config.format}'")
+    return Scheme(name, weights, acts, engine)
 
 
-def _format(args: QuantizationArgs, *, narrow: bool = False) -> Format:
-    if args.type == "float" and args.num_bits == 4:
-        return _fp4(args)
-    block = args.block_structure
-    tiling = Tiling(
-        args.strategy,
-        args.group_size if args.strategy == "group" else None,
-        (block[0], block[1]) if block else None,
-    )
-    if args.type == "float":
-        if args.num_bits != 8:
-            raise ValueError(f"cannot read {args.num_bits}-bit floats")
-        return Fp8(tiling)
-    return IntAffine(args.num_bits, args.symmetric, tiling, narrow=narrow)
+def _native_scheme(group: Mapping[str, Any]) -> Scheme:
+    """Return the scheme of a group whose format compressed-tensors cannot describe."""
+    weights = _format(group["weights"] | {"format": group["format"]})
+    return Scheme(_name(weights, None), weights, None, "laconic")
 
 
-def _fp4(args: QuantizationArgs) -> Fp4:
-    found: Fp4 = NvFp4() if args.strategy == _TENSOR_GROUP else MxFp4()
-    grouped = args.strategy in (_TENSOR_GROUP, "group") and args.group_size == found.tiling.group_size
-    if not grouped or not args.symmetric or args.scale_dtype not in (None, _SCALE_DTYPE[type(found)]):
+def _format(entry: Mapping[str, Any]) -> Format:
+    for kind in known_formats():
+        if (fmt := kind.from_config(entry)) is not None:
+            return fmt
+    bits, type_ = entry.get("num_bits"), entry.get("type")
+    if type_ == "float" and bits == 4:
         raise ValueError("cannot read 4-bit floats that are neither MXFP4 nor NVFP4")
-    return found
+    raise ValueError(f"cannot read weights of type '{type_}'; this version of laconic has no such format")
 
 
 def _name(weights: Format, acts: Activations | None) -> str:
-    """The preset of the same kind, for reading; varied presets keep their preset's name."""
+    """Return the preset of the same kind; varied presets keep their preset's name."""
     wanted = _kind(weights, acts)
     same = (name for name, preset in PRESETS.items() if _kind(preset.weights, preset.input_activations) == wanted)
     return next(same, f"W{weights.num_bits}A{acts.format.num_bits if acts else 16}")
 
 
 def _kind(weights: Format, acts: Activations | None) -> tuple[Any, ...]:
-    block = weights.tiling.strategy == "block"
+    block = weights.row_unit != 1
     # Integer presets have one name for static and dynamic activations, FP8 has two.
-    rounding = acts and (type(acts.format), acts.format.num_bits, acts.dynamic or isinstance(weights, IntAffine))
-    return type(weights), weights.num_bits, weights.symmetric, block, rounding
+    integer = isinstance(weights, ScalarFormat) and weights.integer_range is not None
+    rounding = acts and (acts.format.title, acts.format.num_bits, acts.dynamic or integer)
+    return weights.title, weights.num_bits, weights.symmetric, block, rounding
 
 
 def count_schemes(schemes: Mapping[str, Scheme]) -> dict[str, int]:
-    """How many linears have each scheme, by name."""
+    """Count the linears of each scheme, by its title."""
     return dict(Counter(s.title for s in schemes.values()))

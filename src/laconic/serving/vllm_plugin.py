@@ -19,9 +19,9 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from laconic.formats import Outliers
+from laconic.formats import Outliers, Quantized
 from laconic.formats.schemes import Scheme
-from laconic.formats.storage import from_stored, stored_shapes
+from laconic.formats.storage import stored_shapes
 from laconic.runtime.products import integer_linear, simulated_linear
 from laconic.runtime.quant_config import NATIVE, schemes_from_config
 from laconic.serving.vllm_kv import register_kv
@@ -142,7 +142,7 @@ class LaconicLinearMethod(LinearMethodBase):
             # Linears that the checkpoint fuses too are loaded as one.
             parts, shapes = parts[:1], [(sum(rows for rows, _ in shapes), shapes[0][1])]
         parts = [{n: t.to(device) for n, t in part.items()} for part in parts]
-        quantized = [from_stored(part, scheme, shape) for part, shape in zip(parts, shapes, strict=True)]
+        quantized = [Quantized.from_tensors(scheme.weights, part, shape) for part, shape in zip(parts, shapes, strict=True)]
         columns = [q.outliers for q in quantized if q.outliers is not None]
         if any(not torch.equal(c.indices, columns[0].indices) for c in columns):
             raise ValueError(

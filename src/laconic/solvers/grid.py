@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from laconic.formats import Format, Params, fit, fit_shared
-from laconic.formats.int_affine import IntAffine
+from laconic.formats import Params, ScalarFormat
 from laconic.kernels.columns import affine_columns
 from laconic.solvers.obs import LdlFactor, compensate_errors, factor_hessian, run_column_loop
 from laconic.solvers.search import search_range
@@ -15,7 +14,7 @@ _HUGE_SCALE = 1e30
 
 
 def round_with_hessian(
-    fmt: Format,
+    fmt: ScalarFormat,
     W: Tensor,
     H: Tensor,
     params: Params,
@@ -28,7 +27,7 @@ def round_with_hessian(
     """Round W to fixed grids by the column loop, minimising tr(E H E^T) (GPTQ, LDLQ).
 
     Args:
-        fmt: Format of the grids.
+        fmt: ScalarFormat of the grids.
         W: (out, in) float32.
         H: (in, in) float32, Hessian of the inputs, X X^T.
         params: Parameters of the grids, as the format stores them.
@@ -65,7 +64,7 @@ class GridRounder:
     """Rounder to fixed grids.
 
     Args:
-        fmt: Format of the grids.
+        fmt: ScalarFormat of the grids.
         params: Parameters of the grids, as the format stores them.
         shape: Shape (out, in) of the weight.
         order: (in,) indices: the column of the weight that each step of the loop rounds.
@@ -73,7 +72,7 @@ class GridRounder:
     """
 
     def __init__(
-        self, fmt: Format, params: Params, shape: tuple[int, ...], order: Tensor, zeros: Tensor | None = None
+        self, fmt: ScalarFormat, params: Params, shape: tuple[int, ...], order: Tensor, zeros: Tensor | None = None
     ) -> None:
         self.fmt = fmt
         self._keep = None if zeros is None else ~zeros.T[order]
@@ -109,7 +108,7 @@ class OnlineGridRounder:
     """Rounder that fits the grid of each group when the loop reaches it, to the weights compensated so far.
 
     Args:
-        fmt: Format with groups of columns.
+        fmt: ScalarFormat with groups of columns.
         W: (out, in) float32, the weight to round; parameters of the whole tensor are fitted to it at once.
         dtype: Dtype in which parameters are stored.
         importance: (in,) weights of the columns in the search for the range of least squared error; None takes
@@ -118,12 +117,12 @@ class OnlineGridRounder:
     """
 
     def __init__(
-        self, fmt: Format, W: Tensor, dtype: torch.dtype, importance: Tensor | None, zeros: Tensor | None = None
+        self, fmt: ScalarFormat, W: Tensor, dtype: torch.dtype, importance: Tensor | None, zeros: Tensor | None = None
     ) -> None:
         assert fmt.tiling.group_size is not None
         self.fmt, self.dtype, self.importance = fmt, dtype, importance
         self._keep = None if zeros is None else ~zeros.T
-        self._shared = fit_shared(fmt, W)
+        self._shared = fmt.fit_shared(W)
         self._group_params: list[Params] = []
 
     @property
@@ -142,7 +141,7 @@ class OnlineGridRounder:
         compensated = compensate_errors(W, X, A)
         group = compensated.T if keep is None else (compensated * keep).T
         if self.importance is None:
-            params = fit(self.fmt, group, self.dtype, self._shared)
+            params = self.fmt.fit(group, self.dtype, self._shared)
         else:
             h = self.importance[first : first + W.shape[0]]
             params = search_range(self.fmt, group, h, dtype=self.dtype, shared=self._shared)
@@ -152,12 +151,12 @@ class OnlineGridRounder:
 
 
 def round_columns(
-    fmt: Format, params: Params, W: Tensor, X: Tensor, A: Tensor, keep: Tensor | None = None
+    fmt: ScalarFormat, params: Params, W: Tensor, X: Tensor, A: Tensor, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Round a unit column by column; weights outside a mask become zero, with an error of W.
 
     Args:
-        fmt: Format of the grids.
+        fmt: ScalarFormat of the grids.
         params: Parameters, each (n, rows), one value per element.
         W: (n, rows), as for `obs.Rounder`.
         X: (n, rows), as for `obs.Rounder`.
@@ -167,12 +166,12 @@ def round_columns(
     Returns:
         Codes and errors, both (n, rows).
     """
-    if isinstance(fmt, IntAffine):
+    if fmt.integer_range is not None:
         zero_point = None if fmt.symmetric else params["zero_point"].float()
         scale = params["scale"].float()
         # A huge scale rounds every value to zero, so that kernels need no mask.
         scale = scale if keep is None else torch.where(keep, scale, _HUGE_SCALE)
-        return affine_columns(W, X, A, scale, zero_point, fmt.qmin, fmt.qmax)
+        return affine_columns(W, X, A, scale, zero_point, *fmt.integer_range)
     codes = torch.empty(W.shape, dtype=fmt.code_dtype, device=W.device)
     E = torch.empty_like(W)
     for j in range(W.shape[0]):
@@ -184,7 +183,9 @@ def round_columns(
     return codes, E
 
 
-def _params_by_column(fmt: Format, params: Params, shape: tuple[int, ...], order: Tensor) -> tuple[Params, Tensor]:
+def _params_by_column(
+    fmt: ScalarFormat, params: Params, shape: tuple[int, ...], order: Tensor
+) -> tuple[Params, Tensor]:
     """Lay parameters out as (distinct columns, rows), with the index among them of each step of the loop."""
     rows = shape[0]
     tiling = fmt.tiling

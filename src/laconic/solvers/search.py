@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from laconic.formats import Format, Params, fit_shared
+from laconic.formats import Params, ScalarFormat
 from laconic.formats.pieces import at_once
 
 Cost = Callable[[Tensor], Tensor]
@@ -15,7 +15,7 @@ Cost = Callable[[Tensor], Tensor]
 
 
 def search_range(
-    fmt: Format,
+    fmt: ScalarFormat,
     w: Tensor,
     importance: Tensor | None = None,
     *,
@@ -32,7 +32,7 @@ def search_range(
     then move each end by itself. Parameters are compared as they will be stored, in `dtype`.
 
     Args:
-        fmt: Format of the grid.
+        fmt: ScalarFormat of the grid.
         w: (out, in).
         importance: (in,) weight of the squared error of each column, for instance diag(H); None weighs all equally.
         dtype: Dtype in which parameters are stored.
@@ -45,7 +45,7 @@ def search_range(
     Returns:
         Parameters as the format stores them.
     """
-    shared = fit_shared(fmt, w) if shared is None else shared
+    shared = fmt.fit_shared(w) if shared is None else shared
     tiles = fmt.tiling.split(w.float())
     shape, n = tiles.shape[:-1], tiles.shape[-1]
     chunk = max(1, at_once(w) // n)
@@ -77,7 +77,7 @@ def search_range(
 
 
 def _search(
-    fmt: Format, tiles: Tensor, cost: Cost, dtype: torch.dtype, shared: Params, steps: int, shrink_to: float
+    fmt: ScalarFormat, tiles: Tensor, cost: Cost, dtype: torch.dtype, shared: Params, steps: int, shrink_to: float
 ) -> Params:
     lo, hi = tiles.amin(-1), tiles.amax(-1)
 
@@ -125,6 +125,6 @@ def _quadratic(H: Tensor) -> Cost:
     return lambda e: (e @ H).mul_(e).sum(-1)
 
 
-def _spread(fmt: Format, w: Tensor, importance: Tensor) -> Tensor:
+def _spread(fmt: ScalarFormat, w: Tensor, importance: Tensor) -> Tensor:
     """Lay importance (in,) out as the tiles of `w`, (tiles, n)."""
     return fmt.tiling.split(importance.float().expand(w.shape)).flatten(0, -2)

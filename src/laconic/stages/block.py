@@ -1,9 +1,11 @@
-"""What a block stage is given: one decoder block, what it is called with, and the calibration set before it."""
+"""Stages that treat a decoder block as a whole, and the block that they are given."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,56 +13,97 @@ from torch import Tensor, nn
 from laconic.calibrate.observe import no_tokens
 from laconic.calibrate.passes import Passes
 from laconic.calibrate.stream import Stream
-from laconic.formats.schemes import Scheme
+from laconic.formats import ScalarFormat
+from laconic.formats.schemes import Activations, Scheme
 from laconic.solvers.moments import non_finite_error
+from laconic.stages.linear import Outcome, WeightStage
+from laconic.stages.stage import Needs, Scope
 from laconic.structure.anatomy import BlockCall, Tap, linear_at
 from laconic.structure.experts import calibrate_all_experts
 from laconic.structure.links import Link, fold
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Linears of one tap that are compressed as the rows of one matrix.
+
+    Attributes:
+        linears: their names within the block.
+        scheme: how they will be stored; None for a stage that leaves dense weights.
+    """
+
+    linears: tuple[str, ...]
+    scheme: Scheme | None
+
+    @property
+    def format(self) -> ScalarFormat:
+        """The scalar format of the weights."""
+        assert self.scheme is not None
+        assert isinstance(self.scheme.weights, ScalarFormat)
+        return self.scheme.weights
+
+
+@dataclass(frozen=True)
 class Block:
-    """module: the block, dense. name: in the model. taps: all of its taps, in order of execution. targeted: the linears
-    that the stage means, by name within the block. links: of the taps that have one. stream: what the block reads.
-    original_output: what the block puts out in the original model, where the stage asked for that (`cross`).
-    dtype: in which parameters are stored. through: whether the stream is passed on while it is observed. moved: what
-    the columns of linears were multiplied by so far, by name. all_experts: whether experts are observed on every token.
-    tokens: how many each tap that was observed read."""
+    """One decoder block, the arguments that it is called with, and the calibration set before it.
+
+    Attributes:
+        module: the block; dense, but for linears that earlier stages have quantized.
+        name: in the model.
+        taps: all taps of the block, in order of execution.
+        schemes: of the linears that the stage targets, by name within the block; None for a stage that leaves dense
+            weights.
+        links: of the taps that have one.
+        call: how the block is called.
+        stream: hidden states before the block.
+        original_output: hidden states after the block in the original model, if the stage needs cross moments.
+        device: where to compute.
+        dtype: in which parameters are stored.
+        stacks_linears: whether the stage takes linears of one tap together.
+        through: whether the stream is replaced by the block's output while it is observed.
+        column_scales: what the columns of linears were multiplied by so far, by name.
+        all_experts: whether experts are observed on every token.
+        tokens: how many each observed tap has read.
+    """
 
     module: nn.Module
     name: str
     taps: Sequence[Tap]
-    targeted: frozenset[str]
+    schemes: Mapping[str, Scheme | None]
     links: Mapping[Tap, Link]
     call: BlockCall
     stream: Stream
     original_output: Stream | None
     device: torch.device
     dtype: torch.dtype
+    stacks_linears: bool = True
     through: bool = False
-    moved: dict[str, Tensor] = field(default_factory=dict)
+    column_scales: dict[str, Tensor] = field(default_factory=dict)
     all_experts: bool = False
     tokens: dict[Tap, int] = field(default_factory=dict)
 
     def inputs(self, taps: Sequence[Tap]) -> Iterator[tuple[Tap, Tensor]]:
-        """What the linears of these taps read, batch by batch. To be asked for once, before anything is changed: the
-        stream may hold the block's output after.
+        """Yield the input of the linears of these taps, batch by batch.
 
-        Raises: ValueError for NaN or infinity; and, at the end, for an expert to which no token was routed.
+        To be called once, before anything is changed: the stream may hold the block's output afterwards.
+
+        Raises:
+            ValueError: for NaN or infinity; and, at the end, for an expert to which no token was routed.
         """
-        # Only while they are observed: what a stage runs, tunes and compares is what the router chooses.
+        # Only while they are observed: what a stage runs and tunes goes through the router's choice.
         with calibrate_all_experts(*[self.module] * self.all_experts):
             yield from self._inputs(taps)
         self._check_tokens(taps)
 
-    def count(self) -> None:
-        """See how many tokens the targeted linears read, for a stage that learns from what the router sends them.
+    def count_tokens(self) -> None:
+        """Count the tokens that the targeted linears read, for a stage that learns from the router's choice.
 
-        Raises: as `inputs` does; but where experts were to be shown every token, none is asked of the router.
+        Raises:
+            ValueError: as `inputs` does; but where experts are observed on every token, none need be routed to them.
         """
         taps = self.targeted_taps()
         if not any(tap.experts for tap in taps):
-            # All of them; what is not finite shows in the first error.
+            # All tokens; values that are not finite show in the first error.
             self.tokens.update(dict.fromkeys(taps, self.stream.hidden.shape[0] * self.stream.hidden.shape[1]))
             return
         for _ in self._inputs(taps):
@@ -83,40 +126,111 @@ class Block:
                 raise no_tokens(f"{self.name}.{tap.linears[0]}")
 
     def fold(self, link: Link, s: Tensor) -> Tensor:
-        """Move scales through a link, as `structure.links.fold`, and remember them: what its readers read is no longer
-        in the scale of the original model."""
+        """Move scales through a link, and remember them for later comparisons with the original model.
+
+        Args:
+            link: between the linears whose columns are multiplied and what feeds them.
+            s: the scales, (in,).
+
+        Returns:
+            What each column was multiplied by, (in,), as `structure.links.fold`.
+        """
         columns = fold(self.module, link, s)
-        self.moved.update({n: self.moved[n] * columns if n in self.moved else columns for n in link.readers})
+        known = self.column_scales
+        known.update({n: known[n] * columns if n in known else columns for n in link.readers})
         return columns
 
     def targets(self, tap: Tap) -> list[str]:
-        """The targeted linears of a tap."""
-        return [n for n in tap.linears if n in self.targeted]
+        """Return the targeted linears of a tap."""
+        return [n for n in tap.linears if n in self.schemes]
 
     def targeted_taps(self) -> list[Tap]:
-        """Taps with targeted linears."""
+        """Return the taps with targeted linears."""
         return [tap for tap in self.taps if self.targets(tap)]
 
+    def stacks(self, tap: Tap) -> list[Stack]:
+        """Return the targeted linears of a tap as they can be compressed together."""
+        return stacks(self.module, {n: self.schemes[n] for n in self.targets(tap)}, together=self.stacks_linears)
+
+    def format(self, linear: str) -> ScalarFormat:
+        """Return the scalar format of a targeted linear."""
+        scheme = self.schemes[linear]
+        assert scheme is not None
+        assert isinstance(scheme.weights, ScalarFormat)
+        return scheme.weights
+
+    def dynamic_activations(self) -> dict[str, Activations | None]:
+        """Return how the inputs of the targeted linears are quantized, where each input sets its own parameters."""
+        acts = {n: scheme.input_activations if scheme else None for n, scheme in self.schemes.items()}
+        return {n: a if a and not a.calibrated else None for n, a in acts.items()}
+
     def run(self, hidden: Tensor, module: nn.Module | None = None) -> Tensor:
-        """The block's output for some samples (samples, tokens, hidden)."""
+        """Return the block's output for hidden states (samples, tokens, hidden)."""
         return self.call(module or self.module, hidden.to(self.device))
 
-    def some(self, tokens: int) -> Tensor:
-        """Evenly spaced samples of what the block reads, at least one, about `tokens` tokens in all."""
+    def sample(self, tokens: int) -> Tensor:
+        """Return evenly spaced samples of the stream, at least one, about `tokens` tokens in all."""
         hidden = self.stream.hidden
         count = max(1, min(len(hidden), tokens // hidden.shape[1]))
         return hidden[torch.linspace(0, len(hidden) - 1, count).long()]
 
 
-def stacks(module: nn.Module, linears: Sequence[str], scheme: Scheme | None) -> Iterator[tuple[str, ...]]:
-    """Which linears of a tap can be stacked: all, unless a tile of the format would reach from one into the next."""
-    structure = scheme.weights.tiling.block_structure if scheme else None
-    if structure and any(linear_at(module, n).out_features % structure[0] for n in linears):
-        yield from ((n,) for n in linears)
-    elif linears:
-        yield tuple(linears)
+class BlockStage(WeightStage):
+    """A stage that treats decoder blocks as wholes."""
+
+    scope: ClassVar[Scope] = "block"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(activations=True)
+
+    def check(self, taps: Mapping[Tap, int], links: Mapping[Tap, Link]) -> None:
+        """Check that the stage can treat a block.
+
+        Args:
+            taps: those with targeted linears, and the width of their input.
+            links: of the block.
+
+        Raises:
+            ValueError: if it cannot; the message names the fix.
+        """
+
+    @abstractmethod
+    def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
+        """Compress the targeted linears of a block.
+
+        Dense weights may be changed in place as long as the block computes the same function.
+
+        Returns:
+            The outcomes by the names of linears within the block: linears that were stacked have one.
+        """
+
+
+def stacks(module: nn.Module, linears: Mapping[str, Scheme | None], *, together: bool = True) -> list[Stack]:
+    """Group linears that read one input into those that can be compressed as the rows of one matrix.
+
+    Linears of one scheme go together, unless something that shares parameters would reach from one into the next.
+
+    Args:
+        module: that holds them.
+        linears: their schemes, by name within the module.
+        together: whether more than one may go together at all.
+    """
+    by_scheme: dict[Scheme | None, list[str]] = {}
+    for name, scheme in linears.items():
+        by_scheme.setdefault(scheme and scheme.plain, []).append(name)
+    result: list[Stack] = []
+    for names in by_scheme.values():
+        scheme = linears[names[0]]
+        unit = scheme.weights.row_unit if scheme else 1
+        separable = unit is not None and not any(linear_at(module, n).out_features % unit for n in names)
+        if together and separable:
+            result.append(Stack(tuple(names), scheme))
+        else:
+            result += [Stack((n,), linears[n]) for n in names]
+    return result
 
 
 def stacked(module: nn.Module, linears: Sequence[str], dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights of some linears that read one tensor, their rows together: (out, in), in new memory."""
+    """Return the weights of linears that read one input, their rows together: (out, in), in new memory."""
     return torch.cat([linear_at(module, n).weight.detach().to(dtype) for n in linears])

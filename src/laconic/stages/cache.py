@@ -18,7 +18,7 @@ from torch import Tensor
 
 from laconic.calibrate.attention import AttentionCapture, attention_error, key_weight, value_weight
 from laconic.calibrate.rotation import find_rotation
-from laconic.config import Config
+from laconic.stages.stage import Needs, Scope, Stage
 from laconic.kv.fit import Correction, fit_static
 from laconic.kv.format import KvFormat, StaticParams
 from laconic.kv.scheme import ROTATIONS, HeadGroup, KvScheme, LayerScheme
@@ -35,7 +35,7 @@ Calibration = Mapping[str, Tensor]
 """What `CacheStage.calibrate` returns for one layer."""
 
 
-class CacheStage(Config):
+class CacheStage(Stage):
     """Options of every cache method.
 
     Attributes:
@@ -49,8 +49,8 @@ class CacheStage(Config):
         max_error: Keep a layer in 16 bit where the relative squared error of attention is above this.
     """
 
-    scope: ClassVar[Literal["cache"]] = "cache"
-    method: str
+    scope: ClassVar[Scope] = "cache"
+
     residual_length: int = Field(0, ge=0)
     sinks: int = Field(0, ge=0)
     rotation: Literal["hadamard", "attention"] | None = None
@@ -75,11 +75,10 @@ class CacheStage(Config):
         return "none"
 
     @property
-    def observes(self) -> bool:
-        """Whether the stage needs calibration text."""
+    def needs(self) -> Needs:
         keys, values = self.formats(KvShape(1, 1, 64, (None,)))
         chooses = self.budget_bits is not None or self.max_error is not None or self.rotation == "attention"
-        return chooses or keys.calibrated or values.calibrated
+        return Needs(activations=chooses or keys.calibrated or values.calibrated)
 
     @property
     def engine_scheme(self) -> dict[str, Any] | None:

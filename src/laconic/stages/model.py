@@ -1,28 +1,38 @@
-"""A stage that needs the model whole: structured pruning, recovery by training. A barrier between walks."""
+"""Stages that need the whole model: structured pruning, training. Each is a step of its own between walks."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.source import Source
-from laconic.config import Config
+from laconic.stages.stage import Scope, Stage
 
 Report = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a model stage is given. folder: the model as earlier stages left it. original: the recipe's own model.
-    windows: calibration token ids (samples, tokens), None unless the stage observes. scratch: a folder for what a long
-    stage needs to go on after a kill; it is removed with the end of the stage. artifact: the folder that grows, for
-    folders of the stage's own, which go with the artifact from then on."""
+class ModelTask:
+    """A model that a stage treats as a whole.
+
+    Attributes:
+        folder: the checkpoint as earlier stages left it.
+        original: the checkpoint that the recipe began with.
+        windows: calibration token ids (samples, tokens); None unless the stage needs activations.
+        device: where to compute.
+        seed: of every random choice.
+        scratch: a folder for what a long stage needs to resume after a kill; removed when the stage ends.
+        artifact: the folder of the artifact, for files of the stage's own, which stay in it.
+        report: called with events of progress.
+        trust_remote_code: whether code of the checkpoint may be run.
+    """
 
     folder: Path
     original: Path
@@ -36,9 +46,16 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Remade:
-    """What a model stage made. model: dense, None where no weight changed. config: keys of config.json that did (None
-    as a value takes a key away). events: for the log. results: for `results/`, by name."""
+class ModelOutcome:
+    """The model that a stage leaves.
+
+    Attributes:
+        model: the model, None where no weight changed. Linears that hold codes (`runtime.linear.QLinear`) are written
+            as these codes.
+        config: keys of config.json that changed; a value of None removes the key.
+        events: for the log.
+        results: for `results/`, by name.
+    """
 
     model: PreTrainedModel | None
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -46,36 +63,10 @@ class Remade:
     results: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def run_through(model: PreTrainedModel, windows: Tensor, batch_size: int, report: Report) -> None:
-    """Run a model over token ids (samples, tokens), for those who look on by hooks."""
-    batches = windows.split(batch_size)
-    for i, ids in enumerate(batches):
-        model(input_ids=ids.to(model.device), use_cache=False)
-        report({"event": "work", "done": i + 1, "total": len(batches)})
+class ModelStage(Stage):
+    """A stage that treats the model as a whole."""
 
-
-def check_finite(figures: Tensor, what: str) -> None:
-    """Raises: ValueError when a model, run over its calibration text, gave no numbers to choose by."""
-    if not bool(figures.isfinite().all()):
-        raise ValueError(f"{what} hold NaN or infinity; check the model and the calibration text")
-
-
-def sizes_of(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, int]:
-    """How many parameters there were, and are, for `results/`."""
-    models = {"parameters_before": before, "parameters_after": after}
-    return {key: sum(p.numel() for p in model.parameters()) for key, model in models.items()}
-
-
-class ModelStage(Config):
-    """A stage that treats the model as a whole: `remake(work) -> Remade`."""
-
-    scope: ClassVar[Literal["model"]] = "model"
-    method: str
-
-    @property
-    def observes(self) -> bool:
-        """Whether the stage needs the recipe's calibration text."""
-        return False
+    scope: ClassVar[Scope] = "model"
 
     @property
     def reshapes(self) -> bool:
@@ -83,28 +74,70 @@ class ModelStage(Config):
         return False
 
     @property
-    def takes_codes(self) -> bool:
-        """Whether the stage works on a model that is quantized already."""
+    def accepts_codes(self) -> bool:
+        """Whether the stage can follow stages that quantize."""
         return False
 
     def leaves_adapters(self, *, quantized: bool) -> bool:
-        """Whether the weights stay as they are, and adapters stand beside them, after which no other stage can come.
-        quantized: as for `check`."""
+        """Return whether adapters stand beside unchanged weights afterwards, so that no other stage can follow.
+
+        Args:
+            quantized: whether earlier stages leave codes.
+        """
         return False
 
     def check(self, source: Source, model: PreTrainedModel, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
-        """Look for what cannot work before anything is computed. model: a skeleton; where an earlier stage reshapes
-        (`reshaped`), that of the original. quantized: whether earlier stages leave codes.
+        """Check everything that can be checked before anything is computed.
 
-        Returns: hashes of texts that the stage reads beside the recipe's calibration, by its key for them: with others,
-        an interrupted run does not go on. Raises: ValueError that names the fix.
+        Args:
+            source: the original checkpoint.
+            model: a skeleton of the original, also where an earlier stage reshapes it.
+            quantized: whether earlier stages leave codes.
+            reshaped: whether an earlier stage reshapes the model.
+
+        Returns:
+            Hashes of texts that the stage reads beside the recipe's calibration, by its key for them; a run that was
+            interrupted does not resume with other texts.
+
+        Raises:
+            ValueError: if the stage cannot work; the message names the fix.
         """
         return {}
 
     def warnings(self, source: Source) -> Iterator[str]:
-        """What a user would want to know that is no error."""
+        """Yield what a user should know that is no error."""
         return iter(())
 
-    def remake(self, work: Work) -> Remade:
-        """Do it. Killed and called again with the same `work`, it comes to the same result, bit for bit."""
-        raise NotImplementedError
+    @abstractmethod
+    def apply(self, task: ModelTask) -> ModelOutcome:
+        """Treat the model.
+
+        Killed and called again with the same `task`, it must come to the same result, bit for bit.
+
+        Raises:
+            ValueError: if the model or its texts are unfit; the message names the fix.
+        """
+
+
+def run_batches(model: PreTrainedModel, windows: Tensor, batch_size: int, report: Report) -> None:
+    """Run a model over token ids (samples, tokens), for callers that observe it by hooks."""
+    batches = windows.split(batch_size)
+    for i, ids in enumerate(batches):
+        model(input_ids=ids.to(model.device), use_cache=False)
+        report({"event": "work", "done": i + 1, "total": len(batches)})
+
+
+def check_finite(figures: Tensor, what: str) -> None:
+    """Check figures that were measured on calibration text.
+
+    Raises:
+        ValueError: if any is NaN or infinite.
+    """
+    if not bool(figures.isfinite().all()):
+        raise ValueError(f"{what} hold NaN or infinity; check the model and the calibration text")
+
+
+def parameter_counts(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, int]:
+    """Return the numbers of parameters before and after a stage, for `results/`."""
+    models = {"parameters_before": before, "parameters_after": after}
+    return {key: sum(p.numel() for p in model.parameters()) for key, model in models.items()}

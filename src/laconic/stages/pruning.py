@@ -1,31 +1,34 @@
-"""A stage that prunes: how many weights go, and in which structure.
+"""Stages that prune: how many weights are removed, and in which structure.
 
-A pruned weight is a zero, and nothing else tells of it: every stage that quantizes keeps the zeros it is given, whether
-a stage before it made them or the checkpoint came with them.
+A pruned weight is a zero; no mask is stored beside it. Every stage that quantizes keeps the zeros that it is given,
+whether an earlier stage made them or the checkpoint came with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
 
 from laconic.config import Config
-from laconic.solvers.masks import MaskStructure, StackedLinear, parse_mask_structure, single_linear
-from laconic.solvers.moments import Moments
-from laconic.stages.stage import LinearStage, Outcome, Stage
+from laconic.solvers.masks import MaskStructure, parse_mask_structure
+from laconic.stages.linear import LinearStage, WeightStage
+from laconic.stages.stage import Needs
 from laconic.stages.targets import check_patterns, matches
 
 _DEFAULT = 0.5
 
 
-class Masking(Stage):
-    """sparsity: the share of a linear's weights that becomes zero. mask_structure: `unstructured`; `N:M`, N kept of
-    every M inputs, which is a sparsity in itself; or `RxC`, tiles of R rows and C columns."""
+class Masking(WeightStage):
+    """A stage that can set weights to zero.
+
+    Attributes:
+        sparsity: share of a linear's weights to remove.
+        mask_structure: `unstructured`; `N:M`, N of every M inputs remain, which fixes the sparsity; or `RxC`, tiles of
+            R rows and C columns.
+    """
 
     sparsity: float | None = Field(None, ge=0, lt=1)
     mask_structure: str = "unstructured"
@@ -42,7 +45,7 @@ class Masking(Stage):
 
     @cached_property
     def structure(self) -> MaskStructure:
-        """What goes together."""
+        """The mask structure, parsed."""
         return parse_mask_structure(self.mask_structure)
 
     @property
@@ -51,17 +54,21 @@ class Masking(Stage):
 
     @property
     def share(self) -> float:
-        """The share that goes, of a linear of which nothing else is said."""
+        """Share of the weights to remove where no linear has a sparsity of its own."""
         if self.structure.sparsity is not None:
             return self.structure.sparsity
         return _DEFAULT if self.sparsity is None else self.sparsity
 
     def share_of(self, name: str) -> float:
-        """The share that goes of the linear of this full name."""
+        """Return the share of the weights to remove of the linear of this full name."""
         return self.share
 
     def check_shape(self, name: str, shape: tuple[int, int]) -> None:
-        """Raises: ValueError when the structure does not divide a linear of shape (out, in)."""
+        """Check that the structure divides a linear of shape (out, in).
+
+        Raises:
+            ValueError: if it does not.
+        """
         rows, columns = shape
         if columns % self.structure.width:
             raise ValueError(
@@ -74,18 +81,14 @@ class Masking(Stage):
                 "use another structure there, or ignore it"
             )
 
-    def prune(
-        self, weight: Tensor, parts: Sequence[StackedLinear], moments: Moments | None, dtype: torch.dtype
-    ) -> Outcome:
-        """weight: (out, in) float32, the rows of every linear on one tap. parts: of which linear they are, and what of
-        it goes. dtype: of what is stored, a dense weight (float32) having no other values. What is zero in `weight`
-        stays so."""
-        raise NotImplementedError
-
 
 class Protect(Config):
-    """heads: the share of all attention heads that is left whole: those that matter most on this text. dataset, config,
-    split, num_calibration_samples, max_seq_length, license, source, domain: as in a recipe's calibration."""
+    """Attention heads to leave whole: those that matter most on a text.
+
+    Attributes:
+        heads: share of all heads.
+        dataset: as in a recipe's calibration, like the other keys.
+    """
 
     dataset: str
     heads: float = Field(gt=0, lt=1)
@@ -99,11 +102,16 @@ class Protect(Config):
 
 
 class PruningStage(Masking, LinearStage):
-    """ratios: sparsities of linears by pattern (a full name, or `re:`), in place of `sparsity`; the first that fits
-    counts. allocation: sparsities of their own for blocks (`owl`) or linears (`search`), of which `sparsity` is the
-    mean over all weights; found on the original model. owl_m, owl_lambda: what counts as an outlier, in means of all
-    scores of a block; and how far a block's sparsity may be from the mean. protect: heads that are left whole; what is
-    left of their linears is pruned as ever."""
+    """A stage that prunes linears.
+
+    Attributes:
+        ratios: sparsities by pattern (a full name, or `re:`), in place of `sparsity`; the first match counts.
+        allocation: sparsities of their own for blocks (`owl`) or linears (`search`), of which `sparsity` is the mean
+            over all weights; computed on the original model.
+        owl_m: scores above this many means of a block count as outliers.
+        owl_lambda: how far a block's sparsity may be from the mean.
+        protect: heads to leave whole; the other rows and columns of their linears are pruned.
+    """
 
     ratios: Mapping[str, float] = Field(default_factory=dict)
     allocation: Literal["owl", "search"] | None = None
@@ -143,15 +151,9 @@ class PruningStage(Masking, LinearStage):
         return True
 
     @property
-    def surveys(self) -> bool:
-        return self.allocation is not None
-
-    @property
-    def needing(self) -> str:
-        return self.method if self.observes else f"allocation: {self.allocation}"
+    def needs(self) -> Needs:
+        survey = self.allocation is not None
+        return Needs(survey=survey, reason=f"allocation: {self.allocation}" if survey else "")
 
     def share_of(self, name: str) -> float:
         return next((share for pattern, share in self.ratios.items() if matches(name, [pattern])), self.share)
-
-    def compress(self, weight: Tensor, moments: Moments | None, dtype: torch.dtype) -> Outcome:
-        return self.prune(weight, single_linear(weight, self.share), moments, dtype)

@@ -73,7 +73,7 @@ def _read_first_row(text: Any) -> None:
 
 def _calibrated_methods(recipe: Recipe) -> list[str]:
     """Return the methods of a recipe that need calibration text."""
-    return [getattr(s, "needing", s.method) for s in recipe.stages if s.observes or getattr(s, "surveys", False)]
+    return [s.calibration_reason for s in recipe.stages if s.needs.calibration]
 
 
 def _one_sample(recipe: Recipe) -> Recipe | None:

@@ -1,6 +1,6 @@
-"""Tuning a block's weights by gradient, so that its output comes near to what it should be.
+"""Tune a block's weights by gradient, so that its output comes close to a target.
 
-The one training loop: which numbers are tuned, how weights come of them and which optimizer moves them is the caller's.
+This is the loop alone: callers say which tensors are tuned, how weights are made of them and which optimizers step.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,11 +26,11 @@ from laconic.structure.anatomy import linear_at
 from laconic.structure.hooks import gradient_hooks, patched_forwards
 
 Weights = Callable[[], Mapping[str, Tensor]]
-"""Makes the weights of some linears (by name within the block), differentiable in what is tuned."""
+"""Makes the weights of linears (by name within the block), differentiable in what is tuned."""
 
 
 class SignSGD(torch.optim.Optimizer):
-    """Moves every number by the learning rate against the sign of its gradient, and keeps it between two bounds."""
+    """Move every number by the learning rate against the sign of its gradient, within two bounds."""
 
     def __init__(self, params: Iterable[Any], lr: float, bounds: tuple[float, float]) -> None:
         super().__init__(params, {"lr": lr, "bounds": bounds})
@@ -41,6 +43,29 @@ class SignSGD(torch.optim.Optimizer):
                     p.sub_(p.grad.sign_(), alpha=group["lr"]).clamp_(*group["bounds"])
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning a block has changed: the mean squared error of its output on a fixed batch.
+
+    Attributes:
+        before: error of the initial weights.
+        after: error of the final ones.
+    """
+
+    before: float
+    after: float
+
+    @property
+    def improved(self) -> bool:
+        """Whether the error is lower than before."""
+        return self.after < self.before
+
+    @property
+    def notes(self) -> dict[str, float]:
+        """Figures for the log; the initial weights are used where the error has not fallen."""
+        return {"loss_before": self.before, "loss_after": self.after if self.improved else self.before}
+
+
 def tune(
     block: Block,
     weights: Weights,
@@ -49,43 +74,54 @@ def tune(
     *,
     iters: int,
     batch_size: int,
-    acts: Activations | None = None,
+    activations: Mapping[str, Activations | None] = MappingProxyType({}),
     seed: int = 0,
-) -> tuple[float, float, bool]:
+) -> Tuning:
     """Lower the mean squared error of the block's output; the learning rate falls linearly to zero.
 
-    optimizers: of a tensor each, which is moved as soon as its gradient is there, and the gradient dropped, so that of
-    all of them only one is in memory. targets: (samples, tokens, hidden), what the block should put out. acts: how the
-    inputs of the linears are rounded; the rounding passes gradients on (straight-through). Returns: the error on a
-    fixed batch before and after, and whether it fell.
+    Args:
+        block: the block and the calibration set before it.
+        weights: makes the weights of the tuned linears.
+        optimizers: one for each tuned tensor, which is stepped as soon as its gradient is complete, and the gradient
+            dropped, so that only one of them is in memory.
+        targets: (samples, tokens, hidden), the output to come close to.
+        iters: number of steps.
+        batch_size: samples a step.
+        activations: how the inputs of linears are quantized, by name; gradients pass straight through.
+        seed: of the order of samples.
 
-    Raises: ValueError for activations from which nothing can be learned: NaN or infinity, or those of an expert to
-    which no token was routed.
+    Raises:
+        ValueError: for activations from which nothing can be learned: NaN or infinity, or those of an expert to which
+            no token was routed.
     """
-    block.count()
+    block.count_tokens()
     generator = torch.Generator().manual_seed(seed)
     count = len(targets)
     probe = torch.linspace(0, count - 1, min(count, batch_size)).long()
-    before = _error(block, weights, targets, probe, acts)
+    before = _error(block, weights, targets, probe, activations)
     if not math.isfinite(before):
         raise non_finite_error()
     groups = [(group, group["lr"]) for o in optimizers for group in o.param_groups]
-    with torch.enable_grad(), _moved_at_once(optimizers), passing_gradients(block.module, block.dtype):
+    with torch.enable_grad(), _step_in_backward(optimizers), differentiable_codes(block.module, block.dtype):
         for step in range(iters):
             for group, lr in groups:
                 group["lr"] = lr * (1 - step / iters)
-            picked = torch.randperm(count, generator=generator)[:batch_size]
-            loss = _loss(block, weights(), targets, picked, acts)
-            # None of it comes of experts to which no token of these samples was routed.
+            batch = torch.randperm(count, generator=generator)[:batch_size]
+            loss = _loss(block, weights(), targets, batch, activations)
+            # It has no gradient where all tuned linears are of experts to which no token of the batch was routed.
             if loss.requires_grad:
                 loss.backward()
-    after = _error(block, weights, targets, probe, acts)
-    return before, after, after < before
+    return Tuning(before, _error(block, weights, targets, probe, activations))
 
 
 @contextmanager
-def passing_gradients(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """While this lasts linears that hold codes let gradients through. dtype: of the weights by which these go."""
+def differentiable_codes(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let gradients through linears that hold codes, within the context.
+
+    Args:
+        module: that holds them.
+        dtype: of the decoded weights that gradients are computed with.
+    """
 
     def through(linear: QLinear, weight: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: _Through.apply(x, linear, weight)  # type: ignore[no-untyped-call]
@@ -96,8 +132,7 @@ def passing_gradients(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Through(torch.autograd.Function):
-    """What a QLinear puts out, and the gradient of its decoded weight: straight through the rounding of its input, for
-    codes have none."""
+    """The output of a QLinear, with the gradient of its decoded weight: straight through the rounding of its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: QLinear, weight: Tensor) -> Tensor:
@@ -111,8 +146,8 @@ class _Through(torch.autograd.Function):
 
 
 @contextmanager
-def _moved_at_once(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
-    """While this lasts each optimizer steps in the backward pass, when the gradient of its tensor is complete."""
+def _step_in_backward(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
+    """Step each optimizer in the backward pass, as soon as the gradient of its tensor is complete."""
 
     def mover(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
         def move(_: Tensor) -> None:
@@ -126,51 +161,65 @@ def _moved_at_once(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None
         yield
 
 
-def outputs(block: Block, module: nn.Module | None = None) -> Tensor:
-    """What the block puts out for the whole stream, (samples, tokens, hidden), on the stream's device."""
-    made = torch.empty_like(block.stream.hidden)
-    for hidden, into in zip(block.stream.batches(), made.split(block.stream.batch), strict=True):
-        into.copy_(block.run(hidden, module))
-    return made
+def block_output(block: Block) -> Tensor:
+    """Return the block's output for the whole stream, (samples, tokens, hidden), on the stream's device."""
+    output = torch.empty_like(block.stream.hidden)
+    for hidden, into in zip(block.stream.batches(), output.split(block.stream.batch), strict=True):
+        into.copy_(block.run(hidden))
+    return output
 
 
 @torch.no_grad()
-def _error(block: Block, weights: Weights, targets: Tensor, picked: Tensor, acts: Activations | None) -> float:
-    return float(_loss(block, weights(), targets, picked, acts))
+def _error(
+    block: Block, weights: Weights, targets: Tensor, batch: Tensor, activations: Mapping[str, Activations | None]
+) -> float:
+    return float(_loss(block, weights(), targets, batch, activations))
 
 
 def _loss(
-    block: Block, weights: Mapping[str, Tensor], targets: Tensor, picked: Tensor, acts: Activations | None
+    block: Block,
+    weights: Mapping[str, Tensor],
+    targets: Tensor,
+    batch: Tensor,
+    activations: Mapping[str, Activations | None],
 ) -> Tensor:
-    with standing_in(block.module, weights, acts):
-        made = block.run(block.stream.hidden[picked])
-    return F.mse_loss(made.float(), targets[picked].to(made.device).float())
+    with replaced_linears(block.module, weights, activations):
+        output = block.run(block.stream.hidden[batch])
+    return F.mse_loss(output.float(), targets[batch].to(output.device).float())
 
 
 @contextmanager
-def standing_in(
+def replaced_linears(
     module: nn.Module,
     weights: Mapping[str, Tensor],
-    acts: Activations | None = None,
-    known: Mapping[str, Tensor] | None = None,
+    activations: Mapping[str, Activations | None] = MappingProxyType({}),
+    known: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Iterator[None]:
-    """Some linears with other weights, their inputs rounded; and some, quantized perhaps, whose output is known."""
+    """Run a module with other weights in some linears, within the context.
 
-    def with_weight(linear: nn.Linear, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda x: half_linear(_straight_through(x, acts), weight.to(x.dtype), linear.bias)
+    Args:
+        module: that holds the linears.
+        weights: by name of the linear, differentiable if need be.
+        activations: how the inputs of these linears are quantized, by name.
+        known: outputs of other linears, which are returned instead of computed.
+    """
+
+    def with_weight(name: str, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        linear, acts = linear_at(module, name), activations.get(name)
+        return lambda x: half_linear(_round_input(x, acts), weight.to(x.dtype), linear.bias)
 
     def with_output(output: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda _: output
 
     forwards: dict[str, Callable[[Tensor], Tensor]] = {
-        name: with_weight(linear_at(module, name), weight) for name, weight in weights.items()
+        name: with_weight(name, weight) for name, weight in weights.items()
     }
-    forwards |= {name: with_output(output) for name, output in (known or {}).items()}
+    forwards |= {name: with_output(output) for name, output in known.items()}
     with patched_forwards((module.get_submodule(name), forward) for name, forward in forwards.items()):
         yield
 
 
-def _straight_through(x: Tensor, acts: Activations | None) -> Tensor:
+def _round_input(x: Tensor, acts: Activations | None) -> Tensor:
     if acts is None:
         return x
     with torch.no_grad():
@@ -178,19 +227,27 @@ def _straight_through(x: Tensor, acts: Activations | None) -> Tensor:
     return x + change
 
 
-def hold(tuned: Tensor, where: Tensor) -> Tensor:
-    """Let no gradient reach some elements of a tensor that is tuned, so that they stay what they are."""
+def freeze_where(tuned: Tensor, where: Tensor) -> Tensor:
+    """Set the gradient of some elements of a tuned tensor to zero, so that they keep their value.
+
+    Args:
+        tuned: the tensor.
+        where: bool, its shape.
+
+    Returns:
+        The same tensor.
+    """
     if where.any():
         tuned.register_hook(lambda grad: grad.masked_fill(where, 0))
     return tuned
 
 
-def rounded_through(W: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded` in value, W in gradient (the straight-through estimator)."""
+def straight_through(W: Tensor, rounded: Tensor) -> Tensor:
+    """Return `rounded` in value, W in gradient (the straight-through estimator)."""
     return W + (rounded - W).detach()
 
 
 def unstack(module: nn.Module, names: Sequence[str], W: Tensor) -> dict[str, Tensor]:
-    """Stacked rows as the weights of the linears that they are of, by name."""
+    """Split stacked rows into the weights of their linears, by name."""
     rows = [linear_at(module, n).out_features for n in names]
     return dict(zip(names, W.split(rows), strict=True))

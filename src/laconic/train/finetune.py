@@ -29,7 +29,7 @@ Report = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingArguments:
     """How training goes. steps: optimizer steps. batch_size: sequences a process takes at once; a step takes that times
     `gradient_accumulation` times the number of processes. warmup: share of the steps in which the learning rate rises.
     patience: measurements of the held-out loss without a new best after which training stops. bf16: products in it."""
@@ -75,16 +75,16 @@ class Diverged(Exception):
     """The loss, or its gradient, is NaN or infinity. moved: steps that had been made by then. parameters: the last good
     ones, of the step `good`."""
 
-    def __init__(self, step: int, moved: int, parameters: State, good: int) -> None:
+    def __init__(self, step: int, steps_made: int, parameters: State, good: int) -> None:
         super().__init__(f"diverged in step {step}")
-        self.step, self.moved, self.parameters, self.good = step, moved, parameters, good
+        self.step, self.steps_made, self.parameters, self.good = step, steps_made, parameters, good
 
 
 def finetune(
     model: nn.Module,
     loss: Loss,
     mix: Mix,
-    course: Course,
+    arguments: TrainingArguments,
     accelerator: Accelerator,
     scratch: Path,
     report: Report = lambda _: None,
@@ -95,34 +95,34 @@ def finetune(
     Raises: Diverged; ValueError where `scratch` holds the state of another training.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    made = torch.optim.AdamW(trained, lr=0.0, weight_decay=course.weight_decay)
+    made = torch.optim.AdamW(trained, lr=0.0, weight_decay=arguments.weight_decay)
     wrapped, optimizer = accelerator.prepare(model, made)
     parameters = {n: p for n, p in accelerator.unwrap_model(wrapped).named_parameters() if p.requires_grad}
-    one_step = course.batch_size * course.gradient_accumulation * accelerator.num_processes
-    order = mix.order(course.steps * one_step)
+    one_step = arguments.batch_size * arguments.gradient_accumulation * accelerator.num_processes
+    order = mix.order(arguments.steps * one_step)
     # The other processes look at the files of a run before only once the first one has made sure of them.
     accelerator.wait_for_everyone()
-    identity = {"data": mix.sha256, "steps": course.steps, "sequences_a_step": one_step}
+    identity = {"data": mix.sha256, "steps": arguments.steps, "sequences_a_step": one_step}
     progress = read(scratch, identity)
     if progress is None:
         first = Progress(identity, parameters=state_of(parameters))
-        progress = _measured(wrapped, loss, mix, course, accelerator, parameters, first)
+        progress = _measured(wrapped, loss, mix, arguments, accelerator, parameters, first)
     else:
         load_parameters(parameters, progress.parameters)
         load_moments(optimizer.optimizer, parameters, progress.moments)
-    while progress.step < course.steps and not progress.stopped(course.patience):
+    while progress.step < arguments.steps and not progress.stopped(arguments.patience):
         step = progress.step
         batch = [mix.at(place) for place in order[step * one_step : (step + 1) * one_step]]
         for group in optimizer.param_groups:
-            group["lr"] = course.rate(step)
-        told = _step(wrapped, loss, batch, course, accelerator, optimizer, list(parameters.values()), step)
+            group["lr"] = arguments.rate(step)
+        told = _step(wrapped, loss, batch, arguments, accelerator, optimizer, list(parameters.values()), step)
         if told is None:
-            good = progress.best_step if progress.held_out else step - step % course.save_every
+            good = progress.best_step if progress.held_out else step - step % arguments.save_every
             raise Diverged(step + 1, step, progress.best_parameters or progress.parameters, good)
         progress = replace(progress, step=step + 1, curve=[*progress.curve, told])
-        if progress.step % course.eval_every == 0 or progress.step == course.steps:
-            progress = _measured(wrapped, loss, mix, course, accelerator, parameters, progress)
-        if progress.step % course.save_every == 0 or progress.step == course.steps:
+        if progress.step % arguments.eval_every == 0 or progress.step == arguments.steps:
+            progress = _measured(wrapped, loss, mix, arguments, accelerator, parameters, progress)
+        if progress.step % arguments.save_every == 0 or progress.step == arguments.steps:
             progress = replace(
                 progress,
                 parameters=state_of(parameters),
@@ -131,12 +131,12 @@ def finetune(
             if accelerator.is_main_process:
                 write(scratch, progress)
         held = progress.held_out[-1]["loss"] if progress.held_out else None
-        report({"event": "train", "step": step + 1, "steps": course.steps, "loss": told["loss"], "held_out": held})
+        report({"event": "train", "step": step + 1, "steps": arguments.steps, "loss": told["loss"], "held_out": held})
     return Trained(
         progress.best_parameters or progress.parameters,
         progress.best_step if progress.held_out else progress.step,
         progress.step,
-        progress.step < course.steps,
+        progress.step < arguments.steps,
         progress.curve,
         progress.held_out,
     )
@@ -146,7 +146,7 @@ def _step(
     model: nn.Module,
     loss: Loss,
     batch: Sequence[Example],
-    course: Course,
+    arguments: TrainingArguments,
     accelerator: Accelerator,
     optimizer: Any,
     parameters: list[nn.Parameter],
@@ -154,30 +154,32 @@ def _step(
 ) -> dict[str, float] | None:
     """One step; None, and nothing moved, where loss or gradient is no number."""
     tokens = sum(e.targets for e in batch)
-    parts = [batch[i : i + course.batch_size] for i in range(0, len(batch), course.batch_size)]
+    parts = [batch[i : i + arguments.batch_size] for i in range(0, len(batch), arguments.batch_size)]
     own = parts[accelerator.process_index :: accelerator.num_processes]
     total = torch.zeros((), device=accelerator.device)
     for number, part in enumerate(own):
         # Of these alone random numbers hang, so that a run that goes on draws the same.
-        torch.manual_seed(hash((course.seed, step, number, accelerator.process_index)) % 2**63)
+        torch.manual_seed(hash((arguments.seed, step, number, accelerator.process_index)) % 2**63)
         last = number == len(own) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            lost = _loss(model, loss, part, course, accelerator)
+            lost = _loss(model, loss, part, arguments, accelerator)
             # Gradients are averaged over processes; the loss is a mean over the tokens of all of them.
             accelerator.backward(lost * (accelerator.num_processes / tokens))
         total += lost.detach()
     mean = float(accelerator.reduce(total, "sum")) / tokens
-    norm = float(whole(accelerator.clip_grad_norm_(parameters, course.max_grad_norm or math.inf)))
+    norm = float(whole(accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm or math.inf)))
     if not (math.isfinite(mean) and math.isfinite(norm)):
         return None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"step": step + 1, "loss": mean, "learning_rate": course.rate(step), "grad_norm": norm, "tokens": tokens}
+    return {"step": step + 1, "loss": mean, "learning_rate": arguments.rate(step), "grad_norm": norm, "tokens": tokens}
 
 
-def _loss(model: nn.Module, loss: Loss, part: Sequence[Example], course: Course, accelerator: Accelerator) -> Tensor:
+def _loss(
+    model: nn.Module, loss: Loss, part: Sequence[Example], arguments: TrainingArguments, accelerator: Accelerator
+) -> Tensor:
     ids, loss_mask = (t.to(accelerator.device) for t in collate(part))
-    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=course.bf16):
+    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=arguments.bf16):
         return loss(model, ids, loss_mask)
 
 
@@ -186,7 +188,7 @@ def _measured(
     model: nn.Module,
     loss: Loss,
     mix: Mix,
-    course: Course,
+    arguments: TrainingArguments,
     accelerator: Accelerator,
     parameters: Mapping[str, nn.Parameter],
     progress: Progress,
@@ -196,12 +198,12 @@ def _measured(
         return progress
     modules = [m for m in model.modules() if m.training]
     model.eval()
-    parts = [mix.held_out[i : i + course.batch_size] for i in range(0, len(mix.held_out), course.batch_size)]
+    parts = [mix.held_out[i : i + arguments.batch_size] for i in range(0, len(mix.held_out), arguments.batch_size)]
     total = torch.zeros((), device=accelerator.device)
     # Every process as often as the others, since parameters that are cut among them are fetched together.
     for first in range(0, len(parts), accelerator.num_processes):
         mine = first + accelerator.process_index
-        lost = _loss(model, loss, parts[min(mine, len(parts) - 1)], course, accelerator)
+        lost = _loss(model, loss, parts[min(mine, len(parts) - 1)], arguments, accelerator)
         total += lost * (mine < len(parts))
     for module in modules:
         module.training = True
@@ -216,7 +218,7 @@ def _measured(
     return progress
 
 
-def cut_by_block(plugin: FullyShardedDataParallelPlugin, block: nn.Module) -> None:
+def wrap_each_block(plugin: FullyShardedDataParallelPlugin, block: nn.Module) -> None:
     """Have FSDP cut a model block by block, unless the launch says how: cut as one it would be gathered whole for each
     pass."""
     if plugin.auto_wrap_policy is None:

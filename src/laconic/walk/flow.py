@@ -64,5 +64,5 @@ def passes_on(plan: Plan, i: int) -> bool:
 def read_after(plan: Plan, i: int) -> bool:
     """Whether anything reads what block i puts out: the next block, or a stage that observes the head."""
     head = plan.anatomy.head
-    observed = any(s.observes and head in names for s, names in zip(plan.stages, plan.touched, strict=True))
+    observed = any(s.needs.observation and head in names for s, names in zip(plan.stages, plan.targets, strict=True))
     return i + 1 < len(plan.anatomy.taps) or observed

@@ -49,11 +49,11 @@ def forecast(plan: Plan, source: Source, samples: int, length: int) -> Forecast:
     largest_tap = max((_tap_elements(plan, taps) for taps in plan.anatomy.taps), default=0)
     streams = 1 + plan.two_streams
     hidden = getattr(source.config.get_text_config(), "hidden_size", 0)
-    activations = samples * length * hidden * item * streams if plan.observing else 0
+    activations = samples * length * hidden * item * streams if plan.calibrates else 0
     hessians = max(
         (_squares(plan, i, together) for i, t in enumerate(plan.anatomy.taps) for together in observation_rounds(t))
     )
-    squares = (3 * widest * widest + hessians) * 4 if plan.observing else 0
+    squares = (3 * widest * widest + hessians) * 4 if plan.calibrates else 0
     outside = sum(s for n, s in sizes.items() if not n.startswith(f"{plan.anatomy.blocks}.")) * item
     peak = max(block * (1 + streams) + largest_tap * _WORKING + squares, outside) + activations
     return Forecast(sum(sizes.values()) * item, after, peak, quantized / max(1, sum(sizes.values())))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from laconic.checkpoint.files import Checkpoint
 from laconic.formats import Quantized
 from laconic.formats.schemes import Scheme
-from laconic.formats.storage import as_stored, to_stored
+from laconic.formats.storage import scheme_of_shapes
 from laconic.runtime.linear import QLinear, replace_linear
 from laconic.solvers.moments import Moments
 from laconic.structure.anatomy import linear_at
@@ -32,8 +32,8 @@ def install(
         old.weight.data.copy_(made)
         return
     assert scheme is not None
-    stored = to_stored(made, scheme)
-    scheme = as_stored(scheme, {n: tuple(t.shape) for n, t in stored.items()})
+    stored = made.to_tensors()
+    scheme = scheme_of_shapes(scheme, {n: tuple(t.shape) for n, t in stored.items()})
     new = replace_linear(module, name, scheme, dtype)
     acts = scheme.input_activations
     if acts and acts.calibrated:
@@ -64,7 +64,7 @@ def read_back(
     for linear in [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
         if scheme := schemes.get(f"{prefix}.{linear}"):
             inside = {n.removeprefix(f"{linear}."): t for n, t in local.items() if n.startswith(f"{linear}.")}
-            scheme = as_stored(scheme, {n: tuple(t.shape) for n, t in inside.items()})
+            scheme = scheme_of_shapes(scheme, {n: tuple(t.shape) for n, t in inside.items()})
             new = replace_linear(block, linear, scheme, dtype)
             _fill(new, inside, device)
     for n, p in list(block.named_parameters()):

@@ -24,9 +24,10 @@ from laconic.calibrate.stream import Stream
 from laconic.solvers.allocate import allocate_sparsity, owl_sparsities
 from laconic.solvers.masks import StackedLinear, single_linear
 from laconic.solvers.moments import Moments
+from laconic.stages.linear import LinearTask
 from laconic.stages.pruning import PruningStage
 from laconic.structure.anatomy import BlockCall, linear_at
-from laconic.train.block_tuning import standing_in
+from laconic.train.block_tuning import replaced_linears
 from laconic.walk.domain import most
 from laconic.walk.plan import Plan
 
@@ -50,9 +51,9 @@ def survey_block(
     with Passes(block, taps, call, stream, device, held=False) as passes:
         moments = observe(passes, taps, gram=gram, through=True)
     found: list[Figures] = []
-    for stage, names in zip(plan.stages, plan.touched, strict=True):
+    for stage, names in zip(plan.stages, plan.targets, strict=True):
         linears = {n: m for tap, m in moments.items() for n in tap.linears if f"{name}.{n}" in names}
-        if not isinstance(stage, PruningStage) or not stage.surveys or not linears:
+        if not isinstance(stage, PruningStage) or not stage.needs.survey or not linears:
             found.append({})
             continue
         figures = (
@@ -76,9 +77,9 @@ def by_survey(plan: Plan, allotted: Sequence[Mapping[str, Mapping[str, Any]]]) -
     """The plan with the sparsities that the survey found."""
     shares = [
         {n: _by_figures(plan, n, part, figures.get(n, {})) for n, part in own.items()}
-        for own, figures in zip(plan.shares, allotted, strict=True)
+        for own, figures in zip(plan.parts, allotted, strict=True)
     ]
-    return replace(plan, shares=tuple(shares))
+    return replace(plan, parts=tuple(shares))
 
 
 def _by_figures(plan: Plan, name: str, part: StackedLinear, figures: Mapping[str, Any]) -> StackedLinear:
@@ -143,11 +144,11 @@ def _errors(
         W = linear.weight.detach().float()
         own, ours = [], W
         for share in _tried(stage.share):
-            made = stage.prune(W, single_linear(W, share), seen, linear.weight.dtype).weight
+            made = stage.compress(LinearTask(W, None, seen, linear.weight.dtype, single_linear(W, share))).weight
             assert isinstance(made, Tensor)
             own.append(_own_error(W - made, seen))
             ours = made if share == stage.share else ours
-        with standing_in(block, {name: ours}):
+        with replaced_linears(block, {name: ours}):
             change = call(block, sample).float() - expected
         cost = float((change.square().sum(-1) / size).mean())
         at = own[_tried(stage.share).index(stage.share)]

@@ -27,6 +27,7 @@ from laconic.checkpoint.source import Source, materialise
 from laconic.kv.positions import TokenPositions
 from laconic.kv.rotary import rotary_of
 from laconic.runtime.linear import QLinear
+from laconic.walk.apply import Applier, Position, Report
 from laconic.walk.domain import head_shares
 from laconic.walk.flow import Flow, embed, read_after
 from laconic.walk.half import quicken
@@ -35,7 +36,6 @@ from laconic.walk.plan import Plan
 from laconic.walk.settings import Settings
 from laconic.walk.span import span
 from laconic.walk.survey import Figures, allot, by_survey, protect, survey_block
-from laconic.walk.treatment import Report, Treatment
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ class _Walker:
         else:
             self._materialise(block, f"{name}.")
         if not done:
-            events, passed_on = self._treatment.block(block, i, name, flow, original)
+            events, passed_on = self._applier.block(Position(block, i, name, flow, original))
             tensors = stored(block, name)
             if flow and self.plan.calibrates_cache:
                 tensors |= self._calibrate_cache(block, i, name, flow)
@@ -149,20 +149,20 @@ class _Walker:
         """Everything outside the blocks: copied as it is, but for a head that is to be compressed."""
         anatomy, checkpoint = self.plan.anatomy, self.source.checkpoint
         prefix = f"{anatomy.blocks}."
-        head_touched = any(anatomy.head in names for names in self.plan.touched)
+        head_touched = any(anatomy.head in names for names in self.plan.targets)
         names = [n for n in checkpoint.tensors if not n.startswith(prefix)]
         tensors = checkpoint.load([n for n in names if not (head_touched and n.startswith(f"{anatomy.head}."))])
         events: list[dict[str, Any]] = []
         if head_touched:
             head = self.model.get_submodule(anatomy.head)
             self._materialise(head, f"{anatomy.head}.")
-            events = list(self._treatment.head(flow))
+            events = list(self._applier.head(flow))
             tensors.update(stored(self.model.get_submodule(anatomy.head), anatomy.head))
         self.workspace.write_shard(i, to_file_layout(checkpoint, tensors), events)
 
     @property
-    def _treatment(self) -> Treatment:
-        return Treatment(self.source, self.model, self.plan, self.settings, self.report)
+    def _applier(self) -> Applier:
+        return Applier(self.source, self.model, self.plan, self.settings, self.report)
 
     def _calibrate_cache(self, block: nn.Module, i: int, name: str, flow: Flow) -> dict[str, Tensor]:
         """Keep what the cache's stage wants to know of block i, as it was compressed. Returns: what goes into the

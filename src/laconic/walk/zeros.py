@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.runtime.linear import QLinear
-from laconic.stages.stage import Stage
+from laconic.stages.linear import WeightStage
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Zeros:
 
 
 def watch_zeros(
-    module: nn.Module, prefix: str, zeros: Mapping[str, Zeros], stage: Stage, linears: Iterable[str]
+    module: nn.Module, prefix: str, zeros: Mapping[str, Zeros], stage: WeightStage, linears: Iterable[str]
 ) -> dict[str, Zeros]:
     """The zeros to watch once a stage has treated these linears: those that were there, which it has kept, and its own,
     if it prunes and leaves a dense weight. zeros: by name within the module.
@@ -36,7 +36,7 @@ def watch_zeros(
                 f"{name}: {stage.method} has filled in {filled} of the zeros of {known.method}; list it before "
                 f"{known.method}, or ignore the linear in one of them, and pass --overwrite"
             )
-    made = linears if stage.prunes and not stage.result else ()
+    made = linears if stage.prunes and not stage.quantizes else ()
     return {**zeros, **{n: Zeros(_weight(module, n) == 0, stage.method) for n in made}}
 
 

@@ -6,7 +6,7 @@ What must go together is found by structure (`methods.llm_pruner.groups`). What 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -29,7 +29,8 @@ from laconic.methods.llm_pruner.residual_width import (
 )
 from laconic.methods.llm_pruner.saliency import Aggregation, Pooling, pool, taylor_terms, unit_importance
 from laconic.runtime.reading import load
-from laconic.stages.model import ModelStage, Remade, Work, check_finite, sizes_of
+from laconic.stages.model import ModelOutcome, ModelStage, ModelTask, check_finite, parameter_counts
+from laconic.stages.stage import Needs
 from laconic.structure.anatomy import Anatomy, dissect
 from laconic.structure.widths import add_widths, make_config
 
@@ -46,6 +47,8 @@ class LlmPruner(ModelStage):
     many query heads stay in a block, instead of as many as importance says. multiple_of: of what an MLP's or the hidden
     width is a multiple; by the width when not given. batch_size: samples a gradient is taken of. dtype: in which
     gradients are computed. gradient_checkpointing: less memory for a second forward pass."""
+
+    example: ClassVar = {"keep_first": 1, "keep_last": 0}
 
     method: Literal["llm_pruner"] = "llm_pruner"
     sparsity: float = Field(0.2, ge=0, lt=1)
@@ -104,8 +107,9 @@ class LlmPruner(ModelStage):
         )
 
     @property
-    def observes(self) -> bool:
-        return self.importance in ("first", "second")
+    def needs(self) -> Needs:
+        by_gradient = self.importance in ("first", "second")
+        return Needs(activations=by_gradient, gradients=by_gradient)
 
     @property
     def reshapes(self) -> bool:
@@ -119,16 +123,16 @@ class LlmPruner(ModelStage):
         self.narrowing.find_targets(model, dissect(model), read_json(source.folder / "config.json"))
         return {}
 
-    def remake(self, work: Work) -> Remade:
-        raw = read_json(work.folder / "config.json")
+    def apply(self, task: ModelTask) -> ModelOutcome:
+        raw = read_json(task.folder / "config.json")
         model = load(
-            work.folder, device=work.device, dtype=_DTYPES[self.dtype], trust_remote_code=work.trust_remote_code
+            task.folder, device=task.device, dtype=_DTYPES[self.dtype], trust_remote_code=task.trust_remote_code
         )
         anatomy = dissect(model)
         if self.hidden:
-            return self._without_hidden(work, model, anatomy, raw)
+            return self._without_hidden(task, model, anatomy, raw)
         targeted, counts = self.narrowing.find_targets(model, anatomy, raw)
-        targeted, importance = self._weigh(work, model, anatomy, targeted)
+        targeted, importance = self._weigh(task, model, anatomy, targeted)
         kept = self.narrowing.choose_units(targeted, counts, importance, unit_sizes(model, anatomy, targeted))
         masks = {
             (i, group): mask
@@ -138,65 +142,65 @@ class LlmPruner(ModelStage):
         config = self._config(raw, len(anatomy.taps), masks)
         made = rebuild_model({**raw, **config}, _narrowed(model, anatomy, masks), _DTYPES[self.dtype])
         events = [{"event": "pruned", "block": i, **_told(group, mask)} for (i, group), mask in masks.items()]
-        result = {"method": self.method, **sizes_of(model, made), "blocks": events}
-        return Remade(made, config, events, {"pruning": result})
+        result = {"method": self.method, **parameter_counts(model, made), "blocks": events}
+        return ModelOutcome(made, config, events, {"pruning": result})
 
-    def _without_hidden(self, work: Work, model: PreTrainedModel, anatomy: Anatomy, raw: Mapping[str, Any]) -> Remade:
+    def _without_hidden(self, task: ModelTask, model: PreTrainedModel, anatomy: Anatomy, raw: Mapping[str, Any]) -> ModelOutcome:
         axes = residual_axes(model, raw)
         hidden = model.config.get_text_config().hidden_size
         check_sparsity(self.sparsity, [self.narrowing.channel_limits(hidden)])
         # One of each that is tied.
         names = [n for n, _ in model.named_parameters() if n in axes]
         if self.importance == "random":
-            importance = torch.rand(hidden, generator=torch.Generator().manual_seed(work.seed))
+            importance = torch.rand(hidden, generator=torch.Generator().manual_seed(task.seed))
         else:
-            found = self._gradients(work, model, anatomy, names)
+            found = self._gradients(task, model, anatomy, names)
             vector = self.aggregation == "vector"
             parts = [channel_importance(self._changes(model, name, found), axes[name], vector=vector) for name in names]
             importance = pool(parts, self.pooling).cpu()
-            check_finite(importance, "the gradients" if self.observes else "the weights")
+            check_finite(importance, "the gradients" if self.needs.gradients else "the weights")
         mask = choose_channels(importance, self.sparsity, self.narrowing.channel_step(hidden))
         config = hidden_size_keys(raw, int(mask.sum()))
         made = rebuild_model({**raw, **config}, remove_channels(tensors_of(model), axes, mask), _DTYPES[self.dtype])
         event = {"event": "pruned", "group": "hidden", "channels": int(mask.sum()), "of": hidden}
-        result = {"method": self.method, **sizes_of(model, made), "blocks": [event]}
-        return Remade(made, {k: v for k, v in config.items() if raw.get(k) != v}, [event], {"pruning": result})
+        result = {"method": self.method, **parameter_counts(model, made), "blocks": [event]}
+        return ModelOutcome(made, {k: v for k, v in config.items() if raw.get(k) != v}, [event], {"pruning": result})
 
     def _weigh(
-        self, work: Work, model: PreTrainedModel, anatomy: Anatomy, targeted: TargetGroups
+        self, task: ModelTask, model: PreTrainedModel, anatomy: Anatomy, targeted: TargetGroups
     ) -> tuple[TargetGroups, list[Tensor]]:
         """The groups with their units matched, and the importance of these."""
-        random = torch.Generator().manual_seed(work.seed)
+        random = torch.Generator().manual_seed(task.seed)
         if self.importance == "random":
             # A unit is the more likely to stay the larger it is, so that neither kind goes first.
             drawn = [torch.rand(g.units, generator=random) for _, g in targeted.flat]
             sizes = unit_sizes(model, anatomy, targeted)
             return targeted, [v * size for v, size in zip(drawn, sizes, strict=True)]
         names = {f"{anatomy.block_name(i)}.{part.linear}.weight" for i, group in targeted.flat for part in group.slices}
-        found = self._gradients(work, model, anatomy, sorted(names))
+        found = self._gradients(task, model, anatomy, sorted(names))
         blocks: dict[int, list[Group]] = {}
         importance = []
         for i, group in targeted.flat:
             own, values = self._of_group(model, anatomy.block_name(i), group, found)
             blocks.setdefault(i, []).append(own)
             importance.append(values)
-        check_finite(torch.cat(importance), "the gradients" if self.observes else "the weights")
+        check_finite(torch.cat(importance), "the gradients" if self.needs.gradients else "the weights")
         return TargetGroups(blocks), importance
 
-    def _gradients(self, work: Work, model: PreTrainedModel, anatomy: Anatomy, names: Sequence[str]) -> Gradients:
+    def _gradients(self, task: ModelTask, model: PreTrainedModel, anatomy: Anatomy, names: Sequence[str]) -> Gradients:
         """Of the loss on the calibration text; none where weights alone are asked."""
-        if not self.observes:
+        if not self.needs.gradients:
             return Gradients({}, {})
-        assert work.windows is not None
+        assert task.windows is not None
         return compute_gradients(
             model,
             names,
-            work.windows,
+            task.windows,
             batch_size=self.batch_size,
             squares=self.importance == "second",
             checkpointing=self.gradient_checkpointing,
             blocks=list(model.get_submodule(anatomy.blocks).children()),
-            report=work.report,
+            report=task.report,
         )
 
     @torch.no_grad()

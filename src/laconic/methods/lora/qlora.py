@@ -6,16 +6,25 @@ Paged optimizers (section 3) move memory and change no number; they belong to bi
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
+from laconic.methods.lora.adapter_stage import AdapterStage
 from laconic.runtime.adapters import Nf4Linear
-from laconic.train.recovery import Recovery
+from laconic.stages.stage import TEXT
 
 
-class QLora(Recovery):
-    """Options are those of every recovery."""
+class QLora(AdapterStage):
+    """Adapters beside frozen weights in NF4."""
+
+    example: ClassVar = {
+        "data": [{"dataset": TEXT}],
+        "rank": 2,
+        "max_steps": 2,
+        "batch_size": 2,
+        "max_seq_length": 32,
+    }
 
     method: Literal["qlora"] = "qlora"
     gradient_checkpointing: bool = True
@@ -24,5 +33,5 @@ class QLora(Recovery):
     def packed(self) -> bool:
         return True
 
-    def hold(self, linear: nn.Linear) -> nn.Module:
+    def frozen(self, linear: nn.Linear) -> nn.Module:
         return Nf4Linear(linear)

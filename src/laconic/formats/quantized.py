@@ -1,0 +1,167 @@
+"""A quantized weight: codes, parameters, and the 16-bit side tensors that its value is made of.
+
+The decoded weight is W = T_out (C + L R) T_in, with C the decoded codes in which outlier columns replace theirs, L R a
+low-rank product, and T_out, T_in optional transforms of the output and input channels: a vector of signs or scales, or
+a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laconic.formats.base import Format, Params
+from laconic.formats.scalar import ScalarFormat
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Input columns in 16 bit.
+
+    Attributes:
+        indices: (k,) int32, ascending.
+        weight: (out, k), in the model's dtype.
+    """
+
+    indices: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A product added to the decoded codes.
+
+    Attributes:
+        left: (out, r), in the model's dtype.
+        right: (r, in), in the model's dtype.
+    """
+
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """Transforms of channels that the decoded weight goes through.
+
+    Attributes:
+        input: (in,) factors of the input channels, or (in, in); None for none.
+        output: (out,) factors of the output channels, or (out, out); None for none.
+    """
+
+    input: Tensor | None = None
+    output: Tensor | None = None
+
+    def apply(self, w: Tensor) -> Tensor:
+        """Return T_out w T_in, float32. w: (out, in)."""
+        if self.input is not None:
+            w = w * self.input.float() if self.input.dim() == 1 else w @ self.input.float()
+        if self.output is not None:
+            w = w * self.output.float()[:, None] if self.output.dim() == 1 else self.output.float() @ w
+        return w
+
+    def cut_rows(self, start: int, stop: int) -> Transforms:
+        """Return the transforms of the rows [start, stop).
+
+        Raises:
+            ValueError: if a matrix mixes the rows.
+        """
+        if self.output is not None and self.output.dim() == 2:
+            raise ValueError("rows that a matrix transforms together cannot be cut")
+        return Transforms(self.input, None if self.output is None else self.output[start:stop])
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight as it will be stored. The codes are the truth: nothing is rounded again after this.
+
+    Attributes:
+        format: how codes and parameters are stored.
+        codes: as `format` defines them.
+        params: parameters by name, in their stored dtypes.
+        shape: (out, in) of the weight.
+        outliers: input columns in 16 bit.
+        low_rank: a product in 16 bit.
+        transforms: of the channels.
+    """
+
+    format: Format
+    codes: Tensor
+    params: Params
+    shape: tuple[int, int]
+    outliers: Outliers | None = None
+    low_rank: LowRank | None = None
+    transforms: Transforms | None = None
+
+    @classmethod
+    def scalar(cls, fmt: ScalarFormat, codes: Tensor, params: Params) -> Quantized:
+        """Return a weight of which every element has a code of its own. codes: (out, in)."""
+        return cls(fmt, codes, params, (codes.shape[0], codes.shape[1]))
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight (out, in): computed in float32, returned in `dtype`."""
+        w = self.format.decode(self.codes, self.params, self.shape)
+        if self.outliers is not None:
+            w[:, self.outliers.indices.long()] = self.outliers.weight.float()
+        if self.low_rank is not None:
+            w += self.low_rank.left.float() @ self.low_rank.right.float()
+        if self.transforms is not None:
+            w = self.transforms.apply(w)
+        return w.to(dtype)
+
+    def rows(self, start: int, stop: int) -> Quantized:
+        """Return the rows [start, stop) as a weight of their own.
+
+        Raises:
+            ValueError: if something that shares parameters or a code would be cut.
+        """
+        codes, params = self.format.cut_rows(self.codes, self.params, self.shape, start, stop)
+        outliers, low_rank = self.outliers, self.low_rank
+        return Quantized(
+            self.format,
+            codes,
+            params,
+            (stop - start, self.shape[1]),
+            outliers and Outliers(outliers.indices.clone(), outliers.weight[start:stop]),
+            low_rank and LowRank(low_rank.left[start:stop], low_rank.right.clone()),
+            self.transforms and self.transforms.cut_rows(start, stop),
+        )
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors to write, by their name within the linear."""
+        tensors = self.format.to_tensors(self.codes, self.params)
+        if self.outliers is not None:
+            tensors |= {"outlier_indices": self.outliers.indices, "outlier_weight": self.outliers.weight}
+        if self.low_rank is not None:
+            tensors |= {"low_rank_left": self.low_rank.left, "low_rank_right": self.low_rank.right}
+        if self.transforms is not None:
+            sides = {"input_transform": self.transforms.input, "output_transform": self.transforms.output}
+            tensors |= {name: transform for name, transform in sides.items() if transform is not None}
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, fmt: Format, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Quantized:
+        """Return the weight that a linear's tensors in a file stand for: the inverse of `to_tensors`.
+
+        Args:
+            fmt: its format.
+            tensors: by their name within the linear.
+            shape: (out, in) of the weight.
+        """
+        outliers = low_rank = transforms = None
+        if "outlier_indices" in tensors:
+            outliers = Outliers(tensors["outlier_indices"], tensors["outlier_weight"])
+        if "low_rank_left" in tensors:
+            low_rank = LowRank(tensors["low_rank_left"], tensors["low_rank_right"])
+        if "input_transform" in tensors or "output_transform" in tensors:
+            transforms = Transforms(tensors.get("input_transform"), tensors.get("output_transform"))
+        codes, params = fmt.from_tensors(tensors, shape)
+        return cls(fmt, codes, params, shape, outliers, low_rank, transforms)
+
+
+def quantize(fmt: Format, w: Tensor, params: Params) -> Quantized:
+    """Round a weight (out, in) to the nearest codes under `params`."""
+    return Quantized(fmt, fmt.encode(w, params), params, (w.shape[0], w.shape[1]))

@@ -1,0 +1,183 @@
+"""Scalar formats: every weight has a code of its own, and tiles of weights share a scale.
+
+They work on *tiles* (`formats.tiling`): the elements that share parameters lie along the last dimension. What only the
+range searches and the column-by-column solvers need is here, and not in the contract of all formats.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from laconic.formats.base import NO_PARAMS, Format, Params
+from laconic.formats.tiling import CHANNEL, TENSOR, Tiling, groups_for
+
+
+class ScalarFormat(Format):
+    """A grid of values, one code a weight."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def tiling(self) -> Tiling:
+            """Which weights share their parameters."""
+
+    @property
+    @abstractmethod
+    def code_dtype(self) -> torch.dtype:
+        """Dtype of codes in memory."""
+
+    @property
+    def headroom(self) -> float:
+        """How far a range may usefully reach past the largest value, as a multiple of it; 1 where steps are even."""
+        return 1.0
+
+    @property
+    def widest_step(self) -> float:
+        """The widest distance between two neighbouring values, in units (`unit`)."""
+        return 1.0
+
+    @property
+    def integer_range(self) -> tuple[int, int] | None:
+        """Lowest and highest code where values are `scale * (code - zero_point)`; None for other grids."""
+        return None
+
+    @property
+    def row_unit(self) -> int | None:
+        return self.tiling.block_structure[0] if self.tiling.block_structure else 1
+
+    @property
+    def granularity(self) -> str:
+        block = self.tiling.block_structure
+        size = f" {self.tiling.group_size}" if self.tiling.group_size else f" {block[0]}x{block[1]}" if block else ""
+        return f"{self.tiling.strategy}{size}"
+
+    def check_shape(self, name: str, shape: tuple[int, int]) -> None:
+        size = self.tiling.group_size
+        if size and shape[1] % size:
+            raise ValueError(
+                f"group_size {size} does not divide the {shape[1]} inputs of {name}; "
+                f"use {groups_for(shape[1])}, or ignore it"
+            )
+
+    def shared(self, lo: Tensor, hi: Tensor) -> Params:
+        """Return the parameters that a whole tensor has one of, shape (1,), from the ranges of its tiles."""
+        return NO_PARAMS
+
+    @abstractmethod
+    def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NO_PARAMS) -> Params:
+        """Return the parameters of tiles whose grids cover [lo, hi], beside the shared ones.
+
+        Args:
+            lo: lowest value of each tile.
+            hi: highest value of each tile.
+            dtype: in which parameters are stored, where the format leaves that open.
+            shared: parameters of the whole tensor (`shared`).
+        """
+
+    def for_activations(self) -> ScalarFormat:
+        """Return the format with the range that engines use when they quantize activations."""
+        return self
+
+    def retiled(self, tiling: Tiling) -> ScalarFormat | None:
+        """Return the format with another tiling, or None if its tiling is fixed."""
+        return None
+
+    def unit(self, params: Params) -> Tensor:
+        """Return what the values of codes are multiplied by, float32."""
+        return params["scale"].float()
+
+    @abstractmethod
+    def encode_tiles(self, tiles: Tensor, params: Params) -> Tensor:
+        """Return codes (`code_dtype`) of `tiles` (..., n) under parameters of shape (...) or (1,)."""
+
+    @abstractmethod
+    def decode_tiles(self, codes: Tensor, params: Params) -> Tensor:
+        """Return values (float32) of codes (..., n) under parameters of shape (...) or (1,)."""
+
+    def snap_tiles(self, tiles: Tensor, params: Params) -> Tensor:
+        """Return `tiles` encoded and decoded again, in new memory."""
+        return self.decode_tiles(self.encode_tiles(tiles, params), params)
+
+    def fit(self, w: Tensor, dtype: torch.dtype = torch.float32, shared: Params | None = None) -> Params:
+        """Choose min-max parameters.
+
+        Args:
+            w: (out, in), any float dtype.
+            dtype: in which parameters are stored.
+            shared: those of the whole tensor, where `w` is a part of one.
+        """
+        tiles = self.tiling.split(w.float())
+        lo, hi = tiles.amin(-1), tiles.amax(-1)
+        shared = self.shared(lo, hi) if shared is None else shared
+        return {**self.from_range(lo, hi, dtype, shared), **shared}
+
+    def fit_shared(self, w: Tensor) -> Params:
+        """Return the parameters that the whole of `w` (out, in) has one of."""
+        tiles = self.tiling.split(w.float())
+        return self.shared(tiles.amin(-1), tiles.amax(-1))
+
+    def encode(self, w: Tensor, params: Params) -> Tensor:
+        return self.tiling.join(self.encode_tiles(self.tiling.split(w.float()), params), w.shape)
+
+    def decode(self, codes: Tensor, params: Params, shape: tuple[int, int] | None = None) -> Tensor:
+        return self.tiling.join(self.decode_tiles(self.tiling.split(codes), params), codes.shape)
+
+    def empty(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Params]:
+        w = torch.empty(shape, dtype=torch.float32, device="meta")
+        return torch.empty(shape, dtype=self.code_dtype, device="meta"), self.fit(w, dtype)
+
+    def cut_rows(
+        self, codes: Tensor, params: Params, shape: tuple[int, int], start: int, stop: int
+    ) -> tuple[Tensor, Params]:
+        cut = self.tiling.cut_params
+        return codes[start:stop], {name: cut(p, start, stop, shape[0]) for name, p in params.items()}
+
+    def to_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = {"num_bits": self.num_bits, "symmetric": self.symmetric}
+        config["strategy"] = self.tiling.strategy
+        if self.tiling.group_size:
+            config["group_size"] = self.tiling.group_size
+        if self.tiling.block_structure:
+            config["block_structure"] = list(self.tiling.block_structure)
+        return config
+
+
+def tiling_from_config(config: Mapping[str, Any]) -> Tiling:
+    """Return the tiling that an entry of config.json describes (`strategy`, `group_size`, `block_structure`)."""
+    strategy, block = config["strategy"], config.get("block_structure")
+    return Tiling(
+        strategy,
+        config.get("group_size") if strategy == "group" else None,
+        (block[0], block[1]) if block else None,
+    )
+
+
+def vary_tiling(tiling: Tiling, preset: str, group_size: int | None, strategy: str | None, *, grouped: bool) -> Tiling:
+    """Return the tiling with the keys that a recipe may change.
+
+    Args:
+        tiling: of the preset.
+        preset: its name, for messages.
+        group_size: columns that share a scale; -1 for the whole row.
+        strategy: `tensor`, `channel` or `group`.
+        grouped: whether the format may have groups; those that have none may have one scale for the whole tensor.
+
+    Raises:
+        ValueError: if the keys contradict each other or the preset.
+    """
+    if group_size is not None and strategy not in (None, "channel" if group_size == -1 else "group"):
+        raise ValueError(f"group_size {group_size} contradicts strategy '{strategy}'")
+    if group_size == -1 or strategy in ("tensor", "channel"):
+        tiling = TENSOR if strategy == "tensor" else CHANNEL
+    elif group_size is not None or strategy == "group":
+        if not grouped:
+            raise ValueError(f"{preset} has no groups: leave group_size out")
+        tiling = Tiling("group", group_size if group_size is not None else 128)
+    if tiling.strategy == "tensor" and grouped:
+        raise ValueError(f"{preset} is stored by channel or by group: strategy 'tensor' is for W8A8 and FP8")
+    return tiling

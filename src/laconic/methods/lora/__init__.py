@@ -1,0 +1,1 @@
+"""LoRA and QLoRA: adapters that recover a compressed model (`adapter_stage`), and the two methods that train them."""

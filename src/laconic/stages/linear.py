@@ -1,0 +1,104 @@
+"""Stages that treat weights: their targets, and the contract of those that treat linears one at a time."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from laconic.formats import Quantized, ScalarFormat
+from laconic.formats.schemes import Scheme
+from laconic.solvers.masks import StackedLinear
+from laconic.solvers.moments import Moments
+from laconic.stages.stage import Scope, Stage
+from laconic.stages.targets import Patterns
+
+
+class WeightStage(Stage):
+    """A stage that changes or quantizes weights.
+
+    Attributes:
+        targets: `Linear` (every linear in the decoder blocks), full names, or `re:` and a pattern for full names; the
+            head is meant only by its name.
+        ignore: linears that are left out, in the same way.
+    """
+
+    stacks_linears: ClassVar[bool] = True
+    """Whether linears that read one input may be compressed as the rows of one matrix."""
+
+    targets: Patterns = Field(("Linear",), min_length=1)
+    ignore: Patterns = ("lm_head",)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the stage leaves codes; otherwise it leaves dense weights."""
+        return False
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the stage makes weights zero."""
+        return False
+
+
+@dataclass(frozen=True)
+class LinearTask:
+    """Linears that a stage compresses together, as the rows of one matrix.
+
+    Attributes:
+        weight: (out, in) float32, the rows of all of them.
+        scheme: how they will be stored, by the plan; None for a stage that leaves dense weights.
+        moments: statistics of their common input, as far as the stage needs any.
+        dtype: in which parameters, and dense weights, are stored.
+        parts: the rows of each linear, and for a stage that prunes the share of its weights to remove.
+    """
+
+    weight: Tensor
+    scheme: Scheme | None
+    moments: Moments | None
+    dtype: torch.dtype
+    parts: Sequence[StackedLinear] = ()
+
+    @property
+    def format(self) -> ScalarFormat:
+        """The scalar format of the weights."""
+        assert self.scheme is not None
+        assert isinstance(self.scheme.weights, ScalarFormat)
+        return self.scheme.weights
+
+    @property
+    def hessian(self) -> Tensor:
+        """H = E[x x^T] of the input, (in, in) float32."""
+        assert self.moments is not None
+        assert self.moments.H is not None
+        return self.moments.H
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The compressed weight of a task.
+
+    Attributes:
+        weight: codes, or a dense weight (out, in).
+        notes: figures for the log.
+    """
+
+    weight: Quantized | Tensor
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+class LinearStage(WeightStage):
+    """A stage that treats linears one at a time."""
+
+    scope: ClassVar[Scope] = "linear"
+
+    @abstractmethod
+    def compress(self, task: LinearTask) -> Outcome:
+        """Compress the linears of one task.
+
+        Must give the same result for the same task, and leave `task` unchanged.
+        """

@@ -1,0 +1,328 @@
+"""Stages that train a whole model: what they train on, against which loss, and for how long.
+
+LoRA, distillation and quantization-aware training differ in which parameters are trained and in what they leave: these
+are the methods that a subclass adds. The loop itself is `train.finetune`.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from pydantic import Field, model_validator
+from transformers import PreTrainedModel
+
+from laconic.checkpoint.source import (
+    Source,
+    build_skeleton,
+    check_tokens,
+    load_tokenizer,
+    model_folder,
+    read_config,
+)
+from laconic.data.mix import Mix, TextSource, describe_mix, read_mix
+from laconic.runtime.reading import load
+from laconic.stages.model import ModelOutcome, ModelStage, ModelTask
+from laconic.stages.stage import Needs
+from laconic.structure.anatomy import Anatomy, dissect
+from laconic.structure.experts import Experts
+from laconic.train.finetune import Diverged, Trained, TrainingArguments, finetune, recomputed, wrap_each_block
+from laconic.train.losses import Loss, distillation_loss, language_loss
+from laconic.train.ranks import is_main, world
+from laconic.train.state import State
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One training, as far as it is known before the model is loaded.
+
+    Attributes:
+        task: of the stage.
+        config: the model's config, without its quantization.
+        shape: a skeleton of the model.
+        anatomy: of the model.
+        quantized: whether the checkpoint holds codes.
+        arguments: of the loop.
+        accelerator: accelerate's, which knows the processes.
+        contexts: contexts that stay open while the model is trained.
+    """
+
+    task: ModelTask
+    config: Any
+    shape: PreTrainedModel
+    anatomy: Anatomy
+    quantized: bool
+    arguments: TrainingArguments
+    accelerator: Accelerator
+    contexts: ExitStack
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of frozen weights that are not codes."""
+        return torch.bfloat16 if self.arguments.bf16 else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this process; there is only one CPU, though accelerate numbers them."""
+        return torch.device("cpu") if self.accelerator.device.type == "cpu" else self.accelerator.device
+
+    @property
+    def load_device(self) -> torch.device:
+        """Where the model is loaded: under FSDP on the CPU, since a process gets its part of the whole model.
+
+        Raises:
+            ValueError: for FSDP's first version.
+        """
+        if self.accelerator.distributed_type != DistributedType.FSDP:
+            return self.device
+        if not self.accelerator.is_fsdp2:
+            raise ValueError("FSDP's first version cannot train adapters beside frozen weights; use --fsdp_version 2")
+        return torch.device("cpu")
+
+
+class TrainingStage(ModelStage):
+    """A stage that trains parameters of the whole model on a mix of texts.
+
+    Attributes:
+        data: texts and instructions to train on.
+        loss: `lm`, cross-entropy of the text; `kl`, KL divergence from a teacher's predictions.
+        teacher: a folder or Hub name; the recipe's original model if not given.
+        learning_rate: the highest one.
+        warmup: share of the steps in which the learning rate rises.
+        schedule: how it falls.
+        epochs: passes over the data.
+        max_steps: in place of epochs.
+        batch_size: sequences a process takes at once.
+        gradient_accumulation: batches a step.
+        max_seq_length: tokens of a sequence.
+        weight_decay: AdamW's.
+        max_grad_norm: gradients are clipped to this norm; null for no clipping.
+        gradient_checkpointing: recompute activations of blocks in the backward pass.
+        precision: of products; `auto` is bf16 where a GPU has it.
+        held_out: share of each text that is not trained on.
+        held_out_samples: at most so many held-out sequences.
+        eval_every: steps between measurements of the held-out loss.
+        patience: measurements without a new best after which training stops.
+        save_every: steps between saved states.
+    """
+
+    data: tuple[TextSource, ...] = Field(min_length=1)
+    loss: Literal["lm", "kl"] = "lm"
+    teacher: str | None = None
+    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False)
+    warmup: float = Field(0.03, ge=0, le=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(8, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    max_seq_length: int = Field(1024, ge=2)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    gradient_checkpointing: bool = False
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    held_out: float = Field(0.05, ge=0, lt=1)
+    held_out_samples: int = Field(64, ge=1)
+    eval_every: int = Field(50, ge=1)
+    patience: int | None = Field(None, ge=1)
+    save_every: int = Field(50, ge=1)
+
+    @model_validator(mode="after")
+    def _measured(self) -> TrainingStage:
+        if self.patience is not None and not self.held_out:
+            raise ValueError("patience counts measurements of the held-out loss; set held_out, or leave patience out")
+        return self
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(gradients=True)
+
+    @abstractmethod
+    def open_model(self, run: TrainingRun) -> PreTrainedModel:
+        """Load the model, its trained parameters requiring gradients and all others not."""
+
+    @abstractmethod
+    def outcome(self, run: TrainingRun, parameters: State, results: Mapping[str, dict[str, Any]]) -> ModelOutcome:
+        """Return what the stage leaves, once training has ended. Called in the first process of a launch.
+
+        Args:
+            run: the training.
+            parameters: the best trained parameters, by name.
+            results: for `results/`.
+        """
+
+    @abstractmethod
+    def keep_last_good(self, run: TrainingRun, diverged: Diverged) -> str:
+        """Keep the last good parameters of a diverged training in a folder that the next run does not clear.
+
+        Returns:
+            What the user should do, for the message.
+        """
+
+    def prepare_run(self, run: TrainingRun) -> None:
+        """Check what only the model as earlier stages left it tells, before it is loaded.
+
+        Raises:
+            ValueError: if it cannot be trained so.
+        """
+
+    def check(self, source: Source, model: PreTrainedModel, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
+        if self.teacher:
+            self._check_teacher(source)
+        elif self.loss == "kl" and source.checkpoint.pickled:
+            raise ValueError(
+                "loss: kl opens the original model too, and reads no pickle weights; convert them to safetensors first "
+                "(transformers' save_pretrained writes those)"
+            )
+        limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+        if limit and self.max_seq_length > limit:
+            raise ValueError(
+                f"max_seq_length {self.max_seq_length} is longer than the model's context of {limit}; lower it"
+            )
+        mix = self._read_mix(source.folder, source.config.get_text_config().vocab_size, 0)
+        self._count_steps(mix)
+        return {"data": mix.sha256}
+
+    def apply(self, task: ModelTask) -> ModelOutcome:
+        begun = time.monotonic()
+        raw, config = read_config(task.folder, trust_remote_code=task.trust_remote_code)
+        mix = self._read_mix(task.folder, config.get_text_config().vocab_size, task.seed, task.trust_remote_code)
+        with ExitStack() as contexts:
+            run = self._start(task, config, "quantization_config" in raw, self._arguments(mix, task), contexts)
+            self.prepare_run(run)
+            model = self.open_model(run)
+            blocks = model.get_submodule(run.anatomy.blocks)
+            if self.gradient_checkpointing:
+                contexts.enter_context(recomputed(list(blocks.children())))
+            contexts.enter_context(torch.enable_grad())
+            try:
+                loss = self._loss(run)
+                trained = finetune(model, loss, mix, run.arguments, run.accelerator, task.scratch, task.report)
+            except Diverged as e:
+                raise ValueError(self._divergence(run, e)) from e
+            del model, blocks, loss
+        results = {f"training-{self.method}": self._results(run, trained, mix, time.monotonic() - begun)}
+        if not is_main():
+            return ModelOutcome(None)
+        return self.outcome(run, trained.parameters, results)
+
+    def _start(
+        self, task: ModelTask, config: Any, quantized: bool, arguments: TrainingArguments, contexts: ExitStack
+    ) -> TrainingRun:
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        shape = build_skeleton(config, torch.bfloat16, trust_remote_code=task.trust_remote_code)
+        anatomy = dissect(shape)
+        mixture = any(isinstance(m, Experts) for m in shape.modules())
+        accelerator = Accelerator(
+            cpu=task.device.type == "cpu",
+            # No token may have been routed to an expert.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=mixture)],
+        )
+        if accelerator.distributed_type == DistributedType.FSDP:
+            wrap_each_block(accelerator.state.fsdp_plugin, next(shape.get_submodule(anatomy.blocks).children()))
+        return TrainingRun(task, config, shape, anatomy, quantized, arguments, accelerator, contexts)
+
+    def _loss(self, run: TrainingRun) -> Loss:
+        if self.loss == "lm":
+            return language_loss
+        teacher = load(
+            self.teacher or run.task.original,
+            device=run.device,
+            dtype=run.dtype,
+            trust_remote_code=run.task.trust_remote_code,
+        )
+        return distillation_loss(teacher)
+
+    def _check_teacher(self, source: Source) -> None:
+        if self.loss != "kl":
+            raise ValueError("teacher goes with loss: kl; set that, or leave it out")
+        _, config = read_config(model_folder(str(self.teacher)))
+        ours, theirs = (c.get_text_config().vocab_size for c in (source.config, config))
+        if ours != theirs:
+            raise ValueError(
+                f"teacher {self.teacher} knows {theirs} tokens, the model {ours}; name one of the same tokenizer"
+            )
+
+    def _read_mix(self, folder: Path, vocabulary: int, seed: int, trust_remote_code: bool = False) -> Mix:
+        mix = read_mix(
+            self.data,
+            load_tokenizer(folder, trust_remote_code=trust_remote_code),
+            length=self.max_seq_length,
+            held_out=self.held_out,
+            held_out_samples=self.held_out_samples,
+            seed=seed,
+        )
+        check_tokens(mix.highest, vocabulary, folder)
+        return mix
+
+    def _count_steps(self, mix: Mix) -> int:
+        batch = self.batch_size * self.gradient_accumulation * world()
+        sequences = sum(len(p) for p in mix.parts)
+        if sequences < batch:
+            raise ValueError(
+                f"data gives {sequences} sequences to train on, less than one batch of {batch} (batch_size x "
+                "gradient_accumulation x processes); give more, or lower batch_size or max_seq_length"
+            )
+        return self.max_steps or max(1, self.epochs * mix.epoch // batch)
+
+    def _arguments(self, mix: Mix, task: ModelTask) -> TrainingArguments:
+        bf16 = self.precision == "bf16" or (
+            self.precision == "auto" and task.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        return TrainingArguments(
+            self._count_steps(mix),
+            self.batch_size,
+            self.gradient_accumulation,
+            self.learning_rate,
+            self.warmup,
+            self.schedule,
+            self.weight_decay,
+            self.max_grad_norm,
+            self.eval_every,
+            self.patience,
+            self.save_every,
+            bf16,
+            task.seed,
+        )
+
+    def _results(self, run: TrainingRun, trained: Trained, mix: Mix, seconds: float) -> dict[str, Any]:
+        """Return how the training went, for `results/`."""
+        arguments, processes = run.arguments, run.accelerator.num_processes
+        sequences = arguments.batch_size * arguments.gradient_accumulation * processes
+        return {
+            "loss": self.loss,
+            "steps": trained.steps,
+            "best_step": trained.best_step,
+            "stopped_early": trained.stopped_early,
+            "sequences_a_step": sequences,
+            "processes": processes,
+            "bf16": arguments.bf16,
+            "trained_parameters": sum(t.numel() for t in trained.parameters.values()),
+            "seconds": round(seconds, 2),
+            "data": describe_mix(mix, self.data, mix.order(trained.steps * sequences)),
+            "dropped": mix.dropped,
+            "held_out_sequences": len(mix.held_out),
+            "held_out": trained.held_out,
+            "curve": trained.curve,
+        }
+
+    def _divergence(self, run: TrainingRun, diverged: Diverged) -> str:
+        """Return the message for a training that diverged, once its last good parameters are kept."""
+        if not diverged.steps_made:
+            causes = "the model, the teacher and the data" if self.loss == "kl" else "the model and the data"
+            return f"the loss is NaN or infinite before anything is trained; check {causes}"
+        problem = f"the loss turned NaN or infinite in step {diverged.step}"
+        if not diverged.good:
+            return (
+                f"{problem}, before anything was gained; lower learning_rate ({self.learning_rate:g}), or raise warmup"
+            )
+        return f"{problem}; {self.keep_last_good(run, diverged)}"
