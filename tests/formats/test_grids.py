@@ -79,7 +79,9 @@ def test_a_min_max_grid_reaches_to_the_ends_of_the_range(fmt: Format, w: Tensor)
     params = fmt.fit(w)
     error = (w - values(fmt, w, params)).abs()
     # A signed grid ends a step short of the end that reaches less far.
-    step = scale(fmt, params).abs() * {IntAffine: 2 if getattr(fmt, "signed_scale", False) else 1, Fp8: 32}.get(type(fmt), 2)
+    step = scale(fmt, params).abs() * {IntAffine: 2 if getattr(fmt, "signed_scale", False) else 1, Fp8: 32}.get(
+        type(fmt), 2
+    )
     # Under a scale of the whole tensor, those of rows much smaller than its largest value are coarse.
     slack = 1e-5 * (w.abs().amax() if isinstance(fmt, NvFp4) else w.abs())
     assert bool((error <= step * (0.5 + 1e-5) + slack).all())

@@ -347,7 +347,7 @@ def test_an_artifact_with_a_cache_of_its_own_is_not_compressed_again(
         file = make_recipe(tmp_path / "recipe.yaml", stage, model=str(model))
         said = laconic("compress", file, "-o", tmp_path / "out").complaint
         assert said.startswith(f"{model} has a quantized cache (laconic_kv_cache in config.json)")
-        assert said.endswith("; start from the model that it was made of")
+        assert said.endswith("; start from the model that it was made from")
 
 
 def test_adapters_beside_a_model_are_left_out_with_a_warning(

@@ -116,7 +116,9 @@ def test_they_help_more_than_columns_that_only_stay() -> None:
 
 def test_they_go_with_the_original_models_output() -> None:
     full = X + 0.1 * torch.randn(X.shape, generator=torch.Generator().manual_seed(4))
-    towards, blind = (made(gptq(asymmetric_calibration=a, outlier_ratio=0.05), moments(full=full)).decode() for a in (1.0, 0.0))
+    towards, blind = (
+        made(gptq(asymmetric_calibration=a, outlier_ratio=0.05), moments(full=full)).decode() for a in (1.0, 0.0)
+    )
     assert lost(towards, full) < lost(blind, full)
 
 
