@@ -145,7 +145,9 @@ class LlmPruner(ModelStage):
         result = {"method": self.method, **parameter_counts(model, made), "blocks": events}
         return ModelOutcome(made, config, events, {"pruning": result})
 
-    def _without_hidden(self, task: ModelTask, model: PreTrainedModel, anatomy: Anatomy, raw: Mapping[str, Any]) -> ModelOutcome:
+    def _without_hidden(
+        self, task: ModelTask, model: PreTrainedModel, anatomy: Anatomy, raw: Mapping[str, Any]
+    ) -> ModelOutcome:
         axes = residual_axes(model, raw)
         hidden = model.config.get_text_config().hidden_size
         check_sparsity(self.sparsity, [self.narrowing.channel_limits(hidden)])
