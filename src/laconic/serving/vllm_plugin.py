@@ -142,7 +142,9 @@ class LaconicLinearMethod(LinearMethodBase):
             # Linears that the checkpoint fuses too are loaded as one.
             parts, shapes = parts[:1], [(sum(rows for rows, _ in shapes), shapes[0][1])]
         parts = [{n: t.to(device) for n, t in part.items()} for part in parts]
-        quantized = [Quantized.from_tensors(scheme.weights, part, shape) for part, shape in zip(parts, shapes, strict=True)]
+        quantized = [
+            Quantized.from_tensors(scheme.weights, part, shape) for part, shape in zip(parts, shapes, strict=True)
+        ]
         columns = [q.outliers for q in quantized if q.outliers is not None]
         if any(not torch.equal(c.indices, columns[0].indices) for c in columns):
             raise ValueError(
