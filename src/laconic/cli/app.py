@@ -30,18 +30,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress Hugging Face language models, and measure what it costs.",
 )
-app.add_typer(bench, name="bench")
 app.add_typer(evaluate, name="eval")
+app.add_typer(bench, name="bench")
 app.add_typer(profile, name="profile")
-# In the order in which `laconic --help` lists them.
-app.command()(card)
-app.command()(push)
+# In the order in which `laconic --help` lists them, groups last.
 app.command()(compress)
+app.command()(validate)
+app.command("ls")(list_)
+app.command()(inspect)
 app.command()(report)
 app.command()(sweep)
-app.command()(inspect)
-app.command("ls")(list_)
-app.command()(validate)
+app.command()(card)
+app.command()(push)
 
 
 def main() -> None:

@@ -5,15 +5,16 @@ in the same files as the mathematics. Importing these files takes a fraction of 
 that they compute with takes many. So these commands import them with stand-ins, which can be subclassed, called as
 decorators and written in annotations, as Sphinx does it for `autodoc_mock_imports`.
 
-A stand-in computes nothing. Whatever asks it for a value, once the modules are imported, raises `NeedsLibrary`, and the
+A stand-in computes nothing. If one is asked for a value, or anything else goes wrong but a mistake of the user's, the
 command starts again with the libraries themselves. Modules that were imported with stand-ins are forgotten afterwards.
 """
 
 from __future__ import annotations
 
 import sys
+from abc import ABCMeta
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -45,7 +46,7 @@ _DECISIONS = ("bool", "len", "iter", "contains", "lt", "le", "gt", "ge", "int", 
 
 
 class NeedsLibrary(BaseException):
-    """A stand-in was asked for a value; no `Exception`, so that no handler on the way takes it for an error."""
+    """Stand-ins do not suffice; no `Exception`, so that no handler on the way takes it for an error."""
 
 
 def declarations(modules: Sequence[str], read: Callable[[], Result]) -> Result:
@@ -60,14 +61,20 @@ def declarations(modules: Sequence[str], read: Callable[[], Result]) -> Result:
     """
     if "torch" in sys.modules:
         return read()
-    try:
-        with _stand_ins() as finder:
+    with suppress(NeedsLibrary), _stand_ins() as finder:
+        try:
             for module in modules:
                 import_module(module)
-            finder.sealed = True
+        except Exception as e:
+            raise NeedsLibrary(str(e)) from e
+        finder.sealed = True
+        try:
             return read()
-    except NeedsLibrary:
-        return read()
+        except (ValueError, OSError):
+            raise
+        except Exception as e:
+            raise NeedsLibrary(str(e)) from e
+    return read()
 
 
 @contextmanager
@@ -141,8 +148,8 @@ class _StandInModule(ModuleType):
         return value
 
 
-class _StandIn(type):
-    """The type of stand-ins for values. They are classes, because modules derive classes from some of them."""
+class _StandIn(ABCMeta):
+    """The type of stand-ins for values. They are classes, because modules derive classes from them, some abstract."""
 
     finder: _Finder
 
