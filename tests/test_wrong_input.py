@@ -405,8 +405,9 @@ def test_a_models_own_code_is_run_only_when_asked(
     assert refused(model=own_code) == told
     recipe = make_recipe(tmp_path / "recipe.yaml", RTN)
     ran = laconic("compress", own_code, "--recipe", recipe, "-o", tmp_path / "out", "--trust-remote-code")
-    assert ran.code == 0, ran.err
+    assert (ran.code, ran.err) == (0, "")
     assert (tmp_path / "out" / "own.py").read_text() == OWN_CODE
+    assert "rtn" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_pickled_conv1d_is_read(tmp_path: Path) -> None:
     expected = press(folder, tmp_path / "a", rtn("W4A16", group_size=32))
     (folder / "model.safetensors").unlink()
     what = recipe(rtn("W4A16", group_size=32))
-    artifact = laconic.compress(str(folder), what, tmp_path / "b", allow_pickle=True)
+    artifact = laconic.compress(str(folder), what, tmp_path / "b", trust=laconic.Trust(pickle=True))
     assert same_bytes(artifact.path, expected.path)
 
 

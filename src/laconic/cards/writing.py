@@ -32,7 +32,6 @@ def write_cards(
     *,
     name: str | None = None,
     trust: Trust = UNTRUSTED,
-    trust_remote_code: bool = False,
 ) -> list[str]:
     """Write the cards of a new artifact.
 
@@ -42,12 +41,10 @@ def write_cards(
         source: The original model.
         name: Name of the artifact, if it differs from the name of the folder.
         trust: What the files of the model may do.
-        trust_remote_code: As `trust.remote_code`.
 
     Returns:
         Remarks, one line each, about parts of a README.md that stay as the user wrote them.
     """
-    trust = Trust(trust.remote_code or trust_remote_code, trust.pickle)
     identity = Artifact(folder).recipe or {}
     calibration = identity.get("calibration") or {}
     sets = []

@@ -44,21 +44,16 @@ class Source:
     dtype: torch.dtype
 
 
-def open_source(
-    name: str, *, trust: Trust = UNTRUSTED, allow_pickle: bool = False, trust_remote_code: bool = False
-) -> Source:
+def open_source(name: str, *, trust: Trust = UNTRUSTED) -> Source:
     """Open a model to compress.
 
     Args:
         name: A local folder, or a Hub name (downloaded, or taken from the cache when offline).
         trust: What the files of the model may do.
-        allow_pickle: As `trust.pickle`.
-        trust_remote_code: As `trust.remote_code`.
 
     Raises:
         ValueError: It is not a 16- or 32-bit model that can be opened safely.
     """
-    trust = Trust(trust.remote_code or trust_remote_code, trust.pickle or allow_pickle)
     folder = model_folder(name, trust=trust)
     raw, config = read_config(folder, trust=trust)
     if quantization := raw.get("quantization_config"):
@@ -74,15 +69,12 @@ def open_source(
     return Source(name, folder, config, checkpoint, main_dtype(checkpoint))
 
 
-def read_config(
-    folder: Path, *, trust: Trust = UNTRUSTED, trust_remote_code: bool = False
-) -> tuple[dict[str, Any], PretrainedConfig]:
+def read_config(folder: Path, *, trust: Trust = UNTRUSTED) -> tuple[dict[str, Any], PretrainedConfig]:
     """Read config.json, as a dict and as transformers' config.
 
     Args:
         folder: The model folder.
         trust: What the files of the model may do.
-        trust_remote_code: As `trust.remote_code`.
 
     Raises:
         ValueError: It does not describe a model, or the model has code of its own that may not be run.
@@ -90,18 +82,15 @@ def read_config(
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):
         raise ValueError(f"{folder}/config.json holds no keys and values; download it again")
-    remote_code = trust.remote_code or trust_remote_code
-    if "auto_map" in raw and not remote_code:
+    if "auto_map" in raw and not trust.remote_code:
         raise ValueError(f"{folder} wants to run its own code (auto_map); pass --trust-remote-code if you trust it")
     try:
-        return raw, AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+        return raw, AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
     except Exception as e:
         raise ValueError(f"{folder}/config.json does not describe a model transformers knows: {first_line(e)}") from e
 
 
-def build_skeleton(
-    config: PretrainedConfig, dtype: torch.dtype, *, trust: Trust = UNTRUSTED, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust: Trust = UNTRUSTED) -> PreTrainedModel:
     """Build a model with parameters on the meta device (no memory) and real buffers (rotary tables).
 
     Every matrix is a linear of its own; experts are unstacked, and Conv1D modules replaced.
@@ -110,7 +99,6 @@ def build_skeleton(
         config: Configuration of the model.
         dtype: Dtype of the parameters.
         trust: What the files of the model may do.
-        trust_remote_code: As `trust.remote_code`.
 
     Raises:
         ValueError: transformers has no causal language model of this configuration, or its experts cannot be
@@ -124,7 +112,7 @@ def build_skeleton(
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust.remote_code or trust_remote_code
+                config, dtype=dtype, trust_remote_code=trust.remote_code
             )
     except Exception as e:
         if "Unrecognized configuration class" in str(e):
@@ -211,9 +199,7 @@ def _check_shape(name: str, shape: tuple[int, ...], expected: nn.Parameter) -> N
         )
 
 
-def load_tokenizer(
-    folder: Path, *, trust: Trust = UNTRUSTED, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, trust: Trust = UNTRUSTED) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder.
 
     Raises:
@@ -224,7 +210,7 @@ def load_tokenizer(
     ):
         raise ValueError(f"{folder} has no tokenizer (tokenizer.json); copy the original model's tokenizer files there")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code or trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
     except Exception as e:
         raise ValueError(f"the tokenizer in {folder} cannot be opened: {first_line(e)}") from e
 

@@ -57,8 +57,7 @@ def profile_compress(
         output,
         overrides=set_,
         overwrite=overwrite,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
+        trust=Trust(trust_remote_code, allow_pickle),
     )
     print_warnings(describe_plan(prepared))
     with CompressionProgress(quiet=json_ or not err.is_terminal) as progress:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from laconic.checkpoint.trust import Trust
 from laconic.cli.console import (
     CompressionProgress,
     calibration_notes,
@@ -57,8 +58,7 @@ def compress(
         output,
         overrides=set_,
         overwrite=overwrite,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
+        trust=Trust(trust_remote_code, allow_pickle),
     )
     plan = describe_plan(prepared)
     if dry_run:

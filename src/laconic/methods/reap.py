@@ -54,7 +54,7 @@ class Reap(ModelStage):
     def apply(self, task: ModelTask) -> ModelOutcome:
         assert task.windows is not None
         raw = read_json(task.folder / "config.json")
-        model = load(task.folder, device=task.device, dtype=torch.float32, trust_remote_code=task.trust_remote_code)
+        model = load(task.folder, device=task.device, dtype=torch.float32, trust=task.trust)
         config = self._keys(raw, model)
         scores = saliency(model, task.windows, self.batch_size, task.report)
         left = self._left(model)

@@ -27,6 +27,7 @@ from laconic.artifact.locks import wait_for_lock
 from laconic.artifact.workspace import check_identity, check_output, differing_keys, read_identity
 from laconic.cards.writing import write_cards
 from laconic.checkpoint.source import Source, build_skeleton, open_source
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.pipeline.model_step import run_model_step
 from laconic.pipeline.provenance import identify
 from laconic.pipeline.walking import Prepared, calibration_ids, device_of, prepare_walk, run_walk
@@ -60,7 +61,7 @@ class Composed:
     steps: tuple[Step, ...]
     windows: Tensor | None
     output: Path
-    trust_remote_code: bool
+    trust: Trust
     shared: bool = False
 
     @property
@@ -76,8 +77,7 @@ def compress(
     *,
     overrides: list[str] | None = None,
     overwrite: bool = False,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
+    trust: Trust = UNTRUSTED,
     steps: Path | None = None,
     report: Report = lambda _: None,
 ) -> Artifact:
@@ -85,7 +85,7 @@ def compress(
 
     model: a folder or Hub name, in place of the recipe's. recipe: a gallery name, a YAML file, or a mapping. output: a
     folder, in place of the recipe's. overrides: `key.path=value`. steps: a folder that recipes with the same first
-    steps share, and keep. report: called with an event a block and a linear.
+    steps share, and keep. trust: what the files of the model may do. report: called with an event a block and a linear.
 
     Raises: ValueError for anything the caller can mend; nothing is written then.
     """
@@ -95,8 +95,7 @@ def compress(
         output,
         overrides=overrides,
         overwrite=overwrite,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
+        trust=trust,
         steps=steps,
     )
     return run(prepared, overwrite=overwrite, report=report)
@@ -109,8 +108,7 @@ def prepare(
     *,
     overrides: list[str] | None = None,
     overwrite: bool = False,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
+    trust: Trust = UNTRUSTED,
     steps: Path | None = None,
 ) -> Prepared | Composed:
     """Everything up to the first byte of work. Raises: ValueError, one line that names the fix."""
@@ -124,13 +122,13 @@ def prepare(
     target = Path(where).expanduser().resolve()
     # The first process of a launch may have begun by now, or be done: what is there is its own.
     overwrite = overwrite or not is_main()
-    source = open_source(name, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    source = open_source(name, trust=trust)
     if target in (folder := source.folder.resolve(), *folder.parents):
         raise ValueError(f"output {target} is the model's own folder, or holds it; choose another")
     check_output(target, overwrite=overwrite)
     if any(isinstance(s, ModelStage) for s in loaded.stages):
-        return _compose(loaded, source, target, steps, overwrite=overwrite, trust_remote_code=trust_remote_code)
-    return prepare_walk(loaded, source, target, overwrite=overwrite, trust_remote_code=trust_remote_code)
+        return _compose(loaded, source, target, steps, overwrite=overwrite, trust=trust)
+    return prepare_walk(loaded, source, target, overwrite=overwrite, trust=trust)
 
 
 def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Report = lambda _: None) -> Artifact:
@@ -157,12 +155,11 @@ def run(prepared: Prepared | Composed, *, overwrite: bool = False, report: Repor
 
 def _describing(prepared: Prepared | Composed, report: Report) -> Callable[[Path], None]:
     """What writes the cards; the artifact comes out whole if that fails."""
-    trusted = prepared.trust_remote_code if isinstance(prepared, Composed) else False
 
     def describe(folder: Path) -> None:
         name = prepared.output.name
         try:
-            said = write_cards(folder, prepared.recipe, prepared.source, name=name, trust_remote_code=trusted)
+            said = write_cards(folder, prepared.recipe, prepared.source, name=name, trust=prepared.trust)
         except (ValueError, OSError) as e:
             said = [f"the cards were not written ({e}); run 'laconic card {prepared.output}'"]
         for remark in said:
@@ -172,7 +169,7 @@ def _describing(prepared: Prepared | Composed, report: Report) -> Callable[[Path
 
 
 def _compose(
-    recipe: Recipe, source: Source, output: Path, shared: Path | None, *, overwrite: bool, trust_remote_code: bool
+    recipe: Recipe, source: Source, output: Path, shared: Path | None, *, overwrite: bool, trust: Trust
 ) -> Composed:
     device_of(recipe)
     if not shared and is_main():
@@ -180,9 +177,9 @@ def _compose(
     reasons = [s.calibration_reason for s in recipe.stages if s.needs.calibration]
     windows = None
     if reasons:
-        windows = calibration_ids(recipe, source, reasons[0], trust_remote_code=trust_remote_code)
+        windows = calibration_ids(recipe, source, reasons[0], trust=trust)
     groups = _groups(recipe.stages)
-    model = build_skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
+    model = build_skeleton(source.config, source.dtype, trust=trust)
     steps: list[Step] = []
     before = _Before()
     for number, (first, stages) in enumerate(groups):
@@ -202,7 +199,7 @@ def _compose(
                 windows=windows,
                 first=first,
                 overwrite=overwrite,
-                trust_remote_code=trust_remote_code,
+                trust=trust,
             )
             cache = f"stages.{first + len(stages) - 1} ({walk.plan.cache[0].method})" if walk.plan.cache else None
             before = replace(before, quantized=before.quantized or bool(walk.plan.schemes), cache=cache)
@@ -215,7 +212,7 @@ def _compose(
                 "finish that, choose another output, or pass --overwrite"
             )
         steps.append(Step(first, stages, walk, target, identity))
-    return Composed(recipe, source, tuple(steps), windows, output, trust_remote_code, bool(shared))
+    return Composed(recipe, source, tuple(steps), windows, output, trust, bool(shared))
 
 
 @dataclass(frozen=True)
@@ -294,7 +291,7 @@ def _work(prepared: Composed, number: int, before: Path | None, overwrite: bool,
         before=before,
         overwrite=overwrite,
         report=report,
-        trust_remote_code=prepared.trust_remote_code,
+        trust=prepared.trust,
         describe=describe,
     ).path
 
@@ -311,16 +308,15 @@ def _walk(
     assert step.walk is not None
     prepared = step.walk
     if before:
-        trusted = composed.trust_remote_code
         prepared = prepare_walk(
             prepared.recipe,
-            open_source(str(before), trust_remote_code=trusted),
+            open_source(str(before), trust=composed.trust),
             step.output,
             identity=step.identity,
             windows=composed.windows,
             first=step.first,
             overwrite=overwrite,
-            trust_remote_code=trusted,
+            trust=composed.trust,
         )
     return run_walk(prepared, before=before, overwrite=overwrite, report=report, describe=describe)
 

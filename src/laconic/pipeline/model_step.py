@@ -17,6 +17,7 @@ from laconic.artifact.workspace import Workspace, partial_folder, scratch_folder
 from laconic.checkpoint.files import DTYPES, Checkpoint, open_checkpoint, read_json
 from laconic.checkpoint.layout import arrange, to_file_layout
 from laconic.checkpoint.source import build_skeleton, main_dtype, read_config
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.pipeline.provenance import account
 from laconic.pipeline.walking import device_of
 from laconic.recipe import Recipe
@@ -39,7 +40,7 @@ def run_model_step(
     before: Path | None,
     overwrite: bool,
     report: Callable[[Mapping[str, Any]], None],
-    trust_remote_code: bool = False,
+    trust: Trust = UNTRUSTED,
     describe: Callable[[Path], None] = lambda _: None,
 ) -> Artifact:
     """Let `stage`, number `first` of the recipe, apply the model in `folder`, and write it to `output`; only help with
@@ -52,7 +53,7 @@ def run_model_step(
 
     def work_in(artifact: Path, scratch: Path) -> ModelTask:
         seen = windows if stage.needs.calibration else None
-        return ModelTask(folder, original, seen, device, recipe.seed, scratch, artifact, report, trust_remote_code)
+        return ModelTask(folder, original, seen, device, recipe.seed, scratch, artifact, report, trust)
 
     if not is_main():
         stage.apply(work_in(partial_folder(output), scratch_folder(partial_folder(output))))
@@ -66,7 +67,7 @@ def run_model_step(
         if made.model is None:
             workspace.copy_weights(folder)
         else:
-            _write_model(workspace, made.model, _layout(folder, trust_remote_code))
+            _write_model(workspace, made.model, _layout(folder, trust))
         workspace.write_log([dict(e) for e in made.events])
         artifact = Artifact(workspace.folder)
         for name, result in made.results.items():
@@ -77,11 +78,11 @@ def run_model_step(
         return Artifact(workspace.finish(told, folder, carried=before, describe=describe))
 
 
-def _layout(folder: Path, trust_remote_code: bool) -> Checkpoint:
+def _layout(folder: Path, trust: Trust) -> Checkpoint:
     """The checkpoint that says how files name and lay out what the model holds."""
-    _, config = read_config(folder, trust_remote_code=trust_remote_code)
+    _, config = read_config(folder, trust=trust)
     checkpoint = open_checkpoint(folder)
-    return arrange(checkpoint, build_skeleton(config, main_dtype(checkpoint), trust_remote_code=trust_remote_code))
+    return arrange(checkpoint, build_skeleton(config, main_dtype(checkpoint), trust=trust))
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from laconic.checkpoint.trust import UNTRUSTED, Trust
+
 if TYPE_CHECKING:
     from laconic.pipeline.compression import Composed, Step
     from laconic.pipeline.walking import Prepared
@@ -113,7 +115,10 @@ def plan(
     model: str | None = None,
     recipe: str | Path | dict[str, Any] | Recipe = "gptq-w4a16",
     output: str | Path | None = None,
-    **options: Any,
+    *,
+    overrides: list[str] | None = None,
+    overwrite: bool = False,
+    trust: Trust = UNTRUSTED,
 ) -> CompressionPlan:
     """Check a recipe against a model and return what it will do, without doing it.
 
@@ -121,8 +126,9 @@ def plan(
         model: Folder of a model or its name on the Hub, in place of the recipe's.
         recipe: Name of a gallery recipe, a YAML file, or the keys of a recipe.
         output: Folder of the artifact, in place of the recipe's. Nothing is written there.
-        **options: The keyword arguments of `laconic.compress` that say how the model is opened: `overrides`,
-            `overwrite` and whom to trust.
+        overrides: Changes of the recipe, each `key.path=value`.
+        overwrite: Whether the output may exist already.
+        trust: What the files of the model may do.
 
     Returns:
         The plan, which `print` shows as a table.
@@ -132,7 +138,7 @@ def plan(
     """
     from laconic.pipeline.compression import prepare
 
-    return describe_plan(prepare(model, recipe, output, **options))
+    return describe_plan(prepare(model, recipe, output, overrides=overrides, overwrite=overwrite, trust=trust))
 
 
 def describe_plan(prepared: Prepared | Composed) -> CompressionPlan:

@@ -25,6 +25,7 @@ from laconic.checkpoint.source import (
     check_tokens,
     load_tokenizer,
 )
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.data.text import calibration_windows, read_documents
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import scheme_of_shapes
@@ -60,6 +61,7 @@ class Prepared:
     output: Path
     identity: dict[str, Any]
     domains: dict[int, Tensor]
+    trust: Trust = UNTRUSTED
 
 
 def prepare_walk(
@@ -71,14 +73,14 @@ def prepare_walk(
     windows: Tensor | None = None,
     first: int = 0,
     overwrite: bool = False,
-    trust_remote_code: bool = False,
+    trust: Trust = UNTRUSTED,
 ) -> Prepared:
     """Everything up to the first byte of work.
 
     recipe: its stages are those of this walk, the first of which is number `first` of the whole recipe. identity,
     windows: of the whole recipe, where they are known already. Raises: ValueError, one line that names the fix.
     """
-    whole = build_skeleton(source.config, source.dtype, trust_remote_code=trust_remote_code)
+    whole = build_skeleton(source.config, source.dtype, trust=trust)
     source = arrange_source(source, whole)
     check_complete(whole, source.checkpoint)
     plan = make_plan(whole, dissect(whole), recipe.stages, first)
@@ -86,16 +88,16 @@ def prepare_walk(
     if not plan.calibrates:
         windows = None
     elif windows is None:
-        windows = calibration_ids(recipe, source, plan.calibration_reason, trust_remote_code=trust_remote_code)
+        windows = calibration_ids(recipe, source, plan.calibration_reason, trust=trust)
     if windows is not None and plan.cache and plan.calibrates_cache:
         plan.cache[0].check_length(plan.cache[1], windows.shape[1])
-    domains = _domains(recipe, source, plan, trust_remote_code)
+    domains = _domains(recipe, source, plan, trust)
     read = {"protect": {i: sha256(ids) for i, ids in domains.items()}} if domains else {}
     identity = {**(identity or identify(recipe, source, windows)), **read}
     check_identity(output, identity, overwrite=overwrite)
     samples, length = windows.shape if windows is not None else (0, 0)
     foretold = forecast(plan, source, samples, length)
-    return Prepared(recipe, source, whole, plan, windows, foretold, output, identity, domains)
+    return Prepared(recipe, source, whole, plan, windows, foretold, output, identity, domains, trust)
 
 
 def run_walk(
@@ -169,7 +171,7 @@ def _as_written(schemes: Mapping[str, Scheme], workspace: Workspace, prepared: P
     return {n: scheme_of_shapes(s, found.get(n) or found.get(stored[n], {})) for n, s in schemes.items()}
 
 
-def calibration_ids(recipe: Recipe, source: Source, needing: str, *, trust_remote_code: bool = False) -> Tensor:
+def calibration_ids(recipe: Recipe, source: Source, needing: str, *, trust: Trust = UNTRUSTED) -> Tensor:
     """The calibration set's token ids, (samples, tokens). needing: what wants it.
 
     Raises: ValueError when the recipe names none, or none that goes with the model.
@@ -179,24 +181,24 @@ def calibration_ids(recipe: Recipe, source: Source, needing: str, *, trust_remot
         raise ValueError(
             f"{needing} needs calibration text: add 'calibration: {{dataset: FILE_OR_HUB_NAME}}' to the recipe"
         )
-    return _read(source, calibration, "calibration", recipe.seed, trust_remote_code)
+    return _read(source, calibration, "calibration", recipe.seed, trust)
 
 
-def _domains(recipe: Recipe, source: Source, plan: Plan, trust_remote_code: bool) -> dict[int, Tensor]:
+def _domains(recipe: Recipe, source: Source, plan: Plan, trust: Trust) -> dict[int, Tensor]:
     """Token ids of the texts on which stages find the heads that they protect, by the stage's number in the walk."""
     asked = {i: s.protect for i, s in enumerate(plan.stages) if isinstance(s, PruningStage) and s.protect}
     keys = {i: f"stages.{plan.first + i}.protect" for i in asked}
-    return {i: _read(source, text, keys[i], recipe.seed, trust_remote_code) for i, text in asked.items()}
+    return {i: _read(source, text, keys[i], recipe.seed, trust) for i, text in asked.items()}
 
 
-def _read(source: Source, text: Calibration | Protect, key: str, seed: int, trust_remote_code: bool) -> Tensor:
+def _read(source: Source, text: Calibration | Protect, key: str, seed: int, trust: Trust) -> Tensor:
     """Token ids (samples, tokens) of a text. key: of the recipe, that says which."""
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if limit and text.max_seq_length > limit:
         raise ValueError(
             f"{key}.max_seq_length {text.max_seq_length} is longer than the model's context of {limit}; lower it"
         )
-    tokenizer = load_tokenizer(source.folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source.folder, trust=trust)
     documents = read_documents(text.dataset, split=text.split, config=text.config)
     windows = calibration_windows(
         documents, tokenizer, samples=text.num_calibration_samples, length=text.max_seq_length, seed=seed

@@ -26,7 +26,6 @@ def load(
     dtype: torch.dtype | None = None,
     packed: bool = False,
     trust: Trust = UNTRUSTED,
-    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Open an artifact, another compressed-tensors checkpoint of a format that we have, or a plain model.
 
@@ -38,7 +37,6 @@ def load(
         dtype: Dtype to compute in. None: the dtype of the checkpoint.
         packed: Whether to keep only the codes and decode them in every forward pass, instead of decoding them once.
         trust: What the files of the model may do.
-        trust_remote_code: As `trust.remote_code`.
 
     Returns:
         The model, as transformers has it, with a `QLinear` for each quantized linear.
@@ -46,7 +44,6 @@ def load(
     Raises:
         ValueError: The folder cannot be read, or the model needs more trust.
     """
-    trust = Trust(trust.remote_code or trust_remote_code, trust.pickle)
     folder = model_folder(str(name), trust=trust)
     raw, config = read_config(folder, trust=trust)
     checkpoint = open_checkpoint(folder, trust=trust)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.source import Source
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.stages.stage import Scope, Stage
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -31,7 +32,7 @@ class ModelTask:
         scratch: a folder for what a long stage needs to resume after a kill; removed when the stage ends.
         artifact: the folder of the artifact, for files of the stage's own, which stay in it.
         report: called with events of progress.
-        trust_remote_code: whether code of the checkpoint may be run.
+        trust: what the files of the checkpoint may do.
     """
 
     folder: Path
@@ -42,7 +43,7 @@ class ModelTask:
     scratch: Path
     artifact: Path
     report: Report
-    trust_remote_code: bool = False
+    trust: Trust = UNTRUSTED
 
 
 @dataclass(frozen=True)

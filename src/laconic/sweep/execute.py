@@ -148,8 +148,7 @@ def _compress(run: Run, folder: Path, report: Report) -> Artifact:
         output=target,
         steps=folder / STEPS,
         report=report,
-        allow_pickle=run.trust.pickle,
-        trust_remote_code=run.trust.remote_code,
+        trust=run.trust,
     )
 
 

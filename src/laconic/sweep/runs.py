@@ -128,8 +128,7 @@ def forecast_run(run: Run, folder: Path) -> dict[str, Any]:
     if read_identity(target):
         return {}
     try:
-        trusted: Any = {"allow_pickle": run.trust.pickle, "trust_remote_code": run.trust.remote_code}
-        forecast = prepare(None, run.recipe, target, **trusted).forecast
+        forecast = prepare(None, run.recipe, target, trust=run.trust).forecast
     except (ValueError, OSError) as e:
         return {"problem": " ".join(str(e).split())}
     if forecast is None:

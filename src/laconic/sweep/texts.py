@@ -40,7 +40,7 @@ def check_texts(runs: Iterable[Run]) -> None:
             if key not in checked:
                 checked.add(key)
                 method = _calibrated_methods(shortest)[0]
-                ids = partial(calibration_ids, trust_remote_code=run.trust.remote_code)
+                ids = partial(calibration_ids, trust=run.trust)
                 _locate_errors(f"run with {run.name}", ids, shortest, source, method)
         for stage in run.recipe.stages:
             for text in texts_of(stage):

@@ -28,6 +28,7 @@ from laconic.checkpoint.source import (
     model_folder,
     read_config,
 )
+from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.data.mix import Mix, TextSource, describe_mix, read_mix
 from laconic.runtime.reading import load
 from laconic.stages.model import ModelOutcome, ModelStage, ModelTask
@@ -193,8 +194,8 @@ class TrainingStage(ModelStage):
 
     def apply(self, task: ModelTask) -> ModelOutcome:
         begun = time.monotonic()
-        raw, config = read_config(task.folder, trust_remote_code=task.trust_remote_code)
-        mix = self._read_mix(task.folder, config.get_text_config().vocab_size, task.seed, task.trust_remote_code)
+        raw, config = read_config(task.folder, trust=task.trust)
+        mix = self._read_mix(task.folder, config.get_text_config().vocab_size, task.seed, task.trust)
         with ExitStack() as contexts:
             run = self._start(task, config, "quantization_config" in raw, self._arguments(mix, task), contexts)
             self.prepare_run(run)
@@ -219,7 +220,7 @@ class TrainingStage(ModelStage):
     ) -> TrainingRun:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        shape = build_skeleton(config, torch.bfloat16, trust_remote_code=task.trust_remote_code)
+        shape = build_skeleton(config, torch.bfloat16, trust=task.trust)
         anatomy = dissect(shape)
         mixture = any(isinstance(m, Experts) for m in shape.modules())
         accelerator = Accelerator(
@@ -238,7 +239,7 @@ class TrainingStage(ModelStage):
             self.teacher or run.task.original,
             device=run.device,
             dtype=run.dtype,
-            trust_remote_code=run.task.trust_remote_code,
+            trust=run.task.trust,
         )
         return distillation_loss(teacher)
 
@@ -252,10 +253,10 @@ class TrainingStage(ModelStage):
                 f"teacher {self.teacher} knows {theirs} tokens, the model {ours}; name one of the same tokenizer"
             )
 
-    def _read_mix(self, folder: Path, vocabulary: int, seed: int, trust_remote_code: bool = False) -> Mix:
+    def _read_mix(self, folder: Path, vocabulary: int, seed: int, trust: Trust = UNTRUSTED) -> Mix:
         mix = read_mix(
             self.data,
-            load_tokenizer(folder, trust_remote_code=trust_remote_code),
+            load_tokenizer(folder, trust=trust),
             length=self.max_seq_length,
             held_out=self.held_out,
             held_out_samples=self.held_out_samples,

@@ -125,9 +125,7 @@ class LlmPruner(ModelStage):
 
     def apply(self, task: ModelTask) -> ModelOutcome:
         raw = read_json(task.folder / "config.json")
-        model = load(
-            task.folder, device=task.device, dtype=_DTYPES[self.dtype], trust_remote_code=task.trust_remote_code
-        )
+        model = load(task.folder, device=task.device, dtype=_DTYPES[self.dtype], trust=task.trust)
         anatomy = dissect(model)
         if self.hidden:
             return self._without_hidden(task, model, anatomy, raw)

@@ -99,7 +99,7 @@ class AdapterStage(TrainingStage):
             self._write(task.artifact / ADAPTER, parameters, run.shape, str(task.folder))
             return ModelOutcome(None, results=results)
         checkpoint = open_checkpoint(task.folder)
-        model = build_skeleton(run.config, main_dtype(checkpoint), trust_remote_code=task.trust_remote_code)
+        model = build_skeleton(run.config, main_dtype(checkpoint), trust=task.trust)
         materialise(model, "", arrange(checkpoint, model), torch.device("cpu"))
         merge(model, parameters, self.alpha / self.rank)
         return ModelOutcome(model, results=results)
@@ -127,7 +127,7 @@ class AdapterStage(TrainingStage):
         Of weights that are held in 4 bits only one block is then on the device in 16.
         """
         task, blocks, names = run.task, run.anatomy.blocks, self._names(run)
-        model = build_skeleton(run.config, run.dtype, trust_remote_code=task.trust_remote_code)
+        model = build_skeleton(run.config, run.dtype, trust=task.trust)
         checkpoint = arrange(open_checkpoint(task.folder), model)
         generator, masked = torch.Generator().manual_seed(task.seed), not self.keep_adapters
         for i, block in enumerate(model.get_submodule(blocks).children()):
@@ -145,7 +145,7 @@ class AdapterStage(TrainingStage):
             device=run.load_device,
             dtype=run.dtype,
             packed=self.packed,
-            trust_remote_code=run.task.trust_remote_code,
+            trust=run.task.trust,
         )
         self._adapt(model, self._names(run), torch.Generator().manual_seed(run.task.seed), masked=False)
         run.contexts.enter_context(differentiable_codes(model, run.dtype))
