@@ -71,7 +71,9 @@ class Transforms:
         """
         if self.output is not None and self.output.dim() == 2:
             raise ValueError("rows that a matrix transforms together cannot be cut")
-        return Transforms(self.input, None if self.output is None else self.output[start:stop])
+        # A file has no tensors that share memory.
+        input_transform = None if self.input is None else self.input.clone()
+        return Transforms(input_transform, None if self.output is None else self.output[start:stop])
 
 
 @dataclass(frozen=True)
