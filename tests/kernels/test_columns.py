@@ -155,7 +155,7 @@ def kernel(on_triton: Callable[..., Any]) -> Columns:
     return partial(on_triton, affine_columns_triton)
 
 
-Unit = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, int, int]
+Unit = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, tuple[int, int]]
 
 
 def dyadic_unit(n: int, rows: int, bits: int, symmetric: bool, expanded: bool, seed: int) -> Unit:
@@ -176,7 +176,7 @@ def dyadic_unit(n: int, rows: int, bits: int, symmetric: bool, expanded: bool, s
     if not expanded:
         W, X, scale = W.contiguous(), X.contiguous(), scale.contiguous()
         zero_point = None if zero_point is None else zero_point.contiguous()
-    return W, X, A, scale, zero_point, qmin, qmax
+    return W, X, A, scale, zero_point, (qmin, qmax)
 
 
 def assert_identical(kernel: Columns, unit: Unit) -> None:
@@ -209,7 +209,7 @@ def test_kernel_divides_truly_and_rounds_half_to_even(kernel: Columns) -> None:
     scale = torch.linspace(0.01, 1.0, 512, device=DEVICE)[None]
     X = (torch.arange(512, device=DEVICE) % 15 - 7.5) * scale
     assert ((X / scale).round() != (X * (1 / scale)).round()).any(), "a reciprocal would do: the test shows nothing"
-    unit = X, X, torch.zeros(1, 1, device=DEVICE), scale, None, -8, 7
+    unit = X, X, torch.zeros(1, 1, device=DEVICE), scale, None, (-8, 7)
     assert torch.equal(kernel(*unit)[0], affine_columns_torch(*unit)[0])
 
 
@@ -220,8 +220,8 @@ def test_kernel_agrees_on_real_numbers(kernel: Columns) -> None:
     A = torch.randn(n, n, generator=generator).tril(-1).to(DEVICE) / n**0.5
     scale = W.abs().amax(0, keepdim=True).expand(n, rows) / 7.5
 
-    codes, E = kernel(W, W + 0.1 * noise, A, scale, None, -8, 7)
-    expected, expected_E = affine_columns_torch(W, W + 0.1 * noise, A, scale, None, -8, 7)
+    codes, E = kernel(W, W + 0.1 * noise, A, scale, None, (-8, 7))
+    expected, expected_E = affine_columns_torch(W, W + 0.1 * noise, A, scale, None, (-8, 7))
 
     same = codes == expected
     assert same.float().mean() >= 0.999

@@ -19,10 +19,10 @@ from artifacts import Stage, logits, matrix_of, original, press, same_bytes, ten
 from commands import Laconic
 from interruptions import Killed, contents, is_whole
 from laconic.checkpoint.source import build_skeleton, load_tokenizer
-from laconic.methods.depth import block_influence
+from laconic.methods.depth import compute_influence
 from laconic.methods.llm_pruner.gradients import compute_gradients
 from laconic.methods.llm_pruner.groups import find_groups
-from laconic.methods.reap import saliency
+from laconic.methods.reap import compute_saliency
 from laconic.pipeline.compression import compress
 from laconic.runtime.reading import load
 from laconic.structure.anatomy import dissect
@@ -266,7 +266,7 @@ def test_a_cache_has_as_many_heads_in_every_block(models: dict[str, Path], text:
 def test_influence_is_one_less_the_mean_cosine(models: dict[str, Path], text: Path) -> None:
     ids = windows(models["llama"], text)
     model = load(models["llama"], dtype=torch.float64)
-    found = block_influence(model, list(model.get_submodule("model.layers").children()), ids, batch_size=3)
+    found = compute_influence(model, list(model.get_submodule("model.layers").children()), ids, batch_size=3)
     plain = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float64)
     with torch.no_grad():
         base = plain.model
@@ -308,7 +308,7 @@ def test_layer_types_go_with_their_blocks(text: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", MIXTURES)
 def test_experts_weigh_what_the_papers_sum_says(arch: str, models: dict[str, Path], text: Path) -> None:
     ids = windows(models[arch], text)
-    found = saliency(load(models[arch], dtype=torch.float64), ids, batch_size=3)
+    found = compute_saliency(load(models[arch], dtype=torch.float64), ids, batch_size=3)
     plain = AutoModelForCausalLM.from_pretrained(models[arch], dtype=torch.float64, experts_implementation="eager")
     seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for name, module in plain.named_modules():
@@ -460,12 +460,12 @@ WRONG = [
     (
         "mixtral",
         {"method": "reap", "sparsity": 0.75},
-        "stages.0 (reap): sparsity 0.75 leaves 1 of 4 experts, and a token goes to 2; at most 0.5 can go",
+        "stages.0 (reap): sparsity 0.75 leaves 1 of 4 experts, and a token is routed to 2; use at most 0.5",
     ),
     (
         "llama",
         {"method": "depth"},
-        "stages.0: say how many blocks are dropped: blocks: 2, or sparsity: 0.2, and not both",
+        "stages.0: set the number of blocks to drop: either blocks: 2 or sparsity: 0.2, and not both",
     ),
     (
         "llama",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def affine_columns(
-    W: Tensor, X: Tensor, A: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
+    W: Tensor, X: Tensor, A: Tensor, scale: Tensor, zero_point: Tensor | None, code_range: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Round the n columns of a unit to integer affine grids, one after another.
 
@@ -22,8 +22,7 @@ def affine_columns(
         A: (n, n) float32, strictly lower triangular.
         scale: (n, rows) float32.
         zero_point: (n, rows) float32, or None for symmetric grids.
-        qmin: Smallest code.
-        qmax: Largest code.
+        code_range: Smallest and largest code.
 
     Returns:
         Codes (n, rows) int8 and errors E (n, rows) float32.
@@ -31,15 +30,15 @@ def affine_columns(
     if X.is_cuda:
         from laconic.kernels.columns_triton import affine_columns_triton
 
-        return affine_columns_triton(W, X, A, scale, zero_point, qmin, qmax)
-    return affine_columns_torch(W, X, A, scale, zero_point, qmin, qmax)
+        return affine_columns_triton(W, X, A, scale, zero_point, code_range)
+    return affine_columns_torch(W, X, A, scale, zero_point, code_range)
 
 
 def affine_columns_torch(
-    W: Tensor, X: Tensor, A: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
+    W: Tensor, X: Tensor, A: Tensor, scale: Tensor, zero_point: Tensor | None, code_range: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Compute `affine_columns` in plain torch: the reference implementation, used on a CPU."""
-    n = W.shape[0]
+    n, (qmin, qmax) = W.shape[0], code_range
     codes, E = torch.empty_like(W), torch.empty_like(W)
     # The overhead of a call exceeds its arithmetic here, so results are written directly into the output tensors.
     for j in range(n):

@@ -19,7 +19,7 @@ _ROWS, _WARPS = 16, 2
 
 
 def affine_columns_triton(
-    W: Tensor, X: Tensor, A: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
+    W: Tensor, X: Tensor, A: Tensor, scale: Tensor, zero_point: Tensor | None, code_range: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Compute `affine_columns` on CUDA tensors, or on any with Triton's interpreter (TRITON_INTERPRET=1).
 
@@ -33,8 +33,7 @@ def affine_columns_triton(
         A: (n, n) float32, strictly lower triangular.
         scale: (n, rows) float32, any strides.
         zero_point: (n, rows) float32, any strides, or None for symmetric grids.
-        qmin: Smallest code.
-        qmax: Largest code.
+        code_range: Smallest and largest code.
 
     Returns:
         Codes (n, rows) int8 and errors E (n, rows) float32.
@@ -52,7 +51,7 @@ def affine_columns_triton(
             _round_columns[(triton.cdiv(rows, _ROWS),)](
                 w, x, a, s, z, codes[i:j], E[i:j],
                 j - i, rows, w.stride(0), x.stride(0), a.stride(0), s.stride(0), 0 if z is None else z.stride(0),
-                float(qmin), float(qmax),
+                float(code_range[0]), float(code_range[1]),
                 COLUMNS=max(16, triton.next_power_of_2(j - i)), ROWS=_ROWS,
                 # With a fused multiply-add, c * s would differ from the decoded value of the code.
                 num_warps=_WARPS, enable_fp_fusion=False,

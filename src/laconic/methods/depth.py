@@ -28,12 +28,18 @@ from laconic.stages.model import (
 )
 from laconic.stages.stage import Needs
 from laconic.structure.anatomy import find_blocks
-from laconic.structure.hooks import forward_hooks
+from laconic.structure.hooks import Hook, forward_hooks
 from laconic.structure.widths import make_config
 
 
 class Depth(ModelStage):
-    """blocks: how many are dropped; or sparsity: the share of them that is. batch_size: samples run at once."""
+    """Depth pruning: drop whole blocks.
+
+    Attributes:
+        blocks: Number of blocks to drop.
+        sparsity: Share of blocks to drop, instead of their number.
+        batch_size: Samples per forward pass.
+    """
 
     example: ClassVar = {"blocks": 1}
 
@@ -45,7 +51,7 @@ class Depth(ModelStage):
     @model_validator(mode="after")
     def _one_of_two(self) -> Depth:
         if (self.blocks is None) == (self.sparsity is None):
-            raise ValueError("say how many blocks are dropped: blocks: 2, or sparsity: 0.2, and not both")
+            raise ValueError("set the number of blocks to drop: either blocks: 2 or sparsity: 0.2, and not both")
         return self
 
     @property
@@ -68,20 +74,24 @@ class Depth(ModelStage):
         model = load(task.folder, device=task.device, dtype=torch.float32, trust=task.trust)
         name = find_blocks(model)
         blocks = list(model.get_submodule(name).children())
-        influence = block_influence(model, blocks, task.windows, self.batch_size, task.report)
+        influence = compute_influence(model, blocks, task.windows, self.batch_size, task.report)
         dropped = sorted(influence.argsort(stable=True)[: self._count(len(blocks))].tolist())
         kept = [i for i in range(len(blocks)) if i not in dropped]
         config = _shortened(raw, kept)
-        made = rebuild_model({**raw, **config}, _renumbered(tensors_of(model), name, kept), torch.float32)
+        shortened = rebuild_model({**raw, **config}, _renumbered(tensors_of(model), name, kept), torch.float32)
         events = [
             {"event": "block_influence", "block": i, "influence": float(v), "dropped": i in dropped}
             for i, v in enumerate(influence)
         ]
-        result = {"method": self.method, **parameter_counts(model, made), "dropped": dropped}
-        return ModelOutcome(made, config, events, {"pruning": result})
+        result = {"method": self.method, **parameter_counts(model, shortened), "dropped": dropped}
+        return ModelOutcome(shortened, config, events, {"pruning": result})
 
     def _count(self, blocks: int) -> int:
-        """How many blocks go. Raises: ValueError when none would be left, or none would go."""
+        """Return the number of blocks to drop.
+
+        Raises:
+            ValueError: No block would remain, or none would be dropped.
+        """
         count = self.blocks if self.blocks is not None else round((self.sparsity or 0) * blocks)
         if count == 0 and self.sparsity:
             raise ValueError(f"sparsity {self.sparsity} of {blocks} blocks is less than one; use blocks: 1")
@@ -91,53 +101,67 @@ class Depth(ModelStage):
 
 
 @torch.no_grad()
-def block_influence(
+def compute_influence(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],
     windows: Tensor,
     batch_size: int = 1,
     report: Report = lambda _: None,
 ) -> Tensor:
-    """1 - cos of what goes into a block and what comes out, the mean over tokens (arXiv 2403.03853, eq. 1), (blocks,)
-    float64. windows: token ids (samples, tokens). Raises: ValueError where it is no number."""
-    alike = torch.zeros(len(blocks), dtype=torch.float64)
+    """Compute the influence of each block: the mean over tokens of 1 - cos(input, output) (arXiv 2403.03853, eq. 1).
 
-    def hook(i: int) -> Any:
-        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    Args:
+        model: The model.
+        blocks: Its decoder blocks.
+        windows: Token ids (samples, tokens).
+        batch_size: Samples per forward pass.
+        report: Called with a progress event after each batch.
+
+    Returns:
+        (blocks,) float64.
+
+    Raises:
+        ValueError: An influence is NaN or infinite.
+    """
+    similarity = torch.zeros(len(blocks), dtype=torch.float64)
+
+    def add_similarity(i: int) -> Hook:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
-            alike[i] += torch.cosine_similarity(before.double(), after.double(), dim=-1).sum().cpu()
+            similarity[i] += torch.cosine_similarity(before.double(), after.double(), dim=-1).sum().cpu()
 
-        return look
+        return hook
 
-    with forward_hooks(((block, hook(i)) for i, block in enumerate(blocks)), with_kwargs=True):
+    with forward_hooks(((block, add_similarity(i)) for i, block in enumerate(blocks)), with_kwargs=True):
         run_batches(model, windows, batch_size, report)
-    influence = 1 - alike / windows.numel()
+    influence = 1 - similarity / windows.numel()
     check_finite(influence, "the activations")
     return influence
 
 
 def _shortened(raw: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """The keys of config.json that change: how many blocks there are, and whatever has an item for each."""
+    """Return the keys of config.json that change: the number of blocks, and lists with an item per block."""
     config = make_config(raw)
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     count = getattr(config, key)
     changed: dict[str, Any] = {key: len(kept)}
     changed |= {k: [v[i] for i in kept] for k, v in raw.items() if isinstance(v, list) and len(v) == count}
     types = getattr(config, "layer_types", None)
-    if types and getattr(make_config({**raw, **changed}), "layer_types", None) != (left := [types[i] for i in kept]):
-        changed["layer_types"] = left
+    kept_types = [types[i] for i in kept] if types else None
+    if types and getattr(make_config({**raw, **changed}), "layer_types", None) != kept_types:
+        changed["layer_types"] = kept_types
     return changed
 
 
 def _renumbered(tensors: Mapping[str, Tensor], blocks: str, kept: Sequence[int]) -> dict[str, Tensor]:
-    """Tensors by the names that they have when only some blocks are there."""
-    new = {old: i for i, old in enumerate(kept)}
+    """Rename tensors for a model of the kept blocks alone."""
+    new_numbers = {old: i for i, old in enumerate(kept)}
     out = {}
     for name, tensor in tensors.items():
         number, _, rest = name.removeprefix(f"{blocks}.").partition(".")
         if not name.startswith(f"{blocks}."):
             out[name] = tensor
-        elif int(number) in new:
-            out[f"{blocks}.{new[int(number)]}.{rest}"] = tensor
+        elif int(number) in new_numbers:
+            out[f"{blocks}.{new_numbers[int(number)]}.{rest}"] = tensor
     return out

@@ -31,7 +31,12 @@ from laconic.structure.hooks import Hook, forward_hooks, forward_pre_hooks
 
 
 class Reap(ModelStage):
-    """sparsity: share of the experts of every layer that is dropped. batch_size: samples run at once."""
+    """Router-weighted expert activation pruning: drop experts of a mixture.
+
+    Attributes:
+        sparsity: Share of the experts of every layer to drop.
+        batch_size: Samples per forward pass.
+    """
 
     example: ClassVar = {"sparsity": 0.25}
 
@@ -56,10 +61,10 @@ class Reap(ModelStage):
         raw = read_json(task.folder / "config.json")
         model = load(task.folder, device=task.device, dtype=torch.float32, trust=task.trust)
         config = self._keys(raw, model)
-        scores = saliency(model, task.windows, self.batch_size, task.report)
-        left = self._left(model)
-        kept = {name: s.argsort(descending=True, stable=True)[:left].sort().values for name, s in scores.items()}
-        made = rebuild_model({**raw, **config}, _without(model, kept), torch.float32)
+        scores = compute_saliency(model, task.windows, self.batch_size, task.report)
+        remaining = self._remaining(model)
+        kept = {name: s.argsort(descending=True, stable=True)[:remaining].sort().values for name, s in scores.items()}
+        pruned = rebuild_model({**raw, **config}, _remove_experts(model, kept), torch.float32)
         events = [
             {
                 "event": "experts",
@@ -69,10 +74,16 @@ class Reap(ModelStage):
             }
             for name, s in scores.items()
         ]
-        return ModelOutcome(made, config, events, {"pruning": {"method": self.method, **parameter_counts(model, made)}})
+        return ModelOutcome(
+            pruned, config, events, {"pruning": {"method": self.method, **parameter_counts(model, pruned)}}
+        )
 
-    def _left(self, model: PreTrainedModel) -> int:
-        """How many experts a layer keeps. Raises: ValueError when there are none, or tokens would find too few."""
+    def _remaining(self, model: PreTrainedModel) -> int:
+        """Return the number of experts per layer that remain.
+
+        Raises:
+            ValueError: The model has no experts, or fewer would remain than a token is routed to.
+        """
         layers = _layers(model)
         if not layers:
             raise ValueError("reap drops experts, and this model has none; use llm_pruner or depth")
@@ -80,45 +91,44 @@ class Reap(ModelStage):
         if len(counts) > 1:
             raise ValueError("layers of this model differ in the number of experts, which reap cannot prune")
         (count,) = counts
-        left = count - round(self.sparsity * count)
-        if left == count and self.sparsity:
+        remaining = count - round(self.sparsity * count)
+        if remaining == count and self.sparsity:
             raise ValueError(
                 f"sparsity {self.sparsity} of {count} experts is less than one; use {1 / count:.4g} or more"
             )
         config = model.config.get_text_config()
-        each = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k", None) or 1
-        if left < each:
+        top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k", None) or 1
+        if remaining < top_k:
             raise ValueError(
-                f"sparsity {self.sparsity} leaves {left} of {count} experts, and a token goes to {each}; "
-                f"at most {(count - each) / count:.4g} can go"
+                f"sparsity {self.sparsity} leaves {remaining} of {count} experts, and a token is routed to {top_k}; "
+                f"use at most {(count - top_k) / count:.4g}"
             )
-        return left
+        return remaining
 
     def _keys(self, raw: Mapping[str, Any], model: PreTrainedModel) -> dict[str, int]:
-        """The keys of config.json that say how many experts there are, with what they say from then on: those with
-        which transformers builds so many."""
-        left = self._left(model)
+        """Find the keys of config.json for the number of experts, by trying, and return their new values."""
+        remaining = self._remaining(model)
         experts = next(iter(_layers(model).values()))
         count = len(experts)
-        if left == count:
+        if remaining == count:
             return {}
-        said = {**raw, **{k: v for k, v in model.config.to_dict().items() if k not in raw}}
-        keys = [k for k, v in said.items() if v == count and isinstance(v, int) and not isinstance(v, bool)]
-        for some in [*((k,) for k in keys), *combinations(keys, 2)]:
-            changed = dict.fromkeys(some, left)
+        values = {**raw, **{k: v for k, v in model.config.to_dict().items() if k not in raw}}
+        keys = [k for k, v in values.items() if v == count and isinstance(v, int) and not isinstance(v, bool)]
+        for names in [*((k,) for k in keys), *combinations(keys, 2)]:
+            changed = dict.fromkeys(names, remaining)
             try:
                 built = build_empty_model({**raw, **changed}, model.dtype)
             except ValueError:
                 continue
-            same = len(_layers(built)) == len(_layers(model)) and _fits(built, model, left)
+            same = len(_layers(built)) == len(_layers(model)) and _differs_only_in_experts(built, model, remaining)
             if same:
                 return changed
         raise ValueError(f"the config of '{model.config.model_type}' has no key for the number of experts")
 
 
-def _fits(built: PreTrainedModel, model: PreTrainedModel, left: int) -> bool:
-    """Whether all is as it was but for the number of experts."""
-    if {len(experts) for experts in _layers(built).values()} != {left}:
+def _differs_only_in_experts(built: PreTrainedModel, model: PreTrainedModel, remaining: int) -> bool:
+    """Return whether a model has the shapes of another, except for its number of experts."""
+    if {len(experts) for experts in _layers(built).values()} != {remaining}:
         return False
     after, before = ({n: p.shape for n, p in m.named_parameters()} for m in (built, model))
     routers = {f"{n}.weight" for n in _routers(model)}
@@ -126,59 +136,74 @@ def _fits(built: PreTrainedModel, model: PreTrainedModel, left: int) -> bool:
 
 
 def _layers(model: nn.Module) -> dict[str, Experts]:
+    """Return the experts of every layer, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, Experts)}
 
 
 def _routers(model: nn.Module) -> dict[str, str]:
-    """What weighs the experts of a layer, with their name."""
-    found: dict[str, str] = {}
+    """Return the names of all routers, each with the name of its experts."""
+    routers: dict[str, str] = {}
     for name in _layers(model):
         parent = name.rpartition(".")[0]
-        inside = routers_of(model.get_submodule(parent))
-        found |= {f"{parent}.{router}": name for router in inside}
-    return found
+        local_names = routers_of(model.get_submodule(parent))
+        routers |= {f"{parent}.{router}": name for router in local_names}
+    return routers
 
 
 @torch.no_grad()
-def saliency(
+def compute_saliency(
     model: PreTrainedModel,
     windows: Tensor,
     batch_size: int = 1,
     report: Report = lambda _: None,
 ) -> dict[str, Tensor]:
-    """The mean over an expert's tokens of the weight that the router gives it times the L2 norm of its output
-    (arXiv 2510.13999, eq. 9), of each layer (experts,) float64; zero where no token went. windows: token ids (samples,
-    tokens). Raises: ValueError where it is no number."""
+    """Compute the saliency of every expert: the mean over its tokens of router weight times L2 norm of its output.
+
+    arXiv 2510.13999, eq. 9; zero for an expert to which no token was routed.
+
+    Args:
+        model: The model.
+        windows: Token ids (samples, tokens).
+        batch_size: Samples per forward pass.
+        report: Called with a progress event after each batch.
+
+    Returns:
+        (experts,) float64 of each layer, by the name of its experts.
+
+    Raises:
+        ValueError: A saliency is NaN or infinite.
+    """
     layers = _layers(model)
     sums = {n: torch.zeros(len(experts), dtype=torch.float64) for n, experts in layers.items()}
     tokens = {n: torch.zeros(len(experts), dtype=torch.float64) for n, experts in layers.items()}
-    with _watching(layers, sums, tokens):
+    with _accumulating(layers, sums, tokens):
         run_batches(model, windows, batch_size, report)
-    found = {n: sums[n] / tokens[n].clamp(min=1) for n in layers}
-    for scores in found.values():
+    saliencies = {n: sums[n] / tokens[n].clamp(min=1) for n in layers}
+    for scores in saliencies.values():
         check_finite(scores, "the activations")
-    return found
+    return saliencies
 
 
 @contextmanager
-def _watching(
+def _accumulating(
     layers: Mapping[str, Experts], sums: Mapping[str, Tensor], tokens: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    before: list[tuple[nn.Module, Hook]] = []
-    after: list[tuple[nn.Module, Hook]] = []
+    """Add up saliencies and tokens of every expert while the context lasts."""
+    pre_hooks: list[tuple[nn.Module, Hook]] = []
+    post_hooks: list[tuple[nn.Module, Hook]] = []
     for name, experts in layers.items():
         routed: dict[str, Tensor] = {}
 
-        def remember(
+        def record_routes(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routed: dict[str, Tensor] = routed
         ) -> None:
-            given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
-            routed.update(index=given["top_k_index"], weights=given["top_k_weights"])
+            inputs = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
+            routed.update(index=inputs["top_k_index"], weights=inputs["top_k_weights"])
 
-        before.append((experts, remember))
+        pre_hooks.append((experts, record_routes))
         for number, expert in enumerate(experts):
 
-            def look(
+            def add_saliency(
                 _: nn.Module,
                 __: Any,
                 output: Tensor,
@@ -186,31 +211,31 @@ def _watching(
                 number: int = number,
                 routed: dict[str, Tensor] = routed,
             ) -> None:
-                # An expert is given its tokens in this order.
+                # `Experts` passes tokens to an expert in this order.
                 gates = routed["weights"][routed["index"] == number]
                 sums[name][number] += (gates.double() * output.double().norm(dim=-1)).sum().cpu()
                 tokens[name][number] += len(gates)
 
-            after.append((getattr(expert, experts.names.down), look))
-    with forward_pre_hooks(before, with_kwargs=True), forward_hooks(after):
+            post_hooks.append((getattr(expert, experts.names.down), add_saliency))
+    with forward_pre_hooks(pre_hooks, with_kwargs=True), forward_hooks(post_hooks):
         yield
 
 
-def _without(model: PreTrainedModel, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters and buffers without the experts that are not kept, and without their places beside them."""
+def _remove_experts(model: PreTrainedModel, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove dropped experts from parameters and buffers, and their entries in the router and other tensors."""
     tensors, layers = tensors_of(model), _layers(model)
     out: dict[str, Tensor] = {}
-    new = {n: {int(old): i for i, old in enumerate(k)} for n, k in kept.items()}
+    new_numbers = {n: {int(old): i for i, old in enumerate(k)} for n, k in kept.items()}
     routers = _routers(model)
     for name, tensor in tensors.items():
         path = name.rpartition(".")[0]
         inside = next((n for n in layers if name.startswith(f"{n}.")), None)
         if inside:
             number, _, rest = name.removeprefix(f"{inside}.").partition(".")
-            if int(number) in new[inside]:
-                out[f"{inside}.{new[inside][int(number)]}.{rest}"] = tensor
+            if int(number) in new_numbers[inside]:
+                out[f"{inside}.{new_numbers[inside][int(number)]}.{rest}"] = tensor
             continue
-        # The router's rows, and whatever else has one figure an expert beside them (a bias that balances loads).
+        # Rows of the router, and other tensors with one number per expert (a load-balancing bias).
         beside = next((n for n in layers if name.startswith(f"{n.rpartition('.')[0]}.")), None)
         owner = routers.get(path) or (beside if tensor.dim() == 1 else None)
         count = len(layers[owner]) if owner else -1

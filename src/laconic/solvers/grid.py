@@ -171,7 +171,7 @@ def round_columns(
         scale = params["scale"].float()
         # A huge scale rounds every value to zero, so that kernels need no mask.
         scale = scale if keep is None else torch.where(keep, scale, _HUGE_SCALE)
-        return affine_columns(W, X, A, scale, zero_point, *fmt.integer_range)
+        return affine_columns(W, X, A, scale, zero_point, fmt.integer_range)
     codes = torch.empty(W.shape, dtype=fmt.code_dtype, device=W.device)
     E = torch.empty_like(W)
     for j in range(W.shape[0]):

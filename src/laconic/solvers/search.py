@@ -51,7 +51,7 @@ def search_range(
     chunk = max(1, at_once(w) // n)
 
     def search(tiles: Tensor, cost: Cost) -> Params:
-        return _search(fmt, tiles, cost, dtype, shared, steps, shrink_to)
+        return _search(fmt, tiles, cost, dtype=dtype, shared=shared, steps=steps, shrink_to=shrink_to)
 
     if fmt.tiling.strategy not in ("channel", "token", "group"):
         assert hessian is None, "a Hessian is only for grids of a group or a row"
@@ -77,8 +77,9 @@ def search_range(
 
 
 def _search(
-    fmt: ScalarFormat, tiles: Tensor, cost: Cost, dtype: torch.dtype, shared: Params, steps: int, shrink_to: float
+    fmt: ScalarFormat, tiles: Tensor, cost: Cost, *, dtype: torch.dtype, shared: Params, steps: int, shrink_to: float
 ) -> Params:
+    """Search the ranges of tiles (..., n) together; arguments as of `search_range`."""
     lo, hi = tiles.amin(-1), tiles.amax(-1)
 
     def error(a: Tensor, b: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """LLM-Pruner (Ma et al., arXiv 2305.11627): remove the attention heads and MLP channels that change the loss least.
 
-What must go together is found by structure (`methods.llm_pruner.groups`). What is left is a smaller dense model.
+Dependency groups say what must be removed together (`methods.llm_pruner.groups`). The result is a smaller dense model.
 """
 
 from __future__ import annotations
@@ -38,15 +38,26 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class LlmPruner(ModelStage):
-    """sparsity: share of the parameters of the targeted groups that goes. groups: of `attention` (key-value heads with
-    their query heads) and `mlp` (channels, of experts too); or `hidden` alone, channels of the residual stream.
-    importance: `first` or `second` order of the loss's Taylor series; `weight` (squares of weights) and `random` are
-    baselines, and need no calibration text. aggregation, pooling: how the importance of an `element` or a `vector`
-    becomes a matrix's, and those of matrices a unit's. keep_first, keep_last: blocks that stay whole; an eighth and a
-    sixteenth of them when not given. uniform: the same widths in all blocks, which a stock config can say. heads: how
-    many query heads stay in a block, instead of as many as importance says. multiple_of: of what an MLP's or the hidden
-    width is a multiple; by the width when not given. batch_size: samples a gradient is taken of. dtype: in which
-    gradients are computed. gradient_checkpointing: less memory for a second forward pass."""
+    """Structured pruning by dependency groups.
+
+    Attributes:
+        sparsity: Share of the parameters of the targeted groups to remove.
+        groups: Kinds of groups: `attention` (key-value heads with their query heads) and `mlp` (channels, of experts
+            too); or `hidden` alone, channels of the residual stream.
+        importance: Order of the Taylor series of the loss, `first` or `second`; `weight` (squares of weights) and
+            `random` are baselines that need no calibration text.
+        aggregation: How terms of a matrix are combined: `element` sums absolute terms of single weights, `vector`
+            takes the absolute sum of a row or column.
+        pooling: How the importances of a unit's matrices are combined.
+        keep_first: Number of first blocks that are not pruned; None for an eighth of them.
+        keep_last: Number of last blocks that are not pruned; None for a sixteenth of them.
+        uniform: Whether all blocks get the same widths, which a stock config can describe.
+        heads: Number of query heads that remain in every block; None chooses by importance.
+        multiple_of: Widths of MLPs, or the hidden size, are multiples of it; None chooses it by the width.
+        batch_size: Samples per gradient.
+        dtype: Dtype in which gradients are computed.
+        gradient_checkpointing: Whether to save memory by a second forward pass of each block.
+    """
 
     example: ClassVar = {"keep_first": 1, "keep_last": 0}
 
@@ -89,12 +100,12 @@ class LlmPruner(ModelStage):
 
     @property
     def hidden(self) -> bool:
-        """Whether channels of the residual stream are what goes."""
+        """Whether channels of the residual stream are pruned."""
         return "hidden" in self.groups
 
     @property
     def narrowing(self) -> Narrowing:
-        """What is asked of the groups that lie within a block."""
+        """Requested widths of groups within blocks."""
         kinds: list[Kind] = [kind for kind in self.groups if kind != "hidden"]
         return Narrowing(
             sparsity=self.sparsity,
@@ -128,67 +139,71 @@ class LlmPruner(ModelStage):
         model = load(task.folder, device=task.device, dtype=_DTYPES[self.dtype], trust=task.trust)
         anatomy = dissect(model)
         if self.hidden:
-            return self._without_hidden(task, model, anatomy, raw)
-        targeted, counts = self.narrowing.find_targets(model, anatomy, raw)
-        targeted, importance = self._weigh(task, model, anatomy, targeted)
-        kept = self.narrowing.choose_units(targeted, counts, importance, unit_sizes(model, anatomy, targeted))
+            return self._prune_hidden(task, model, anatomy, raw)
+        targets, counts = self.narrowing.find_targets(model, anatomy, raw)
+        targets, importance = self._rate_units(task, model, anatomy, targets)
+        chosen = self.narrowing.choose_units(targets, counts, importance, unit_sizes(model, anatomy, targets))
         masks = {
             (i, group): mask
-            for (i, group), mask in zip(targeted.flat, kept, strict=True)
+            for (i, group), mask in zip(targets.flat, chosen, strict=True)
             if not bool(mask.all()) or (self.uniform and group.fits_stock_config)
         }
         config = self._config(raw, len(anatomy.taps), masks)
-        made = rebuild_model({**raw, **config}, _narrowed(model, anatomy, masks), _DTYPES[self.dtype])
-        events = [{"event": "pruned", "block": i, **_told(group, mask)} for (i, group), mask in masks.items()]
-        result = {"method": self.method, **parameter_counts(model, made), "blocks": events}
-        return ModelOutcome(made, config, events, {"pruning": result})
+        pruned = rebuild_model({**raw, **config}, _remove_units(model, anatomy, masks), _DTYPES[self.dtype])
+        events = [{"event": "pruned", "block": i, **_describe(group, mask)} for (i, group), mask in masks.items()]
+        result = {"method": self.method, **parameter_counts(model, pruned), "blocks": events}
+        return ModelOutcome(pruned, config, events, {"pruning": result})
 
-    def _without_hidden(
+    def _prune_hidden(
         self, task: ModelTask, model: PreTrainedModel, anatomy: Anatomy, raw: Mapping[str, Any]
     ) -> ModelOutcome:
         axes = residual_axes(model, raw)
         hidden = model.config.get_text_config().hidden_size
         check_sparsity(self.sparsity, [self.narrowing.channel_limits(hidden)])
-        # One of each that is tied.
+        # Tied parameters count once.
         names = [n for n, _ in model.named_parameters() if n in axes]
         if self.importance == "random":
             importance = torch.rand(hidden, generator=torch.Generator().manual_seed(task.seed))
         else:
-            found = self._gradients(task, model, anatomy, names)
+            grads = self._gradients(task, model, anatomy, names)
             vector = self.aggregation == "vector"
-            parts = [channel_importance(self._changes(model, name, found), axes[name], vector=vector) for name in names]
+            parts = [channel_importance(self._terms(model, name, grads), axes[name], vector=vector) for name in names]
             importance = pool(parts, self.pooling).cpu()
             check_finite(importance, "the gradients" if self.needs.gradients else "the weights")
         mask = choose_channels(importance, self.sparsity, self.narrowing.channel_step(hidden))
         config = hidden_size_keys(raw, int(mask.sum()))
-        made = rebuild_model({**raw, **config}, remove_channels(tensors_of(model), axes, mask), _DTYPES[self.dtype])
+        pruned = rebuild_model({**raw, **config}, remove_channels(tensors_of(model), axes, mask), _DTYPES[self.dtype])
         event = {"event": "pruned", "group": "hidden", "channels": int(mask.sum()), "of": hidden}
-        result = {"method": self.method, **parameter_counts(model, made), "blocks": [event]}
-        return ModelOutcome(made, {k: v for k, v in config.items() if raw.get(k) != v}, [event], {"pruning": result})
+        result = {"method": self.method, **parameter_counts(model, pruned), "blocks": [event]}
+        return ModelOutcome(pruned, {k: v for k, v in config.items() if raw.get(k) != v}, [event], {"pruning": result})
 
-    def _weigh(
-        self, task: ModelTask, model: PreTrainedModel, anatomy: Anatomy, targeted: TargetGroups
+    def _rate_units(
+        self, task: ModelTask, model: PreTrainedModel, anatomy: Anatomy, targets: TargetGroups
     ) -> tuple[TargetGroups, list[Tensor]]:
-        """The groups with their units matched, and the importance of these."""
+        """Compute the importance of the units of each group; units of experts are formed by it.
+
+        Returns:
+            The groups, and (units,) of each.
+        """
         random = torch.Generator().manual_seed(task.seed)
         if self.importance == "random":
-            # A unit is the more likely to stay the larger it is, so that neither kind goes first.
-            drawn = [torch.rand(g.units, generator=random) for _, g in targeted.flat]
-            sizes = unit_sizes(model, anatomy, targeted)
-            return targeted, [v * size for v, size in zip(drawn, sizes, strict=True)]
-        names = {f"{anatomy.block_name(i)}.{part.linear}.weight" for i, group in targeted.flat for part in group.slices}
-        found = self._gradients(task, model, anatomy, sorted(names))
+            # Proportional to the size of a unit, so that heads and channels are equally likely per parameter.
+            random_values = [torch.rand(g.units, generator=random) for _, g in targets.flat]
+            sizes = unit_sizes(model, anatomy, targets)
+            return targets, [v * size for v, size in zip(random_values, sizes, strict=True)]
+        names = {f"{anatomy.block_name(i)}.{s.linear}.weight" for i, group in targets.flat for s in group.slices}
+        grads = self._gradients(task, model, anatomy, sorted(names))
         blocks: dict[int, list[Group]] = {}
         importance = []
-        for i, group in targeted.flat:
-            own, values = self._of_group(model, anatomy.block_name(i), group, found)
-            blocks.setdefault(i, []).append(own)
+        for i, group in targets.flat:
+            matched, values = self._group_importance(model, anatomy.block_name(i), group, grads)
+            blocks.setdefault(i, []).append(matched)
             importance.append(values)
         check_finite(torch.cat(importance), "the gradients" if self.needs.gradients else "the weights")
         return TargetGroups(blocks), importance
 
     def _gradients(self, task: ModelTask, model: PreTrainedModel, anatomy: Anatomy, names: Sequence[str]) -> Gradients:
-        """Of the loss on the calibration text; none where weights alone are asked."""
+        """Compute gradients on the calibration text; none if importance depends on weights alone."""
         if not self.needs.gradients:
             return Gradients({}, {})
         assert task.windows is not None
@@ -204,36 +219,38 @@ class LlmPruner(ModelStage):
         )
 
     @torch.no_grad()
-    def _changes(self, model: PreTrainedModel, name: str, found: Gradients) -> Tensor:
-        """What the loss changes by without each of a parameter's weights; their squares where no gradient was asked."""
+    def _terms(self, model: PreTrainedModel, name: str, grads: Gradients) -> Tensor:
+        """Compute the Taylor term of each weight of a parameter; squares of the weights without gradients."""
         w = model.get_parameter(name).float()
-        if not found.mean:
+        if not grads.mean:
             return w.square()
-        if name not in found.mean:
+        if name not in grads.mean:
             raise ValueError(
                 f"no token of the calibration text was routed to {name.rsplit('.', 2)[0]}; use more samples, or "
                 "importance: weight"
             )
-        return taylor_terms(w, found.mean[name], found.square.get(name))
+        return taylor_terms(w, grads.mean[name], grads.square.get(name))
 
     @torch.no_grad()
-    def _of_group(self, model: PreTrainedModel, block: str, group: Group, found: Gradients) -> tuple[Group, Tensor]:
-        """The group with the best channels of every expert together, and the importance of its units."""
+    def _group_importance(
+        self, model: PreTrainedModel, block: str, group: Group, grads: Gradients
+    ) -> tuple[Group, Tensor]:
+        """Compute the importance of a group's units; for experts, after forming units of channels of equal rank."""
 
-        def of(part: Slice, channels: Tensor) -> Tensor:
-            changes = self._changes(model, f"{block}.{part.linear}.weight", found)
-            return unit_importance(changes, part.axis, channels, self.aggregation).cpu()
+        def importance(s: Slice, channels: Tensor) -> Tensor:
+            terms = self._terms(model, f"{block}.{s.linear}.weight", grads)
+            return unit_importance(terms, s.axis, channels, self.aggregation).cpu()
 
         if len(group.by_module) > 1:
-            singly = {
-                name: pool([of(part, part.channels.view(-1, 1)) for part in own], self.pooling)
-                for name, own in group.by_module.items()
+            by_channel = {
+                name: pool([importance(s, s.channels.view(-1, 1)) for s in slices], self.pooling)
+                for name, slices in group.by_module.items()
             }
-            group = match_channels(group, singly)
-        return group, pool([of(part, part.channels) for part in group.slices], self.pooling)
+            group = match_channels(group, by_channel)
+        return group, pool([importance(s, s.channels) for s in group.slices], self.pooling)
 
     def _config(self, raw: Mapping[str, Any], count: int, masks: Mapping[tuple[int, Group], Tensor]) -> dict[str, Any]:
-        """The keys of config.json that change."""
+        """Return the keys of config.json that change."""
         widths: list[dict[str, int]] = [{} for _ in range(count)]
         for (i, group), mask in masks.items():
             widths[i] |= group.widths(int(mask.sum()))
@@ -241,9 +258,9 @@ class LlmPruner(ModelStage):
             changed = add_widths(raw, widths) if masks else dict(raw)
             return {k: v for k, v in changed.items() if raw.get(k) != v}
         heads = any(group.kind == "attention" for _, group in masks)
-        # A head's width is told by the number of heads where it is not given.
+        # Without head_dim, transformers would compute the head width from the new number of heads.
         d: dict[str, Any] = {"head_dim": raw.get("head_dim") or _head_dim(raw)} if heads and _head_dim(raw) else {}
-        return {key: value for own in widths for key, value in own.items()} | d
+        return {key: value for block in widths for key, value in block.items()} | d
 
     def warnings(self, source: Source) -> Iterator[str]:
         if not self.uniform and not self.hidden and self.sparsity:
@@ -254,10 +271,14 @@ class LlmPruner(ModelStage):
 
 
 def _head_dim(raw: Mapping[str, Any]) -> int | None:
+    """Return the head width that transformers reads from a config.json, if it has one."""
     return getattr(make_config(raw), "head_dim", None)
 
 
-def _narrowed(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[tuple[int, Group], Tensor]) -> dict[str, Tensor]:
+def _remove_units(
+    model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[tuple[int, Group], Tensor]
+) -> dict[str, Tensor]:
+    """Remove the units outside the masks from all parameters of the model."""
     tensors = tensors_of(model)
     for (i, group), mask in masks.items():
         prefix = f"{anatomy.block_name(i)}."
@@ -266,7 +287,8 @@ def _narrowed(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[tuple[int
     return tensors
 
 
-def _told(group: Group, mask: Tensor) -> dict[str, Any]:
+def _describe(group: Group, mask: Tensor) -> dict[str, Any]:
+    """Describe what remains of a group, for the log."""
     kept = int(mask.sum())
     if group.kind == "mlp":
         experts = {"experts": len(group.by_module)} if len(group.by_module) > 1 else {}
