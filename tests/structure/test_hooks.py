@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import laconic
 from laconic.structure.hooks import (
     StopForward,
     capture_inputs,
@@ -72,3 +75,11 @@ def test_gradient_hooks_run_once_a_gradient_is_there(net: nn.Sequential) -> None
     net(X).sum().backward()
     assert len(gradients) == 1
     assert gradients[0] is not None
+
+
+def test_hooks_and_patched_forwards_are_set_in_one_module() -> None:
+    """A cache's hook, which stays as long as its model, is the only one set elsewhere."""
+    setting = re.compile(r"register_(full_)?(forward|backward)\w*hook|\.forward = |\[\"forward\"\] = ")
+    package = Path(laconic.__file__).parent
+    files = {f.relative_to(package) for f in package.rglob("*.py") if setting.search(f.read_text())}
+    assert {f for f in files if f.parts[0] != "kv"} == {Path("structure/hooks.py")}
