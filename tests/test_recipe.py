@@ -162,7 +162,7 @@ def test_a_wrong_set_is_named_with_its_fix(override: str, expected: str) -> None
         (b"gptq", " is not a recipe: it needs a list of 'stages'"),
         (b"stages: [\n", " is not valid YAML in line 2: "),
         (b"stages:\n\t- method: gptq", " is not valid YAML in line 2: "),
-        (b"\x89PNG\r\n\x1a\n\x00", " is not valid YAML: it is no text, but holds a character that no text has"),
+        (b"\x89PNG\r\n\x1a\n\x00", " is not valid YAML: it holds a character that YAML does not allow"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, content: bytes, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""What every file that a user writes is read into: frozen, of known keys only, each of its own kind."""
+"""The base class of everything that is read from a user's files: recipes, studies, mixes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
 class Config(BaseModel):
-    """A mapping of a recipe, a mix or a study. Raises: pydantic's ValidationError, for `true` or `false` in a number's
-    place too, which Python would take for 1 and 0."""
+    """A frozen mapping with known keys only.
+
+    Validation also rejects `true` and `false` in place of a number, which Python takes for 1 and 0.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    # Not a validator of fields: pydantic wants none on the key by which it tells methods apart.
+    # A validator of the model, because pydantic allows none on the discriminator field of a union.
     @model_validator(mode="wrap")
     @classmethod
-    def _truths_are_no_numbers(cls, data: Any, read: ModelWrapValidatorHandler[Self]) -> Self:
-        made = read(data)
-        given = data if isinstance(data, dict) else {}
-        taken = [k for k, v in given.items() if isinstance(v, bool) and type(getattr(made, k)) in (int, float)]
-        if taken:
+    def _reject_bool_for_number(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        config = validate(data)
+        values = data if isinstance(data, dict) else {}
+        wrong = [k for k, v in values.items() if isinstance(v, bool) and type(getattr(config, k)) in (int, float)]
+        if wrong:
             rule = PydanticCustomError("no_number", "Input should be a number")
-            errors = [InitErrorDetails(type=rule, loc=(k,), input=given[k]) for k in taken]
+            errors = [InitErrorDetails(type=rule, loc=(k,), input=values[k]) for k in wrong]
             raise ValidationError.from_exception_data(cls.__name__, errors)
-        return made
+        return config

@@ -1,4 +1,4 @@
-"""A recipe: model, calibration, ordered stages, output. Read, varied, validated; it holds no code."""
+"""Recipes: model, calibration, ordered stages, output. This module reads, changes and validates them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,27 @@ from laconic.config import Config
 from laconic.methods import METHODS
 from laconic.stages.stage import Stage
 
-# Where in a mapping something is.
-Loc = tuple[int | str, ...]
+# Path to a value in nested mappings and lists, as pydantic reports it.
+Location = tuple[int | str, ...]
 AnyStage: Any = Annotated[reduce(or_, METHODS), Field(discriminator="method")]
 
 
 class Calibration(Config):
-    """dataset: a Hub name, or a .txt, .jsonl or .parquet file. batch_size: samples run at once. max_memory_gb:
-    activations beyond this many 10^9 bytes go to a file (a quarter of free memory when not given).
-    moe_calibrate_all_experts: show experts every token, not only those that are routed to them. license, source,
-    domain: for the data card, which cannot always know them."""
+    """Calibration text of a recipe.
+
+    Attributes:
+        dataset: A .txt, .jsonl or .parquet file, or the name of a dataset on the Hub.
+        config: Configuration of the dataset on the Hub.
+        split: Split of the dataset on the Hub.
+        num_calibration_samples: Number of samples.
+        max_seq_length: Length of a sample in tokens.
+        batch_size: Samples per forward pass. None: as many as fill 2048 tokens on a CPU, 16384 on a GPU.
+        max_memory_gb: Activations beyond this many 10^9 bytes go to a file. None: a quarter of the free memory.
+        moe_calibrate_all_experts: Whether every expert sees all tokens, not only those that are routed to it.
+        license: Licence of the text, for the data card.
+        source: Origin of the text, for the data card.
+        domain: Kind of the text, for the data card.
+    """
 
     dataset: str
     config: str | None = None
@@ -44,7 +55,16 @@ class Calibration(Config):
 
 
 class Recipe(Config):
-    """model and output may be left to the command line. seed: of every random choice."""
+    """A recipe, validated.
+
+    Attributes:
+        model: Folder of the model or its name on the Hub; None if the command line names it.
+        calibration: Text to calibrate on; None if no stage needs any.
+        stages: Methods with their options, in the order in which they are applied.
+        output: Folder of the artifact; None if the command line names it.
+        seed: Seed of every random choice.
+        device: Device on which blocks are compressed.
+    """
 
     model: str | None = None
     calibration: Calibration | None = None
@@ -55,94 +75,123 @@ class Recipe(Config):
 
 
 def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[str] | None = None) -> Recipe:
-    """A recipe from a gallery name, a YAML file, or a mapping, with `key.path=value` overrides.
+    """Load and validate a recipe.
 
-    Raises: ValueError, one line that names the key and the fix.
+    Args:
+        source: Name of a gallery recipe, a YAML file, or the keys of a recipe.
+        overrides: Changes of keys, each `key.path=value` with the value in YAML.
+
+    Raises:
+        ValueError: The recipe is invalid; one line names the key and the fix.
     """
     if isinstance(source, Recipe):
         source = source.model_dump(mode="json")
     data = copy.deepcopy(source) if isinstance(source, dict) else read_recipe(source)
     for override in overrides or ():
-        set_by(data, override)
+        apply_override(data, override)
     try:
         return Recipe.model_validate(data)
     except ValidationError as e:
-        raise ValueError(explain(e)) from e
+        raise ValueError(explain_error(e)) from e
 
 
 def gallery() -> dict[str, Path]:
-    """The ready recipes, by name."""
+    """Return the files of the ready recipes, by name."""
     folder = Path(str(files("laconic"))) / "recipes"
     return {f.stem: f for f in sorted(folder.glob("*.yaml"))}
 
 
 def read_recipe(source: str | Path) -> dict[str, Any]:
-    """The keys of a gallery recipe or of a file, as they are written there. Raises: ValueError when there are none."""
+    """Read the keys of a gallery recipe or of a file, without validating them.
+
+    Raises:
+        ValueError: There is no such recipe, or the file is not a YAML mapping.
+    """
     source = str(source)
     path = Path(source).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ValueError(f"no recipe file '{source}'; check the path, or name one of: {', '.join(gallery())}")
     else:
-        ready = gallery()
-        if source not in ready:
-            near = get_close_matches(source, ready, 1)
-            hint = f"did you mean '{near[0]}'?" if near else f"the gallery has {', '.join(ready)}"
+        recipes = gallery()
+        if source not in recipes:
+            near = get_close_matches(source, recipes, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"the gallery has {', '.join(recipes)}"
             raise ValueError(f"no recipe '{source}'; {hint}")
-        path = ready[source]
-    data = parse(path.read_bytes(), f"{path} is not valid YAML")
+        path = recipes[source]
+    data = parse_yaml(path.read_bytes(), f"{path} is not valid YAML")
     if not isinstance(data, dict):
         raise ValueError(f"{path} is not a recipe: it needs a list of 'stages'")
     return data
 
 
-def parse(text: str | bytes, otherwise: str) -> Any:
-    """What a YAML text says. otherwise: what to say of it when it says nothing. Raises: ValueError."""
+def parse_yaml(text: str | bytes, message: str) -> Any:
+    """Parse a YAML text.
+
+    Args:
+        text: The text.
+        message: Beginning of the error message, if it cannot be parsed.
+
+    Raises:
+        ValueError: It cannot be parsed; the message has the reason.
+    """
     try:
         return yaml.safe_load(text)
     except yaml.MarkedYAMLError as e:
         where = f" in line {e.problem_mark.line + 1}" if e.problem_mark else ""
-        raise ValueError(f"{otherwise}{where}: {e.problem}") from e
+        raise ValueError(f"{message}{where}: {e.problem}") from e
     except RecursionError as e:
-        raise ValueError(f"{otherwise}: it is nested too deeply") from e
+        raise ValueError(f"{message}: it is nested too deeply") from e
     except yaml.reader.ReaderError as e:
-        raise ValueError(f"{otherwise}: it is no text, but holds a character that no text has") from e
+        raise ValueError(f"{message}: it holds a character that YAML does not allow") from e
     except ValueError as e:  # an impossible date, for instance
-        raise ValueError(f"{otherwise}: {e}") from e
-    except Exception as e:  # what the parser trips over when a value is not of the kind that its tag says
-        raise ValueError(f"{otherwise}: a tag does not fit its value") from e
+        raise ValueError(f"{message}: {e}") from e
+    except Exception as e:  # PyYAML's constructors raise anything for a value that does not fit its tag
+        raise ValueError(f"{message}: a tag does not fit its value") from e
 
 
-def set_by(data: dict[str, Any], override: str) -> None:
-    """Vary a key in place, as `key.path=value` says, the value in YAML. Raises: ValueError."""
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Change a key in place.
+
+    Args:
+        data: Keys of a recipe or of a study.
+        override: `key.path=value`, the value in YAML.
+
+    Raises:
+        ValueError: The override has another form, or the path leads through a plain value.
+    """
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ValueError(f"--set {override}: write it as key.path=value, for instance stages.0.group_size=32")
-    parsed = parse(value, f"--set {key}: '{_short(value)}' is not a YAML value")
+    parsed = parse_yaml(value, f"--set {key}: '{_short(value)}' is not a YAML value")
     try:
-        put(data, key, parsed)
+        set_path(data, key, parsed)
     except ValueError as e:
         raise ValueError(f"--set {e}") from e
 
 
-def put(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set the value at a dotted path in place. Raises: ValueError when the path goes through what holds no keys."""
+def set_path(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value at a dotted path in place.
+
+    Raises:
+        ValueError: The path leads through a plain value, or to a position that a list does not have.
+    """
     *path, last = key.split(".")
-    here: Any = data
+    container: Any = data
     for part in path:
-        if isinstance(here, list):
-            here = _item(here, part, key)
+        if isinstance(container, list):
+            container = _item(container, part, key)
         else:
-            if here.get(part) is None:
-                here[part] = {}
-            here = here[part]
-        if not isinstance(here, dict | list):
+            if container.get(part) is None:
+                container[part] = {}
+            container = container[part]
+        if not isinstance(container, dict | list):
             raise ValueError(f"{key}: '{part}' holds a plain value, not keys")
-    if isinstance(here, list):
-        _item(here, last, key)
-        here[int(last)] = value
+    if isinstance(container, list):
+        _item(container, last, key)
+        container[int(last)] = value
     else:
-        here[last] = value
+        container[last] = value
 
 
 def _item(items: list[Any], part: str, key: str) -> Any:
@@ -151,25 +200,32 @@ def _item(items: list[Any], part: str, key: str) -> Any:
     return items[int(part)]
 
 
-def explain(error: ValidationError, noun: str = "recipe", keys: Callable[[Loc], list[str]] | None = None) -> str:
-    """The first problem in one line, with a suggestion where a name was mistyped. noun: what was read. keys: those that
-    are known where a location leads; a recipe's own by default."""
-    # Where an item of a list is wrong, pydantic says of the list too that it is too short.
+def explain_error(
+    error: ValidationError, noun: str = "recipe", keys: Callable[[Location], list[str]] | None = None
+) -> str:
+    """Describe the first problem in one line, with a suggestion for a mistyped name.
+
+    Args:
+        error: The error.
+        noun: What was validated.
+        keys: Returns the valid keys at a location. None: those of a recipe.
+    """
+    # If an item of a list is invalid, pydantic also reports that the list is too short.
     problems = [p for p in error.errors(include_url=False) if not (p["type"] == "too_short" and p["input"])]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return _describe(problems[0], noun, keys or _keys) + more
+    return _describe(problems[0], noun, keys or _recipe_keys) + more
 
 
-def _describe(problem: ErrorDetails, noun: str, keys: Callable[[Loc], list[str]]) -> str:
-    # A stage's location has its method's tag in it, which the user did not write.
+def _describe(problem: ErrorDetails, noun: str, keys: Callable[[Location], list[str]]) -> str:
+    # pydantic puts the method of a stage into its location, which is not in the file.
     tags = sorted(m.model_fields["method"].default for m in METHODS)
     where = [str(p) for i, p in enumerate(problem["loc"]) if not (i == 2 and p in tags)]
-    path, given = ".".join(where), problem["input"]
+    path, value = ".".join(where), problem["input"]
     match problem["type"]:
         case "extra_forbidden":
             return f"unknown key '{path}'{_suggest(where[-1], keys(problem['loc']))}"
         case "union_tag_invalid":
-            method = given["method"]
+            method = value["method"]
             if not isinstance(method, str):
                 return f"{path}.method should be the name of a method, one of {', '.join(tags)}"
             return f"unknown method '{_short(method)}' in {path}{_suggest(method, tags)}"
@@ -188,35 +244,35 @@ def _describe(problem: ErrorDetails, noun: str, keys: Callable[[Loc], list[str]]
         case "invalid_key":
             return f"{path}: a key should be a word"
         case "string_type" if where[-1] == "[key]":
-            return f"{'.'.join(where[:-2])}: a key should be a word, not {_short(str(given))}"
+            return f"{'.'.join(where[:-2])}: a key should be a word, not {_short(str(value))}"
         case kind:
             rule = problem["msg"].replace("Input should", "should")
-            # What pydantic could make nothing of, it also says how.
+            # After the comma pydantic describes how it tried to parse the value.
             rule = rule.partition(",")[0] if kind.endswith(("_parsing", "_from_float")) else rule
-            plain = isinstance(given, str | int | float | None)
-            return f"{path} {rule}" + (f", not {_short(yaml.safe_dump(given).splitlines()[0])}" if plain else "")
+            plain = isinstance(value, str | int | float | None)
+            return f"{path} {rule}" + (f", not {_short(yaml.safe_dump(value).splitlines()[0])}" if plain else "")
 
 
-def _keys(loc: Loc) -> list[str]:
+def _recipe_keys(location: Location) -> list[str]:
     model: type[BaseModel] = Recipe
-    if loc[0] == "calibration" and len(loc) > 1:
+    if location[0] == "calibration" and len(location) > 1:
         model = Calibration
-    elif loc[0] == "stages" and len(loc) > 2:
-        model = next((m for m in METHODS if m.model_fields["method"].default == loc[2]), Stage)
-        for part in loc[3:-1]:
-            model = _inside(model, part) or model
+    elif location[0] == "stages" and len(location) > 2:
+        model = next((m for m in METHODS if m.model_fields["method"].default == location[2]), Stage)
+        for part in location[3:-1]:
+            model = _nested_model(model, part) or model
     return list(model.model_fields)
 
 
-def _inside(model: type[BaseModel], key: int | str) -> type[BaseModel] | None:
-    """The model of what a key of another holds, or of the items of the list there."""
+def _nested_model(model: type[BaseModel], key: int | str) -> type[BaseModel] | None:
+    """Return the pydantic model of the value of a key, or of the items of its list."""
     field = model.model_fields.get(str(key))
-    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+    types = (field.annotation, *get_args(field.annotation)) if field else ()
+    return next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
 
 
-def _suggest(given: str, known: list[str]) -> str:
-    near = get_close_matches(given, known, 1)
+def _suggest(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, 1)
     return f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
 
 

@@ -285,7 +285,7 @@ def test_nonsense_is_refused(method: str, options: dict[str, Any], told: str, mo
 
 
 def test_what_is_no_model_is_told(llama: Path) -> None:
-    with pytest.raises(ValueError, match="kv_cache wants an open model, as "):
+    with pytest.raises(ValueError, match="kv_cache needs a model in memory, such as "):
         laconic.kv_cache(llama, "kivi")  # type: ignore[arg-type]
 
 

@@ -81,13 +81,25 @@ def compress(
     steps: Path | None = None,
     report: Report = lambda _: None,
 ) -> Artifact:
-    """Compress a model and return the artifact.
+    """Compress a model by a recipe; continue an interrupted compression.
 
-    model: a folder or Hub name, in place of the recipe's. recipe: a gallery name, a YAML file, or a mapping. output: a
-    folder, in place of the recipe's. overrides: `key.path=value`. steps: a folder that recipes with the same first
-    steps share, and keep. trust: what the files of the model may do. report: called with an event a block and a linear.
+    Args:
+        model: Folder of the model or its name on the Hub, in place of the recipe's.
+        recipe: Name of a gallery recipe, a YAML file, or the keys of a recipe.
+        output: Folder of the artifact, in place of the recipe's.
+        overrides: Changes of the recipe, each `key.path=value`.
+        overwrite: Whether to replace an existing artifact, once the new one is complete.
+        trust: What the files of the model may do.
+        steps: Folder for the results of steps but the last; recipes with equal first steps share it. None: a folder
+            beside the output, deleted in the end.
+        report: Called with events: blocks, linears with their errors, training steps, notes.
 
-    Raises: ValueError for anything the caller can mend; nothing is written then.
+    Returns:
+        The artifact.
+
+    Raises:
+        ValueError: The recipe, the model or the output cannot be used, and nothing was written; or the weights or the
+            activations hold NaN or infinity.
     """
     prepared = prepare(
         model,

@@ -1,4 +1,4 @@
-"""A quantized cache for a plain model, by a method's name."""
+"""`laconic.kv_cache`: a quantized key-value cache for a model in memory, by the name of a method."""
 
 from __future__ import annotations
 
@@ -17,28 +17,48 @@ from laconic.stages.cache import CacheStage
 
 
 def kv_cache(model: PreTrainedModel, method: str = "kivi", **options: Any) -> KvCache:
-    """A new cache for one call of `model.generate(..., cache=...)` (`past_key_values=` before transformers 5.24).
+    """Create an empty quantized key-value cache.
 
-    method, options: as a stage of a recipe has them. Raises: ValueError for what a recipe would refuse, for a method
-    that needs calibration, and for a model that cannot have such a cache.
+    Args:
+        model: The model.
+        method: Name of a cache method that needs no calibration.
+        **options: Options of the method, as in a stage of a recipe.
+
+    Returns:
+        A cache for one call of `model.generate(..., cache=...)` (`past_key_values=` before transformers 5.24).
+
+    Raises:
+        ValueError: An option is invalid, the method needs calibration, or the model cannot have such a cache.
     """
     if not hasattr(model, "get_decoder"):
-        raise ValueError(f"kv_cache wants an open model, as laconic.load(...) gives it, not {type(model).__name__}")
+        raise ValueError(
+            f"kv_cache needs a model in memory, such as laconic.load(...) returns, not {type(model).__name__}"
+        )
     return make_cache(model, kv_scheme(model.config, {"method": method, **options}))
 
 
 def kv_scheme(config: Any, stage: Mapping[str, Any]) -> KvScheme:
-    """The scheme that a stage, given as a mapping, gives the cache of a model of this config. Raises: ValueError."""
+    """Return the scheme of a cache.
+
+    Args:
+        config: Config of the model.
+        stage: Keys of a cache stage, as in a recipe.
+
+    Raises:
+        ValueError: An option is invalid, or the method needs calibration.
+    """
     kinds: dict[str, Any] = {m.model_fields["method"].default: m for m in METHODS if issubclass(m, CacheStage)}
     kind: type[CacheStage] | None = kinds.get(str(stage.get("method")))
     if kind is None:
         raise ValueError(f"no cache method '{stage.get('method')}'; choose one of {', '.join(kinds)}")
     try:
-        made = kind.model_validate(dict(stage))
+        validated = kind.model_validate(dict(stage))
     except ValidationError as e:
         problem = e.errors(include_url=False)[0]
         where = ".".join(map(str, (stage["method"], *problem["loc"])))
         raise ValueError(f"{where}: {problem['msg']}") from e
-    if made.needs.calibration:
-        raise ValueError(f"{made.method} is calibrated; make an artifact by 'laconic compress', and open or eval that")
-    return made.scheme(kv_shape(config))
+    if validated.needs.calibration:
+        raise ValueError(
+            f"{validated.method} is calibrated; make an artifact by 'laconic compress', and open or eval that"
+        )
+    return validated.scheme(kv_shape(config))

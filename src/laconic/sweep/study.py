@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from laconic.config import Config
-from laconic.recipe import Loc, explain, parse, put, read_recipe, set_by
+from laconic.recipe import Location, apply_override, explain_error, parse_yaml, read_recipe, set_path
 
 Scalar = str | int | float | bool
 
@@ -209,15 +209,15 @@ def load_study(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
         path = Path(source).expanduser()
         if not path.is_file():
             raise ValueError(f"no study '{source}'; check the path")
-        data = parse(path.read_bytes(), f"{path} is not valid YAML")
+        data = parse_yaml(path.read_bytes(), f"{path} is not valid YAML")
         if not isinstance(data, dict):
             raise ValueError(f"{path} is not a study; write a 'base' and 'axes'")
     for override in overrides:
-        set_by(data, override)
+        apply_override(data, override)
     try:
         return Study.model_validate(data)
     except ValidationError as e:
-        raise ValueError(explain(e, "study", _keys)) from e
+        raise ValueError(explain_error(e, "study", _keys)) from e
 
 
 def points(study: Study) -> Iterator[Point]:
@@ -283,7 +283,7 @@ def _vary(
     for label, value in pick(axis.choices):
         recipe = copy.deepcopy(point.recipe)
         try:
-            put(recipe, axis.key, copy.deepcopy(value))
+            set_path(recipe, axis.key, copy.deepcopy(value))
         except ValueError as e:
             raise ValueError(f"axis {e}") from e
         yield from _vary(Point(point.values | {axis.key: label}, recipe), rest, pick)
@@ -306,7 +306,7 @@ def _label(value: Any) -> Any:
     return value if value is None or isinstance(value, Scalar) else json.dumps(value, default=str)
 
 
-def _keys(loc: Loc) -> list[str]:
+def _keys(loc: Location) -> list[str]:
     """Return the valid keys at a location of a validation error."""
     models: dict[Any, type[BaseModel]] = {
         "evaluations": Evaluation,
