@@ -7,7 +7,8 @@ The modules build on one another in this order:
     kmeans, fit                     ranges and levels from calibration
     rotary, positions               rotary embeddings; the positions of cached tokens
     packed                          what attention reads, and what the kernel supports
-    attention, attention_triton     attention over packed tokens: reference and kernel (splits_triton: its parts)
+    attention                       attention over packed tokens: the reference, and the choice of the kernel
+    attention_triton                the kernel: attend_packed_triton, with packed_block_triton and splits_triton
     lazy, layer, cache              the cache as transformers sees it
     shape, attention_interface      which models can have such a cache; their attention function
     attach, files                   caches for a model; a cache's files in an artifact

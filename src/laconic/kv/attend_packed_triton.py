@@ -25,7 +25,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from laconic.kv.planes_triton import load_ranges, load_words, number_at, numbers_of, unit_of
+from laconic.kv.packed_block_triton import (
+    add_channel,
+    add_values,
+    block_logits,
+    load_queries,
+    outlier_excess,
+    query_channel,
+    rotary_block_logits,
+)
+from laconic.kv.planes_triton import load_words, unit_of
 from laconic.kv.splits_triton import attend_dense, positive_or_one
 
 
@@ -93,303 +102,130 @@ def attend_split(  # type: ignore[no-untyped-def]
             out_rows, log_sums + row * splits + split, r < QUERIES, CHANNELS, DENSE_BLOCK, DENSE_SPLIT, ROWS,
         )  # fmt: skip
     else:
-        K_WORDS: tl.constexpr = K_SEGMENT // K_WORD_BYTES
-        V_WORDS: tl.constexpr = V_SEGMENT // V_WORD_BYTES
-        kx, vx = tl.arange(0, K_WORDS), tl.arange(0, V_WORDS)
-        k_codes += b * k_codes_b + h * k_codes_h
-        v_codes += b * v_codes_b + h * v_codes_h
-        k_range, v_range = b * k_scales_b + h * k_scales_h, b * v_scales_b + h * v_scales_h
         if K_OUTLIERS:
             k_index += b * k_index_b + h * k_index_h
             k_outliers += b * k_outliers_b + h * k_outliers_h
         if V_OUTLIERS:
             v_index += b * v_index_b + h * v_index_h
             v_outliers += b * v_outliers_b + h * v_outliers_h
-        queries, query_sums, top = _load_queries(
-            q_rows, r < QUERIES, kx, scaling, CHANNELS, K_SEGMENT, K_WORD_BYTES, ROWS
-        )
-
-        m = tl.full((ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        acc = ()
-        for _ in tl.static_range(CHANNELS // V_WORDS):
-            acc += (tl.zeros((V_WORDS, ROWS), tl.float32),)
-        # Of ranges of tokens, sums of offsets; one for each segment.
-        lifts = ()
-        for _ in tl.static_range(CHANNELS // V_SEGMENT):
-            lifts += (tl.zeros((ROWS,), tl.float32),)
-
-        first = packed_begin + (split - sink_splits - window_splits) * split_tokens
+        packed_first = packed_begin + (split - sink_splits - window_splits) * split_tokens
         # Every block has a visible token, so that a maximum of logits is finite.
-        last = tl.where(packed_visible < tokens, tl.minimum(first + split_tokens, tokens), 0)
-        for block in range(tl.maximum(first, packed_visible // BLOCK * BLOCK), last, BLOCK):
-            start = tl.multiple_of(block, BLOCK)
-            n = start + tl.arange(0, BLOCK)
-            here = n < tokens
-            k_words = load_words(k_codes, n, here, kx, (K_LOW + K_HIGH) * CHANNELS // 8, K_WORDS, K_WORD_BYTES)
-            v_words = load_words(v_codes, n, here, vx, (V_LOW + V_HIGH) * CHANNELS // 8, V_WORDS, V_WORD_BYTES)
+        last = tl.where(packed_visible < tokens, tl.minimum(packed_first + split_tokens, tokens), 0)
+        packed_first = tl.maximum(packed_first, packed_visible // BLOCK * BLOCK)
+        _attend_packed(
+            q_rows, out_rows, log_sums + row * splits + split, r < QUERIES,
+            k_codes + b * k_codes_b + h * k_codes_h, k_scales, k_offsets, k_levels, k_index, k_outliers,
+            b * k_scales_b + h * k_scales_h, k_scales_t, k_scales_c,
+            v_codes + b * v_codes_b + h * v_codes_h, v_scales, v_offsets, v_levels, v_index, v_outliers,
+            b * v_scales_b + h * v_scales_h, v_scales_t, v_scales_c,
+            cos, sin, b * angle_b, packed_first, last, tokens, packed_visible, scaling,
+            K_LOW, K_HIGH, K_SEGMENT, K_WORD_BYTES, K_TYPE, K_BY_TOKEN, K_GROUP, K_ZERO, K_OUTLIERS,
+            V_LOW, V_HIGH, V_SEGMENT, V_WORD_BYTES, V_TYPE, V_BY_TOKEN, V_GROUP, V_ZERO, V_OUTLIERS,
+            ROWS, CHANNELS, BLOCK, ASSEMBLER,
+        )  # fmt: skip
 
-            if cos is not None:
-                logits = _rotary_logits(
-                    k_words, queries, cos, sin, b * angle_b + n[:, None] * (CHANNELS // 2),
-                    k_levels, k_scales, k_offsets, k_range, n, here, start, kx, k_scales_t, k_scales_c,
-                    K_LOW, K_HIGH, CHANNELS, K_SEGMENT, K_WORD_BYTES, K_TYPE, K_BY_TOKEN, K_GROUP, K_ZERO, ASSEMBLER,
-                    BLOCK, ROWS,
-                )  # fmt: skip
-                logits *= top[None, :]
-            else:
-                logits = _logits(
-                    k_words, queries, query_sums, top,
-                    k_levels, k_scales, k_offsets, k_range, n, here, start, kx, k_scales_t, k_scales_c,
-                    K_LOW, K_HIGH, CHANNELS, K_SEGMENT, K_WORD_BYTES, K_TYPE, K_BY_TOKEN, K_GROUP, K_ZERO, ASSEMBLER,
-                    BLOCK, ROWS,
-                )  # fmt: skip
-            for j in tl.static_range(K_OUTLIERS):
-                # An outlier adds what it is more than the number of its code.
-                c = tl.load(k_index + n * K_OUTLIERS + j, here, 0).to(tl.int32)
-                excess = _outlier_excess(
-                    k_codes, k_outliers, c, j, k_levels, k_scales, k_offsets, k_range, n, here, start, k_scales_t,
-                    k_scales_c, K_LOW, K_HIGH, CHANNELS, K_TYPE, K_BY_TOKEN, K_GROUP, K_ZERO, K_OUTLIERS,
-                )  # fmt: skip
-                query = tl.load(q_rows[None, :] + c[:, None], (r < QUERIES)[None, :], 0.0).to(tl.float32) * scaling
-                if cos is not None:
-                    partner = (c + CHANNELS // 2) % CHANNELS
-                    other = tl.load(q_rows[None, :] + partner[:, None], (r < QUERIES)[None, :], 0.0).to(tl.float32)
-                    angle = b * angle_b + n * (CHANNELS // 2) + c % (CHANNELS // 2)
-                    query *= tl.load(cos + angle, here, 0.0).to(tl.float32)[:, None]
-                    sine = tl.load(sin + angle, here, 0.0).to(tl.float32)
-                    query += other * scaling * tl.where(c < CHANNELS // 2, sine, -sine)[:, None]
-                logits += excess[:, None] * query
-            logits = tl.where((here & (n >= packed_visible))[:, None], logits, float("-inf"))
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_packed(  # type: ignore[no-untyped-def]
+    # Queries and results of each row; rows that exist.
+    q_rows, out_rows, log_sum_rows, row_mask,
+    # Packed keys and values of the head; the index of its first range, strides of ranges by token and by channel.
+    k_codes, k_scales, k_offsets, k_levels, k_index, k_outliers, k_range, k_scales_t, k_scales_c,
+    v_codes, v_scales, v_offsets, v_levels, v_index, v_outliers, v_range, v_scales_t, v_scales_c,
+    # Rotary angles, and the index of the first of the sequence.
+    cos, sin, angle,
+    # Packed tokens of the split, from the first of a block on; of the sequence; the first visible one.
+    first, last, tokens, packed_visible, scaling,
+    K_LOW: tl.constexpr, K_HIGH: tl.constexpr, K_SEGMENT: tl.constexpr, K_WORD_BYTES: tl.constexpr,
+    K_TYPE: tl.constexpr, K_BY_TOKEN: tl.constexpr, K_GROUP: tl.constexpr, K_ZERO: tl.constexpr,
+    K_OUTLIERS: tl.constexpr,
+    V_LOW: tl.constexpr, V_HIGH: tl.constexpr, V_SEGMENT: tl.constexpr, V_WORD_BYTES: tl.constexpr,
+    V_TYPE: tl.constexpr, V_BY_TOKEN: tl.constexpr, V_GROUP: tl.constexpr, V_ZERO: tl.constexpr,
+    V_OUTLIERS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ASSEMBLER: tl.constexpr,
+):  # fmt: skip
+    """Compute attention over one split of packed tokens, block by block."""
+    K_WORDS: tl.constexpr = K_SEGMENT // K_WORD_BYTES
+    V_WORDS: tl.constexpr = V_SEGMENT // V_WORD_BYTES
+    kx, vx = tl.arange(0, K_WORDS), tl.arange(0, V_WORDS)
+    queries, query_sums, top = load_queries(q_rows, row_mask, kx, scaling, CHANNELS, K_SEGMENT, K_WORD_BYTES, ROWS)
+
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = ()
+    for _ in tl.static_range(CHANNELS // V_WORDS):
+        acc += (tl.zeros((V_WORDS, ROWS), tl.float32),)
+    # Of ranges of tokens, sums of offsets; one for each segment.
+    lifts = ()
+    for _ in tl.static_range(CHANNELS // V_SEGMENT):
+        lifts += (tl.zeros((ROWS,), tl.float32),)
+
+    for block in range(first, last, BLOCK):
+        start = tl.multiple_of(block, BLOCK)
+        n = start + tl.arange(0, BLOCK)
+        here = n < tokens
+        k_words = load_words(k_codes, n, here, kx, (K_LOW + K_HIGH) * CHANNELS // 8, K_WORDS, K_WORD_BYTES)
+        v_words = load_words(v_codes, n, here, vx, (V_LOW + V_HIGH) * CHANNELS // 8, V_WORDS, V_WORD_BYTES)
+
+        if cos is not None:
+            logits = rotary_block_logits(
+                k_words, queries, cos, sin, angle + n[:, None] * (CHANNELS // 2),
+                k_levels, k_scales, k_offsets, k_range, n, here, start, kx, k_scales_t, k_scales_c,
+                K_LOW, K_HIGH, CHANNELS, K_SEGMENT, K_WORD_BYTES, K_TYPE, K_BY_TOKEN, K_GROUP, K_ZERO, ASSEMBLER,
+                BLOCK, ROWS,
+            )  # fmt: skip
+            logits *= top[None, :]
+        else:
+            logits = block_logits(
+                k_words, queries, query_sums, top,
+                k_levels, k_scales, k_offsets, k_range, n, here, start, kx, k_scales_t, k_scales_c,
+                K_LOW, K_HIGH, CHANNELS, K_SEGMENT, K_WORD_BYTES, K_TYPE, K_BY_TOKEN, K_GROUP, K_ZERO, ASSEMBLER,
+                BLOCK, ROWS,
+            )  # fmt: skip
+        for j in tl.static_range(K_OUTLIERS):
+            c = tl.load(k_index + n * K_OUTLIERS + j, here, 0).to(tl.int32)
+            excess = outlier_excess(
+                k_codes, k_outliers, c, j, k_levels, k_scales, k_offsets, k_range, n, here, start, k_scales_t,
+                k_scales_c, K_LOW, K_HIGH, CHANNELS, K_TYPE, K_BY_TOKEN, K_GROUP, K_ZERO, K_OUTLIERS,
+            )  # fmt: skip
+            logits += excess[:, None] * query_channel(q_rows, row_mask, c, n, here, cos, sin, angle, scaling, CHANNELS)
+        logits = tl.where((here & (n >= packed_visible))[:, None], logits, float("-inf"))
+
+        if V_BY_TOKEN:
+            # The running maximum is that of probabilities times scales, so these are at most 1, however large a
+            # scale or small another: none overflows float16, and only what is negligible underflows.
+            widest = tl.zeros((BLOCK,), tl.float32)
+            for s in tl.static_range(CHANNELS // V_SEGMENT):
+                at = v_range + n * v_scales_t + s * V_SEGMENT // V_GROUP
+                widest = tl.maximum(widest, tl.load(v_scales + at, here, 1.0).to(tl.float32))
+            peak = tl.max(logits + tl.log2(widest)[:, None], 0)
+        else:
+            peak = tl.max(logits, 0)
+        peak = tl.maximum(m, peak)
+        rescale = tl.exp2(m - peak)
+        m = peak
+        p = tl.exp2(logits - m[None, :])
+        p_sum = tl.sum(p, 0)
+        total = total * rescale + p_sum
+        acc, lifts = add_values(
+            v_words, acc, lifts, p, p_sum, rescale,
+            v_levels, v_scales, v_offsets, v_range, n, here, start, vx, v_scales_t, v_scales_c,
+            V_LOW, V_HIGH, CHANNELS, V_SEGMENT, V_WORD_BYTES, V_TYPE, V_BY_TOKEN, V_GROUP, V_ZERO, ASSEMBLER, ROWS,
+        )  # fmt: skip
+        for j in tl.static_range(V_OUTLIERS):
+            c = tl.load(v_index + n * V_OUTLIERS + j, here, 0).to(tl.int32)
+            excess = outlier_excess(
+                v_codes, v_outliers, c, j, v_levels, v_scales, v_offsets, v_range, n, here, start, v_scales_t,
+                v_scales_c, V_LOW, V_HIGH, CHANNELS, V_TYPE, V_BY_TOKEN, V_GROUP, V_ZERO, V_OUTLIERS,
+            )  # fmt: skip
             if V_BY_TOKEN:
-                # The running maximum is that of probabilities times scales, so these are at most 1, however large a
-                # scale or small another: none overflows float16, and only what is negligible underflows.
-                widest = tl.zeros((BLOCK,), tl.float32)
-                for s in tl.static_range(CHANNELS // V_SEGMENT):
-                    at = v_range + n * v_scales_t + s * V_SEGMENT // V_GROUP
-                    widest = tl.maximum(widest, tl.load(v_scales + at, here, 1.0).to(tl.float32))
-                peak = tl.max(logits + tl.log2(widest)[:, None], 0)
-            else:
-                peak = tl.max(logits, 0)
-            peak = tl.maximum(m, peak)
-            rescale = tl.exp2(m - peak)
-            m = peak
-            p = tl.exp2(logits - m[None, :])
-            p_sum = tl.sum(p, 0)
-            total = total * rescale + p_sum
-            acc, lifts = _add_values(
-                v_words, acc, lifts, p, p_sum, rescale,
-                v_levels, v_scales, v_offsets, v_range, n, here, start, vx, v_scales_t, v_scales_c,
-                V_LOW, V_HIGH, CHANNELS, V_SEGMENT, V_WORD_BYTES, V_TYPE, V_BY_TOKEN, V_GROUP, V_ZERO, ASSEMBLER, ROWS,
-            )  # fmt: skip
-            for j in tl.static_range(V_OUTLIERS):
-                c = tl.load(v_index + n * V_OUTLIERS + j, here, 0).to(tl.int32)
-                excess = _outlier_excess(
-                    v_codes, v_outliers, c, j, v_levels, v_scales, v_offsets, v_range, n, here, start, v_scales_t,
-                    v_scales_c, V_LOW, V_HIGH, CHANNELS, V_TYPE, V_BY_TOKEN, V_GROUP, V_ZERO, V_OUTLIERS,
-                )  # fmt: skip
-                if V_BY_TOKEN:
-                    excess *= 1 / unit_of(V_TYPE)
-                weighted = p * excess[:, None]
-                next_acc = ()
-                for i in tl.static_range(CHANNELS // V_WORDS):
-                    channel = (i // V_WORD_BYTES) * V_SEGMENT + vx * V_WORD_BYTES + i % V_WORD_BYTES
-                    one_hot = (channel[:, None] == c[None, :]).to(tl.float32)
-                    next_acc += (tl.dot(one_hot, weighted, acc[i], input_precision="tf32"),)
-                acc = next_acc
+                excess *= 1 / unit_of(V_TYPE)
+            acc = add_channel(acc, p * excess[:, None], c, vx, CHANNELS, V_SEGMENT, V_WORD_BYTES)
 
-        for i in tl.static_range(CHANNELS // V_WORDS):
-            channel = (i // V_WORD_BYTES) * V_SEGMENT + vx * V_WORD_BYTES + i % V_WORD_BYTES
-            x = acc[i]
-            if V_BY_TOKEN:
-                x = x * unit_of(V_TYPE) + lifts[i // V_WORD_BYTES][None, :]
-            tl.store(out_rows[None, :] + channel[:, None], x / positive_or_one(total)[None, :], (r < QUERIES)[None, :])
-        tl.store(log_sums + row * splits + split, m + tl.log2(total), r < QUERIES)
-
-
-# Arguments of the parts below: the words of the block; levels, scales and offsets, with the index `at` of the head's
-# first range; the tokens n of the block, which of them exist, the first of them; words x; strides of ranges.
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _load_queries(  # type: ignore[no-untyped-def]
-    q_rows, mask, x, scaling,
-    CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, WORD_BYTES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Load scaled queries as tiles (words, rows) of size at most 1; return tiles, sums of segments, and their factor.
-
-    Thus no scale of a key lifts a query above float16's range.
-    """
-    WORDS: tl.constexpr = SEGMENT // WORD_BYTES
-    top = tl.zeros((ROWS,), tl.float32)
-    loaded = ()
-    for i in tl.static_range(CHANNELS // WORDS):
-        c = (i // WORD_BYTES) * SEGMENT + x * WORD_BYTES + i % WORD_BYTES
-        tile = tl.load(q_rows[None, :] + c[:, None], mask[None, :], 0.0).to(tl.float32) * scaling
-        top = tl.maximum(top, tl.max(tl.abs(tile), 0))
-        loaded += (tile,)
-    top = tl.where(top > 0, top, 1.0)
-    tiles = ()
-    for i in tl.static_range(CHANNELS // WORDS):
-        tiles += (loaded[i] / top[None, :],)
-    sums = ()
-    for s in tl.static_range(CHANNELS // SEGMENT):
-        segment_sum = tl.zeros((ROWS,), tl.float32)
-        for j in tl.static_range(WORD_BYTES):
-            segment_sum += tl.sum(tiles[s * WORD_BYTES + j], 0)
-        sums += (segment_sum,)
-    return tiles, sums, top
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _logits(  # type: ignore[no-untyped-def]
-    words, queries, query_sums, top, levels, scales, offsets, at, n, here, start, x, t_stride, c_stride,
-    LOW: tl.constexpr, HIGH: tl.constexpr, CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, WORD_BYTES: tl.constexpr,
-    TYPE: tl.constexpr, BY_TOKEN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASSEMBLER: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Compute the logits of a block, (tokens, rows), without outliers."""
-    PLANES: tl.constexpr = 2 if HIGH and TYPE == "int" else 1
-    WORDS: tl.constexpr = SEGMENT // WORD_BYTES
-    logits = tl.zeros((BLOCK, ROWS), tl.float32)
-    if BY_TOKEN:
-        for s in tl.static_range(CHANNELS // SEGMENT):
-            scale, offset = load_ranges(scales, offsets, at + n * t_stride + s * SEGMENT // GROUP, here, ZERO)
-            product = tl.zeros((BLOCK, ROWS), tl.float32)
-            for j in tl.static_range(WORD_BYTES):
-                query = queries[s * WORD_BYTES + j].to(tl.float16)
-                for plane in tl.static_range(PLANES):
-                    codes = numbers_of(
-                        words, s, j, levels, LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE, ASSEMBLER, plane
-                    )
-                    product = tl.dot(codes, query, product)
-            logits += product * (scale * unit_of(TYPE))[:, None] + offset[:, None] * query_sums[s][None, :]
-        logits *= top[None, :]
-    else:
-        lift = tl.zeros((WORDS, ROWS), tl.float32)
-        for i in tl.static_range(CHANNELS // WORDS):
-            c = (i // WORD_BYTES) * SEGMENT + x * WORD_BYTES + i % WORD_BYTES
-            group = (start // GROUP if GROUP else 0) * t_stride
-            scale, offset = load_ranges(scales, offsets, at + group + c * c_stride, x < WORDS, ZERO)
-            lift += queries[i] * offset[:, None]
-            query = (queries[i] * scale[:, None]).to(tl.float16)
-            for plane in tl.static_range(PLANES):
-                codes = numbers_of(
-                    words, i // WORD_BYTES, i % WORD_BYTES, levels, LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE,
-                    ASSEMBLER, plane,
-                )  # fmt: skip
-                logits = tl.dot(codes, query, logits)
-        logits = logits * (top * unit_of(TYPE))[None, :] + (tl.sum(lift, 0) * top)[None, :]
-    return logits
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _rotary_logits(  # type: ignore[no-untyped-def]
-    words, queries, cos, sin, angle_rows, levels, scales, offsets, at, n, here, start, x, t_stride, c_stride,
-    LOW: tl.constexpr, HIGH: tl.constexpr, CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, WORD_BYTES: tl.constexpr,
-    TYPE: tl.constexpr, BY_TOKEN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASSEMBLER: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Compute the logits of a block, (tokens, rows), without outliers and the factor of queries.
-
-    Keys are stored before their rotary embedding: each is rotated by its own angle before it meets its query, so it is
-    decoded here.
-    """
-    WORDS: tl.constexpr = SEGMENT // WORD_BYTES
-    logits = tl.zeros((BLOCK, ROWS), tl.float32)
-    for s in tl.static_range(CHANNELS // SEGMENT // 2):
-        for j in tl.static_range(WORD_BYTES):
-            c = s * SEGMENT + x * WORD_BYTES + j
-            low = _keys(
-                words, s, j, levels, scales, offsets, at, n, here, start, x, t_stride, c_stride,
-                LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE, BY_TOKEN, GROUP, ZERO, ASSEMBLER,
-            )  # fmt: skip
-            high = _keys(
-                words, s + CHANNELS // SEGMENT // 2, j, levels, scales, offsets, at, n, here, start, x, t_stride,
-                c_stride, LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE, BY_TOKEN, GROUP, ZERO, ASSEMBLER,
-            )  # fmt: skip
-            cosine = tl.load(cos + angle_rows + c[None, :], here[:, None], 0.0).to(tl.float32)
-            sine = tl.load(sin + angle_rows + c[None, :], here[:, None], 0.0).to(tl.float32)
-            first_half = (low * cosine - high * sine).to(tl.float16)
-            second_half = (high * cosine + low * sine).to(tl.float16)
-            logits = tl.dot(first_half, queries[s * WORD_BYTES + j].to(tl.float16), logits)
-            logits = tl.dot(second_half, queries[s * WORD_BYTES + j + CHANNELS // WORDS // 2].to(tl.float16), logits)
-    return logits
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _keys(  # type: ignore[no-untyped-def]
-    words, S: tl.constexpr, J: tl.constexpr, levels, scales, offsets, at, n, here, start, x, t_stride, c_stride,
-    LOW: tl.constexpr, HIGH: tl.constexpr, CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, WORD_BYTES: tl.constexpr,
-    TYPE: tl.constexpr, BY_TOKEN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASSEMBLER: tl.constexpr,
-):  # fmt: skip
-    """Decode byte J of the words of segment S: keys (tokens, words) float32."""
-    codes = numbers_of(words, S, J, levels, LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE, ASSEMBLER, 0)
-    if HIGH and TYPE == "int":
-        codes += numbers_of(words, S, J, levels, LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE, ASSEMBLER, 1)
-    if BY_TOKEN:
-        scale, offset = load_ranges(scales, offsets, at + n * t_stride + S * SEGMENT // GROUP, here, ZERO)
-        return codes.to(tl.float32) * (scale * unit_of(TYPE))[:, None] + offset[:, None]
-    at += (start // GROUP if GROUP else 0) * t_stride
-    c = S * SEGMENT + x * WORD_BYTES + J
-    scale, offset = load_ranges(scales, offsets, at + c * c_stride, x < SEGMENT // WORD_BYTES, ZERO)
-    return codes.to(tl.float32) * (scale * unit_of(TYPE))[None, :] + offset[None, :]
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _outlier_excess(  # type: ignore[no-untyped-def]
-    codes, outliers, c, J: tl.constexpr, levels, scales, offsets, at, n, here, start, t_stride, c_stride,
-    LOW: tl.constexpr, HIGH: tl.constexpr, CHANNELS: tl.constexpr, TYPE: tl.constexpr, BY_TOKEN: tl.constexpr,
-    GROUP: tl.constexpr, ZERO: tl.constexpr, OUTLIERS: tl.constexpr,
-):  # fmt: skip
-    """Compute by how much outlier J of each token, in channel c, exceeds the number of its code: (tokens,) float32."""
-    if BY_TOKEN:
-        at = at + n * t_stride + c // GROUP
-    else:
-        at = at + (start // GROUP if GROUP else 0) * t_stride + c * c_stride
-    scale, offset = load_ranges(scales, offsets, at, here, ZERO)
-    excess = tl.load(outliers + n * OUTLIERS + J, here, 0.0).to(tl.float32)
-    excess -= number_at(codes, n, here, c, levels, LOW, HIGH, CHANNELS, TYPE) * scale + offset
-    return excess
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _add_values(  # type: ignore[no-untyped-def]
-    words, acc, lifts, p, p_sum, rescale, levels, scales, offsets, at, n, here, start, x, t_stride, c_stride,
-    LOW: tl.constexpr, HIGH: tl.constexpr, CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, WORD_BYTES: tl.constexpr,
-    TYPE: tl.constexpr, BY_TOKEN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASSEMBLER: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """Rescale the sums so far, and add the values of a block, weighted by p (tokens, rows).
-
-    With ranges of tokens, scales are in the weights, and offsets are summed in `lifts`; with ranges of channels both go
-    into the sums.
-    """
-    PLANES: tl.constexpr = 2 if HIGH and TYPE == "int" else 1
-    WORDS: tl.constexpr = SEGMENT // WORD_BYTES
-    next_acc = ()
-    next_lifts = ()
-    for s in tl.static_range(CHANNELS // SEGMENT):
-        weights = p
-        if BY_TOKEN:
-            scale, offset = load_ranges(scales, offsets, at + n * t_stride + s * SEGMENT // GROUP, here, ZERO)
-            weights = p * scale[:, None]
-            next_lifts += (lifts[s] * rescale + tl.sum(p * offset[:, None], 0),)
-        weights = weights.to(tl.float16)
-        for j in tl.static_range(WORD_BYTES):
-            rescaled = acc[s * WORD_BYTES + j] * rescale[None, :]
-            product = rescaled if BY_TOKEN else tl.zeros((WORDS, ROWS), tl.float32)
-            for plane in tl.static_range(PLANES):
-                codes = numbers_of(
-                    words, s, j, levels, LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE, ASSEMBLER, plane
-                )
-                product = tl.dot(tl.trans(codes), weights, product)
-            if BY_TOKEN:
-                next_acc += (product,)
-            else:
-                group = (start // GROUP if GROUP else 0) * t_stride
-                c = s * SEGMENT + x * WORD_BYTES + j
-                scale, offset = load_ranges(scales, offsets, at + group + c * c_stride, x < WORDS, ZERO)
-                next_acc += (rescaled + product * (scale * unit_of(TYPE))[:, None] + offset[:, None] * p_sum[None, :],)
-    return next_acc, next_lifts if BY_TOKEN else lifts
+    for i in tl.static_range(CHANNELS // V_WORDS):
+        channel = (i // V_WORD_BYTES) * V_SEGMENT + vx * V_WORD_BYTES + i % V_WORD_BYTES
+        x = acc[i]
+        if V_BY_TOKEN:
+            x = x * unit_of(V_TYPE) + lifts[i // V_WORD_BYTES][None, :]
+        tl.store(out_rows[None, :] + channel[:, None], x / positive_or_one(total)[None, :], row_mask[None, :])
+    tl.store(log_sum_rows, m + tl.log2(total), row_mask)

@@ -10,6 +10,7 @@ groups of numbers that share a range, C channels of a head, X bytes or words.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -62,42 +63,29 @@ def kv_attention_triton(
     """
     B, Q, N, C = q_BQNC.shape
     q = q_BQNC.contiguous()
-    keys, values, angles = history.keys, history.values, history.angles
+    keys, values, angles, launch = history.keys, history.values, history.angles, launch or _DEFAULT_LAUNCH
     key_window, value_window = (_dense_rows(x) for x in history.window)
     empty = key_window[:, :, :0], value_window[:, :, :0]
     key_sinks, value_sinks = empty if history.sinks is None else (_dense_rows(x) for x in history.sinks)
-    H, tokens, window_tokens = key_window.shape[1], keys.tokens, key_window.shape[2]
-    rows = Q // H * N
-    launch = launch or _DEFAULT_LAUNCH
-    block = _block_tokens(launch.block_tokens, keys.fmt, values.fmt)
-    # Where all rows begin together, blocks that consist of sinks are left out.
-    sink_tokens = min(key_sinks.shape[2], tokens)
-    sink_blocks = sink_tokens // block if history.first_B is None else 0
-
-    blocks = triton.cdiv(tokens, block) - sink_blocks if tokens > sink_tokens else 0
-    splits = splits or triton.cdiv(launch.programs * _multiprocessors(q.device), B * H)
-    blocks_per_split = triton.cdiv(blocks, max(1, min(splits, blocks)))
-    packed_splits = triton.cdiv(blocks, blocks_per_split) if blocks else 0
-    sink_splits, window_splits = triton.cdiv(sink_tokens, _DENSE_SPLIT), triton.cdiv(window_tokens, _DENSE_SPLIT)
-    all_splits = sink_splits + window_splits + packed_splits
-
-    sums = torch.empty(B, Q, N, all_splits, C, device=q.device)
-    log_sums = torch.empty(B, Q, N, all_splits, device=q.device)
+    dense = key_window, value_window, key_sinks, value_sinks
+    H, rows = key_window.shape[1], Q // key_window.shape[1] * N
+    plan = _plan_splits(history, launch, splits or triton.cdiv(launch.programs * _multiprocessors(q.device), B * H))
+    sums = torch.empty(B, Q, N, plan.splits, C, device=q.device)
+    log_sums = torch.empty(B, Q, N, plan.splits, device=q.device)
     out = torch.empty_like(q)
     # Channels that a rotary embedding rotates against each other lie in different segments.
     k = _KernelSide(keys, B, H, C, C // 2 if angles else C)
     v = _KernelSide(values, B, H, C, C)
     cos, sin = (None, None) if angles is None else (a.contiguous() for a in angles)
-    dense = key_window, value_window, key_sinks, value_sinks
     with torch.cuda.device_of(q):
-        attend_split[(all_splits, B * H)](
+        attend_split[(plan.splits, B * H)](
             q, *k.tensors, *v.tensors, *dense, sums, log_sums, history.first_B, cos, sin,
             0 if cos is None or len(cos) == 1 else cos.stride(0),
-            H, tokens, window_tokens, sink_tokens, sink_splits, window_splits,
-            sink_blocks * block, blocks_per_split * block, (C**-0.5 if scaling is None else scaling) * _LOG2_E,
+            H, keys.tokens, key_window.shape[2], plan.sink_tokens, plan.sink_splits, plan.window_splits,
+            plan.packed_begin, plan.split_tokens, (C**-0.5 if scaling is None else scaling) * _LOG2_E,
             *k.strides, *v.strides, *(stride for x in dense for stride in x.stride()[:3]),
             *k.constants, *v.constants,
-            NEW=N, QUERIES=rows, ROWS=max(8, triton.next_power_of_2(rows)), CHANNELS=C, BLOCK=block,
+            NEW=N, QUERIES=rows, ROWS=max(8, triton.next_power_of_2(rows)), CHANNELS=C, BLOCK=plan.block,
             DENSE_SPLIT=_DENSE_SPLIT, DENSE_BLOCK=_DENSE_BLOCK,
             # The interpreter has no assembler.
             ASSEMBLER=q.is_cuda,
@@ -105,9 +93,55 @@ def kv_attention_triton(
         )  # fmt: skip
         tile = min(C, _COMBINED_CHANNELS)
         combine_splits[(B * Q * N, C // tile)](
-            sums, log_sums, out, all_splits, CHANNELS=C, TILE=tile, SPLITS=32, num_warps=2
+            sums, log_sums, out, plan.splits, CHANNELS=C, TILE=tile, SPLITS=32, num_warps=2
         )
     return out
+
+
+@dataclass(frozen=True)
+class _SplitPlan:
+    """How the tokens of a history are split into programs: splits of sinks, of the window and of packed tokens.
+
+    Attributes:
+        splits: All splits.
+        sink_splits: Splits of sinks.
+        window_splits: Splits of the recent window.
+        sink_tokens: Sinks that replace packed tokens.
+        packed_begin: First packed token that is read.
+        split_tokens: Packed tokens of a split.
+        block: Packed tokens of a block.
+    """
+
+    splits: int
+    sink_splits: int
+    window_splits: int
+    sink_tokens: int
+    packed_begin: int
+    split_tokens: int
+    block: int
+
+
+def _plan_splits(history: PackedHistory, launch: LaunchConfig, splits: int) -> _SplitPlan:
+    """Split a history, its packed tokens into so many splits of whole blocks at most."""
+    tokens = history.keys.tokens
+    block = _block_tokens(launch.block_tokens, history.keys.fmt, history.values.fmt)
+    sink_tokens = 0 if history.sinks is None else min(history.sinks[0].shape[2], tokens)
+    # Where all rows begin together, blocks that consist of sinks are left out.
+    sink_blocks = sink_tokens // block if history.first_B is None else 0
+    blocks = triton.cdiv(tokens, block) - sink_blocks if tokens > sink_tokens else 0
+    blocks_per_split = triton.cdiv(blocks, max(1, min(splits, blocks)))
+    packed_splits = triton.cdiv(blocks, blocks_per_split) if blocks else 0
+    sink_splits = triton.cdiv(sink_tokens, _DENSE_SPLIT)
+    window_splits = triton.cdiv(history.window[0].shape[2], _DENSE_SPLIT)
+    return _SplitPlan(
+        splits=sink_splits + window_splits + packed_splits,
+        sink_splits=sink_splits,
+        window_splits=window_splits,
+        sink_tokens=sink_tokens,
+        packed_begin=sink_blocks * block,
+        split_tokens=blocks_per_split * block,
+        block=block,
+    )
 
 
 class _KernelSide:

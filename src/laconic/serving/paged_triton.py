@@ -225,6 +225,80 @@ def _load_queries(  # type: ignore[no-untyped-def]
     return tiles, sums, top
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _scores(  # type: ignore[no-untyped-def]
+    queries, query_sums, top, low, high, x, slots, page, slot, stored, first_page, first_slot, row_stride,
+    LOW: tl.constexpr, HIGH: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, BY_TOKEN: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, FIELD: tl.constexpr, SLOT: tl.constexpr, TAIL_WIDTH: tl.constexpr,
+    SHARED_AT: tl.constexpr, SHARED: tl.constexpr, UNIT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Compute the scores of a block, (rows, tokens)."""
+    BLOCK_SHARES: tl.constexpr = not BY_TOKEN and GROUP % BLOCK == 0
+    scores = tl.zeros((ROWS, BLOCK), tl.float32)
+    for j in tl.static_range(CHANNELS // FIELD):
+        if BLOCK_SHARES:
+            scale, offset = _channel_ranges(
+                first_page, first_slot, j * FIELD + x, row_stride, SCALE, OFFSET, GROUP, ZERO,
+                SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS,
+            )  # fmt: skip
+            codes = _unpack(low, high, j, CHANNELS, LOW, HIGH, FIELD, HALF)
+            scores = tl.dot((queries[j] * scale[None, :]).to(HALF), tl.trans(codes), scores)
+            scores += tl.sum(queries[j] * offset[None, :], 1)[:, None]
+        elif BY_TOKEN and GROUP % FIELD == 0:
+            scale, offset = _token_ranges(slots, stored, j * FIELD // GROUP, SCALE, OFFSET, ZERO)
+            codes = _unpack(low, high, j, CHANNELS, LOW, HIGH, FIELD, HALF)
+            product = tl.dot(queries[j].to(HALF), tl.trans(codes))
+            scores += product * scale[None, :] + query_sums[j][:, None] * offset[None, :]
+        else:
+            keys = _decode(
+                _unpack(low, high, j, CHANNELS, LOW, HIGH, FIELD, tl.float32),
+                slots, page, slot, stored, j * FIELD + x,
+                row_stride, SCALE, OFFSET, BY_TOKEN, GROUP, ZERO,
+                SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS,
+            )  # fmt: skip
+            scores = tl.dot(queries[j], tl.trans(keys), scores, input_precision="tf32")
+    scores *= top[:, None]
+    return scores
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_values(  # type: ignore[no-untyped-def]
+    acc, p, p_sum, rescale, low, high, x, slots, page, slot, stored, first_page, first_slot, row_stride,
+    LOW: tl.constexpr, HIGH: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, BY_TOKEN: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, FIELD: tl.constexpr, SLOT: tl.constexpr, TAIL_WIDTH: tl.constexpr,
+    SHARED_AT: tl.constexpr, SHARED: tl.constexpr, UNIT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    HALF: tl.constexpr, BRAIN: tl.constexpr,
+):  # fmt: skip
+    """Rescale the sums so far, and add the values of a block, weighted by p (rows, tokens)."""
+    BLOCK_SHARES: tl.constexpr = not BY_TOKEN and GROUP % BLOCK == 0
+    next_acc = ()
+    for j in tl.static_range(CHANNELS // FIELD):
+        rescaled = acc[j] * rescale[:, None]
+        if BLOCK_SHARES:
+            scale, offset = _channel_ranges(
+                first_page, first_slot, j * FIELD + x, row_stride, SCALE, OFFSET, GROUP, ZERO,
+                SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS,
+            )  # fmt: skip
+            product = tl.dot(p.to(HALF), _unpack(low, high, j, CHANNELS, LOW, HIGH, FIELD, HALF))
+            next_acc += (rescaled + product * scale[None, :] + p_sum[:, None] * offset[None, :],)
+        elif BY_TOKEN and GROUP % FIELD == 0:
+            scale, offset = _token_ranges(slots, stored, j * FIELD // GROUP, SCALE, OFFSET, ZERO)
+            rescaled += tl.sum(p * offset[None, :], 1)[:, None]
+            # Scales may be of any size, so probabilities times scales need bfloat16's range.
+            codes = _unpack(low, high, j, CHANNELS, LOW, HIGH, FIELD, BRAIN)
+            next_acc += (tl.dot((p * scale[None, :]).to(BRAIN), codes, rescaled),)
+        else:
+            values = _decode(
+                _unpack(low, high, j, CHANNELS, LOW, HIGH, FIELD, tl.float32),
+                slots, page, slot, stored, j * FIELD + x,
+                row_stride, SCALE, OFFSET, BY_TOKEN, GROUP, ZERO,
+                SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS,
+            )  # fmt: skip
+            next_acc += (tl.dot(p, values, rescaled, input_precision="tf32"),)
+    return next_acc
+
+
 @triton.jit(do_not_specialize=["rows", "new", "runs", "run"])  # type: ignore[untyped-decorator]
 def _attend_pages(  # type: ignore[no-untyped-def]
     # Queries (B, H, rows, channels), pages, numbers of pages (B, P), lengths (B,); results of each run.
@@ -264,9 +338,6 @@ def _attend_pages(  # type: ignore[no-untyped-def]
     acc = ()
     for _ in tl.static_range(CHANNELS // V_FIELD):
         acc += (tl.zeros((ROWS, V_FIELD), tl.float32),)
-    # Whether the tokens of a block share the ranges of channels.
-    K_BLOCK: tl.constexpr = not K_BY_TOKEN and K_GROUP % BLOCK == 0
-    V_BLOCK: tl.constexpr = not V_BY_TOKEN and V_GROUP % BLOCK == 0
 
     first = split * run
     for start in range(first, tl.minimum(first + run, stop), BLOCK):
@@ -288,37 +359,16 @@ def _attend_pages(  # type: ignore[no-untyped-def]
             slots[:, None] + V_CODES + CHANNELS * V_LOW // 8, stored[:, None], vx, CHANNELS, V_HIGH, V_FIELD
         )
 
-        # Scores of the block.
-        scores = tl.zeros((ROWS, BLOCK), tl.float32)
-        for j in tl.static_range(CHANNELS // K_FIELD):
-            if K_BLOCK:
-                scale, offset = _channel_ranges(
-                    first_page, first_slot, j * K_FIELD + kx, row_stride, K_SCALE, K_OFFSET, K_GROUP, K_ZERO,
-                    SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS,
-                )  # fmt: skip
-                codes = _unpack(k_low, k_high, j, CHANNELS, K_LOW, K_HIGH, K_FIELD, HALF)
-                scores = tl.dot((queries[j] * scale[None, :]).to(HALF), tl.trans(codes), scores)
-                scores += tl.sum(queries[j] * offset[None, :], 1)[:, None]
-            elif K_BY_TOKEN and K_GROUP % K_FIELD == 0:
-                scale, offset = _token_ranges(slots, stored, j * K_FIELD // K_GROUP, K_SCALE, K_OFFSET, K_ZERO)
-                codes = _unpack(k_low, k_high, j, CHANNELS, K_LOW, K_HIGH, K_FIELD, HALF)
-                product = tl.dot(queries[j].to(HALF), tl.trans(codes))
-                scores += product * scale[None, :] + query_sums[j][:, None] * offset[None, :]
-            else:
-                keys = _decode(
-                    _unpack(k_low, k_high, j, CHANNELS, K_LOW, K_HIGH, K_FIELD, tl.float32),
-                    slots, page, slot, stored, j * K_FIELD + kx,
-                    row_stride, K_SCALE, K_OFFSET, K_BY_TOKEN, K_GROUP, K_ZERO,
-                    SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS,
-                )  # fmt: skip
-                scores = tl.dot(queries[j], tl.trans(keys), scores, input_precision="tf32")
-        scores *= top[:, None]
+        scores = _scores(
+            queries, query_sums, top, k_low, k_high, kx, slots, page, slot, stored, first_page, first_slot, row_stride,
+            K_LOW, K_HIGH, K_SCALE, K_OFFSET, K_BY_TOKEN, K_GROUP, K_ZERO, K_FIELD,
+            SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS, BLOCK, ROWS, HALF,
+        )  # fmt: skip
         visible = (n[None, :] >= SINKS) & (n[None, :] < unit_start[:, None])
         if WINDOW:
             visible &= position[:, None] - n[None, :] < WINDOW
         scores = tl.where(visible, scores, float("-inf"))
 
-        # Softmax so far.
         peak = tl.maximum(m, tl.max(scores, 1))
         finite_peak = tl.where(peak == float("-inf"), 0.0, peak)
         rescale = tl.exp(m - finite_peak)
@@ -327,32 +377,11 @@ def _attend_pages(  # type: ignore[no-untyped-def]
         p_sum = tl.sum(p, 1)
         total = total * rescale + p_sum
 
-        # Sum of values so far.
-        next_acc = ()
-        for j in tl.static_range(CHANNELS // V_FIELD):
-            rescaled = acc[j] * rescale[:, None]
-            if V_BLOCK:
-                scale, offset = _channel_ranges(
-                    first_page, first_slot, j * V_FIELD + vx, row_stride, V_SCALE, V_OFFSET, V_GROUP, V_ZERO,
-                    SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS,
-                )  # fmt: skip
-                product = tl.dot(p.to(HALF), _unpack(v_low, v_high, j, CHANNELS, V_LOW, V_HIGH, V_FIELD, HALF))
-                next_acc += (rescaled + product * scale[None, :] + p_sum[:, None] * offset[None, :],)
-            elif V_BY_TOKEN and V_GROUP % V_FIELD == 0:
-                scale, offset = _token_ranges(slots, stored, j * V_FIELD // V_GROUP, V_SCALE, V_OFFSET, V_ZERO)
-                rescaled += tl.sum(p * offset[None, :], 1)[:, None]
-                # Scales may be of any size, so probabilities times scales need bfloat16's range.
-                codes = _unpack(v_low, v_high, j, CHANNELS, V_LOW, V_HIGH, V_FIELD, BRAIN)
-                next_acc += (tl.dot((p * scale[None, :]).to(BRAIN), codes, rescaled),)
-            else:
-                values = _decode(
-                    _unpack(v_low, v_high, j, CHANNELS, V_LOW, V_HIGH, V_FIELD, tl.float32),
-                    slots, page, slot, stored, j * V_FIELD + vx,
-                    row_stride, V_SCALE, V_OFFSET, V_BY_TOKEN, V_GROUP, V_ZERO,
-                    SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS,
-                )  # fmt: skip
-                next_acc += (tl.dot(p, values, rescaled, input_precision="tf32"),)
-        acc = next_acc
+        acc = _add_values(
+            acc, p, p_sum, rescale, v_low, v_high, vx, slots, page, slot, stored, first_page, first_slot, row_stride,
+            V_LOW, V_HIGH, V_SCALE, V_OFFSET, V_BY_TOKEN, V_GROUP, V_ZERO, V_FIELD,
+            SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS, BLOCK, HALF, BRAIN,
+        )  # fmt: skip
     out = row * runs + split
     for j in tl.static_range(CHANNELS // V_FIELD):
         x = acc[j] / tl.where(total > 0, total, 1.0)[:, None]

@@ -30,6 +30,8 @@ from laconic.stages.stage import Needs, Scope, Stage
 _CHOICES = (2, 3, 4, 8)
 _PLAIN = KvFormat(16)
 _SIDES = ("keys", "values")
+# Rotations among the tensors of a calibration, as the workspaces of interrupted runs have them.
+_ROTATION = "turn"
 
 Calibration = Mapping[str, Tensor]
 """What `CacheStage.calibrate` returns for one layer."""
@@ -155,7 +157,7 @@ class CacheStage(Stage):
         for side, plain in zip(_SIDES, self.formats(shape), strict=True):
             rotation = self._rotation(capture, side, plain)
             if self.rotation == "attention" and rotation is not None:
-                calibration[f"turn.{side}"] = rotation
+                calibration[f"{_ROTATION}.{side}"] = rotation
             formats = [replace(plain, num_bits=bits) for bits in self._choices(plain)]
             static = self._static(capture, side, formats, rotation)
             for fmt, params in zip(formats, static, strict=True):
@@ -188,7 +190,7 @@ class CacheStage(Stage):
         static: dict[str, Tensor] = {}
         if self.rotation == "attention":
             for i, calibration in enumerate(calibrations):
-                static |= {f"{i}.{ROTATIONS}.{side}": calibration[f"turn.{side}"].clone() for side in _SIDES}
+                static |= {f"{i}.{ROTATIONS}.{side}": calibration[f"{_ROTATION}.{side}"].clone() for side in _SIDES}
         for i, layer in enumerate(layers):
             for g, group in enumerate(layer):
                 for side, fmt in zip(_SIDES, (group.keys, group.values), strict=True):
