@@ -18,6 +18,7 @@ from laconic.structure.hooks import (
     forward_hooks,
     forward_pre_hooks,
     gradient_hooks,
+    install_forward_pre_hook,
     patched_forwards,
 )
 
@@ -78,8 +79,19 @@ def test_gradient_hooks_run_once_a_gradient_is_there(net: nn.Sequential) -> None
 
 
 def test_hooks_and_patched_forwards_are_set_in_one_module() -> None:
-    """A cache's hook, which stays as long as its model, is the only one set elsewhere."""
     setting = re.compile(r"register_(full_)?(forward|backward)\w*hook|\.forward = |\[\"forward\"\] = ")
     package = Path(laconic.__file__).parent
     files = {f.relative_to(package) for f in package.rglob("*.py") if setting.search(f.read_text())}
-    assert {f for f in files if f.parts[0] != "kv"} == {Path("structure/hooks.py")}
+    assert files == {Path("structure/hooks.py")}
+
+
+def test_an_installed_hook_stays_and_is_installed_once(net: nn.Sequential) -> None:
+    calls: list[dict[str, object]] = []
+
+    def hook(_: nn.Module, args: object, kwargs: dict[str, object]) -> None:
+        calls.append(kwargs)
+
+    for _ in range(2):
+        install_forward_pre_hook(net, hook, with_kwargs=True)
+    net(X)
+    assert calls == [{}]

@@ -19,6 +19,7 @@ from laconic.kv.positions import TokenPositions
 from laconic.kv.rotary import rotary_of
 from laconic.kv.scheme import KvScheme
 from laconic.kv.shape import kv_shape
+from laconic.structure.hooks import install_forward_pre_hook
 
 _PREPARE = "_prepare_cache_for_generation"
 """Method of transformers' models in which `generate` makes its cache."""
@@ -41,7 +42,7 @@ def make_cache(model: PreTrainedModel, scheme: KvScheme, static: StaticByLayer |
         raise ValueError(f"a cache of '{scheme.method}' is calibrated; make it by 'laconic compress' and open that")
     if scheme.fingerprint and scheme.fingerprint != fingerprint(_embeddings(model)):
         raise ValueError("this cache was calibrated on another model; calibrate it on this one, by 'laconic compress'")
-    _install_position_hook(model)
+    install_forward_pre_hook(model.get_decoder(), _begin_pass, with_kwargs=True)
     positions = TokenPositions(rotary_of(model) if scheme.pre_rope else None)
     return KvCache(scheme, positions=positions, static=static, windows=shape.windows, lazy=read_packed(model))
 
@@ -112,15 +113,8 @@ def _embeddings(model: PreTrainedModel) -> Tensor:
     return weight  # type: ignore[no-any-return]
 
 
-def _install_position_hook(model: PreTrainedModel) -> None:
-    """Give quantized caches the positions and the padding of each forward pass; once for each model."""
-    decoder: nn.Module = model.get_decoder()
-    if not getattr(decoder, "laconic_gives_positions", False):
-        decoder.register_forward_pre_hook(_begin_pass, with_kwargs=True)
-        vars(decoder)["laconic_gives_positions"] = True
-
-
 def _begin_pass(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Give the cache of a forward pass, if it is quantized, the positions and the padding of the new tokens."""
     caches = (kwargs.get("cache"), kwargs.get("past_key_values"))
     cache = next((c for c in caches if isinstance(c, KvCache)), None)
     if cache is not None:

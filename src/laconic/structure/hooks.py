@@ -1,8 +1,8 @@
 """Hooks and patched forwards of modules, as context managers: whatever happens inside, the modules are restored.
 
-Every hook and every patched `forward` of the package is set here. A hook is called as torch calls it: a forward hook as
-`hook(module, args, output)`, a forward pre-hook as `hook(module, args)`, both with `kwargs` after `args` where
-`with_kwargs` is set.
+Every hook and every patched `forward` of the package is set here; only `install_forward_pre_hook` sets one that stays.
+A hook is called as torch calls it: a forward hook as `hook(module, args, output)`, a forward pre-hook as `hook(module,
+args)`, both with `kwargs` after `args` where `with_kwargs` is set.
 """
 
 from __future__ import annotations
@@ -52,6 +52,18 @@ def forward_pre_hooks(hooks: Iterable[tuple[nn.Module, Hook]], *, with_kwargs: b
     """
     with _removed_at_exit(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs) for module, hook in hooks):
         yield
+
+
+def install_forward_pre_hook(module: nn.Module, hook: Hook, *, with_kwargs: bool = False) -> None:
+    """Call a hook before every forward pass of a module from now on; a hook is installed only once.
+
+    Args:
+        module: Module that keeps the hook for as long as it exists.
+        hook: The hook.
+        with_kwargs: Whether the hook gets the keyword arguments of the forward pass too.
+    """
+    if hook not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
 
 
 @contextmanager
