@@ -203,7 +203,7 @@ def test_what_transformers_cannot_open_is_said_beforehand(
     blocks = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64} if "FP8" in str(stages) else {}
     folder = make_model(tmp_path / "model", arch, **blocks)
     prepared = prepare(str(folder), recipe(*stages, text=text), tmp_path / "a")
-    said = closed_to_transformers(prepared.plan, prepared.model)
+    said = closed_to_transformers(prepared.walk.plan, prepared.walk.model)
     assert said is not None
     assert said.startswith(reason)
     artifact = press(folder, tmp_path / "a", *stages, text=text)
@@ -236,7 +236,7 @@ OPEN = {
 def test_what_transformers_opens(arch: str, stages: list, text: Path, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", arch)
     prepared = prepare(str(folder), recipe(*stages, text=text), tmp_path / "a")
-    assert closed_to_transformers(prepared.plan, prepared.model) is None
+    assert closed_to_transformers(prepared.walk.plan, prepared.walk.model) is None
     artifact = press(folder, tmp_path / "a", *stages, text=text)
     theirs, ours = original(artifact.path), laconic.load(artifact.path)
     if stages[0].get("scheme") in ("FP8_DYNAMIC", "MXFP4"):

@@ -65,7 +65,7 @@ def test_a_mistake_of_ours_is_1_with_a_traceback(
     def fail(*_: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(sys.modules["laconic.pipeline.walking"], "walk", fail)
+    monkeypatch.setattr(sys.modules["laconic.pipeline.walk_step"], "stream", fail)
     ran = laconic("compress", recipe)
     assert (ran.code, ran.out) == (1, "")
     assert "Traceback" in ran.err
@@ -78,7 +78,7 @@ def test_an_interruption_is_130_and_says_how_to_go_on(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["laconic.pipeline.walking"], "walk", interrupt)
+    monkeypatch.setattr(sys.modules["laconic.pipeline.walk_step"], "stream", interrupt)
     ran = laconic("compress", recipe)
     assert (ran.code, ran.out) == (130, "")
     assert ran.err == "interrupted; run the same command again to resume\n"

@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from laconic.artifact.artifact import Artifact
 from laconic.checkpoint.trust import UNTRUSTED, Trust
-from laconic.pipeline.compression import Composed, run
-from laconic.pipeline.walking import Prepared
+from laconic.pipeline.compression import run
+from laconic.pipeline.pipeline import Pipeline
 from laconic.runtime.reading import load
 from laconic.structure.anatomy import find_blocks
 from laconic.structure.hooks import patched_forwards
@@ -24,7 +24,7 @@ Report = Callable[[Mapping[str, Any]], None]
 
 
 def profile_compress(
-    prepared: Prepared | Composed,
+    pipeline: Pipeline,
     trace: Path,
     *,
     blocks: int = 2,
@@ -35,7 +35,7 @@ def profile_compress(
     """Compress a model, and trace its first blocks.
 
     Args:
-        prepared: The prepared compression.
+        pipeline: The prepared compression.
         trace: File of the trace.
         blocks: Number of blocks to trace; the rest runs without the profiler.
         nvtx: Whether to name ranges for Nsight instead of writing a trace.
@@ -52,7 +52,7 @@ def profile_compress(
                 stop()
             report(event)
 
-        return run(prepared, overwrite=overwrite, report=stop_after_blocks)
+        return run(pipeline, overwrite=overwrite, report=stop_after_blocks)
 
 
 @torch.inference_mode()

@@ -1,9 +1,9 @@
-"""What engines are told of an artifact, and what transformers does not open."""
+"""The quantization of an artifact as engines are told it, and artifacts that transformers does not open."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -18,44 +18,50 @@ from laconic.walk.plan import Plan
 
 
 def quantization_config(
-    plan: Plan, model: PreTrainedModel, checkpoint: Checkpoint
+    schemes: Mapping[str, Scheme], linears: Sequence[str], model: PreTrainedModel, checkpoint: Checkpoint
 ) -> Callable[[Mapping[str, Scheme]], dict[str, Any]]:
-    """What to write of which linear of a skeleton, under all names by which engines may know it.
+    """Prepare the quantization_config of an artifact, under all names by which engines may know its linears.
 
-    checkpoint: the source's, arranged. Returns: a function of the schemes as they came out, to be called after the
-    walk, when the skeleton is no longer what it was.
+    Args:
+        schemes: as planned, by full name.
+        linears: full names of all linears, routers included.
+        model: a skeleton.
+        checkpoint: the source's, arranged.
+
+    Returns:
+        A function of the schemes as they were written, which may be called when the skeleton has changed.
     """
-    names = engine_names(checkpoint, model, [*plan.linears, *sorted(plan.anatomy.routers)])
-    inside = [n for n in plan.linears if enclosing_experts(model, n)]
+    names = engine_names(checkpoint, model, linears)
+    inside = [n for n in linears if enclosing_experts(model, n)]
     leaves = {str(enclosing_experts(model, n)).rpartition(".")[2] for n in inside}
-    unusual = len(set(plan.schemes.values())) == 1 and _packed_unusually(plan, model)
+    unusual = len(set(schemes.values())) == 1 and _packs_unusual_linears(schemes, model)
 
-    def tell(written: Mapping[str, Scheme]) -> dict[str, Any]:
-        schemes = {n: s for name, s in written.items() for n in dict.fromkeys((name, names[name]))}
-        linears = dict.fromkeys(n for pair in names.items() for n in pair)
+    def describe(written: Mapping[str, Scheme]) -> dict[str, Any]:
+        by_name = {n: s for name, s in written.items() for n in dict.fromkeys((name, names[name]))}
+        known = dict.fromkeys(n for pair in names.items() for n in pair)
         kinds = {written.get(n) for n in inside}
         if len(kinds) == len(leaves) == 1:
-            # One pattern says it of thousands; and by it transformers knows whose scheme that of experts is.
+            # One pattern stands for thousands of experts; transformers finds their scheme by it.
             pattern = rf"re:.*\.{next(iter(leaves))}\.\d+\..*"
             if (scheme := kinds.pop()) is None:
-                linears = dict.fromkeys([*(n for n in linears if not re.match(pattern[3:], n)), pattern])
+                known = dict.fromkeys([*(n for n in known if not re.match(pattern[3:], n)), pattern])
             else:
-                schemes[pattern] = scheme
-        config = to_config(schemes, linears)
-        # transformers opens these only when it decodes them while loading, which it does by one scheme only.
+                by_name[pattern] = scheme
+        config = to_config(by_name, known)
+        # transformers opens these only when it decodes them while loading, which it does for one scheme only.
         return config | ({"dequantize": True} if unusual else {})
 
-    return tell
+    return describe
 
 
-def _packed_unusually(plan: Plan, model: PreTrainedModel) -> bool:
-    """Whether there are packed weights for linears of a kind of the model's own (Falcon's)."""
-    packed = [n for n, s in plan.schemes.items() if s.storage == "pack-quantized" and not s.simulated]
+def _packs_unusual_linears(schemes: Mapping[str, Scheme], model: PreTrainedModel) -> bool:
+    """Return whether weights are packed of linears of a class of the model's own (Falcon's)."""
+    packed = [n for n, s in schemes.items() if s.storage == "pack-quantized" and not s.simulated]
     return any(type(model.get_submodule(n)) is not nn.Linear for n in packed)
 
 
 def _decodes_experts(scheme: Scheme) -> bool:
-    """Whether transformers decodes experts of a scheme while it loads them."""
+    """Return whether transformers decodes experts of a scheme while it loads them."""
     if scheme.storage == "pack-quantized":
         return scheme.weights.symmetric
     if scheme.storage == "mxfp4-pack-quantized":
@@ -64,18 +70,24 @@ def _decodes_experts(scheme: Scheme) -> bool:
 
 
 def closed_to_transformers(plan: Plan, model: PreTrainedModel) -> str | None:
-    """What will come out of a skeleton that transformers does not open; None when it opens it. vLLM and
-    `laconic.load` do."""
+    """Return the part of an artifact for which transformers does not open it; None where it does.
+
+    vLLM and `laconic.load` open it.
+
+    Args:
+        plan: of the walk.
+        model: a skeleton.
+    """
     quantized = plan.schemes
     if any(isinstance(model.get_submodule(n), TransposedLinear) for n in quantized):
-        return "quantized Conv1D linears (it makes up their weights, or stops)"
+        return "quantized Conv1D linears (it initializes their weights at random, or stops)"
     schemes = set(quantized.values())
     experts = {(s := quantized.get(n)) and s.plain for n in plan.linears if enclosing_experts(model, n)}
     if any(s.native and s.outlier_columns is not None for s in schemes):
         # It opens those by way of laconic, where `weight` of an expert is no tensor of its own.
         unread = [s.name for s in experts if s and s.storage in ("int-quantized", "float-quantized")]
         return f"experts in {unread[0]}" if unread else None
-    if len(schemes) > 1 and _packed_unusually(plan, model):
+    if len(schemes) > 1 and _packs_unusual_linears(plan.schemes, model):
         return "packed weights of more than one scheme in this model"
     if len(experts) > 1:
         return "experts of more than one scheme"

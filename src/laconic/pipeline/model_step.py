@@ -1,4 +1,4 @@
-"""One model stage of a recipe: hand it the model as earlier steps left it, write what it makes."""
+"""One stage that needs the whole model: give it the checkpoint of the step before, write the model that it leaves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,98 +17,154 @@ from laconic.artifact.workspace import Workspace, partial_folder, scratch_folder
 from laconic.checkpoint.files import DTYPES, Checkpoint, open_checkpoint, read_json
 from laconic.checkpoint.layout import arrange, to_file_layout
 from laconic.checkpoint.source import build_skeleton, main_dtype, read_config
-from laconic.checkpoint.trust import UNTRUSTED, Trust
+from laconic.checkpoint.trust import Trust
+from laconic.formats.schemes import Scheme
+from laconic.pipeline.calibration import device_of
+from laconic.pipeline.engines import quantization_config
 from laconic.pipeline.provenance import account
-from laconic.pipeline.walking import device_of
-from laconic.recipe import Recipe
-from laconic.stages.model import ModelStage, ModelTask
-from laconic.structure.anatomy import find_blocks
-from laconic.train.ranks import is_main
+from laconic.runtime.linear import QLinear
+from laconic.stages.model import ModelOutcome, ModelStage, ModelTask
+from laconic.structure.anatomy import dissect, find_blocks, linears_of
 from laconic.walk.span import span
+
+if TYPE_CHECKING:
+    from laconic.pipeline.pipeline import Pipeline, Step
+
+Report = Callable[[Mapping[str, Any]], None]
 
 
 def run_model_step(
-    stage: ModelStage,
-    first: int,
-    recipe: Recipe,
-    folder: Path,
-    original: Path,
-    windows: Tensor | None,
-    output: Path,
-    identity: Mapping[str, Any],
-    *,
+    pipeline: Pipeline,
+    step: Step,
     before: Path | None,
+    *,
     overwrite: bool,
-    report: Callable[[Mapping[str, Any]], None],
-    trust: Trust = UNTRUSTED,
-    describe: Callable[[Path], None] = lambda _: None,
-) -> Artifact:
-    """Let `stage`, number `first` of the recipe, apply the model in `folder`, and write it to `output`; only help with
-    the former where this is not the first process of a launch. before: the artifact of the step before, if there is
-    one. describe: writes the cards into the folder. The rest is as in `ModelTask`.
+    report: Report,
+    describe: Callable[[Path], None],
+) -> None:
+    """Apply a stage to the whole model and write what it leaves.
+
+    Args:
+        pipeline: the recipe's.
+        step: that of the stage.
+        before: the folder that the step before has written; None for the original model.
+        overwrite: whether what another recipe has begun may be removed.
+        report: called with events of progress.
+        describe: writes the cards into the folder.
+
+    Raises:
+        ValueError: if the stage cannot treat the model.
     """
     begun = time.monotonic()
-    torch.manual_seed(recipe.seed)
-    device = device_of(recipe)
-
-    def work_in(artifact: Path, scratch: Path) -> ModelTask:
-        seen = windows if stage.needs.calibration else None
-        return ModelTask(folder, original, seen, device, recipe.seed, scratch, artifact, report, trust)
-
-    if not is_main():
-        stage.apply(work_in(partial_folder(output), scratch_folder(partial_folder(output))))
-        return Artifact(output)
-    with Workspace(output, identity, 0, overwrite=overwrite) as workspace:
+    stage, folder = _stage(step), before or pipeline.source.folder
+    torch.manual_seed(pipeline.recipe.seed)
+    with Workspace(step.output, step.identity, 0, overwrite=overwrite) as workspace:
+        task = _task(pipeline, stage, folder, workspace.folder, workspace.scratch, report)
         try:
-            with span(stage.method):
-                made = stage.apply(work_in(workspace.folder, workspace.scratch))
+            with span(stage.method), torch.set_grad_enabled(stage.needs.gradients):
+                outcome = stage.apply(task)
         except ValueError as e:
-            raise ValueError(f"stages.{first} ({stage.method}): {e}") from e
-        if made.model is None:
+            raise ValueError(f"stages.{step.first} ({stage.method}): {e}") from e
+        config = {**read_json(folder / "config.json"), **outcome.config}
+        if outcome.model is None:
             workspace.copy_weights(folder)
         else:
-            _write_model(workspace, made.model, _layout(folder, trust))
-        workspace.write_log([dict(e) for e in made.events])
+            schemes = _write_model(workspace, outcome.model, pipeline, folder)
+            config |= schemes
+        workspace.write_log([dict(e) for e in outcome.events])
+        _save_results(workspace.folder, outcome)
         artifact = Artifact(workspace.folder)
-        for name, result in made.results.items():
-            artifact.save_result(name, result)
-        artifact.save_result("compress", account(begun, device, recipe.seed, earlier=before, simulated=False))
-        config = {**read_json(folder / "config.json"), **made.config}
-        told = {k: v for k, v in config.items() if v is not None or k not in made.config}
-        return Artifact(workspace.finish(told, folder, carried=before, describe=describe))
+        artifact.save_result(
+            "compress", account(begun, task.device, pipeline.recipe.seed, earlier=before, simulated=False)
+        )
+        remaining = {k: v for k, v in config.items() if v is not None or k not in outcome.config}
+        workspace.finish(remaining, folder, carried=before, describe=describe)
 
 
-def _layout(folder: Path, trust: Trust) -> Checkpoint:
-    """The checkpoint that says how files name and lay out what the model holds."""
-    _, config = read_config(folder, trust=trust)
-    checkpoint = open_checkpoint(folder)
-    return arrange(checkpoint, build_skeleton(config, main_dtype(checkpoint), trust=trust))
+def help_model_step(pipeline: Pipeline, step: Step, before: Path | None, report: Report) -> None:
+    """Take part in a stage that trains, in a process that is not the first of its launch. Nothing is written."""
+    stage, partial = _stage(step), partial_folder(step.output)
+    torch.manual_seed(pipeline.recipe.seed)
+    folder = before or pipeline.source.folder
+    with torch.set_grad_enabled(stage.needs.gradients):
+        stage.apply(_task(pipeline, stage, folder, partial, scratch_folder(partial), report))
+
+
+def _stage(step: Step) -> ModelStage:
+    (stage,) = step.stages
+    assert isinstance(stage, ModelStage)
+    return stage
+
+
+def _task(
+    pipeline: Pipeline, stage: ModelStage, folder: Path, artifact: Path, scratch: Path, report: Report
+) -> ModelTask:
+    recipe = pipeline.recipe
+    windows = pipeline.windows if stage.needs.calibration else None
+    device, original = device_of(recipe), pipeline.source.folder
+    return ModelTask(folder, original, windows, device, recipe.seed, scratch, artifact, report, pipeline.trust)
+
+
+def _save_results(folder: Path, outcome: ModelOutcome) -> None:
+    for name, result in outcome.results.items():
+        Artifact(folder).save_result(name, result)
 
 
 @torch.no_grad()
-def _write_model(workspace: Workspace, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """A shard a block, and one for the rest, in the dtypes of the source."""
+def _write_model(workspace: Workspace, model: PreTrainedModel, pipeline: Pipeline, folder: Path) -> dict[str, Any]:
+    """Write a model, a shard a block and one for the rest, in the dtypes of the source. Codes are written as they are.
+
+    Args:
+        workspace: to write to.
+        model: the model.
+        pipeline: names the original, whose files are laid out as an unquantized model's.
+        folder: the checkpoint that the model was made from.
+
+    Returns:
+        Keys of config.json that describe the quantization.
+    """
+    quantized = {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}
+    skeleton, checkpoint = _layout(pipeline.source.folder if quantized else folder, pipeline.trust)
     dtype, blocks = main_dtype(checkpoint), find_blocks(model)
-    there = model.state_dict().keys()
-    # Of experts only those that are left make a stack.
-    left = {n: s for n, s in checkpoint.tensors.items() if n in there or s.index is None}
-    checkpoint = replace(checkpoint, tensors=left)
+    present = model.state_dict().keys()
+    # Only the remaining experts make a stack.
+    remaining = {n: s for n, s in checkpoint.tensors.items() if n in present or s.index is None}
+    checkpoint = replace(checkpoint, tensors=remaining)
     count = len(list(model.get_submodule(blocks).children()))
     workspace.shards = count + 1
     shards: list[dict[str, Tensor]] = [{} for _ in range(count + 1)]
     for name, tensor in _stored(model, checkpoint).items():
-        source = checkpoint.tensors.get(name)
         number = name.removeprefix(f"{blocks}.").partition(".")[0] if name.startswith(f"{blocks}.") else count
-        shards[int(number)][name] = tensor.to(DTYPES.get(source.dtype, dtype) if source else dtype)
+        linear, _, leaf = name.rpartition(".")
+        if linear not in quantized or leaf == "bias":
+            source = checkpoint.tensors.get(name)
+            tensor = tensor.to(DTYPES.get(source.dtype, dtype) if source else dtype)
+        shards[int(number)][name] = tensor
+    schemes = {n: linear.scheme for n, linear in quantized.items()}
+    config = _quantization(schemes, skeleton, checkpoint) if schemes else {}
     for i, tensors in enumerate(shards):
         workspace.write_shard(i, to_file_layout(checkpoint, tensors), [])
+    return config
+
+
+def _quantization(schemes: Mapping[str, Scheme], skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Any]:
+    linears = [*linears_of(skeleton), *sorted(dissect(skeleton).routers)]
+    return {"quantization_config": quantization_config(schemes, linears, skeleton, checkpoint)(schemes)}
+
+
+def _layout(folder: Path, trust: Trust) -> tuple[PreTrainedModel, Checkpoint]:
+    """Return a skeleton, and the checkpoint that says how files name and lay out its parameters."""
+    _, config = read_config(folder, trust=trust)
+    checkpoint = open_checkpoint(folder)
+    skeleton = build_skeleton(config, main_dtype(checkpoint), trust=trust)
+    return skeleton, arrange(checkpoint, skeleton)
 
 
 def _stored(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Parameters and the buffers that files hold, by name; tied ones once, by the name that the file has for them."""
+    """Return parameters and the buffers that files hold, by name; tied ones once, by the name that the file has."""
     names: dict[Tensor, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         names.setdefault(tensor, []).append(name)
     known = checkpoint.tensors
-    found = {next((n for n in own if n in known), own[0]): t.detach() for t, own in names.items()}
-    return found | {n: t for n, t in model.named_buffers() if n in known}
+    parameters = {next((n for n in same if n in known), same[0]): t.detach() for t, same in names.items()}
+    return parameters | {n: t for n, t in model.named_buffers() if n in known}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from laconic.checkpoint.trust import UNTRUSTED, Trust
 
 if TYPE_CHECKING:
-    from laconic.pipeline.compression import Composed, Step
-    from laconic.pipeline.walking import Prepared
+    from laconic.pipeline.pipeline import Pipeline, Step
+    from laconic.pipeline.walk_step import Walk
     from laconic.recipe import Recipe
     from laconic.walk.forecast import Forecast
 
@@ -141,29 +141,24 @@ def plan(
     return describe_plan(prepare(model, recipe, output, overrides=overrides, overwrite=overwrite, trust=trust))
 
 
-def describe_plan(prepared: Prepared | Composed) -> CompressionPlan:
+def describe_plan(pipeline: Pipeline) -> CompressionPlan:
     """Return what a prepared recipe will do."""
-    from laconic.pipeline.compression import Composed
-
-    if isinstance(prepared, Composed):
-        walks = [step.walk for step in prepared.steps if step.walk]
-        steps = [_walk_step(step.walk) if step.walk else _model_step(step) for step in prepared.steps]
-    else:
-        walks, steps = [prepared], [_walk_step(prepared)]
-    windows = prepared.windows
+    steps = [_walk_step(step.walk) if step.walk else _model_step(step) for step in pipeline.steps]
+    first = next((step.walk for step in pipeline.steps if step.walk), None)
+    last, windows = pipeline.walk, pipeline.windows
     return CompressionPlan(
-        model=prepared.source.name,
-        output=prepared.output,
-        blocks=len(walks[0].plan.anatomy.taps) if walks else None,
+        model=pipeline.source.name,
+        output=pipeline.output,
+        blocks=len(first.plan.anatomy.taps) if first else None,
         steps=tuple(steps),
-        schemes=Counter(scheme.name for scheme in walks[-1].plan.schemes.values()) if walks else {},
+        schemes=Counter(scheme.name for scheme in last.plan.schemes.values()) if last else {},
         calibration=None if windows is None else (windows.shape[0], windows.shape[1]),
-        forecast=walks[-1].forecast if walks else None,
-        warnings=tuple(dict.fromkeys(_warnings(prepared))),
+        forecast=pipeline.forecast,
+        warnings=tuple(dict.fromkeys(_warnings(pipeline))),
     )
 
 
-def _walk_step(walk: Prepared) -> PlannedStep:
+def _walk_step(walk: Walk) -> PlannedStep:
     plan = walk.plan
     linears = enumerate(zip(plan.stages, plan.targets, strict=True), plan.first)
     stages = [PlannedStage(i, stage.method, f"{len(names)} linears") for i, (stage, names) in linears]
@@ -179,30 +174,28 @@ def _model_step(step: Step) -> PlannedStep:
     return PlannedStep(tuple(stages), walk=False)
 
 
-def _warnings(prepared: Prepared | Composed) -> Iterator[str]:
-    from laconic.pipeline.compression import Composed
+def _warnings(pipeline: Pipeline) -> Iterator[str]:
+    from laconic.stages.model import ModelStage
 
-    calibration, windows = prepared.recipe.calibration, prepared.windows
-    if (prepared.source.folder / "adapter" / "adapter_config.json").exists():
-        yield f"the adapters in {prepared.source.folder / 'adapter'} are not part of its weights, and are left out"
+    calibration, windows = pipeline.recipe.calibration, pipeline.windows
+    if (pipeline.source.folder / "adapter" / "adapter_config.json").exists():
+        yield f"the adapters in {pipeline.source.folder / 'adapter'} are not part of its weights, and are left out"
     if windows is not None and calibration is not None and len(windows) < calibration.num_calibration_samples:
         asked = calibration.num_calibration_samples
         yield f"the calibration text fills {len(windows)} of {asked} samples; using those"
-    if not isinstance(prepared, Composed):
-        yield from _walk_warnings(prepared)
-        return
     reshaped = False
-    for step in prepared.steps:
+    for step in pipeline.steps:
         if step.walk:
             yield from _walk_warnings(step.walk)
             if reshaped:
                 yield f"the sizes of {step.stages[0].method} are those of the model before it is made smaller"
-        else:
-            yield from step.stages[0].warnings(prepared.source)
-            reshaped |= step.stages[0].reshapes
+        stage = step.stages[0]
+        if isinstance(stage, ModelStage):
+            yield from stage.warnings(pipeline.source)
+            reshaped |= stage.reshapes
 
 
-def _walk_warnings(walk: Prepared) -> Iterator[str]:
+def _walk_warnings(walk: Walk) -> Iterator[str]:
     from laconic.pipeline.engines import closed_to_transformers
 
     unserved = sorted({s.name for s in walk.plan.schemes.values() if s.engine == "transformers"})
@@ -215,8 +208,9 @@ def _walk_warnings(walk: Prepared) -> Iterator[str]:
         yield "the number of columns in 16 bit is known after calibration; the predicted size counts none"
     if reason := closed_to_transformers(walk.plan, walk.model):
         yield f"transformers cannot open {reason}; vLLM and laconic.load can"
-    if walk.plan.schemes and walk.forecast.covered < 0.5:
-        yield f"only {walk.forecast.covered:.0%} of the parameters will be quantized"
+    covered = walk.forecast(None).covered
+    if walk.plan.schemes and covered < 0.5:
+        yield f"only {covered:.0%} of the parameters will be quantized"
 
 
 def format_bytes(n: float) -> str:

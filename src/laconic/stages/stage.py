@@ -1,4 +1,4 @@
-"""The root of all stages: a frozen config that says what it needs, and one function at the smallest scope that works."""
+"""The root of all stages: a frozen config that says what it needs, with one function at the smallest possible scope."""
 
 from __future__ import annotations
 

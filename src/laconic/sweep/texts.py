@@ -9,7 +9,7 @@ from typing import Any
 from laconic.checkpoint.source import Source, load_tokenizer, open_source
 from laconic.checkpoint.trust import Trust
 from laconic.data.text import HUB_TEXTS, evaluation_windows, read_documents, read_rows
-from laconic.pipeline.walking import calibration_ids
+from laconic.pipeline.calibration import calibration_ids
 from laconic.recipe import Recipe
 from laconic.sweep.runs import Run, texts_of
 from laconic.sweep.study import Evaluation

@@ -1,4 +1,4 @@
-"""The plan of a walk: which stage treats which linear, and how each will be stored; made before anything is computed."""
+"""The plan of a walk: which stage treats which linear, and how each is stored; made before anything is computed."""
 
 from __future__ import annotations
 

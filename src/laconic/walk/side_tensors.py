@@ -124,7 +124,7 @@ def low_rank(E: Tensor, rank: int, H: Tensor | None, dtype: torch.dtype) -> LowR
 
 
 def _left_singular(M: Tensor, rank: int) -> Tensor:
-    """Return the first left singular vectors (out, rank) of M (out, in) float64, by the Gram matrix of its short side."""
+    """Return the first left singular vectors (out, rank) of M (out, in) float64, by the smaller Gram matrix."""
     if M.shape[0] <= M.shape[1]:
         U: Tensor = torch.linalg.eigh(M @ M.T).eigenvectors.flip(1)[:, :rank]
     else:

@@ -1,0 +1,195 @@
+"""One walk of a recipe: planned from shapes alone, then streamed block by block into an artifact."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from laconic.artifact.artifact import Artifact
+from laconic.artifact.workspace import Workspace
+from laconic.checkpoint.files import KV_CONFIG, read_json
+from laconic.checkpoint.layout import engine_names
+from laconic.checkpoint.source import Source, arrange_source, build_skeleton, check_complete
+from laconic.checkpoint.trust import Trust
+from laconic.formats.schemes import Scheme
+from laconic.formats.storage import scheme_of_shapes
+from laconic.kv.attach import fingerprint
+from laconic.pipeline.calibration import domain_ids, walk_settings
+from laconic.pipeline.engines import quantization_config
+from laconic.pipeline.provenance import account, sha256
+from laconic.recipe import Recipe
+from laconic.runtime.quant_config import NATIVE
+from laconic.structure.anatomy import dissect
+from laconic.walk.forecast import Forecast
+from laconic.walk.forecast import forecast as predict
+from laconic.walk.plan import Plan, check_experts, make_plan
+from laconic.walk.walk import walk as stream
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A walk that passed every check.
+
+    Attributes:
+        recipe: its stages are those of the walk.
+        source: the checkpoint that it reads, arranged as the model's parameters.
+        model: a skeleton of it.
+        plan: which stage treats which linear, and how each is stored.
+        domains: token ids of the texts on which stages choose the heads that they protect, by the stage's number.
+    """
+
+    recipe: Recipe
+    source: Source
+    model: PreTrainedModel
+    plan: Plan
+    domains: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def forecast(self, windows: Tensor | None) -> Forecast:
+        """Predict the size of the artifact and the peak memory. windows: calibration token ids (samples, tokens)."""
+        samples, length = windows.shape if windows is not None and self.plan.calibrates else (0, 0)
+        return predict(self.plan, self.source, samples, length)
+
+
+def plan_walk(recipe: Recipe, source: Source, first: int, trust: Trust) -> Walk:
+    """Plan a walk, and check everything that shapes tell.
+
+    Args:
+        recipe: its stages are those of the walk.
+        source: the checkpoint.
+        first: number of the first stage in the whole recipe.
+        trust: what the files of the model may do.
+
+    Raises:
+        ValueError: in one line that names the fix.
+    """
+    model = build_skeleton(source.config, source.dtype, trust=trust)
+    source = arrange_source(source, model)
+    check_complete(model, source.checkpoint)
+    plan = make_plan(model, dissect(model), recipe.stages, first)
+    check_experts(plan, bool(recipe.calibration and recipe.calibration.moe_calibrate_all_experts))
+    return Walk(recipe, source, model, plan)
+
+
+def check_texts(walk: Walk, source: Source, windows: Tensor | None, trust: Trust) -> tuple[Walk, dict[int, str]]:
+    """Check the calibration set against the plan, and read the other texts of the walk.
+
+    Args:
+        walk: as planned.
+        source: the original checkpoint, whose tokenizer is used.
+        windows: calibration token ids (samples, tokens).
+        trust: what the files of the model may do.
+
+    Returns:
+        The walk with these texts, and their hashes by the stage's number.
+
+    Raises:
+        ValueError: if samples are too short, or a text cannot be read.
+    """
+    plan = walk.plan
+    if windows is not None and plan.cache and plan.calibrates_cache:
+        plan.cache[0].check_length(plan.cache[1], windows.shape[1])
+    domains = domain_ids(walk.recipe, source, plan, trust)
+    return replace(walk, domains=domains), {i: sha256(ids) for i, ids in domains.items()}
+
+
+def run_walk(
+    walk: Walk,
+    windows: Tensor | None,
+    workspace: Workspace,
+    *,
+    before: Path | None,
+    report: Report,
+    describe: Callable[[Path], None],
+) -> Artifact:
+    """Stream a model through a walk, or go on with a walk that was interrupted.
+
+    Args:
+        walk: planned on the checkpoint that it reads.
+        windows: calibration token ids (samples, tokens), if any stage of the recipe needs them.
+        workspace: the folder of the artifact.
+        before: the artifact of the step before.
+        report: called with events of progress.
+        describe: writes the cards into the folder.
+    """
+    begun = time.monotonic()
+    recipe, plan, source = walk.recipe, walk.plan, walk.source
+    torch.manual_seed(recipe.seed)
+    windows = windows if plan.calibrates else None
+    settings = walk_settings(recipe, windows)
+    linears = [*plan.linears, *sorted(plan.anatomy.routers)]
+    to_config = quantization_config(plan.schemes, linears, walk.model, source.checkpoint)
+    resumed = sum(workspace.is_finished(i) for i in range(workspace.shards))
+    stream(source, walk.model, plan, windows, workspace, settings, report, walk.domains)
+    schemes = _written_schemes(walk, workspace)
+    # Saved before the folder gets its name: an artifact is whole from the moment it is there.
+    Artifact(workspace.folder).save_result(
+        "compress",
+        account(
+            begun,
+            settings.device,
+            recipe.seed,
+            resumed_shards=resumed,
+            simulated=any(s.simulated for s in schemes.values()),
+            earlier=before,
+        ),
+    )
+    config = _config(walk, workspace, schemes, to_config)
+    return Artifact(workspace.finish(config, source.folder, carried=before, describe=describe))
+
+
+def _config(
+    walk: Walk,
+    workspace: Workspace,
+    schemes: Mapping[str, Scheme],
+    to_config: Callable[[Mapping[str, Scheme]], dict[str, Any]],
+) -> dict[str, Any]:
+    """Return config.json with the quantization of linears and of the cache."""
+    config: dict[str, Any] = read_json(walk.source.folder / "config.json")
+    cache = walk.plan.cache
+    if cache:
+        config[KV_CONFIG] = _write_cache(walk, workspace)
+    if schemes:
+        config["quantization_config"] = to_config(schemes)
+    if cache and (engine_scheme := cache[0].engine_scheme):
+        quantization = config.get("quantization_config") or to_config({})
+        # Native artifacts are read by our plugin, which knows the cache by its own key.
+        if quantization["quant_method"] != NATIVE:
+            config["quantization_config"] = quantization | {"kv_cache_scheme": engine_scheme}
+    return config
+
+
+def _write_cache(walk: Walk, workspace: Workspace) -> dict[str, Any]:
+    """Write the cache's calibrated parameters, and return its scheme for config.json."""
+    assert walk.plan.cache is not None
+    stage, shape = walk.plan.cache
+    if not walk.plan.calibrates_cache:
+        return stage.scheme(shape).to_dict()
+    scheme, parameters = stage.finish_calibration(shape, workspace.read_calibration(shape.layers))
+    if parameters:
+        workspace.write_cache(parameters)
+    embeddings = walk.model.get_input_embeddings()
+    name = next(n for n, m in walk.model.named_modules() if m is embeddings)
+    weight = walk.source.checkpoint.load([f"{name}.weight"])[f"{name}.weight"]
+    return replace(scheme, fingerprint=fingerprint(weight)).to_dict()
+
+
+def _written_schemes(walk: Walk, workspace: Workspace) -> dict[str, Scheme]:
+    """Return the plan's schemes with the side tensors that the finished shards hold."""
+    schemes = walk.plan.schemes
+    if not schemes:
+        return {}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in workspace.read_shapes().items():
+        linear, _, leaf = name.rpartition(".")
+        shapes.setdefault(linear, {})[leaf] = shape
+    names = engine_names(walk.source.checkpoint, walk.model, [*schemes])
+    return {n: scheme_of_shapes(s, shapes.get(n) or shapes.get(names[n], {})) for n, s in schemes.items()}
