@@ -309,8 +309,8 @@ def test_nothing_of_anybodys_goes_with_the_steps(
     for flags in ([], ["--overwrite"]):
         said = laconic("compress", recipe, "-o", tmp_path / "out", *flags).complaint
         assert said == (
-            f"{kept}, where what earlier steps make is kept until the last is done, holds something else; move it "
-            "away, or choose another output"
+            f"{kept}, where earlier steps are kept until the last is done, holds other files; move it away, or choose "
+            "another output"
         )
         assert contents(tmp_path) == before
 

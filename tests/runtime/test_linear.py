@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import laconic
+from artifacts import quantized_linears
 from laconic.formats import quantize
 from laconic.formats.schemes import PRESETS, Scheme, scheme
 from laconic.runtime.linear import QLinear
@@ -140,3 +143,23 @@ def test_unpacking_changes_nothing_but_the_time_it_takes(kept: Scheme) -> None:
     packed = linear(x)
     linear.unpack()
     assert torch.equal(linear(x), packed)
+
+
+def test_a_model_moves_and_changes_its_dtype_with_its_decoded_weights(llama: Path, tmp_path: Path) -> None:
+    for scheme in ("W4A16", "FP8_DYNAMIC", "NVFP4A16", "W6A6"):
+        stage = {"method": "rtn", "scheme": scheme} | ({"group_size": 32} if scheme == "W4A16" else {})
+        artifact = laconic.compress(str(llama), {"stages": [stage]}, tmp_path / scheme)
+        model = laconic.load(artifact.path)
+        codes = {n: t.clone() for n, t in model.named_parameters() if ".weight" in n and "norm" not in n}
+        expected = laconic.load(artifact.path, dtype=torch.float16)
+        ids = torch.arange(3, 40)[None]
+        halved = model.half()
+        assert {t.device.type for t in (*halved.parameters(), *halved.buffers())} == {"cpu"}
+        with torch.no_grad():
+            ours, theirs = halved(input_ids=ids).logits, expected(input_ids=ids).logits
+        assert ours.dtype == torch.float16
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+        for name, linear in quantized_linears(halved).items():
+            assert all(torch.equal(getattr(linear, n), codes[f"{name}.{n}"]) for n in linear.names), name
+            moved = linear.to("meta")
+            assert all(t.is_meta for t in (*moved.parameters(), *moved.buffers()))

@@ -48,9 +48,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     begun: list[str] = []
     real = compression.run_model_step
 
-    def counted(stage: Any, *more: Any, **keys: Any) -> Any:
-        begun.append(stage.method)
-        return real(stage, *more, **keys)
+    def counted(pipeline: Any, step: Any, *more: Any, **keys: Any) -> Any:
+        begun.append(step.stages[0].method)
+        return real(pipeline, step, *more, **keys)
 
     monkeypatch.setattr(compression, "run_model_step", counted)
     return begun

@@ -102,7 +102,7 @@ def run(pipeline: Pipeline, *, overwrite: bool = False, report: Report = lambda 
     before: Path | None = None
     count = len(pipeline.steps)
     for number, step in enumerate(pipeline.steps):
-        if count > 1:
+        if not pipeline.is_one_walk:
             methods = [s.method for s in step.stages]
             report({"event": "step", "step": number, "steps": count, "methods": methods})
         if number == count - 1:
@@ -112,7 +112,7 @@ def run(pipeline: Pipeline, *, overwrite: bool = False, report: Report = lambda 
             if read_identity(step.output) != step.identity:
                 _run_step(pipeline, number, before, overwrite, report)
         before = step.output
-    if is_main() and not pipeline.shared and count > 1:
+    if is_main() and not pipeline.shared and not pipeline.is_one_walk:
         remove_steps(pipeline.output)
     return Artifact(pipeline.output)
 

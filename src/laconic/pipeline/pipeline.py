@@ -72,6 +72,11 @@ class Pipeline:
     shared: bool = False
 
     @property
+    def is_one_walk(self) -> bool:
+        """Whether it is a single walk, without stages that need the whole model."""
+        return len(self.steps) == 1 and self.steps[0].walk is not None
+
+    @property
     def walk(self) -> Walk | None:
         """The last walk, as if no earlier step reshaped the model; None where there is none."""
         return next((step.walk for step in reversed(self.steps) if step.walk), None)
@@ -105,7 +110,8 @@ def build_pipeline(
     """
     device_of(recipe)
     groups = _groups(recipe.stages)
-    if len(groups) > 1 and not shared and is_main():
+    one_walk = len(groups) == 1 and not isinstance(recipe.stages[0], ModelStage)
+    if not one_walk and not shared and is_main():
         check_own_folder(output, source)
     model = build_skeleton(source.config, source.dtype, trust=trust)
     walks: list[Walk | None] = []

@@ -47,7 +47,7 @@ def check_own_folder(output: Path, source: Source) -> None:
     ours = folder.is_dir() and all(_is_step(entry) or entry.suffix == ".last-good" for entry in folder.iterdir())
     if not ours or folder in (model, *model.parents):
         raise ValueError(
-            f"{folder}, where earlier steps are kept until the last is done, holds something else; move it away, or "
+            f"{folder}, where earlier steps are kept until the last is done, holds other files; move it away, or "
             "choose another output"
         )
 
