@@ -125,7 +125,7 @@ def _write_model(workspace: Workspace, model: PreTrainedModel, pipeline: Pipelin
     """
     quantized = {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}
     skeleton, checkpoint = _layout(pipeline.source.folder if quantized else folder, pipeline.trust)
-    dtype, blocks = main_dtype(checkpoint), find_blocks(model)
+    dtype, blocks = main_dtype(checkpoint), find_blocks(skeleton)
     present = model.state_dict().keys()
     # Only the remaining experts make a stack.
     remaining = {n: s for n, s in checkpoint.tensors.items() if n in present or s.index is None}
