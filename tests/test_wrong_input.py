@@ -169,6 +169,14 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
             "stages.0: owl_lambda 0.08 may take a block's sparsity 0.16 from the mean, 0.1, and so out of 0 to 1; ",
         ),
         (
+            [{"method": "autoround", "scheme": "W4A16", "asymmetric": True}],
+            "stages.0: 'asymmetric' is now called 'asymmetric_calibration'; rename the key",
+        ),
+        (
+            [{"method": "gptq", "scheme": "W4A16", "asymmetric": 1.0}],
+            "stages.0: 'asymmetric' is now called 'asymmetric_calibration'; rename the key",
+        ),
+        (
             [{"method": "magnitude", "protect": {"dataset": "a.txt", "heads": 1.5}}],
             "stages.0.protect.heads should be less than 1, not 1.5",
         ),
