@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 VLLM   := .venv-vllm
 
-.PHONY: demo test test-slow test-vllm test-browser lint clean
+.PHONY: demo test test-slow test-vllm test-browser test-gpu lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python scripts/stdlib_text.py train build/train.txt --max-bytes 3000000
@@ -28,6 +28,10 @@ test-browser: $(VENV)/ready
 
 test-vllm: $(VENV)/ready $(VLLM)/ready
 	LACONIC_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -q -m vllm tests
+
+# In any python whose torch finds a CUDA device and that has the other dependencies: make test-gpu PYTHON=python3
+test-gpu:
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m pytest -q -m gpu tests
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check src tests scripts benchmarks

@@ -51,6 +51,29 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what computes on a CUDA device where there is one; asked for by the mark alone, it needs one."""
+    for item in items:
+        if {"cuda", "on_triton"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("gpu")
+    if config.getoption("markexpr") == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("torch finds no CUDA device; name a python that has one: make test-gpu PYTHON=...")
+
+
+@pytest.fixture(scope="session")
+def cuda() -> Any:
+    """The device of a test that has nothing to show without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device is here: run `make test-gpu` where there is one")
+    return torch.device("cuda")
+
+
 @pytest.fixture(scope="session")
 def on_triton() -> Iterator[Callable[..., Any]]:
     """Call a function where Triton's kernels run: here on a GPU, and without one in a process whose Triton interprets.

@@ -56,32 +56,39 @@ def model_for(stage: str, models: Mapping[str, Path]) -> Path:
     return models["mixtral" if stage == "reap" or "experts" in stage else "llama"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.fixture(scope="module", params=STAGES)
+def made(
+    request: pytest.FixtureRequest, models: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, laconic.Artifact]:
+    """What each stage makes of its model."""
+    stage = request.param
+    folder = tmp_path_factory.mktemp("made") / stage
+    return stage, press(model_for(stage, models), folder, STAGES[stage], text=text)
+
+
 def test_a_kill_and_another_start_give_the_same_bytes(
-    stage: str, models: dict[str, Path], text: Path, tmp_path: Path
+    made: tuple[str, laconic.Artifact], models: dict[str, Path], tmp_path: Path
 ) -> None:
     def die(event: Mapping[str, Any]) -> None:
         if event["event"] in ("work", "step"):
             raise Killed
 
-    model, asked = model_for(stage, models), STAGES[stage]
-    once = press(model, tmp_path / "once", asked, text=text).path
-    keys = {"stages": [asked], "calibration": laconic.Artifact(once).recipe["recipe"]["calibration"]}  # type: ignore[index]
+    stage, once = made
+    model = model_for(stage, models)
+    keys = {"stages": [STAGES[stage]], "calibration": once.recipe["recipe"]["calibration"]}  # type: ignore[index]
     with pytest.raises(Killed):
         compress(str(model), keys, tmp_path / "again", report=die)
     torch.manual_seed(99)
     compress(str(model), keys, tmp_path / "again")
-    assert contents(tmp_path / "again") == contents(once)
-    assert is_whole(once)
+    assert contents(tmp_path / "again") == contents(once.path)
+    assert is_whole(once.path)
 
 
-@pytest.mark.parametrize("stage", STAGES)
 def test_it_is_smaller_dense_and_opens_in_transformers(
-    stage: str, models: dict[str, Path], text: Path, tmp_path: Path
+    made: tuple[str, laconic.Artifact], models: dict[str, Path]
 ) -> None:
-    model = model_for(stage, models)
-    artifact = press(model, tmp_path / "out", STAGES[stage], text=text)
-    opened, ours, before = original(artifact.path), laconic.load(artifact.path), original(model)
+    stage, artifact = made
+    opened, ours, before = original(artifact.path), laconic.load(artifact.path), original(model_for(stage, models))
     counts = [sum(p.numel() for p in m.parameters()) for m in (before, opened)]
     told = artifact.results["pruning"]
     assert counts == [told["parameters_before"], told["parameters_after"]]

@@ -160,8 +160,7 @@ def killed_at_rename(number: int, *, after: bool) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(("overwrite", "after"), [(False, True), (True, False), (True, True)])
 def test_a_kill_at_any_rename_leaves_the_old_output_or_the_new(
     llama: Path, tmp_path: Path, overwrite: bool, after: bool
 ) -> None:

@@ -16,7 +16,7 @@ from laconic.formats.schemes import PRESETS, scheme
 from laconic.runtime.linear import QLinear
 from laconic.runtime.products import exact_float_product, int8_product, round_activations
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LOUD = [3, 77, 130, 255]
 
 
@@ -24,7 +24,13 @@ def codes(rows: int, columns: int, seed: int) -> Tensor:
     return torch.randint(-128, 128, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.fixture(scope="module")
+def device(request: pytest.FixtureRequest) -> str:
+    """Of the parameters."""
+    return str(request.param if request.param == "cpu" else request.getfixturevalue("cuda"))
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("product", [int8_product, exact_float_product])
 @given(m=st.integers(1, 40), n=st.integers(1, 40), k=st.one_of(st.integers(1, 64), st.sampled_from([1024, 1025, 3000])))
 def test_the_product_of_integers_is_exact(product: Any, device: str, m: int, n: int, k: int) -> None:
@@ -76,7 +82,7 @@ def by_hand(x: Tensor, linear: QLinear, loud: list[int]) -> Tensor:
 @pytest.mark.parametrize("varied", [{}, {"dynamic": False}, {"strategy": "tensor"}], ids=str)
 @pytest.mark.parametrize("loud", [LOUD, []], ids=["outliers", "none"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=str)
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_two_products_are_one_by_the_decoded_weight(
     device: str, dtype: torch.dtype, tolerance: float, loud: list[int], varied: dict[str, Any]
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from server import ENVIRONMENT, PYTHON, ROOT, job, needs_vllm, run
 
 import laconic
 from artifacts import tensors
@@ -19,24 +20,9 @@ from laconic.evaluation.fidelity import log_probabilities
 from tiny import MIXTURES, make_model
 from vllm_kernels import BLOCKS_OF_FP8, EIGHT_BITS, EXPERTS, FOUR_BITS
 
-ROOT = Path(__file__).parents[2]
+pytestmark = needs_vllm
+
 DEMO = ROOT / "models" / "demo"
-PYTHON = os.environ.get("LACONIC_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_CI_ENV": "1",
-    # Without this, machines with AMX run W4A16 as W4A8 and say nothing.
-    "VLLM_CPU_INT4_W4A8": "0",
-}
-
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not Path(PYTHON).exists(), reason="no vLLM environment: run `make test-vllm`"),
-]
-
 SOURCE = '''
 import heapq
 
@@ -82,17 +68,14 @@ def prompts(length: int, count: int) -> list[list[int]]:
     return [[tokenizer.bos_token_id, *ids[i * 7 : i * 7 + length - 1]] for i in range(count)]
 
 
-def serve(folder: Path, asked: list[list[int]], dtype: str, *options: str) -> Served:
-    """Run vLLM in its own environment and read what it found."""
-    file, found = folder.parent / "prompts.json", folder.parent / "found.json"
-    file.write_text(json.dumps(asked))
-    command = [PYTHON, str(Path(__file__).with_name("serve.py")), str(folder), str(file), str(found), dtype, *options]
-    run = subprocess.run(
-        command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    outputs = json.loads(found.read_text())
-    return Served(asked, [o["tokens"] for o in outputs], [torch.tensor(o["prompt_logprobs"][1:]) for o in outputs])
+def serve(folder: Path, asked: list[list[int]], dtype: str, *, adapter: Path | None = None, **more: Any) -> Served:
+    """What vLLM said. adapter: of LoRA, to answer with; log-probabilities are then those of the greedy tokens."""
+    sampling = {"max_tokens": 16, "logprobs": 1, "prompt_logprobs": None if adapter else 1}
+    (result,) = run(job(folder, [asked], sampling, dtype=dtype, adapter=adapter, **more))
+    assert "error" not in result, result["error"]
+    outputs = result["rounds"][0]
+    told = "logprobs" if adapter else "prompt_logprobs"
+    return Served(asked, [o["tokens"] for o in outputs], [torch.tensor(o[told]) for o in outputs])
 
 
 def our_logprobs(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
@@ -160,7 +143,7 @@ def test_schemes_with_rounded_activations_serve_exactly(tmp_path: Path, scheme: 
 def test_vllms_emulation_of_nvfp4_is_ours(tmp_path: Path) -> None:
     """Its CPU build has no kernel for FP4, but reads and fuses the weights, and has the arithmetic in plain torch."""
     folder = compressed(tmp_path, {"method": "gptq", "scheme": "NVFP4"})
-    served = serve(folder, prompts(5, 32), "float32", "--emulate")
+    served = serve(folder, prompts(5, 32), "float32", emulate=True)
     ours = laconic.load(folder, dtype=torch.float32)
     differences = torch.stack(
         [(our_logprobs(ours, i) - p).abs() for i, p in zip(served.prompts, served.logprobs, strict=True)]

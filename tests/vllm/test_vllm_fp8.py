@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from server import job, needs_vllm, run
 from test_vllm import compressed, our_logprobs, prompts
-from test_vllm import pytestmark as needs_vllm
-from test_vllm_kv import Case, job, one_by_one, run
+from test_vllm_kv import Case, one_by_one
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -64,7 +64,7 @@ def test_vllm_opens_a_kv_fp8_artifact_with_its_own_fp8_cache(tmp_path: Path) -> 
     names = [f"model.layers.{i}.self_attn." for i in range(model.config.num_hidden_layers)]
     scales = [(held[n + "k_scale"].float(), held[n + "v_scale"].float()) for n in names]
 
-    (found,) = run(tmp_path, [job(folder, [ASKED])])
+    (found,) = run(job(folder, [ASKED]))
 
     assert "error" not in found, found["error"]
     assert found["backend"] == "vllm.v1.attention.backends.cpu_attn"

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_vllm import DEMO, ENVIRONMENT, PYTHON, our_logprobs, prompts
-from test_vllm import pytestmark as needs_vllm
+from server import ENVIRONMENT, PYTHON, job, needs_vllm, run
+from test_vllm import DEMO, our_logprobs, prompts
 from torch import Tensor
 
 import laconic
@@ -158,28 +158,6 @@ def ranges(fmt: KvFormat, x: Tensor) -> dict[str, Tensor]:
     return {"scale": (hi - lo) / (2**fmt.num_bits - 1), "offset": lo}
 
 
-def run(folder: Path, jobs: list[dict[str, Any]], **environment: str) -> list[dict[str, Any]]:
-    """What vLLM made of jobs, in one process of its own."""
-    file, found = folder / "jobs.json", folder / "found.json"
-    file.write_text(json.dumps(jobs))
-    command = [PYTHON, str(Path(__file__).with_name("serve_kv.py")), str(file), str(found)]
-    env = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    results: list[dict[str, Any]] = json.loads(found.read_text())
-    for result in results:
-        result["log"] = done.stdout + done.stderr
-    return results
-
-
-def job(
-    folder: Path, rounds: list[list[list[int]]], sampling: dict[str, Any] | None = None, times: int = 1, **options: Any
-) -> dict[str, Any]:
-    options = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "enable_prefix_caching": False} | options
-    sampling = {"max_tokens": 8, "logprobs": 1, "prompt_logprobs": 1} if sampling is None else sampling
-    return {"options": {"model": str(folder), **options}, "rounds": rounds, "sampling": sampling, "times": times}
-
-
 def one_by_one(case: Case, ids: list[int]) -> Tensor:
     """Log-probabilities of all tokens but the first, by transformers with our cache."""
     assert case.scheme is not None
@@ -202,7 +180,7 @@ REFUSED: dict[str, KvScheme] = {
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, dict[str, Any]]]:
-    """Every scheme, in one process: what one model has must be nothing to the next."""
+    """Every scheme, one after another in one process: what one model has must be nothing to the next."""
     home = tmp_path_factory.mktemp("kv")
     cases = {name: artifact(home / str(i), *made) for i, (name, made) in enumerate(SCHEMES.items())}
     cases[PLAIN] = artifact(home / "plain", None)
@@ -211,7 +189,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, di
     windowless = cases["residual_length: 0"]
     cases["window: false"] = replace(windowless, scheme=one(token(4)))
     jobs.append(job(windowless.folder, [ASKED], additional_config={"laconic_kv": {"window": False}}))
-    return dict(zip(cases, zip(cases.values(), run(home, jobs), strict=True), strict=True))
+    return dict(zip(cases, zip(cases.values(), run(*jobs), strict=True), strict=True))
 
 
 @pytest.mark.parametrize("name", [*SCHEMES, "window: false"])
@@ -268,7 +246,7 @@ def test_two_bits_fit_five_times_the_tokens(tmp_path: Path) -> None:
     shape = kv_shape(artifact(tmp_path / "plain", None).model.config)
     two = artifact(tmp_path / "two", one(token(2)))
     jobs = [job(f, [[[0, 5]]], {"max_tokens": 1}, dtype="bfloat16") for f in (tmp_path / "plain", two.folder)]
-    plain, packed = (found["tokens_that_fit"] for found in run(tmp_path, jobs))
+    plain, packed = (found["tokens_that_fit"] for found in run(*jobs))
     print(f"tokens in 1 GiB: {plain} in bf16, {packed} in 2 bits: {packed / plain:.2f} times")
     assert plain == pytest.approx(2**30 / (shape.layers * shape.heads * shape.channels * 4), rel=0.01)
     assert packed >= 5 * plain
@@ -284,7 +262,7 @@ def test_prefix_caching_changes_nothing(tmp_path: Path, scheme: KvScheme) -> Non
     (asked,) = prompts(300, 1)
     rounds = [[asked], [asked], [[*asked[:200], *asked[100:180]]], [asked]]
     sampling = {"max_tokens": 40, "logprobs": 1}
-    found = run(tmp_path, [job(case.folder, rounds, sampling, enable_prefix_caching=True)])[0]
+    found = run(job(case.folder, rounds, sampling, enable_prefix_caching=True))[0]
     first, again, other, last = (r[0] for r in found["rounds"])
     assert [r["cached"] for r in (first, again, other, last)] == [0, 256, 128, 256]
     for said in (again, last):
@@ -300,7 +278,7 @@ def test_preempted_requests_go_on_as_if_nothing_had_been(tmp_path: Path, scheme:
     sampling = {"max_tokens": 180, "logprobs": 1}
     asked = prompts(100, 6)
     jobs = [job(case.folder, [asked], sampling), job(case.folder, [asked], sampling, num_gpu_blocks_override=8)]
-    roomy, tight = run(tmp_path, jobs)
+    roomy, tight = run(*jobs)
     assert (roomy["preempted"], tight["preempted"] > 0, tight["leaked"]) == (0, True, 0)
     same = []
     for a, b in zip(roomy["rounds"][0], tight["rounds"][0], strict=True):
@@ -321,7 +299,7 @@ def test_two_thousand_requests_leave_nothing_behind(tmp_path: Path, scheme: KvSc
     case = artifact(tmp_path / "a", scheme)
     asked = [ids[: 8 + i % 17] for i, ids in enumerate(prompts(32, 40) * 5)]
     short = {"max_tokens": 4, "logprobs": 0}
-    found = run(tmp_path, [job(case.folder, [asked], short, times=10, max_num_seqs=64)])[0]
+    found = run(job(case.folder, [asked], short, times=10, max_num_seqs=64), alone=True)[0]
     # What a busy machine takes back and gives again is not what requests leave: the least of several rounds.
     settled, last = min(found["memory"][2:5]), min(found["memory"][-3:])
     print(f"{len(asked) * 10} requests; resident memory from {settled / 2**20:.1f} to {last / 2**20:.1f} MiB")

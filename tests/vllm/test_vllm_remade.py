@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from server import needs_vllm
 from test_vllm import DEMO, SOURCE, our_logprobs, serve, some_tokens
-from test_vllm import pytestmark as needs_vllm
 
 import laconic
 from laconic.runtime.adapter_files import read_adapter
@@ -61,7 +61,7 @@ def test_an_adapter_kept_beside_its_base_is_served_with_it(tmp_path: Path, schem
     stages.append({"method": "lora", "keep_adapters": True, "data": [{"dataset": kept["dataset"]}], **training})
     folder = laconic.compress(str(DEMO), {"stages": stages}, tmp_path / "artifact").path
     # The kernel of 4-bit weights computes in half precision.
-    served = serve(folder, some_tokens(48, 3), "bfloat16" if scheme else "float32", str(folder / "adapter"))
+    served = serve(folder, some_tokens(48, 3), "bfloat16" if scheme else "float32", adapter=folder / "adapter")
     ours, bare = with_adapter(folder), laconic.load(folder, dtype=torch.float32)
     near = far = 0.0
     for ids, written, logprobs in zip(served.prompts, served.tokens, served.logprobs, strict=True):

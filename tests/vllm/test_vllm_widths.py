@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from server import needs_vllm
 from test_vllm import our_logprobs, serve, some_tokens
-from test_vllm import pytestmark as needs_vllm
 
 import laconic
 from tiny import make_model
