@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import laconic
 from artifacts import Stage, gptq, logits, original, press, quantized_linears, rtn, same_bytes, tokens
 from laconic.bench.energy import measure_energy
-from laconic.bench.semi_structured import Product, cusparselt, cutlass
+from laconic.bench.semi_structured import Product, cuda_capability, cusparselt, cutlass
 from laconic.bench.timing import time_interleaved
 from laconic.bench.zeros import to_2_of_4
 from laconic.evaluation.options import TextOptions
@@ -43,7 +45,7 @@ def test_methods_that_look_at_data_come_as_near_as_on_the_cpu(
 ) -> None:
     """Sums in another order choose some codes otherwise, and none that matters."""
     made = {d: press(llama, tmp_path / d, stage, text=text, device=d) for d in ("cuda", "cpu")}
-    errors = [sum(e["output_error"] for e in made[d].log if "output_error" in e) for d in ("cuda", "cpu")]
+    errors = [sum(e.get("output_error", e["weight_error"]) for e in made[d].log) for d in ("cuda", "cpu")]
     assert errors[0] > 0
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
     expected = logits(original(llama))
@@ -153,8 +155,13 @@ def test_calls_are_timed_as_one_graph_and_energy_is_counted(cuda: torch.device) 
 
 
 @pytest.mark.parametrize("pack", [cusparselt, cutlass])
-def test_sparse_tensor_cores_give_the_dense_product(pack: object, cuda: torch.device) -> None:
-    W = to_2_of_4(torch.randint(-4, 5, (128, 256), generator=torch.Generator().manual_seed(0)).float()).to(cuda).half()
-    x = torch.randint(-4, 5, (24, 256), generator=torch.Generator().manual_seed(1)).to(cuda).half()
-    product: Product = pack(W)  # type: ignore[operator]
-    assert torch.equal(product[0](x).float(), x.float() @ W.float().T)
+def test_sparse_tensor_cores_give_the_dense_product(pack: Callable[[Tensor], Product], cuda: torch.device) -> None:
+    if pack is cutlass and cuda_capability(cuda) >= (9, 0):
+        pytest.skip("torch has its CUTLASS kernel of 2:4 for compute capability 8 alone")
+    W = to_2_of_4(torch.randint(-4, 5, (128, 256), generator=torch.Generator().manual_seed(0)).float())
+    W = W.to(cuda, torch.bfloat16)
+    x = torch.randint(-4, 5, (24, 256), generator=torch.Generator().manual_seed(1)).to(cuda, torch.bfloat16)
+    multiply, nbytes = pack(W)
+    # Sums of whole numbers are exact in float32, and rounded once.
+    assert torch.equal(multiply(x), (x.float() @ W.float().T).bfloat16())
+    assert nbytes < W.nbytes
