@@ -198,7 +198,8 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
         ),
         (
             [{"method": "magnitude"}, RTN | {"low_rank": 4}],
-            f"stages.1 (rtn) adds a low_rank product to {Q}, which magnitude has pruned: none of its zeros would remain",
+            f"stages.1 (rtn) adds a low_rank product to {Q}, "
+            "which magnitude has pruned: none of its zeros would remain",
         ),
         (
             [GPTQ | {"sparsity": 0.5, "low_rank": 4}],
