@@ -38,6 +38,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check src tests scripts benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_docs.py
 
 # torch comes first and by version: asked for through a dependency it would bring gigabytes of CUDA to a machine without a GPU.
 $(VENV)/ready: pyproject.toml

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +12,16 @@ import torch
 
 import laconic
 from artifacts import logits, original, quantized_linears, recipe, with_decoded_weights
+from documented import code_block
 from laconic.formats.schemes import PRESETS, Scheme
 from laconic.formats.tiling import Tiling
-
-PAGE = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
 
 
 @pytest.fixture
 def ternary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scheme TERNARY, of the format that the page defines."""
-    block = re.search(r"```python\n(.*?)```", PAGE.split("## Add a format", 1)[1], re.DOTALL)
-    assert block is not None
     file = tmp_path / "ternary.py"
-    file.write_text(textwrap.dedent(block[1]))
+    file.write_text(code_block("CONTRIBUTING.md", "## Add a format"))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None

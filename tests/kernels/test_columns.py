@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from documented import run_block
 from laconic.formats import Params
 from laconic.formats.fp4 import Fp4, MxFp4, NvFp4, decode_e2m1
 from laconic.formats.int_affine import IntAffine
@@ -27,26 +28,25 @@ DAMPENING = 0.01
 # The paper's loop -----------------------------------------------------------------------------------------------------
 
 
+reference = run_block("docs/methods/gptq.md", "## The algorithm")
+
+
 def algorithm_1(
     W: Tensor, H: Tensor, fmt: IntAffine, params_at: Callable[[int, Tensor], Params]
 ) -> tuple[Tensor, Tensor]:
-    """GPTQ as its paper states it (arXiv 2210.17323, Algorithm 1, one column a block), in float64.
+    """GPTQ as its page shows it, onto integers.
 
     params_at: the parameters (each (rows,)) of a column, given the weights as they have become by then.
     Returns: codes and values, (rows, columns).
     """
-    W, damped = W.double(), H.double()
-    damped.diagonal().add_(DAMPENING * damped.diagonal().mean())
-    U = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
-    codes, Q = torch.empty_like(W), torch.empty_like(W)
-    for j in range(W.shape[1]):
-        params = {name: p.double() for name, p in params_at(j, W).items()}
-        scale, zero_point = params["scale"], params.get("zero_point", torch.tensor(0.0))
-        codes[:, j] = ((W[:, j] / scale).round() + zero_point).clamp(fmt.qmin, fmt.qmax)
-        Q[:, j] = scale * (codes[:, j] - zero_point)
-        error = (W[:, j] - Q[:, j]) / U[j, j]
-        W[:, j:] -= error[:, None] * U[j, j:]
-    return codes, Q
+
+    def points_at(j: int, now: Tensor) -> Tensor:
+        params = params_at(j, now)
+        scale = params["scale"]
+        return reference["integer_points"](scale, params.get("zero_point", torch.zeros_like(scale)), fmt.num_bits)
+
+    index, Q = reference["gptq"](W, H, points_at, DAMPENING)
+    return index + fmt.qmin, Q
 
 
 def problem(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -126,13 +126,7 @@ def test_sweep_onto_fp4_is_the_papers_loop_onto_its_points(fmt: Fp4, static: boo
     points = decode_e2m1(torch.arange(16, dtype=torch.uint8)).double()
     grid = fmt.unit(params).double().repeat_interleave(fmt.tiling.group_size, 1)[..., None] * points
 
-    damped, now, Q = H.double(), W.double(), torch.empty_like(W, dtype=torch.float64)
-    damped.diagonal().add_(DAMPENING * damped.diagonal().mean())
-    U = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
-    for j in range(COLUMNS):
-        nearest = (grid[:, j] - now[:, j : j + 1]).abs().argmin(-1, keepdim=True)
-        Q[:, j] = grid[:, j].gather(1, nearest)[:, 0]
-        now[:, j:] -= ((now[:, j] - Q[:, j]) / U[j, j])[:, None] * U[j, j:]
+    Q = reference["gptq"](W, H, lambda j, _: grid[:, j], DAMPENING)[1]
     agree(
         W,
         H,
