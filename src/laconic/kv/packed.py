@@ -26,7 +26,7 @@ KeysValues = tuple[Tensor, Tensor]
 # Queries (new tokens times query heads) that share a key-value head; more do not fit into a program's registers.
 MAX_QUERIES = 32
 
-# Outliers of a token; the kernel multiplies each by itself.
+# Outliers of a token: each takes loads and a product of its own in the kernel.
 _MAX_OUTLIERS = 4
 _KERNEL_BITS = (1, 2, 3, 4, 8)
 # Smallest side of a tensor core's product; fewer codes that share a range would leave it half empty.

@@ -11,6 +11,7 @@ from laconic.checkpoint.files import first_line
 from laconic.structure.config_keys import BASE
 from laconic.structure.widths import block_configs
 
+_FIX = "; use the model's own cache"
 _RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "xlstm")
 
 
@@ -46,19 +47,21 @@ def kv_shape(config: Any) -> KvShape:
     text = config.get_text_config()
     model_type = getattr(text, "model_type", "?")
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"'{model_type}' is an encoder and a decoder, and a quantized cache is for decoders alone")
+        raise ValueError(
+            f"'{model_type}' is an encoder and a decoder, and a quantized cache is for decoders alone{_FIX}"
+        )
     try:
         shape = _shape(text, model_type)
         # The cache that transformers itself makes shows what no name in the config does.
         layer_classes = [type(layer).__name__ for layer in DynamicCache(config=config).layers]
     except KeyError as e:
         raise ValueError(
-            f"'{model_type}' has a cache of its own ({first_line(e)}), which a quantized one is not for"
+            f"'{model_type}' has a cache of its own ({first_line(e)}), which a quantized one is not for{_FIX}"
         ) from e
     except (AttributeError, RuntimeError) as e:
         # transformers raises RuntimeError for a number that differs between layers.
         raise ValueError(
-            f"'{model_type}' does not have one shape for the keys and values of all its layers: {first_line(e)}"
+            f"'{model_type}' does not have one shape for the keys and values of all its layers: {first_line(e)}{_FIX}"
         ) from e
     if any("LinearAttention" in name for name in layer_classes):
         raise _recurrent(model_type)
@@ -68,7 +71,7 @@ def kv_shape(config: Any) -> KvShape:
 def _shape(text: Any, model_type: str) -> KvShape:
     if getattr(text, "kv_lora_rank", None):
         raise ValueError(
-            f"'{model_type}' caches latent vectors (MLA), not keys and values; a quantized cache is not for it"
+            f"'{model_type}' caches latent vectors (MLA), not keys and values; a quantized cache is not for it{_FIX}"
         )
     # Without layer types a window is that of every layer (Mistral).
     type_of_all = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
@@ -90,7 +93,7 @@ def _shape(text: Any, model_type: str) -> KvShape:
 
 
 def _recurrent(model_type: str) -> ValueError:
-    return ValueError(f"'{model_type}' has state-space or recurrent layers, which a quantized cache is not for")
+    return ValueError(f"'{model_type}' has state-space or recurrent layers, which a quantized cache is not for{_FIX}")
 
 
 def _key_value_heads(config: Any) -> int:
