@@ -65,9 +65,13 @@ register_with_transformers()
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("laconic")
+        try:
+            return version("laconic")
+        except PackageNotFoundError:
+            # Run from a source tree.
+            return "0"
     if name not in _MODULES:
         raise AttributeError(f"module 'laconic' has no attribute '{name}'")
     return getattr(import_module(_MODULES[name]), name)

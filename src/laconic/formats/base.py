@@ -58,7 +58,7 @@ class Format(ABC):
         """Number of rows between two places where the matrix can be cut; None where it cannot be cut at all."""
         return 1
 
-    def check_shape(self, name: str, shape: tuple[int, int]) -> None:
+    def check_shape(self, name: str, shape: tuple[int, int]) -> None:  # noqa: B027 - formats that take any shape
         """Check that a linear can be stored.
 
         Args:

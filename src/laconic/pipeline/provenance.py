@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +21,45 @@ from laconic.artifact.artifact import Artifact
 from laconic.checkpoint.source import Source
 from laconic.recipe import Recipe
 
-# Keys of a recipe that may change between an interruption and going on: the codes do not depend on them.
-_TOLD = {"license", "source", "domain"}
-_FREE: Any = {
+# Keys of a recipe that may change before an interrupted run resumes: the codes do not depend on them.
+_FOR_THE_CARDS = {"license", "source", "domain"}
+_WITHOUT_EFFECT: Any = {
     "output": True,
     "device": True,
-    "calibration": {"max_memory_gb", *_TOLD},
-    "stages": {"__all__": {"data": {"__all__": _TOLD}, "protect": _TOLD}},
+    "calibration": {"max_memory_gb", *_FOR_THE_CARDS},
+    "stages": {"__all__": {"data": {"__all__": _FOR_THE_CARDS}, "protect": _FOR_THE_CARDS}},
 }
 
 
 def identify(recipe: Recipe, source: Source, windows: Tensor | None) -> dict[str, Any]:
-    """What an artifact is made of: with the same, an interrupted run goes on."""
+    """Return what an artifact is made of; an interrupted run resumes only with the same.
+
+    Args:
+        recipe: up to the last stage of the step.
+        source: the original checkpoint.
+        windows: calibration token ids (samples, tokens).
+    """
     return {
-        "recipe": recipe.model_dump(mode="json", exclude=_FREE),
+        "recipe": recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
         "source": {"model": source.name, "sha256": _fingerprint(source)},
         "calibration": windows is not None
         and {"samples": len(windows), "tokens": windows.numel(), "sha256": sha256(windows)},
-        "laconic": version("laconic"),
+        "laconic": _version_of("laconic"),
     }
 
 
 def account(
     begun: float, device: torch.device, seed: int, *, earlier: Path | None = None, **more: Any
 ) -> dict[str, Any]:
-    """What goes into `results/compress.json`. begun: of this step, by the monotonic clock. earlier: the artifact of the
-    step before, whose time and memory count too."""
+    """Return `results/compress.json`: time, memory, device, command and versions.
+
+    Args:
+        begun: of this step, by the monotonic clock, in seconds.
+        device: that computed.
+        seed: of the recipe.
+        earlier: the artifact of the step before, whose time and memory count too.
+        **more: further entries.
+    """
     before = Artifact(earlier).results["compress"] if earlier else {"seconds": 0.0, "peak_memory_bytes": 0}
     return {
         "seconds": round(time.monotonic() - begun + before["seconds"], 2),
@@ -61,24 +74,28 @@ def account(
 
 
 def command_line() -> str:
-    """What was typed, so that a shell takes it again as it was; our own command without the folder it lies in."""
+    """Return the command as it was typed, quoted for a shell; our own command without the folder it lies in."""
     program, *rest = sys.argv
     return shlex.join(["laconic" if Path(program).name == "laconic" else program, *rest])
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on."""
+    """Return the versions of the packages that a result depends on."""
     packages = ("laconic", "torch", "transformers", "compressed-tensors", "safetensors")
     return {"python": platform.python_version()} | {p: _version_of(p) for p in packages}
 
 
 @cache
 def _version_of(package: str) -> str:
-    return version(package)
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        # Run from a source tree.
+        return "not installed"
 
 
 def _fingerprint(source: Source) -> str:
-    """Names, shapes, dtypes, and a sample of the bytes of every weight file."""
+    """Return a hash of names, shapes, dtypes, and a sample of the bytes of every weight file."""
     digest = hashlib.sha256((source.folder / "config.json").read_bytes())
     tensors = {n: (s.shape, s.dtype) for n, s in sorted(source.checkpoint.tensors.items())}
     digest.update(json.dumps(tensors).encode())
@@ -91,8 +108,12 @@ def _fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def forget_peak_memory() -> bool:
-    """Let the peak that `account` tells begin anew, where many runs share a process. Whether that can be done here."""
+def reset_peak_memory() -> bool:
+    """Reset the peak memory that `account` reports, where many runs share a process.
+
+    Returns:
+        Whether the system can do that.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -103,7 +124,7 @@ def forget_peak_memory() -> bool:
 
 
 def sha256(ids: Tensor) -> str:
-    """Of token ids, by which they are known again."""
+    """Return the hash of token ids."""
     return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
 
 

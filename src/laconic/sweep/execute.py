@@ -15,7 +15,7 @@ from laconic.artifact.workspace import read_identity
 from laconic.cards.writing import refresh_cards
 from laconic.checkpoint.atomic import write_text
 from laconic.pipeline.compression import compress
-from laconic.pipeline.provenance import forget_peak_memory
+from laconic.pipeline.provenance import reset_peak_memory
 from laconic.sweep.measure import measure
 from laconic.sweep.runs import Run
 from laconic.sweep.table import has_column_types, rows_of
@@ -47,7 +47,7 @@ def execute(run: Run, folder: Path, report: Report = lambda _: None) -> dict[str
 
 def _execute(run: Run, folder: Path, report: Report) -> dict[str, Any]:
     start = time.monotonic()
-    peak_was_reset = forget_peak_memory()
+    peak_was_reset = reset_peak_memory()
     try:
         artifact = _compress(run, folder, report)
         baseline = run.recipe.model if run.baseline else None
