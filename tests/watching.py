@@ -75,7 +75,7 @@ def stroll(
     plan = make_plan(whole, dissect(whole), stages)
     workspace = Workspace(output, {}, len(plan.anatomy.taps) + 1, overwrite=False)
     settings = Settings(torch.device("cpu"), batch, budget, all_experts)
-    walk(source, whole, plan, windows, workspace, settings, lambda _: None)
+    walk(source, whole, plan, windows, workspace=workspace, settings=settings, report=lambda _: None)
     return [dict(zip(_taps(plan, i), s._seen, strict=True)) for i, s in enumerate(stages) if isinstance(s, Watch)]
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from artifacts import inputs, original, tokens
-from laconic.calibrate.stream import make_stream
+from laconic.calibrate.stream import StreamStorage
 from laconic.methods.awq import Awq
 from laconic.methods.smoothquant import SmoothQuant
 from laconic.solvers.moments import Moments
@@ -161,4 +161,4 @@ def test_a_disk_without_room_for_activations_is_told_before_the_work(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(ValueError, match=r"no room for 2\.0 GB of calibration activations"):
-        make_stream((1000, 1000, 1000), torch.bfloat16, 1, 0, tmp_path / "spill")
+        StreamStorage(0, tmp_path / "spill").allocate((1000, 1000, 1000), torch.bfloat16, 1)

@@ -59,7 +59,7 @@ def test_a_replaced_linear_is_the_one_that_runs(parts: tuple[nn.Module, Anatomy,
     block, anatomy, call, stream = parts
     before = stream.hidden.clone()
     tap = anatomy.taps[0][2]
-    with Passes(block, anatomy.taps[0], call, stream, torch.device("cpu"), held=True) as passes:
+    with Passes(block, anatomy.taps[0], call, stream, torch.device("cpu"), resume=True) as passes:
         assert len(list(passes.inputs([tap]))) == 2
         old = block.mlp.gate_proj
         block.mlp.gate_proj = nn.Linear(old.in_features, old.out_features, bias=False)
@@ -71,8 +71,8 @@ def test_a_replaced_linear_is_the_one_that_runs(parts: tuple[nn.Module, Anatomy,
 def test_through_passes_on_what_it_shows(parts: tuple[nn.Module, Anatomy, BlockCall, Stream]) -> None:
     block, anatomy, call, stream = parts
     before = stream.hidden.clone()
-    with Passes(block, anatomy.taps[0], call, stream, torch.device("cpu"), held=False) as passes:
-        seen = [tap for tap, _ in passes.through(anatomy.taps[0])]
+    with Passes(block, anatomy.taps[0], call, stream, torch.device("cpu"), resume=False) as passes:
+        seen = [tap for tap, _ in passes.inputs_and_advance(anatomy.taps[0])]
     assert seen == [*anatomy.taps[0], *anatomy.taps[0]]
     assert torch.equal(stream.hidden, torch.cat([call(block, b) for b in before.split(4)]))
 
@@ -81,7 +81,7 @@ def test_through_passes_on_what_it_shows(parts: tuple[nn.Module, Anatomy, BlockC
 def test_closed_passes_leave_no_trace(parts: tuple[nn.Module, Anatomy, BlockCall, Stream]) -> None:
     block, anatomy, call, stream = parts
     expected = call(block, stream.hidden)
-    with Passes(block, anatomy.taps[0], call, stream, torch.device("cpu"), held=True) as passes:
+    with Passes(block, anatomy.taps[0], call, stream, torch.device("cpu"), resume=True) as passes:
         next(passes.inputs([anatomy.taps[0][1]]))
     assert all("forward" not in vars(m) for m in block.modules())
     assert torch.equal(call(block, stream.hidden), expected)

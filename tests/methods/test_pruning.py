@@ -263,7 +263,7 @@ def test_a_restarted_run_goes_by_the_same_survey(
     whole = press(llama, tmp_path / "whole", *stages, text=text).path
     looked: list[int] = []
     look = walk.survey_block
-    monkeypatch.setattr(walk, "survey_block", lambda *args: looked.append(args[1]) or look(*args))
+    monkeypatch.setattr(walk, "survey_block", lambda *args, **rest: looked.append(args[1]) or look(*args, **rest))
     with pytest.raises(Killed):
         laconic.compress(str(llama), recipe(*stages, text=text), tmp_path / "out", report=die)
     assert looked == [0, 1]

@@ -141,8 +141,8 @@ def test_what_is_advised_for_an_expert_without_tokens_can_be_followed(
 
     said = run().complaint
     assert said.endswith(
-        "use more samples, or set calibration.moe_calibrate_all_experts, and pass --overwrite, since what is finished "
-        "is of this recipe"
+        "use more samples, or set calibration.moe_calibrate_all_experts, and pass --overwrite, since finished "
+        "blocks are of this recipe"
     )
     assert run("--overwrite", **ALL).code == 0
 

@@ -18,7 +18,7 @@ from laconic.pipeline.pipeline import Pipeline
 from laconic.runtime.reading import load
 from laconic.structure.anatomy import find_blocks
 from laconic.structure.hooks import patched_forwards
-from laconic.walk.span import span
+from laconic.walk.spans import record_span
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -91,9 +91,9 @@ def profile_generation(
     ids = torch.randint(0, config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     settings = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
     with _block_spans(opened):
-        with span("warm up"):
+        with record_span("warm up"):
             opened.generate(ids, max_new_tokens=1, min_new_tokens=1, **settings)
-        with _profiler(trace, nvtx), span("generate"):
+        with _profiler(trace, nvtx), record_span("generate"):
             opened.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **settings)
 
 
@@ -105,7 +105,7 @@ def _block_spans(model: torch.nn.Module) -> Iterator[None]:
         forward = module.forward
 
         def forward_in_span(*args: Any, **kwargs: Any) -> Any:
-            with span(name):
+            with record_span(name):
                 return forward(*args, **kwargs)
 
         return module, forward_in_span

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laconic.walk.span import PREFIX
+from laconic.walk.spans import PREFIX
 
 
 @dataclass(frozen=True)

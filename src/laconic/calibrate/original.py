@@ -1,4 +1,4 @@
-"""A block of the original model, beside the one that is being compressed."""
+"""A block of the original model, run beside the block that is compressed."""
 
 from __future__ import annotations
 
@@ -7,35 +7,46 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from laconic.calibrate.observe import advance
-from laconic.calibrate.stream import Room, Stream
+from laconic.calibrate.observe import advance_stream
+from laconic.calibrate.stream import Stream, StreamStorage
 from laconic.structure.anatomy import BlockCall
 
 
 @dataclass
 class Original:
-    """stream: what the block reads in the original model. room: for what it puts out, while what it reads is kept.
-    column_scales: what the columns of linears were
-    multiplied by in the block that is compressed, by name within it."""
+    """A block of the original model and the original model's activations before it.
+
+    Attributes:
+        module: the block.
+        call: how it is called.
+        stream: hidden states before the block in the original model.
+        device: where to compute.
+        storage: for the block's output, while its input is still needed.
+        column_scales: what the columns of linears were multiplied by in the compressed block, by name within it.
+    """
 
     module: nn.Module
     call: BlockCall
     stream: Stream
     device: torch.device
-    room: Room
+    storage: StreamStorage
     column_scales: dict[str, Tensor] = field(default_factory=dict)
     _output: Stream | None = None
 
-    def output(self, *, read_again: bool) -> Stream:
-        """What the block puts out. read_again: whether a later stage looks into the block, which then still needs what
-        it reads; if none does, the output takes its place."""
+    def output(self, *, keep_input: bool) -> Stream:
+        """Return the block's output, computed once.
+
+        Args:
+            keep_input: whether a later stage observes the linears of the block, and so needs its input; otherwise the
+                output takes the place of the input.
+        """
         if self._output is None:
-            self._output = self.room.copy_of(self.stream) if read_again else self.stream
-            advance(self.module, self.call, self._output, self.device)
+            self._output = self.storage.copy(self.stream) if keep_input else self.stream
+            advance_stream(self.module, self.call, self._output, self.device)
         return self._output
 
-    def finish(self) -> None:
-        """Leave in the stream what the block puts out, for the next."""
-        made = self.output(read_again=False)
-        if made is not self.stream:
-            self.stream.hidden.copy_(made.hidden)
+    def advance(self) -> None:
+        """Replace the stream's hidden states by the block's output, for the next block."""
+        output = self.output(keep_input=False)
+        if output is not self.stream:
+            self.stream.hidden.copy_(output.hidden)

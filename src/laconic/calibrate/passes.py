@@ -1,8 +1,9 @@
-"""The calibration set on its way through one block: a forward pass a batch, each halted at the taps.
+"""Forward passes of the calibration set through one block, one per batch, that halt at the taps.
 
-True-sequential calibration observes a linear after the earlier ones of its block are compressed. Halted passes make
-that one forward pass a batch: each waits before a tap's first linear until the tap is compressed, and goes on through
-what stands there then. Where the memory for waiting passes is not there, each round begins its passes anew.
+True-sequential calibration observes a linear after the earlier linears of its block are compressed. With halted passes
+that takes one forward pass per batch: each pass halts before the first linear of a tap until the tap is compressed, and
+then resumes with the compressed linears. Where memory does not suffice for halted passes, they start again for every
+round of taps.
 """
 
 from __future__ import annotations
@@ -23,25 +24,40 @@ from laconic.structure.hooks import patched_forwards
 
 @dataclass
 class _Pass:
-    """One batch in the block. at: the tap before which it waits, and what the tap's linears will read."""
+    """The forward pass of one batch.
+
+    Attributes:
+        batch: hidden states before the block, a view into the stream.
+        run: the running pass; None before it starts.
+        halt: the tap before which the pass halts, and the input of the tap's linears.
+        output: hidden states after the block, once the pass has ended.
+    """
 
     batch: Tensor
     run: greenlet | None = None
-    at: tuple[Tap, Tensor] | None = None
+    halt: tuple[Tap, Tensor] | None = None
     output: Tensor | None = None
 
-    def end(self) -> None:
-        """Give up what is not finished, and the memory that it holds."""
+    def reset(self) -> None:
+        """Abandon the pass, and free the memory that it holds."""
         if self.run is not None and not self.run.dead:
             self.run.throw(GreenletExit)
-        self.run = self.at = self.output = None
+        self.run = self.halt = self.output = None
 
 
 @dataclass
 class Passes:
-    """taps: where passes halt, in order of execution. held: whether passes wait in memory, or begin anew each round.
+    """The forward passes of all batches through one block.
 
-    Linears of `block` may be replaced or changed while passes wait before them. Close it when done.
+    Linears of the block may be replaced or changed while passes halt before them. To be used as a context manager.
+
+    Attributes:
+        block: the block.
+        taps: where passes halt, in order of execution.
+        call: how the block is called.
+        stream: hidden states before the block.
+        device: where to compute.
+        resume: whether halted passes stay in memory and resume in the next round; otherwise they start again.
     """
 
     block: nn.Module
@@ -49,18 +65,18 @@ class Passes:
     call: BlockCall
     stream: Stream
     device: torch.device
-    held: bool
+    resume: bool
     _passes: list[_Pass] = field(init=False)
-    _halting: frozenset[Tap] = field(init=False)
+    _halt_taps: frozenset[Tap] = field(init=False)
     _order: Mapping[Tap, int] = field(init=False)
     _patches: ExitStack = field(init=False, default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         self._passes = [_Pass(batch) for batch in self.stream.batches()]
         self._order = {tap: i for i, tap in enumerate(self.taps)}
-        self._halting = frozenset(self.taps)
-        halts = [(self.block.get_submodule(tap.linears[0]), self._halting_forward(tap)) for tap in self.taps]
-        self._patches.enter_context(patched_forwards(halts))
+        self._halt_taps = frozenset(self.taps)
+        forwards = [(self.block.get_submodule(tap.linears[0]), self._halting_forward(tap)) for tap in self.taps]
+        self._patches.enter_context(patched_forwards(forwards))
 
     def __enter__(self) -> Passes:
         return self
@@ -69,73 +85,73 @@ class Passes:
         self.close()
 
     def inputs(self, taps: Sequence[Tap]) -> Iterator[tuple[Tap, Tensor]]:
-        """What the linears of these taps read, batch by batch; passes halt before the last of the taps.
+        """Yield the input of the linears of these taps, batch by batch; passes halt before the last of the taps.
 
-        A pass may miss a tap (an expert to which no token was routed).
+        A pass yields nothing for a tap that it does not reach: an expert to which no token was routed.
         """
         last = max(self._order[tap] for tap in taps)
         for batch in self._passes:
-            if not self.held:
-                self._halting = frozenset(taps)
-                batch.end()
+            if not self.resume:
+                self._halt_taps = frozenset(taps)
+                batch.reset()
             yield from self._run_to(batch, taps, last)
-            if not self.held:
-                batch.end()
+            if not self.resume:
+                batch.reset()
 
-    def through(self, taps: Sequence[Tap]) -> Iterator[tuple[Tap, Tensor]]:
-        """The same, but each pass goes on to the end of the block at once, and its output replaces what the stream
-        holds."""
+    def inputs_and_advance(self, taps: Sequence[Tap]) -> Iterator[tuple[Tap, Tensor]]:
+        """Yield as `inputs` does, and replace the stream's hidden states by the block's output."""
         for batch in self._passes:
             yield from self._run_to(batch, taps, len(self.taps))
-            self._pass_on(batch)
+            self._advance(batch)
 
     def finish(self) -> None:
-        """Let all passes run to their end, and replace the stream's hidden states by the block's output."""
+        """Run all passes to their end, and replace the stream's hidden states by the block's output."""
         for batch in self._passes:
-            if not self.held:
-                self._halting = frozenset()
-                batch.end()
-            self._pass_on(batch)
+            if not self.resume:
+                self._halt_taps = frozenset()
+                batch.reset()
+            self._advance(batch)
 
     def close(self) -> None:
-        """Give up all passes and leave the block's linears as they were."""
+        """Abandon all passes, and restore the forwards of the block's linears."""
         for batch in self._passes:
-            batch.end()
+            batch.reset()
         self._patches.close()
 
-    def _pass_on(self, batch: _Pass) -> None:
+    def _advance(self, batch: _Pass) -> None:
         while batch.output is None:
-            self._go_on(batch)
+            self._run_to_halt(batch)
         batch.batch.copy_(batch.output)
-        batch.end()
+        batch.reset()
 
     def _run_to(self, batch: _Pass, taps: Sequence[Tap], last: int) -> Iterator[tuple[Tap, Tensor]]:
         if batch.run is None:
-            self._go_on(batch)
-        while batch.at is not None and self._order[batch.at[0]] <= last:
-            if batch.at[0] in taps:
-                yield batch.at
-            if self._order[batch.at[0]] == last:
+            self._run_to_halt(batch)
+        while batch.halt is not None and self._order[batch.halt[0]] <= last:
+            if batch.halt[0] in taps:
+                yield batch.halt
+            if self._order[batch.halt[0]] == last:
                 return
-            self._go_on(batch)
+            self._run_to_halt(batch)
 
-    def _go_on(self, batch: _Pass) -> None:
-        """Run a pass until it halts at the next tap or ends."""
+    def _run_to_halt(self, batch: _Pass) -> None:
+        """Start or resume a pass; it runs until it halts at the next tap, or ends."""
         if batch.run is None:
             batch.run = greenlet(lambda: self.call(self.block, batch.batch.to(self.device)))
-        reached: Any = batch.run.switch()
+        result: Any = batch.run.switch()
         if batch.run.dead:
-            batch.at, batch.output = None, reached
+            batch.halt, batch.output = None, result
         else:
-            batch.at = reached
+            batch.halt = result
 
     def _halting_forward(self, tap: Tap) -> Callable[[Tensor], Any]:
         name = tap.linears[0]
 
         def forward(x: Tensor) -> Any:
-            if tap in self._halting:
+            if tap in self._halt_taps:
                 getcurrent().parent.switch((tap, x))
-            now = self.block.get_submodule(name)
-            return type(now).forward(now, x)
+            # Looked up after the halt: the linear may have been replaced meanwhile.
+            linear = self.block.get_submodule(name)
+            return type(linear).forward(linear, x)
 
         return forward

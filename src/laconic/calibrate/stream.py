@@ -14,47 +14,60 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Stream:
-    """The calibration set's hidden states between two blocks: (samples, tokens, hidden), changed in place as the
-    walk goes on. They live in memory, or in a file mapped into memory past the budget."""
+    """Hidden states of the calibration set between two blocks, changed in place from block to block.
+
+    Attributes:
+        hidden: (samples, tokens, hidden), in memory or in a file that is mapped into memory.
+        batch: samples run at once.
+    """
 
     hidden: Tensor
     batch: int
 
     def batches(self) -> Iterator[Tensor]:
-        """Views of a few samples each."""
+        """Yield views of `batch` samples each."""
         yield from self.hidden.split(self.batch)
 
 
 @dataclass(frozen=True)
-class Room:
-    """Where a stream may be. budget: bytes; when it would take more it is kept in the file `spill`."""
+class StreamStorage:
+    """Where the hidden states of a stream are stored.
+
+    Attributes:
+        budget: bytes that a stream may take in memory; a larger one is stored in a file.
+        file: the file.
+    """
 
     budget: float
-    spill: Path
+    file: Path
 
-    def stream(self, shape: tuple[int, int, int], dtype: torch.dtype, batch: int) -> Stream:
-        """A new stream, its hidden states yet unset."""
-        return make_stream(shape, dtype, batch, self.budget, self.spill)
+    def allocate(self, shape: tuple[int, int, int], dtype: torch.dtype, batch: int) -> Stream:
+        """Allocate a stream, its hidden states not set yet.
 
-    def copy_of(self, other: Stream) -> Stream:
-        """Another stream with the same hidden states."""
-        samples, tokens, width = other.hidden.shape
-        made = self.stream((samples, tokens, width), other.hidden.dtype, other.batch)
-        made.hidden.copy_(other.hidden)
-        return made
+        Args:
+            shape: (samples, tokens, hidden).
+            dtype: of the hidden states.
+            batch: samples run at once.
 
+        Raises:
+            ValueError: if the disk has no space for the file.
+        """
+        size = shape[0] * shape[1] * shape[2]
+        if size * dtype.itemsize <= self.budget:
+            return Stream(torch.empty(shape, dtype=dtype), batch)
+        _reserve(self.file, size * dtype.itemsize)
+        return Stream(torch.from_file(str(self.file), shared=True, size=size, dtype=dtype).view(shape), batch)
 
-def make_stream(shape: tuple[int, int, int], dtype: torch.dtype, batch: int, budget: float, spill: Path) -> Stream:
-    """Room for hidden states. budget: bytes; when they would take more they are kept in the file `spill`."""
-    size = shape[0] * shape[1] * shape[2]
-    if size * dtype.itemsize <= budget:
-        return Stream(torch.empty(shape, dtype=dtype), batch)
-    _reserve(spill, size * dtype.itemsize)
-    return Stream(torch.from_file(str(spill), shared=True, size=size, dtype=dtype).view(shape), batch)
+    def copy(self, stream: Stream) -> Stream:
+        """Return a copy of another stream, stored here."""
+        samples, tokens, width = stream.hidden.shape
+        copy = self.allocate((samples, tokens, width), stream.hidden.dtype, stream.batch)
+        copy.hidden.copy_(stream.hidden)
+        return copy
 
 
 def _reserve(file: Path, size: int) -> None:
-    """Take the room on the disk now: a mapped file that finds none later would end the process without a word."""
+    """Reserve disk space for a mapped file: without it a full disk would kill the process with no message."""
     if not hasattr(os, "posix_fallocate"):
         return
     with file.open("wb") as f:

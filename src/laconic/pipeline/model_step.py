@@ -25,7 +25,7 @@ from laconic.pipeline.provenance import account
 from laconic.runtime.linear import QLinear
 from laconic.stages.model import ModelOutcome, ModelStage, ModelTask
 from laconic.structure.anatomy import dissect, find_blocks, linears_of
-from laconic.walk.span import span
+from laconic.walk.spans import record_span
 
 if TYPE_CHECKING:
     from laconic.pipeline.pipeline import Pipeline, Step
@@ -61,7 +61,7 @@ def run_model_step(
     with Workspace(step.output, step.identity, 0, overwrite=overwrite) as workspace:
         task = _task(pipeline, stage, folder, workspace.folder, workspace.scratch, report)
         try:
-            with span(stage.method), torch.set_grad_enabled(stage.needs.gradients):
+            with record_span(stage.method), torch.set_grad_enabled(stage.needs.gradients):
                 outcome = stage.apply(task)
         except ValueError as e:
             raise ValueError(f"stages.{step.first} ({stage.method}): {e}") from e

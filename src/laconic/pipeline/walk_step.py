@@ -128,7 +128,16 @@ def run_walk(
     linears = [*plan.linears, *sorted(plan.anatomy.routers)]
     to_config = quantization_config(plan.schemes, linears, walk.model, source.checkpoint)
     resumed = sum(workspace.is_finished(i) for i in range(workspace.shards))
-    stream(source, walk.model, plan, windows, workspace, settings, report, walk.domains)
+    stream(
+        source,
+        walk.model,
+        plan,
+        windows,
+        workspace=workspace,
+        settings=settings,
+        report=report,
+        domains=walk.domains,
+    )
     schemes = _written_schemes(walk, workspace)
     # Saved before the folder gets its name: an artifact is whole from the moment it is there.
     Artifact(workspace.folder).save_result(

@@ -1,4 +1,4 @@
-"""Stages that treat a decoder block as a whole, and the block that they are given."""
+"""Stages that treat a decoder block as a whole, and their input, a block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from laconic.calibrate.observe import no_tokens
+from laconic.calibrate.observe import no_tokens_error
 from laconic.calibrate.passes import Passes
 from laconic.calibrate.stream import Stream
 from laconic.formats import ScalarFormat
@@ -60,7 +60,7 @@ class Block:
         device: where to compute.
         dtype: in which parameters are stored.
         stacks_linears: whether the stage takes linears of one tap together.
-        through: whether the stream is replaced by the block's output while it is observed.
+        advance: whether observing replaces the stream by the block's output.
         column_scales: what the columns of linears were multiplied by so far, by name.
         all_experts: whether experts are observed on every token.
         tokens: how many each observed tap has read.
@@ -77,7 +77,7 @@ class Block:
     device: torch.device
     dtype: torch.dtype
     stacks_linears: bool = True
-    through: bool = False
+    advance: bool = False
     column_scales: dict[str, Tensor] = field(default_factory=dict)
     all_experts: bool = False
     tokens: dict[Tap, int] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Block:
         Raises:
             ValueError: for NaN or infinity; and, at the end, for an expert to which no token was routed.
         """
-        # Only while they are observed: what a stage runs and tunes goes through the router's choice.
+        # Only while they are observed: what a stage runs and tunes follows the router.
         with calibrate_all_experts(*[self.module] * self.all_experts):
             yield from self._inputs(taps)
         self._check_tokens(taps)
@@ -113,8 +113,8 @@ class Block:
 
     def _inputs(self, taps: Sequence[Tap]) -> Iterator[tuple[Tap, Tensor]]:
         self.tokens.update(dict.fromkeys(taps, 0))
-        with Passes(self.module, self.taps, self.call, self.stream, self.device, held=False) as passes:
-            for tap, x in passes.through(taps) if self.through else passes.inputs(taps):
+        with Passes(self.module, self.taps, self.call, self.stream, self.device, resume=False) as passes:
+            for tap, x in passes.inputs_and_advance(taps) if self.advance else passes.inputs(taps):
                 if not torch.isfinite(x).all():
                     raise non_finite_error()
                 self.tokens[tap] += x.numel() // x.shape[-1]
@@ -123,7 +123,7 @@ class Block:
     def _check_tokens(self, taps: Sequence[Tap]) -> None:
         for tap in taps:
             if not self.tokens[tap]:
-                raise no_tokens(f"{self.name}.{tap.linears[0]}")
+                raise no_tokens_error(f"{self.name}.{tap.linears[0]}")
 
     def fold(self, link: Link, s: Tensor) -> Tensor:
         """Move scales through a link, and remember them for later comparisons with the original model.

@@ -1,7 +1,7 @@
 """Apply the plan's stages to one decoder block, or to the head, one after another.
 
 A linear stage gets the taps of the block one after another, each with statistics of its input; a block stage gets the
-block. The result replaces the linear at once, so that later linears are observed behind it, and is reported.
+block. Each result replaces its linear at once, so that later linears are observed after it, and is reported.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.calibrate.memory import give_back
-from laconic.calibrate.observe import no_tokens, observe
+from laconic.calibrate.observe import no_tokens_error, observe
 from laconic.calibrate.original import Original
 from laconic.calibrate.passes import Passes
 from laconic.checkpoint.source import Source
@@ -28,29 +27,30 @@ from laconic.stages.block import Block, BlockStage, Stack, stacked, stacks
 from laconic.stages.linear import LinearStage, LinearTask, Outcome
 from laconic.structure.anatomy import Tap, compute_head_input, linear_at, observation_rounds
 from laconic.structure.links import links_without
-from laconic.walk.flow import Flow, passes_on
-from laconic.walk.install import install
+from laconic.walk.flow import Flow, may_advance
+from laconic.walk.install import Target, install
+from laconic.walk.memory import trim_heap
 from laconic.walk.outside import materialise_outside
 from laconic.walk.plan import BlockWork, Plan
 from laconic.walk.settings import Settings
 from laconic.walk.side_tensors import attach, compress_stack
-from laconic.walk.span import span
-from laconic.walk.zeros import Zeros, sparsity, watch_zeros
+from laconic.walk.spans import record_span
+from laconic.walk.zeros import ZeroMask, check_zeros, sparsity
 
 Report = Callable[[Mapping[str, Any]], None]
 Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Position:
-    """A decoder block of the walk.
+class CurrentBlock:
+    """The decoder block that the walk has reached.
 
     Attributes:
         module: the block, loaded.
         index: its number.
         name: in the model.
         flow: the calibration set before it; None where nothing is calibrated.
-        original: the block of the original model, where a stage compares with it.
+        original: the block of the original model, if a stage compares with it.
     """
 
     module: nn.Module
@@ -66,15 +66,30 @@ class Position:
 
 
 @dataclass(frozen=True)
+class _Order:
+    """When a linear stage observes the taps of a block.
+
+    Attributes:
+        at_once: all taps in one pass, before any is compressed.
+        advance: whether observing replaces the stream by the block's output.
+        last: whether no other stage follows in the block.
+    """
+
+    at_once: bool
+    advance: bool
+    last: bool
+
+
+@dataclass(frozen=True)
 class Applier:
-    """Applies the stages of a plan.
+    """Application of a plan's stages.
 
     Attributes:
         source: the checkpoint.
-        model: the skeleton, of which the treated block is loaded.
+        model: the skeleton, of which the current block is loaded.
         plan: which stage treats which linear, and how each is stored.
         settings: where to compute, and in how much memory.
-        report: called with an event a linear.
+        report: called with an event for each linear.
     """
 
     source: Source
@@ -83,41 +98,44 @@ class Applier:
     settings: Settings
     report: Report
 
-    def block(self, at: Position) -> tuple[list[Event], bool]:
+    def block(self, current: CurrentBlock) -> tuple[list[Event], bool]:
         """Apply all stages to a block.
 
         Returns:
             Events for the log, and whether the stream holds the block's output already.
         """
-        work = self.plan.work(at.index)
-        observing = [k for k, item in enumerate(work) if at.flow and item.stage.needs.observation]
+        work = self.plan.work(current.index)
+        observing = [k for k, item in enumerate(work) if current.flow and item.stage.needs.observation]
         events: list[Event] = []
         advanced = False
-        zeros: dict[str, Zeros] = {}
+        masks: dict[str, ZeroMask] = {}
         for k, item in enumerate(work):
-            # The original model's stream is advanced by the last stage to observe it, before anything is quantized.
+            # Where only the original model's activations flow, the last stage that observes the block advances the
+            # stream, before anything is quantized.
             at_once = self.plan.original_inputs and observing[-1:] == [k]
-            through = at_once and passes_on(self.plan, at.index)
-            with span(item.stage.method):
+            advance = at_once and may_advance(self.plan, current.index)
+            with record_span(item.stage.method):
                 if isinstance(item.stage, BlockStage):
                     compared_later = any(
                         w.stage.needs.cross_moments and isinstance(w.stage, LinearStage) for w in work[k + 1 :]
                     )
-                    events += self._apply_block_stage(at, item, item.stage, compared_later, through)
+                    events += self._apply_block_stage(
+                        current, item, item.stage, compared_later=compared_later, advance=advance
+                    )
                 else:
                     assert isinstance(item.stage, LinearStage)
-                    last = k == len(work) - 1
-                    more, finished = self._apply_linear_stage(at, item, item.stage, at_once, through, last)
-                    events += more
+                    order = _Order(at_once, advance, last=k == len(work) - 1)
+                    linear_events, finished = self._apply_linear_stage(current, item, item.stage, order)
+                    events += linear_events
                     advanced |= finished
-            advanced |= through
-            zeros = watch_zeros(at.module, at.name, zeros, item.stage, item.schemes)
+            advanced |= advance
+            masks = check_zeros(current.module, current.name, masks, item.stage, item.schemes)
         return events, advanced
 
     def head(self, flow: Flow | None) -> Iterator[Event]:
         """Apply all stages that target the head, and yield events for the log."""
         head = self.plan.anatomy.head
-        zeros: dict[str, Zeros] = {}
+        masks: dict[str, ZeroMask] = {}
         for item in self.plan.head_work():
             stage = item.stage
             assert isinstance(stage, LinearStage)
@@ -130,105 +148,124 @@ class Applier:
                     moments.add(compute_head_input(self.model, self.plan.anatomy, hidden.to(self.settings.device)))
                 moments.finish()
             yield from self._compress(self.model, "", [head], item, stage, moments)
-            zeros = watch_zeros(self.model, "", zeros, stage, [head])
+            masks = check_zeros(self.model, "", masks, stage, [head])
 
     def _apply_linear_stage(
-        self, at: Position, item: BlockWork, stage: LinearStage, at_once: bool, through: bool, last: bool
+        self, current: CurrentBlock, item: BlockWork, stage: LinearStage, order: _Order
     ) -> tuple[list[Event], bool]:
-        taps = [t for t in self.plan.anatomy.taps[at.index] if item.schemes.keys() & set(t.linears)]
-        sequential = stage.needs.sequential and not at_once
-        # A pass that waits behind one expert has run the others already: where there are experts, passes begin anew.
-        holds = sequential and not any(t.experts for t in taps)
+        """Apply a linear stage.
+
+        Returns:
+            Events for the log, and whether the halted passes have run to their end, so that the stream holds the
+            block's output.
+        """
+        taps = [t for t in self.plan.anatomy.taps[current.index] if item.schemes.keys() & set(t.linears)]
+        sequential = stage.needs.sequential and not order.at_once
+        # A pass that halts before one expert has run the others already: where there are experts, passes start again.
+        resume = sequential and not any(t.experts for t in taps)
         events: list[Event] = []
         with ExitStack() as open_passes:
             passes = original_passes = None
-            if at.flow and stage.needs.observation:
-                call, held, device = at.flow.calls[at.index], at.flow.held and holds, self.settings.device
-                passes = open_passes.enter_context(Passes(at.module, taps, call, at.flow.stream, device, held))
-                if stage.needs.cross_moments and at.original:
-                    original = at.original
-                    original_passes = open_passes.enter_context(
-                        Passes(original.module, taps, call, original.stream, device, held)
-                    )
+            if current.flow and stage.needs.observation:
+                flow, device = current.flow, self.settings.device
+                call, resume = flow.calls[current.index], flow.resume_passes and resume
+                passes = open_passes.enter_context(Passes(current.module, taps, call, flow.stream, device, resume))
+                if stage.needs.cross_moments and current.original:
+                    module, stream = current.original.module, current.original.stream
+                    original_passes = open_passes.enter_context(Passes(module, taps, call, stream, device, resume))
             for together in observation_rounds(taps) if sequential else [taps]:
                 moments: dict[Tap, Moments] = {}
                 if passes:
-                    module = at.original.module if at.original else None
-                    with span("observe"), self.settings.showing(at.module, module):
+                    original = current.original.module if current.original else None
+                    with record_span("observe"), self.settings.expert_routing(current.module, original):
                         moments = observe(
                             passes,
                             together,
                             gram=stage.needs.second_moments,
                             original=original_passes,
-                            column_scales=at.column_scales,
-                            through=through,
+                            column_scales=current.column_scales,
+                            advance=order.advance,
                         )
-                    give_back()
+                    trim_heap()
                 for tap in together:
-                    events += self._check_tokens(at.name, tap, moments.get(tap))
+                    events += self._check_tokens(current.name, tap, moments.get(tap))
                     targets = [n for n in tap.linears if n in item.schemes]
-                    with span(f"compress {', '.join(n.rpartition('.')[2] for n in targets)}"):
-                        events += self._compress(at.module, at.name, targets, item, stage, moments.get(tap))
-            finished = passes is not None and passes.held and last and passes_on(self.plan, at.index)
+                    with record_span(f"compress {', '.join(n.rpartition('.')[2] for n in targets)}"):
+                        events += self._compress(current.module, current.name, targets, item, stage, moments.get(tap))
+            finished = passes is not None and passes.resume and order.last and may_advance(self.plan, current.index)
             if passes and finished:
-                with span("pass on"):
+                with record_span("advance"):
                     passes.finish()
         return events, finished
 
     def _apply_block_stage(
-        self, at: Position, item: BlockWork, stage: BlockStage, compared_later: bool, through: bool
+        self, current: CurrentBlock, item: BlockWork, stage: BlockStage, *, compared_later: bool, advance: bool
     ) -> list[Event]:
-        assert at.flow is not None
+        """Apply a block stage. The last arguments are those of `_block_for`."""
         begun = time.monotonic()
-        block = self._block_for(at, item, stage, compared_later, through)
+        block = self._block_for(current, item, stage, compared_later=compared_later, advance=advance)
         outcomes = stage.compress(block)
-        moments = self._ranges(at, item, block) if stage.needs.ranges else {}
+        moments = self._ranges(item, block) if stage.needs.ranges else {}
         seconds = (time.monotonic() - begun) / max(1, sum(len(names) for names in outcomes))
-        calibrate_all_experts = block.stream.hidden.shape[0] * block.stream.hidden.shape[1]
+        all_tokens = block.stream.hidden.shape[0] * block.stream.hidden.shape[1]
         tokens = {n: count for tap, count in block.tokens.items() for n in tap.linears}
         events: list[Event] = []
         for tap, count in block.tokens.items():
             if tap.experts and stage.quantizes:
                 first = tap.linears[0]
-                events += self._warn_of_few_tokens(f"{at.name}.{first}", count, linear_at(at.module, first).in_features)
+                width = linear_at(current.module, first).in_features
+                events += self._warn_of_few_tokens(f"{current.name}.{first}", count, width)
         for names, outcome in outcomes.items():
-            notes = {"tokens": tokens.get(names[0], calibrate_all_experts), "seconds": round(seconds, 4)}
+            notes = {"tokens": tokens.get(names[0], all_tokens), "seconds": round(seconds, 4)}
             stack = Stack(names, item.schemes[names[0]])
-            weight, rows = stacked(at.module, names), _rows(at.module, names)
-            observed = moments.get(names[0])
-            parts = attach(stage, stack.scheme, weight, outcome, rows, observed, self.source.dtype)
-            events += self._install(at.module, at.name, item, dict(zip(names, parts, strict=True)), observed, notes)
+            weight, rows = stacked(current.module, names), _rows(current.module, names)
+            ranges = moments.get(names[0])
+            parts = attach(
+                stage, outcome, scheme=stack.scheme, weight=weight, rows=rows, moments=ranges, dtype=self.source.dtype
+            )
+            by_name = dict(zip(names, parts, strict=True))
+            events += self._install(current.module, current.name, item, by_name, ranges, notes)
         return events
 
     def _block_for(
-        self, at: Position, item: BlockWork, stage: BlockStage, compared_later: bool, through: bool
+        self, current: CurrentBlock, item: BlockWork, stage: BlockStage, *, compared_later: bool, advance: bool
     ) -> Block:
-        """Return what a block stage is given. compared_later: whether a later stage needs the original's inputs."""
-        assert at.flow is not None
-        target = at.original.output(read_again=compared_later) if at.original and stage.needs.cross_moments else None
-        quantized = {n for n, m in at.module.named_modules() if isinstance(m, QLinear)}
+        """Return what a block stage is given.
+
+        Args:
+            current: the block.
+            item: what the stage does in it.
+            stage: the stage.
+            compared_later: whether a later stage needs the inputs of the original model's linears.
+            advance: whether observing replaces the stream by the block's output.
+        """
+        assert current.flow is not None
+        target = None
+        if current.original and stage.needs.cross_moments:
+            target = current.original.output(keep_input=compared_later)
+        quantized = {n for n, m in current.module.named_modules() if isinstance(m, QLinear)}
         return Block(
-            at.module,
-            at.name,
-            self.plan.anatomy.taps[at.index],
-            item.schemes,
-            links_without(self.plan.links[at.index], quantized) if stage.needs.links else {},
-            at.flow.calls[at.index],
-            at.flow.stream,
-            target,
-            self.settings.device,
-            self.source.dtype,
-            stage.stacks_linears,
-            through,
-            at.column_scales,
-            self.settings.all_experts,
+            module=current.module,
+            name=current.name,
+            taps=self.plan.anatomy.taps[current.index],
+            schemes=item.schemes,
+            links=links_without(self.plan.links[current.index], quantized) if stage.needs.links else {},
+            call=current.flow.calls[current.index],
+            stream=current.flow.stream,
+            original_output=target,
+            device=self.settings.device,
+            dtype=self.source.dtype,
+            stacks_linears=stage.stacks_linears,
+            advance=advance,
+            column_scales=current.column_scales,
+            all_experts=self.settings.all_experts,
         )
 
-    def _ranges(self, at: Position, item: BlockWork, block: Block) -> dict[str, Moments]:
+    def _ranges(self, item: BlockWork, block: Block) -> dict[str, Moments]:
         """Observe the ranges of the inputs of the targeted linears, by name."""
         with (
-            Passes(block.module, block.taps, block.call, block.stream, block.device, held=False) as passes,
-            self.settings.showing(block.module),
+            Passes(block.module, block.taps, block.call, block.stream, block.device, resume=False) as passes,
+            self.settings.expert_routing(block.module),
         ):
             taps = [t for t in block.taps if item.schemes.keys() & set(t.linears)]
             ranges = observe(passes, taps, gram=False)
@@ -243,10 +280,10 @@ class Applier:
         stage: LinearStage,
         moments: Moments | None,
     ) -> Iterator[Event]:
-        """Compress linears that read one tensor.
+        """Compress linears that read one tensor, as the rows of one matrix.
 
-        Their rows go together: each result is what it would be alone, but for a scale of a whole tensor, which engines
-        that fuse them want to be one.
+        Each result is what it would be alone, except for a scale of a whole tensor, which engines that fuse the linears
+        require to be the same.
         """
         schemes = {n: item.schemes[n] for n in linears}
         for stack in stacks(module, schemes, together=stage.stacks_linears):
@@ -268,12 +305,12 @@ class Applier:
         moments: Moments | None,
         notes: Mapping[str, float],
     ) -> Iterator[Event]:
-        """Put the outcomes of a stage into their linears, by name within the module, and report each."""
+        """Put the outcomes of a stage, by name of the linear within the module, into their linears, and report each."""
         for name, outcome in outcomes.items():
             before = linear_at(module, name).weight.detach().float()
             after = outcome.weight.decode() if isinstance(outcome.weight, Quantized) else outcome.weight.float()
             scheme = item.schemes[name]
-            install(module, name, outcome.weight, scheme, moments, self.source.dtype, self.settings.device)
+            install(module, name, outcome.weight, scheme, moments, Target(self.source.dtype, self.settings.device))
             event = {
                 "event": "linear",
                 "linear": f"{prefix}.{name}" if prefix else name,
@@ -288,16 +325,16 @@ class Applier:
             yield event
 
     def _check_tokens(self, block: str, tap: Tap, moments: Moments | None) -> Iterator[Event]:
-        """Warn of experts that few tokens were routed to.
+        """Warn of an expert to which few tokens were routed.
 
         Raises:
-            ValueError: for an expert without any.
+            ValueError: if none was.
         """
         name = f"{block}.{tap.linears[0]}"
         if moments is None or tap.experts is None:
             return
         if moments.tokens == 0:
-            raise no_tokens(name)
+            raise no_tokens_error(name)
         if moments.gram:
             yield from self._warn_of_few_tokens(name, moments.tokens, moments.in_features)
 
@@ -310,7 +347,7 @@ class Applier:
 
 
 def _rows(module: nn.Module, linears: Sequence[str]) -> list[slice]:
-    """Return the rows of each of some stacked linears."""
+    """Return the rows of each linear in a stack."""
     rows, start = [], 0
     for name in linears:
         stop = start + linear_at(module, name).out_features
@@ -319,12 +356,12 @@ def _rows(module: nn.Module, linears: Sequence[str]) -> list[slice]:
     return rows
 
 
-def _part(share: StackedLinear | None, rows: slice, weight: Tensor) -> StackedLinear:
-    """Return the part of a stack that one linear is. share: what a pruning stage removes of it."""
-    if share is None:
+def _part(part: StackedLinear | None, rows: slice, weight: Tensor) -> StackedLinear:
+    """Return the part of a stack that is one linear. part: what a pruning stage removes of the linear."""
+    if part is None:
         return StackedLinear(rows, 0.0)
-    protected = share.protected if share.protected is None else share.protected.to(weight.device)
-    return replace(share, rows=rows, protected=protected)
+    protected = None if part.protected is None else part.protected.to(weight.device)
+    return replace(part, rows=rows, protected=protected)
 
 
 def _figures(before: Tensor, after: Tensor, moments: Moments | None) -> dict[str, float]:

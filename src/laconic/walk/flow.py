@@ -1,4 +1,4 @@
-"""The calibration set on its way through the model: embedded, and then passed on from block to block."""
+"""The calibration set on its way through the model: embedded, and then advanced from block to block."""
 
 from __future__ import annotations
 
@@ -9,35 +9,50 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from laconic.calibrate.memory import free_memory
-from laconic.calibrate.stream import Room, Stream
+from laconic.calibrate.stream import Stream, StreamStorage
 from laconic.checkpoint.source import Source
 from laconic.structure.anatomy import BlockCall, capture_calls
-from laconic.walk.outside import forget_outside, materialise_outside
+from laconic.walk.memory import available_memory
+from laconic.walk.outside import free_outside, materialise_outside
 from laconic.walk.plan import Plan
 from laconic.walk.settings import Settings
 
-# What a pass that waits before a tap holds, in sizes of its hidden states: a gated MLP's input, mostly.
-_HELD = 8
+# Memory of a halted pass, in sizes of its hidden states: mostly the input of a gated MLP's down projection.
+_HALTED_PASS_SIZE = 8
 
 
 @dataclass(frozen=True)
 class Flow:
-    """The calibration set on its way: how each block is called, the compressed model's stream, the original's.
-    held: whether there is room for halted passes. room: for one more stream of the kind."""
+    """The calibration set before the current block.
+
+    Attributes:
+        calls: how each block is called.
+        stream: hidden states in the compressed model.
+        original: hidden states in the original model, if a stage compares with them.
+        resume_passes: whether there is memory for halted passes.
+        storage: for one more stream of this size.
+    """
 
     calls: Sequence[BlockCall]
     stream: Stream
     original: Stream | None
-    held: bool
-    room: Room
+    resume_passes: bool
+    storage: StreamStorage
 
 
 def embed(
-    windows: Tensor, source: Source, model: PreTrainedModel, plan: Plan, settings: Settings, folder: Path
+    windows: Tensor, source: Source, model: PreTrainedModel, *, plan: Plan, settings: Settings, folder: Path
 ) -> Flow:
-    """Hidden states as the first block gets them, of token ids (samples, tokens). folder: where they are kept past the
-    budget."""
+    """Compute the hidden states before the first block.
+
+    Args:
+        windows: token ids (samples, tokens).
+        source: the checkpoint.
+        model: a skeleton.
+        plan: of the walk.
+        settings: where to compute, and in how much memory.
+        folder: for the files of streams that exceed the memory.
+    """
     samples, tokens = windows.shape
     device, dtype = settings.device, source.dtype
     materialise_outside(model, plan.anatomy, source, device, embeddings=True)
@@ -45,24 +60,29 @@ def embed(
     width = source.config.get_text_config().hidden_size
     count = 1 + plan.two_streams
     budget = settings.budget / count
-    rooms = [Room(budget, folder / f"activations-{i}.writing") for i in range(count + 1)]
-    made = [r.stream((samples, tokens, width), dtype, settings.batch) for r in rooms[:count]]
-    for ids, *hidden in zip(windows.split(settings.batch), *(s.batches() for s in made), strict=True):
+    storages = [StreamStorage(budget, folder / f"activations-{i}.writing") for i in range(count + 1)]
+    streams = [s.allocate((samples, tokens, width), dtype, settings.batch) for s in storages[:count]]
+    for ids, *batches in zip(windows.split(settings.batch), *(s.batches() for s in streams), strict=True):
         embedded, _ = capture_calls(model, plan.anatomy.blocks, input_ids=ids.to(device))
-        for h in hidden:
-            h.copy_(embedded)
-    forget_outside(model, plan.anatomy)
-    held = made[0].hidden.nbytes * count * _HELD <= min(settings.budget, free_memory(device) / 2)
-    return Flow([c.to(device) for c in calls], made[0], made[1] if count > 1 else None, held, rooms[-1])
+        for batch in batches:
+            batch.copy_(embedded)
+    free_outside(model, plan.anatomy)
+    halted = streams[0].hidden.nbytes * count * _HALTED_PASS_SIZE
+    resume_passes = halted <= min(settings.budget, available_memory(device) / 2)
+    original = streams[1] if plan.two_streams else None
+    return Flow([c.to(device) for c in calls], streams[0], original, resume_passes, storages[-1])
 
 
-def passes_on(plan: Plan, i: int) -> bool:
-    """Whether a stage's passes may replace what block i reads by what it puts out: nothing looks at it after."""
-    return read_after(plan, i) and not plan.calibrates_cache
+def may_advance(plan: Plan, i: int) -> bool:
+    """Return whether the passes of a stage may replace the input of block i by its output.
+
+    They may if the output is read, and nothing observes the input after the stage.
+    """
+    return output_is_read(plan, i) and not plan.calibrates_cache
 
 
-def read_after(plan: Plan, i: int) -> bool:
-    """Whether anything reads what block i puts out: the next block, or a stage that observes the head."""
+def output_is_read(plan: Plan, i: int) -> bool:
+    """Return whether the output of block i is needed: by the next block, or by a stage that observes the head."""
     head = plan.anatomy.head
     observed = any(s.needs.observation and head in names for s, names in zip(plan.stages, plan.targets, strict=True))
     return i + 1 < len(plan.anatomy.taps) or observed

@@ -1,4 +1,4 @@
-"""The linears of a block that compute in half precision, made as fast as the processor can."""
+"""Linears of a block that compute products in half precision as fast as the processor can."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from laconic.kernels.half_linear import half_linear
 
 
 class HalfLinear(nn.Linear):
-    """A linear by `half_linear`."""
+    """A linear that computes by `half_linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return half_linear(x, self.weight, self.bias)
 
 
-def quicken(module: nn.Module) -> None:
-    """Have the plain linears of a module compute so; their parameters stay where and what they are."""
+def use_half_linear(module: nn.Module) -> None:
+    """Turn the plain linears of a module into `HalfLinear` in place, their parameters unchanged."""
     for linear in module.modules():
         if type(linear) is nn.Linear:
             linear.__class__ = HalfLinear

@@ -1,4 +1,4 @@
-"""Modules that are in no block and are not the head, embeddings and norms: there for as long as they are needed."""
+"""Modules outside the blocks and the head (embeddings and norms), loaded only while they are needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from laconic.structure.anatomy import Anatomy
 def materialise_outside(
     model: PreTrainedModel, anatomy: Anatomy, source: Source, device: torch.device, *, embeddings: bool
 ) -> None:
-    """Read these modules. embeddings: those as well, and not the norms alone."""
+    """Load these modules.
+
+    Args:
+        model: a skeleton.
+        anatomy: of the model.
+        source: the checkpoint.
+        device: where to load them.
+        embeddings: whether the token embeddings are loaded too.
+    """
     skipped = None if embeddings else model.get_input_embeddings()
     for name, module in _outside(model, anatomy):
         if module is not skipped:
@@ -27,15 +35,14 @@ def materialise_outside(
                 setattr(module, leaf, buffer.to(device))
 
 
-def forget_outside(model: PreTrainedModel, anatomy: Anatomy) -> None:
-    """Free these modules again."""
+def free_outside(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Free the parameters of these modules."""
     for _, module in _outside(model, anatomy):
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def _outside(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that are in no block and are not the head: embeddings and norms."""
     for name, module in model.named_modules():
         if name != anatomy.head and name != anatomy.blocks and not name.startswith(f"{anatomy.blocks}."):
             yield name, module

@@ -1,4 +1,7 @@
-"""The plan of a walk: which stage treats which linear, and how each is stored; made before anything is computed."""
+"""The plan of a walk: which stage treats which linear, and how each linear will be stored.
+
+It is made, and checked, before anything is computed.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +54,8 @@ class BlockWork:
 class Plan:
     """Which stage treats which linear, and how each will be stored.
 
-    `schemes` is the only source of how a linear is stored: whoever changes it, between planning and the walk, changes
-    what methods are given and what is written.
+    `schemes` is the only source of how a linear is stored: a change of it between planning and the walk changes what
+    methods get and what is written.
 
     Attributes:
         anatomy: of the model.
@@ -91,7 +94,7 @@ class Plan:
 
     @property
     def calibration_reason(self) -> str:
-        """What needs calibration data, for messages; to be asked where anything does."""
+        """What needs calibration data, for messages; requires `calibrates`."""
         cache = [self.cache[0].method] if self.cache and self.calibrates_cache else []
         return next(iter([*(s.calibration_reason for s in self.stages if s.needs.calibration), *cache]))
 

@@ -1,4 +1,4 @@
-"""How a walk goes about it: where, how much at once, in how much memory."""
+"""Settings of a walk: device, batch, memory, and the routing of experts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from laconic.structure.experts import calibrate_all_experts
 
 @dataclass(frozen=True)
 class Settings:
-    """device: where blocks are compressed. batch: samples run at once. budget: bytes of calibration activations kept
-    in memory before they spill to a file. all_experts: show experts every token while they are observed."""
+    """How a walk computes.
+
+    Attributes:
+        device: where blocks are compressed.
+        batch: samples run at once.
+        budget: bytes of calibration activations in memory; beyond these they are stored in a file.
+        all_experts: whether experts are observed on every token, not only on those that are routed to them.
+    """
 
     device: torch.device
     batch: int
     budget: float
     all_experts: bool = False
 
-    def showing(self, *modules: nn.Module | None) -> AbstractContextManager[None]:
-        """While this lasts every token is shown to every expert, if that was asked for."""
+    def expert_routing(self, *modules: nn.Module | None) -> AbstractContextManager[None]:
+        """Give every token to every expert of these modules within the context, if `all_experts` is set."""
         return calibrate_all_experts(*(m for m in modules if m is not None and self.all_experts))

@@ -60,9 +60,10 @@ def compress_stack(stage: LinearStage, task: LinearTask) -> list[Outcome]:
 
 def attach(
     stage: WeightStage,
+    outcome: Outcome,
+    *,
     scheme: Scheme | None,
     weight: Tensor,
-    outcome: Outcome,
     rows: Sequence[slice],
     moments: Moments | None,
     dtype: torch.dtype,
@@ -71,9 +72,9 @@ def attach(
 
     Args:
         stage: the method.
+        outcome: of the stacked linears.
         scheme: of the linears.
         weight: (out, in) float32, the dense weights of the stacked linears.
-        outcome: of the stack.
         rows: of each linear.
         moments: of their input, if the stage needs any.
         dtype: in which side tensors are stored.

@@ -1,8 +1,8 @@
-"""The walk: for each decoder block, load it, observe it, compress it, write its shard, push activations through it.
+"""The walk: for each decoder block, load it, observe it, compress it, write its shard, run activations through it.
 
-One pass, one direction: a block is loaded once and forgotten once it is written, so that memory holds a block or two
-and the calibration activations, whatever the size of the model. A finished block is its shard on disk; a restarted
-walk reads finished shards back and runs them forward, which gives the same activations, bit for bit.
+It is one pass in one direction: a block is loaded once and freed once it is written, so that memory holds one or two
+blocks and the calibration activations, whatever the size of the model. A finished block is its shard on disk; a
+restarted walk reads finished shards and runs them forward, which gives the same activations, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from laconic.artifact.workspace import Workspace
 from laconic.calibrate.attention import capture_attention
-from laconic.calibrate.memory import give_back
-from laconic.calibrate.observe import advance
+from laconic.calibrate.observe import advance_stream
 from laconic.calibrate.original import Original
 from laconic.checkpoint.files import open_shard
 from laconic.checkpoint.layout import arrange, to_file_layout
@@ -27,15 +26,16 @@ from laconic.checkpoint.source import Source, materialise
 from laconic.kv.positions import TokenPositions
 from laconic.kv.rotary import rotary_of
 from laconic.runtime.linear import QLinear
-from laconic.walk.apply import Applier, Position, Report
-from laconic.walk.domain import head_shares
-from laconic.walk.flow import Flow, embed, read_after
-from laconic.walk.half import quicken
-from laconic.walk.install import read_back, stored
+from laconic.walk.apply import Applier, CurrentBlock, Report
+from laconic.walk.flow import Flow, embed, output_is_read
+from laconic.walk.half import use_half_linear
+from laconic.walk.head_importance import head_importance
+from laconic.walk.install import Target, read_block, stored_tensors
+from laconic.walk.memory import trim_heap
 from laconic.walk.plan import Plan
 from laconic.walk.settings import Settings
-from laconic.walk.span import span
-from laconic.walk.survey import Figures, allot, by_survey, protect, survey_block
+from laconic.walk.spans import record_span
+from laconic.walk.survey import Figures, protect_heads, set_sparsities, survey_block, with_survey
 
 
 @torch.no_grad()
@@ -44,28 +44,37 @@ def walk(
     model: PreTrainedModel,
     plan: Plan,
     windows: Tensor | None,
+    *,
     workspace: Workspace,
     settings: Settings,
     report: Report,
     domains: Mapping[int, Tensor] | None = None,
 ) -> None:
-    """Compress `model` (a skeleton) block by block into `workspace`.
+    """Compress a model block by block into a workspace.
 
-    windows: calibration token ids (samples, tokens), None when no stage needs them. domains: those of the texts on
-    which stages find the heads that they protect, by the stage's number.
+    Args:
+        source: the checkpoint.
+        model: a skeleton of it.
+        plan: which stage treats which linear.
+        windows: calibration token ids (samples, tokens); None if no stage needs them.
+        workspace: receives the shards.
+        settings: where to compute, and in how much memory.
+        report: called with events of progress.
+        domains: token ids (samples, tokens) of the texts on which stages choose the heads that they protect, by the
+            number of the stage in the plan.
     """
     walker = _Walker(source, model, plan, workspace, settings, report)
     names = [plan.anatomy.block_name(i) for i in range(len(plan.anatomy.taps))]
     if plan.surveys or domains:
-        walker = replace(walker, plan=by_survey(plan, walker.survey(names, windows, domains or {})))
+        walker = replace(walker, plan=with_survey(plan, walker.survey(names, windows, domains or {})))
     flow = walker.embed(windows) if windows is not None and not workspace.is_finished(len(names)) else None
     for i, name in enumerate(names):
         report({"event": "block", "block": i, "blocks": len(names)})
-        with span(f"block {i}"):
+        with record_span(f"block {i}"):
             walker.block(i, name, flow)
     if not workspace.is_finished(len(names)):
-        with span("outside of blocks"):
-            walker.rest(len(names), flow)
+        with record_span("outside of blocks"):
+            walker.outside(len(names), flow)
 
 
 @dataclass(frozen=True)
@@ -78,86 +87,88 @@ class _Walker:
     report: Report
 
     def embed(self, windows: Tensor) -> Flow:
-        return embed(windows, self.source, self.model, self.plan, self.settings, self.workspace.folder)
+        folder = self.workspace.folder
+        return embed(windows, self.source, self.model, plan=self.plan, settings=self.settings, folder=folder)
 
     def survey(self, names: Sequence[str], windows: Tensor | None, domains: Mapping[int, Tensor]) -> list[Figures]:
-        """What stages want to know of the original model before any of it is changed."""
-        known = self.workspace.read_survey()
-        if known is not None:
-            return known
+        """Return the figures of each stage, from the workspace or by a pass over the original model."""
+        written = self.workspace.read_survey()
+        if written is not None:
+            return written
         plan, device = self.plan, self.settings.device
-        found: list[Figures] = [{} for _ in plan.stages]
+        by_stage: list[Figures] = [{} for _ in plan.stages]
         if plan.surveys:
             assert windows is not None
-            for i, block, flow in self._originals(names, windows):
-                with self.settings.showing(block):
-                    told = survey_block(block, i, plan, flow.calls[i], flow.stream, device)
-                for all_blocks, figures in zip(found, told, strict=True):
-                    all_blocks |= figures
-            found = allot(plan, found)
+            for i, block, flow in self._original_blocks(names, windows):
+                with self.settings.expert_routing(block):
+                    of_block = survey_block(block, i, plan, call=flow.calls[i], stream=flow.stream, device=device)
+                for of_all_blocks, figures in zip(by_stage, of_block, strict=True):
+                    of_all_blocks |= figures
+            by_stage = set_sparsities(plan, by_stage)
         for number, text in domains.items():
-            shares = [
-                head_shares(block, plan.anatomy.taps[i], plan.heads[i], flow.calls[i], flow.stream, device)
-                for i, block, flow in self._originals(names, text)
-            ]
-            for name, figures in protect(plan, number, shares).items():
-                found[number][name] = found[number].get(name, {}) | figures
-        self.workspace.write_survey(found)
-        return found
+            importance = []
+            for i, block, flow in self._original_blocks(names, text):
+                taps, heads, call = plan.anatomy.taps[i], plan.heads[i], flow.calls[i]
+                importance.append(head_importance(block, taps, heads, call=call, stream=flow.stream, device=device))
+            for name, figures in protect_heads(plan, number, importance).items():
+                by_stage[number][name] = by_stage[number].get(name, {}) | figures
+        self.workspace.write_survey(by_stage)
+        return by_stage
 
-    def _originals(self, names: Sequence[str], windows: Tensor) -> Iterator[tuple[int, nn.Module, Flow]]:
-        """The original model block by block, each before it is passed, which is left to the caller."""
+    def _original_blocks(self, names: Sequence[str], windows: Tensor) -> Iterator[tuple[int, nn.Module, Flow]]:
+        """Load each block of the original model; the caller advances the stream through it."""
         flow = self.embed(windows)
         for i, name in enumerate(names):
             self.report({"event": "survey", "block": i, "blocks": len(names)})
             block = self.model.get_submodule(name)
             self._materialise(block, f"{name}.")
             yield i, block, flow
-            _forget(block)
+            _free(block)
 
     def block(self, i: int, name: str, flow: Flow | None) -> None:
-        """Compress block i, or read it back, and push the activations through it."""
-        done = self.workspace.is_finished(i)
-        if done and flow is None:
+        """Compress block i, or read it if it is finished, and run the activations through it."""
+        finished = self.workspace.is_finished(i)
+        if finished and flow is None:
             return
         block = self.model.get_submodule(name)
         original = None
         if flow and flow.original:
-            original = Original(copy.deepcopy(block), flow.calls[i], flow.original, self.settings.device, flow.room)
+            device = self.settings.device
+            original = Original(copy.deepcopy(block), flow.calls[i], flow.original, device, flow.storage)
             self._materialise(original.module, f"{name}.")
-        passed_on = False
-        if done and not self.plan.original_inputs:
-            self._read_back(block, i, name)
+        advanced = False
+        if finished and not self.plan.original_inputs:
+            self._read_block(block, i, name)
         else:
             self._materialise(block, f"{name}.")
-        if not done:
-            events, passed_on = self._applier.block(Position(block, i, name, flow, original))
-            tensors = stored(block, name)
+        if not finished:
+            events, advanced = self._applier.block(CurrentBlock(block, i, name, flow, original))
+            tensors = stored_tensors(block, name)
             if flow and self.plan.calibrates_cache:
                 tensors |= self._calibrate_cache(block, i, name, flow)
-            with span("write"):
+            with record_span("write"):
                 self.workspace.write_shard(i, to_file_layout(self.source.checkpoint, tensors), events)
-        if flow and read_after(self.plan, i):
-            with span("pass on"):
-                if not passed_on:
-                    advance(block, flow.calls[i], flow.stream, self.settings.device)
+        if flow and output_is_read(self.plan, i):
+            with record_span("pass on"):
+                if not advanced:
+                    advance_stream(block, flow.calls[i], flow.stream, self.settings.device)
                 if original:
-                    original.finish()
-        _forget(block)
+                    original.advance()
+        _free(block)
 
-    def rest(self, i: int, flow: Flow | None) -> None:
-        """Everything outside the blocks: copied as it is, but for a head that is to be compressed."""
+    def outside(self, i: int, flow: Flow | None) -> None:
+        """Write shard i, everything outside the blocks: copied, or compressed in the case of a targeted head."""
         anatomy, checkpoint = self.plan.anatomy, self.source.checkpoint
         prefix = f"{anatomy.blocks}."
-        head_touched = any(anatomy.head in names for names in self.plan.targets)
+        head_targeted = any(anatomy.head in names for names in self.plan.targets)
         names = [n for n in checkpoint.tensors if not n.startswith(prefix)]
-        tensors = checkpoint.load([n for n in names if not (head_touched and n.startswith(f"{anatomy.head}."))])
+        tensors = checkpoint.load([n for n in names if not (head_targeted and n.startswith(f"{anatomy.head}."))])
         events: list[dict[str, Any]] = []
-        if head_touched:
+        if head_targeted:
             head = self.model.get_submodule(anatomy.head)
             self._materialise(head, f"{anatomy.head}.")
             events = list(self._applier.head(flow))
-            tensors.update(stored(self.model.get_submodule(anatomy.head), anatomy.head))
+            tensors.update(stored_tensors(self.model.get_submodule(anatomy.head), anatomy.head))
         self.workspace.write_shard(i, to_file_layout(checkpoint, tensors), events)
 
     @property
@@ -165,8 +176,7 @@ class _Walker:
         return Applier(self.source, self.model, self.plan, self.settings, self.report)
 
     def _calibrate_cache(self, block: nn.Module, i: int, name: str, flow: Flow) -> dict[str, Tensor]:
-        """Keep what the cache's stage wants to know of block i, as it was compressed. Returns: what goes into the
-        shard, for engines."""
+        """Calibrate the cache of the compressed block i, and return the scales that its shard holds for engines."""
         assert self.plan.cache is not None
         stage, shape = self.plan.cache
         capture = capture_attention(
@@ -184,21 +194,21 @@ class _Walker:
         scales = stage.engine_scales(calibration)
         return {f"{attention}.{leaf}": scale for leaf, scale in scales.items()}
 
-    def _read_back(self, block: nn.Module, i: int, name: str) -> None:
-        """The finished block i, as its shard holds it."""
+    def _read_block(self, block: nn.Module, i: int, name: str) -> None:
+        """Read the finished block i from its shard."""
         shard = arrange(open_shard(self.workspace.shard(i)), self.model)
-        read_back(block, name, shard, self.plan.schemes, self.source.dtype, self.settings.device)
+        read_block(block, name, shard, self.plan.schemes, Target(self.source.dtype, self.settings.device))
 
     def _materialise(self, module: nn.Module, prefix: str) -> None:
-        with span("read"):
+        with record_span("read"):
             materialise(module, prefix, self.source.checkpoint, self.settings.device)
-        quicken(module)
+        use_half_linear(module)
 
 
-def _forget(block: nn.Module) -> None:
-    """Free the block's weights: its shard has them."""
+def _free(block: nn.Module) -> None:
+    """Free the block's weights, which its shard holds."""
     for module in block.modules():
         if isinstance(module, QLinear):
             module.dense = None
     block.to("meta")
-    give_back()
+    trim_heap()

@@ -1,4 +1,4 @@
-"""The zeros of a pruned weight, watched: no later stage of the recipe may fill them in."""
+"""Zeros of pruned weights, which no later stage of the recipe may fill in."""
 
 from __future__ import annotations
 
@@ -13,41 +13,56 @@ from laconic.stages.linear import WeightStage
 
 
 @dataclass(frozen=True)
-class Zeros:
-    """where: (out, in) bool. method: what put them there."""
+class ZeroMask:
+    """The zeros of one pruned weight.
 
-    where: Tensor
+    Attributes:
+        mask: (out, in) bool, True where the weight is zero.
+        method: that pruned it.
+    """
+
+    mask: Tensor
     method: str
 
 
-def watch_zeros(
-    module: nn.Module, prefix: str, zeros: Mapping[str, Zeros], stage: WeightStage, linears: Iterable[str]
-) -> dict[str, Zeros]:
-    """The zeros to watch once a stage has treated these linears: those that were there, which it has kept, and its own,
-    if it prunes and leaves a dense weight. zeros: by name within the module.
+def check_zeros(
+    module: nn.Module, prefix: str, masks: Mapping[str, ZeroMask], stage: WeightStage, linears: Iterable[str]
+) -> dict[str, ZeroMask]:
+    """Check that a stage has left all zeros of earlier stages.
 
-    Raises: ValueError when the stage has left something else where zeros were.
+    Args:
+        module: that holds the linears.
+        prefix: name of the module in the model; empty for the model itself.
+        masks: zeros of earlier stages, by name of the linear within the module.
+        stage: that has treated the module.
+        linears: that it has treated.
+
+    Returns:
+        The masks, and those of the stage itself if it prunes and leaves dense weights.
+
+    Raises:
+        ValueError: if the stage has filled in a zero.
     """
-    for linear, known in zeros.items():
-        filled = int((_weight(module, linear)[known.where] != 0).sum())
+    for linear, zeros in masks.items():
+        filled = int((_weight(module, linear)[zeros.mask] != 0).sum())
         if filled:
             name = f"{prefix}.{linear}" if prefix else linear
             raise ValueError(
-                f"{name}: {stage.method} has filled in {filled} of the zeros of {known.method}; list it before "
-                f"{known.method}, or ignore the linear in one of them, and pass --overwrite"
+                f"{name}: {stage.method} has filled in {filled} of the zeros of {zeros.method}; list it before "
+                f"{zeros.method}, or ignore the linear in one of them, and pass --overwrite"
             )
-    made = linears if stage.prunes and not stage.quantizes else ()
-    return {**zeros, **{n: Zeros(_weight(module, n) == 0, stage.method) for n in made}}
+    pruned = linears if stage.prunes and not stage.quantizes else ()
+    return {**masks, **{n: ZeroMask(_weight(module, n) == 0, stage.method) for n in pruned}}
 
 
 def sparsity(weight: Tensor) -> float:
-    """The share of a weight that is zero."""
+    """Return the share of a weight's elements that are zero, to four decimals."""
     return round(float((weight == 0).float().mean()), 4)
 
 
-def _weight(module: nn.Module, linear: str) -> Tensor:
-    found = module.get_submodule(linear)
-    if isinstance(found, QLinear):
-        return found.decode(torch.float32) if found.dense is None else found.dense
-    assert isinstance(found, nn.Linear)
-    return found.weight.data
+def _weight(module: nn.Module, name: str) -> Tensor:
+    linear = module.get_submodule(name)
+    if isinstance(linear, QLinear):
+        return linear.decode(torch.float32) if linear.dense is None else linear.dense
+    assert isinstance(linear, nn.Linear)
+    return linear.weight.data
