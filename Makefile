@@ -14,7 +14,7 @@ demo: $(VENV)/ready
 	$(BIN)/laconic report out/demo-gptq-w4a16 --output out/report.html
 
 test: $(VENV)/ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not vllm and not browser" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not vllm and not browser" tests
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m "slow and not vllm" tests

@@ -15,10 +15,12 @@ from hypothesis import settings
 
 from commands import Laconic, Ran
 
-# No test reaches for the network, and tiny matrices are multiplied fastest by one thread. Both are read when torch and
+# No test reaches for the network, and tiny matrices are multiplied fastest by one thread. All is read when torch and
 # transformers are imported, which this file therefore leaves to the fixtures.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where a test does use more, threads that wait leave the processor to the tests beside them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Many small cases, each on a machine that may be busy with something else.
 settings.register_profile("laconic", max_examples=50, deadline=None)

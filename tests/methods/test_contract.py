@@ -56,6 +56,16 @@ BESIDE: list[dict[str, Any]] = [
 ]
 
 
+# One of each kind of grid and of what is kept beside: what else a scheme is, formats and files see, and not the method.
+KINDS: list[dict[str, Any]] = [
+    {"scheme": "W4A16", "group_size": 32},
+    {"scheme": "W4A16_ASYM", "group_size": 32, "low_rank": 4},
+    {"scheme": "W8A8", "dynamic": False, "outlier_ratio": 0.05},
+    {"scheme": "FP8"},
+    {"scheme": "NVFP4A16", "outlier_ratio": 0.05, "low_rank": 4},
+]
+
+
 # What stages that need the model whole are given, for a model of two blocks. Data is that of the test.
 _TRAINING = {"data": [{"dataset": "text.txt"}], "rank": 2, "max_steps": 2, "batch_size": 2, "max_seq_length": 32}
 OF_MODELS: dict[str, Stage] = {
@@ -67,7 +77,7 @@ OF_MODELS: dict[str, Stage] = {
 
 
 def stages_of(method: type[AnyStage]) -> list[Stage]:
-    """A method with every scheme, where it has schemes."""
+    """A method with several schemes, where it has schemes, and GPTQ with all."""
     name = {"method": method.model_fields["method"].default}
     if issubclass(method, ModelStage):
         return [name | OF_MODELS.get(name["method"], {})]
@@ -78,7 +88,7 @@ def stages_of(method: type[AnyStage]) -> list[Stage]:
         return [name | {"threshold": 2.5}, name | {"scheme": "W8A8", "outlier_ratio": 0.05, "low_rank": 4}]
     if "iters" in method.model_fields:
         name |= {"iters": 3, "batch_size": 2}
-    return [name | scheme for scheme in (*SCHEMES, *BESIDE)]
+    return [name | scheme for scheme in ((*SCHEMES, *BESIDE) if method is Gptq else KINDS)]
 
 
 def told(stage: Stage) -> str:
@@ -105,12 +115,31 @@ def artifact(stage: Stage, llama: Path, text: Path, tmp_path_factory: pytest.Tem
     return press(llama, tmp_path_factory.mktemp("artifacts") / told(stage), stage, text=text)
 
 
-def test_the_same_seed_gives_the_same_bytes(
-    stage: Stage, artifact: Artifact, llama: Path, text: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def again(
+    stage: Stage, llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Artifact, list[Tensor]]:
+    """Made once more after other random numbers, and the weights that were chosen."""
+    chosen = list[Tensor]()
+
+    def watched(choose: Callable[..., list[Outcome]]) -> Callable[..., list[Outcome]]:
+        def choose_and_keep(*args: Any) -> list[Outcome]:
+            outcomes = choose(*args)
+            weights = [outcome.weight for outcome in outcomes]
+            chosen.extend(w.decode() if isinstance(w, Quantized) else w for w in weights)
+            return outcomes
+
+        return choose_and_keep
+
     torch.manual_seed(1234)
-    again = press(llama, tmp_path / "again", stage, text=text)
-    assert same_bytes(again.path, artifact.path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apply, "compress_stack", watched(compress_stack))
+        patch.setattr(apply, "attach", watched(attach))
+        return press(llama, tmp_path_factory.mktemp("again") / "out", stage, text=text), chosen
+
+
+def test_the_same_seed_gives_the_same_bytes(artifact: Artifact, again: tuple[Artifact, list[Tensor]]) -> None:
+    assert same_bytes(again[0].path, artifact.path)
 
 
 @every_method
@@ -150,24 +179,9 @@ def test_untargeted_weights_are_left_as_they_were(stage: Stage, llama: Path, tex
         assert torch.equal(after[name].view(torch.uint8), before[name].view(torch.uint8))
 
 
-def test_the_file_decodes_to_what_was_chosen(
-    stage: Stage, artifact: Artifact, llama: Path, monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path
-) -> None:
-    chosen = list[Tensor]()
-
-    def watched(choose: Callable[..., list[Outcome]]) -> Callable[..., list[Outcome]]:
-        def choose_and_keep(*args: Any) -> list[Outcome]:
-            outcomes = choose(*args)
-            weights = [outcome.weight for outcome in outcomes]
-            chosen.extend(w.decode() if isinstance(w, Quantized) else w for w in weights)
-            return outcomes
-
-        return choose_and_keep
-
-    monkeypatch.setattr(apply, "compress_stack", watched(compress_stack))
-    monkeypatch.setattr(apply, "attach", watched(attach))
-    path = press(llama, tmp_path / "watched", stage, text=text).path
-    found = linears_in(path, [e["linear"] for e in artifact.log])
+def test_the_file_decodes_to_what_was_chosen(artifact: Artifact, again: tuple[Artifact, list[Tensor]]) -> None:
+    made, chosen = again
+    found = linears_in(made.path, [e["linear"] for e in artifact.log])
     assert torch.equal(torch.cat([w.flatten() for w in found]), torch.cat([w.flatten() for w in chosen]))
 
 
