@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commands import Laconic
-from laconic.report.pareto import Point, dominated, gather_points
+from laconic.report.pareto import ParetoPoint, dominated, gather_points
 from laconic.report.pareto_page import pareto_plots
 
 BASE = "models/base"
@@ -95,7 +95,7 @@ def test_points_are_what_was_measured_and_the_beaten_are_known(tmp_path: Path) -
     assert (good.gone, good.nbytes, good.kl, good.dense, good.speed) == (0.5, 900, 0.1, 100, 1.0)
     assert (good.sparse, good.sparse_speed, good.best_speed, good.prefill) == (150, 1.5, 1.5, 1.5)
     assert points[2].sparse is None
-    assert points[0] == Point("original", 0.0, 2000, 8.0, 0.0, 100.0, 1.0)
+    assert points[0] == ParetoPoint("original", 0.0, 2000, 8.0, 0.0, 100.0, 1.0)
     assert how["commands"] == [f"laconic {c} {f}" for f in folders for c in ("eval", "bench sparsity")]
 
 

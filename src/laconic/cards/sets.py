@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from laconic.data.mix import TextSource, read_mix
 from laconic.data.text import calibration_windows, read_documents
 from laconic.recipe import Calibration, Recipe
-from laconic.stages.pruning import Protect
+from laconic.stages.pruning import Protect, PruningStage
+from laconic.train.stage import TrainingStage
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,11 @@ def sets_of(recipe: Recipe, *, calibrated: bool) -> list[TextSet]:
         length = recipe.calibration.max_seq_length
         sets.append(TextSet("calibration", "calibration", recipe.calibration, length, recipe.seed))
     for number, stage in enumerate(recipe.stages):
-        protect = getattr(stage, "protect", None)
-        if isinstance(protect, Protect):
+        if isinstance(stage, PruningStage) and (protect := stage.protect):
             key = f"stages.{number}.protect"
             sets.append(TextSet(key, "protection of heads", protect, protect.max_seq_length, recipe.seed))
-        for place, part in enumerate(getattr(stage, "data", None) or ()):
-            if isinstance(part, TextSource):
+        if isinstance(stage, TrainingStage):
+            for place, part in enumerate(stage.data):
                 key = f"stages.{number}.data.{place}"
                 sets.append(TextSet(key, "recovery", part, stage.max_seq_length, recipe.seed))
     return sets

@@ -13,7 +13,7 @@ from laconic.stages.stage import Stage
 
 
 @dataclass(frozen=True)
-class Progress:
+class ModelState:
     """What the model is after some steps of a recipe.
 
     Attributes:
@@ -31,53 +31,52 @@ class Progress:
     texts: Mapping[str, str] = field(default_factory=dict)
 
 
-def check_order(number: int, stage: Stage, progress: Progress, source: Source, model: PreTrainedModel) -> Progress:
+def check_order(number: int, stage: Stage, state: ModelState, source: Source, model: PreTrainedModel) -> ModelState:
     """Check that a step may follow the steps before it.
 
     Args:
         number: of its first stage.
         stage: its first stage.
-        progress: after the steps before.
+        state: after the steps before.
         source: the original checkpoint.
         model: a skeleton of the original.
 
     Returns:
-        The progress after the step, as far as its first stage tells.
+        The state after the step, as far as its first stage tells.
 
     Raises:
         ValueError: if it cannot follow; the message names the fix.
     """
     label = f"stages.{number} ({stage.method})"
-    if progress.adapters is not None:
+    if state.adapters is not None:
         raise ValueError(
-            f"{label} comes after stages.{progress.adapters}, whose adapters stay beside the weights that they were "
-            "trained for; list it before that stage"
-            + ("" if progress.quantized else ", or leave out keep_adapters there")
+            f"{label} comes after stages.{state.adapters}, whose adapters stay beside the weights that they were "
+            "trained for; list it before that stage" + ("" if state.quantized else ", or leave out keep_adapters there")
         )
     if not isinstance(stage, ModelStage):
-        if progress.quantized:
+        if state.quantized:
             raise ValueError(
                 f"{label} comes after a stage that was quantized and then trained; list it before the training"
             )
-        return progress
+        return state
     if number == 0 and source.checkpoint.pickled:
         raise ValueError(
             f"{label} needs the model whole, and reads no pickle weights; convert them to safetensors first "
             "(transformers' save_pretrained writes those)"
         )
-    if progress.quantized and not stage.accepts_codes:
+    if state.quantized and not stage.accepts_codes:
         raise ValueError(f"{label} changes weights, and earlier stages have quantized them; list it before them")
-    adapters = stage.leaves_adapters(quantized=progress.quantized)
-    if progress.cache and not adapters:
-        raise ValueError(f"{label} changes the model whose cache {progress.cache} looks at; list it before that stage")
+    adapters = stage.leaves_adapters(quantized=state.quantized)
+    if state.cache and not adapters:
+        raise ValueError(f"{label} changes the model whose cache {state.cache} looks at; list it before that stage")
     try:
-        texts = stage.check(source, model, quantized=progress.quantized, reshaped=progress.reshaped)
+        texts = stage.check(source, model, quantized=state.quantized, reshaped=state.reshaped)
     except ValueError as e:
         raise ValueError(f"{label}: {e}") from e
     hashes = {f"stages.{number}.{key}": sha for key, sha in texts.items()}
     return replace(
-        progress,
-        reshaped=progress.reshaped or stage.reshapes,
+        state,
+        reshaped=state.reshaped or stage.reshapes,
         adapters=number if adapters else None,
-        texts={**progress.texts, **hashes},
+        texts={**state.texts, **hashes},
     )

@@ -19,7 +19,7 @@ from laconic.artifact.workspace import check_identity, differing_keys, read_iden
 from laconic.checkpoint.source import Source, build_skeleton
 from laconic.checkpoint.trust import Trust
 from laconic.pipeline.calibration import calibration_ids, device_of
-from laconic.pipeline.order import Progress, check_order
+from laconic.pipeline.order import ModelState, check_order
 from laconic.pipeline.provenance import identify
 from laconic.pipeline.step_folders import check_own_folder, step_folder
 from laconic.pipeline.walk_step import Walk, check_texts, plan_walk
@@ -115,17 +115,17 @@ def build_pipeline(
         check_own_folder(output, source)
     model = build_skeleton(source.config, source.dtype, trust=trust)
     walks: list[Walk | None] = []
-    progress = Progress()
+    state = ModelState()
     texts: list[Mapping[str, str]] = []
     for first, stages in groups:
-        progress = check_order(first, stages[0], progress, source, model)
+        state = check_order(first, stages[0], state, source, model)
         walk = None
         if not isinstance(stages[0], ModelStage):
             walk = plan_walk(recipe.model_copy(update={"stages": stages}), source, first, trust)
             cache = f"stages.{first + len(stages) - 1} ({walk.plan.cache[0].method})" if walk.plan.cache else None
-            progress = replace(progress, quantized=progress.quantized or bool(walk.plan.schemes), cache=cache)
+            state = replace(state, quantized=state.quantized or bool(walk.plan.schemes), cache=cache)
         walks.append(walk)
-        texts.append(progress.texts)
+        texts.append(state.texts)
     reasons = [s.calibration_reason for s in recipe.stages if s.needs.calibration]
     windows = calibration_ids(recipe, source, reasons[0], trust=trust) if reasons else None
     steps: list[Step] = []

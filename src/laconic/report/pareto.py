@@ -17,7 +17,7 @@ ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
-class Point:
+class ParetoPoint:
     """Measurements of an artifact, or of the original model.
 
     Attributes:
@@ -57,7 +57,7 @@ class Point:
         return self.kl, float(self.nbytes), 1 / self.best_speed
 
 
-def gather_points(folders: Sequence[Path]) -> tuple[list[Point], dict[str, Any]]:
+def gather_points(folders: Sequence[Path]) -> tuple[list[ParetoPoint], dict[str, Any]]:
     """Read the points of artifacts.
 
     Args:
@@ -135,7 +135,7 @@ def dominated(costs: Sequence[tuple[float, ...]]) -> list[bool]:
     return flags
 
 
-def pareto_rows(points: Sequence[Point]) -> list[dict[str, str]]:
+def pareto_rows(points: Sequence[ParetoPoint]) -> list[dict[str, str]]:
     """Return formatted cells by column."""
     return [
         {
@@ -167,7 +167,7 @@ def pareto_caption(settings: Mapping[str, Any]) -> str:
     )
 
 
-def as_csv(points: Sequence[Point]) -> str:
+def as_csv(points: Sequence[ParetoPoint]) -> str:
     """Return all numbers as CSV, unrounded."""
     file = io.StringIO()
     writer = csv.DictWriter(file, list(vars(points[0])), lineterminator="\n")
@@ -181,11 +181,11 @@ def _has_original(rows: Any) -> bool:
     return not isinstance(rows, list) or len(rows) > 1
 
 
-def _point(name: str, quality: Mapping[str, Any], timed: Mapping[str, Any]) -> Point:
+def _point(name: str, quality: Mapping[str, Any], timed: Mapping[str, Any]) -> ParetoPoint:
     _, with_dense, *with_sparse = timed["models"]
     decode = with_dense["decode"]
     sparse = with_sparse[0]["decode"] if with_sparse else None
-    return Point(
+    return ParetoPoint(
         name=name,
         gone=with_dense["gone"],
         nbytes=quality["file_bytes"],
@@ -199,9 +199,9 @@ def _point(name: str, quality: Mapping[str, Any], timed: Mapping[str, Any]) -> P
     )
 
 
-def _original(quality: Mapping[str, Any], timed: Mapping[str, Any]) -> Point:
+def _original(quality: Mapping[str, Any], timed: Mapping[str, Any]) -> ParetoPoint:
     speed = timed["models"][0]["decode"]["tokens_per_second"]
-    return Point(ORIGINAL, 0.0, quality["baseline_file_bytes"], quality["baseline_perplexity"], 0.0, speed, 1.0)
+    return ParetoPoint(ORIGINAL, 0.0, quality["baseline_file_bytes"], quality["baseline_perplexity"], 0.0, speed, 1.0)
 
 
 def _check_settings(

@@ -13,10 +13,10 @@ from laconic.checkpoint.atomic import write_text
 from laconic.report.bench_table import markdown
 from laconic.report.chart import Axis, Mark, Series, chart
 from laconic.report.page import check_page, environment
-from laconic.report.pareto import Point, as_csv, pareto_caption, pareto_rows
+from laconic.report.pareto import ParetoPoint, as_csv, pareto_caption, pareto_rows
 
 
-def write_pareto(points: Sequence[Point], settings: Mapping[str, Any], file: Path) -> list[Path]:
+def write_pareto(points: Sequence[ParetoPoint], settings: Mapping[str, Any], file: Path) -> list[Path]:
     """Write the page, and the table as .md and .csv beside it.
 
     Args:
@@ -53,7 +53,7 @@ def write_pareto(points: Sequence[Point], settings: Mapping[str, Any], file: Pat
     return [file, table, numbers]
 
 
-def pareto_table(points: Sequence[Point], settings: Mapping[str, Any]) -> Table:
+def pareto_table(points: Sequence[ParetoPoint], settings: Mapping[str, Any]) -> Table:
     """Return the table for a terminal, with dominated rows dimmed."""
     rows = pareto_rows(points)
     table = Table(box=box.SIMPLE, caption=pareto_caption(settings), caption_justify="left", pad_edge=False)
@@ -64,7 +64,7 @@ def pareto_table(points: Sequence[Point], settings: Mapping[str, Any]) -> Table:
     return table
 
 
-def pareto_plots(points: Sequence[Point]) -> list[str]:
+def pareto_plots(points: Sequence[ParetoPoint]) -> list[str]:
     """Draw KL over the fraction of removed weights, and KL over speed.
 
     In the second chart, hollow marks are speeds with dense kernels, filled marks speeds with sparse kernels, and a line
@@ -79,7 +79,7 @@ def pareto_plots(points: Sequence[Point]) -> list[str]:
     largest = max(p.nbytes for p in points)
     kl = Axis("KL to the original (nats per token)", zero=True)
 
-    def mark(p: Point, x: float, detail: str, *, label: str = "", hollow: bool = False) -> Mark:
+    def mark(p: ParetoPoint, x: float, detail: str, *, label: str = "", hollow: bool = False) -> Mark:
         tooltip = f"{p.name}: {p.nbytes / 1e6:.2f} MB, KL {p.kl:.4f}, {detail}"
         return Mark(x, p.kl, tooltip, label, faint=p.dominated, hollow=hollow, size=4 + 6 * p.nbytes / largest)
 
@@ -98,7 +98,7 @@ def pareto_plots(points: Sequence[Point]) -> list[str]:
     ]
 
 
-def _headline(points: Sequence[Point]) -> str:
+def _headline(points: Sequence[ParetoPoint]) -> str:
     artifacts = points[1:]
     front = [p for p in artifacts if not p.dominated]
     fastest = max(artifacts, key=lambda p: p.best_speed)

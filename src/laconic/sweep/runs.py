@@ -14,11 +14,15 @@ from typing import Any
 from laconic.artifact.workspace import read_identity
 from laconic.checkpoint.source import Source, open_source
 from laconic.checkpoint.trust import UNTRUSTED, Trust
+from laconic.data.mix import TextSource
 from laconic.pipeline.compression import prepare
 from laconic.pipeline.provenance import identify
 from laconic.recipe import Recipe, load_recipe
 from laconic.stages.cache import CacheStage
-from laconic.sweep.study import Evaluation, GridSearch, Point, Study, points
+from laconic.stages.pruning import Protect, PruningStage
+from laconic.stages.stage import Stage
+from laconic.sweep.study import Evaluation, GridSearch, Study, StudyPoint, points
+from laconic.train.stage import TrainingStage
 
 # A study with more runs than this is most often a mistake.
 MAX_RUNS = 500
@@ -46,7 +50,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Axis values of the run, in one line."""
+        """StudyAxis values of the run, in one line."""
         return describe(self.values)
 
     def artifact(self, folder: Path) -> Path:
@@ -100,10 +104,11 @@ def plan_runs(study: Study, *, yes: bool = False, trust: Trust = UNTRUSTED) -> l
     return [run for _, run in runs.values()]
 
 
-def texts_of(stage: Any) -> tuple[Any, ...]:
+def texts_of(stage: Stage) -> tuple[TextSource | Protect, ...]:
     """Return the text sets that a stage reads in addition to the calibration set."""
-    protect = getattr(stage, "protect", None)
-    return (*(getattr(stage, "data", None) or ()), *([protect] if protect else ()))
+    if isinstance(stage, TrainingStage):
+        return stage.data
+    return (stage.protect,) if isinstance(stage, PruningStage) and stage.protect else ()
 
 
 def describe(values: Mapping[str, Any]) -> str:
@@ -136,7 +141,7 @@ def forecast_run(run: Run, folder: Path) -> dict[str, Any]:
     return {key: getattr(forecast, key) for key in ("bytes_before", "bytes_after", "peak_bytes")}
 
 
-def _recipe(point: Point, keys: Iterable[str]) -> Recipe:
+def _recipe(point: StudyPoint, keys: Iterable[str]) -> Recipe:
     try:
         return load_recipe({**point.recipe, "output": None})
     except ValueError as e:
@@ -148,7 +153,7 @@ def _recipe(point: Point, keys: Iterable[str]) -> Recipe:
         raise ValueError(f"run with {describe(point.values)}: {message}") from e
 
 
-def _identify(study: Study, point: Point, recipe: Recipe, source: Source) -> Run:
+def _identify(study: Study, point: StudyPoint, recipe: Recipe, source: Source) -> Run:
     identity = identify(recipe, source, None)
     texts = [recipe.calibration.dataset] if recipe.calibration else []
     texts += [e.text for e in study.evaluations]
@@ -189,7 +194,7 @@ def _check_caches(study: Study, recipes: Iterable[Recipe]) -> None:
         )
 
 
-def _check_conditions(study: Study, selected: list[Point]) -> None:
+def _check_conditions(study: Study, selected: list[StudyPoint]) -> None:
     varied = {key for point in selected for key in point.values}
     for number, axis in enumerate(study.axes):
         if axis.key not in varied:

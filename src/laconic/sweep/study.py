@@ -46,7 +46,7 @@ class Evaluation(Config):
         return self
 
 
-class Axis(Config):
+class StudyAxis(Config):
     """One key of the recipe and the values that a study gives it.
 
     Attributes:
@@ -140,7 +140,7 @@ class Study(Config):
 
     base: str | dict[str, Any]
     model: str | None = None
-    axes: list[Axis] = Field(default_factory=list)
+    axes: list[StudyAxis] = Field(default_factory=list)
     search: Annotated[GridSearch | ListSearch | RandomSearch, Field(discriminator="kind")] = GridSearch()
     seeds: list[int] | None = Field(None, min_length=1)
     evaluations: list[Evaluation] = Field(min_length=1)
@@ -178,7 +178,7 @@ class Study(Config):
 
 
 @dataclass(frozen=True)
-class Point:
+class StudyPoint:
     """One point of a study: a recipe and the axis values that led to it.
 
     Attributes:
@@ -220,7 +220,7 @@ def load_study(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
         raise ValueError(explain_error(e, "study", _keys)) from e
 
 
-def points(study: Study) -> Iterator[Point]:
+def points(study: Study) -> Iterator[StudyPoint]:
     """Iterate over the points of a study, in the order of its axes; the last axis varies fastest, then the seeds.
 
     Args:
@@ -235,25 +235,25 @@ def points(study: Study) -> Iterator[Point]:
     base = copy.deepcopy(study.base) if isinstance(study.base, dict) else read_recipe(study.base)
     if study.model:
         base["model"] = study.model
-    start = Point({}, base)
-    seeds = [Axis(key="seed", values=list(study.seeds))] if study.seeds else []
+    start = StudyPoint({}, base)
+    seeds = [StudyAxis(key="seed", values=list(study.seeds))] if study.seeds else []
     for point in _search(study, start):
         yield from _vary(point, seeds)
 
 
-def _search(study: Study, start: Point) -> Iterator[Point]:
+def _search(study: Study, start: StudyPoint) -> Iterator[StudyPoint]:
     match study.search:
         case GridSearch():
             yield from _vary(start, study.axes)
         case ListSearch(runs=runs):
             for run in runs:
-                yield from _vary(start, [Axis(key=k, values=[v]) for k, v in run.items()])
+                yield from _vary(start, [StudyAxis(key=k, values=[v]) for k, v in run.items()])
         case RandomSearch(n=n, seed=seed):
             first = list(islice(_vary(start, study.axes), n + 1))
             yield from first if len(first) <= n else _draw(start, study.axes, n, random.Random(seed))
 
 
-def _draw(start: Point, axes: Sequence[Axis], n: int, generator: random.Random) -> Iterator[Point]:
+def _draw(start: StudyPoint, axes: Sequence[StudyAxis], n: int, generator: random.Random) -> Iterator[StudyPoint]:
     keys: set[str] = set()
     while len(keys) < n:
         (point,) = _vary(start, axes, lambda choices: [generator.choice(choices)])
@@ -267,8 +267,10 @@ Choices = list[tuple[Any, Any]]
 
 
 def _vary(
-    point: Point, axes: Sequence[Axis], pick: Callable[[Choices], Iterable[tuple[Any, Any]]] = lambda choices: choices
-) -> Iterator[Point]:
+    point: StudyPoint,
+    axes: Sequence[StudyAxis],
+    pick: Callable[[Choices], Iterable[tuple[Any, Any]]] = lambda choices: choices,
+) -> Iterator[StudyPoint]:
     if not axes:
         yield point
         return
@@ -286,7 +288,7 @@ def _vary(
             set_path(recipe, axis.key, copy.deepcopy(value))
         except ValueError as e:
             raise ValueError(f"axis {e}") from e
-        yield from _vary(Point(point.values | {axis.key: label}, recipe), rest, pick)
+        yield from _vary(StudyPoint(point.values | {axis.key: label}, recipe), rest, pick)
 
 
 def _value_at(recipe: Any, key: str) -> Any:
@@ -310,7 +312,7 @@ def _keys(loc: Location) -> list[str]:
     """Return the valid keys at a location of a validation error."""
     models: dict[Any, type[BaseModel]] = {
         "evaluations": Evaluation,
-        "axes": Axis,
+        "axes": StudyAxis,
         "resources": Resources,
         "grid": GridSearch,
         "list": ListSearch,

@@ -1,0 +1,70 @@
+"""The plan alone says how a linear is stored: a change of it changes what methods are given and what is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pytest
+import torch
+
+import laconic
+from artifacts import quantized_linears, recipe
+from extra_methods import allow_methods
+from laconic.formats.schemes import scheme
+from laconic.pipeline import walk_step
+from laconic.stages.linear import LinearStage, LinearTask, Outcome
+from laconic.walk.plan import Plan, make_plan, with_schemes
+
+QKV = [f"model.layers.1.self_attn.{n}_proj" for n in "qkv"]
+
+
+def test_schemes_that_an_allocation_changes_are_what_is_written(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocated(*arguments: object) -> Plan:
+        return with_schemes(make_plan(*arguments), dict.fromkeys(QKV, scheme("W8A16", group_size=32)))
+
+    monkeypatch.setattr(walk_step, "make_plan", allocated)
+    for method in ("gptq", "rtn", "awq", "autoround"):
+        stage = {"method": method, "scheme": "W4A16", "group_size": 32} | (
+            {"iters": 2} if method == "autoround" else {}
+        )
+        artifact = laconic.compress(str(llama), recipe(stage, text=text), tmp_path / method)
+        bits = {n: m.scheme.weights.num_bits for n, m in quantized_linears(laconic.load(artifact.path)).items()}
+        assert {n for n, b in bits.items() if b == 8} == set(QKV), method
+        assert set(bits.values()) == {4, 8}, method
+
+
+def test_an_allocation_is_checked_as_stages_are(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = laconic.pipeline.compression.prepare(
+        str(llama), {"stages": [{"method": "rtn", "scheme": "W4A16", "group_size": 32}]}, tmp_path / "out"
+    ).walk.plan
+    eight = scheme("W8A16")
+    with pytest.raises(ValueError, match=r"linears that read one input must share a scheme, since engines fuse them"):
+        with_schemes(plan, {QKV[0]: eight})
+    with pytest.raises(ValueError, match=r"group_size 48 does not divide the 64 inputs of model.layers.1.self_attn.q"):
+        with_schemes(plan, dict.fromkeys(QKV, scheme("W4A16", group_size=48)))
+    with pytest.raises(ValueError, match=r"no stage quantizes lm_head; give a stage targets that include it"):
+        with_schemes(plan, {"lm_head": eight})
+
+
+def test_a_stage_may_ask_for_its_linears_one_by_one(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[torch.Size] = []
+
+    class Alone(LinearStage):
+        """Keeps the shapes that it is given."""
+
+        stacks_linears: ClassVar[bool] = False
+        method: Literal["alone"] = "alone"
+
+        def compress(self, task: LinearTask) -> Outcome:
+            shapes.append(task.weight.shape)
+            return Outcome(task.weight)
+
+    allow_methods(monkeypatch, Alone)
+    laconic.compress(str(llama), {"stages": [{"method": "alone", "targets": "re:.*self_attn.*"}]}, tmp_path / "out")
+    # Queries have twice as many heads as keys and values.
+    assert shapes == [torch.Size(s) for s in ((64, 64), (32, 64), (32, 64), (64, 64))] * 2
