@@ -18,7 +18,7 @@ import laconic
 from artifacts import Stage, logits, original, press, rtn, same_bytes, tensors, tokens
 from laconic.checkpoint.source import load_tokenizer
 from laconic.data.mix import TextSource, collate, read_mix
-from laconic.runtime.adapter_files import read_adapter
+from laconic.methods.lora.adapter_files import read_adapter
 from laconic.train import finetune as loop
 from laconic.train.finetune import TrainingArguments
 from laconic.train.losses import language_loss
@@ -197,14 +197,14 @@ def test_it_stops_early_and_keeps_the_best(
     pruned: Path, texts: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # From the third step on uphill, a little at a time.
-    monkeypatch.setattr(TrainingArguments, "rate", lambda self, step: 1e-2 if step < 2 else -3e-3)
+    monkeypatch.setattr(TrainingArguments, "learning_rate_at", lambda self, step: 1e-2 if step < 2 else -3e-3)
     keys = {"max_steps": 9, "eval_every": 1, "patience": 2}
     artifact = press(pruned, tmp_path / "a", recover(texts, **keys))
     told = artifact.results["training-lora"]
     losses = {m["step"]: m["loss"] for m in told["held_out"]}
     assert told["best_step"] == min(losses, key=lambda s: losses[s]) == 2
     assert (told["steps"], told["stopped_early"]) == (4, True)
-    monkeypatch.setattr(TrainingArguments, "rate", lambda self, step: 1e-2)
+    monkeypatch.setattr(TrainingArguments, "learning_rate_at", lambda self, step: 1e-2)
     best = press(pruned, tmp_path / "b", recover(texts, **keys | {"max_steps": 2}))
     assert same_bytes(artifact.path, best.path)
 
@@ -219,7 +219,7 @@ def test_what_never_gets_better_is_left_as_it_was(pruned: Path, texts: list[dict
 def test_a_loss_that_turns_nan_ends_it_and_the_last_good_adapters_are_kept(
     pruned: Path, texts: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calm = loop._loss
+    calm = loop._Trainer._loss
 
     def breaking(*args: Any) -> Tensor:
         lost = calm(*args)
@@ -227,7 +227,7 @@ def test_a_loss_that_turns_nan_ends_it_and_the_last_good_adapters_are_kept(
         return lost * float("nan") if broken[0] == 4 else lost
 
     broken = [0]
-    monkeypatch.setattr(loop, "_loss", breaking)
+    monkeypatch.setattr(loop._Trainer, "_loss", breaking)
     with pytest.raises(ValueError, match="NaN") as told:
         press(pruned, tmp_path / "a", recover(texts))
     kept = tmp_path / "a.last-good"
@@ -235,9 +235,9 @@ def test_a_loss_that_turns_nan_ends_it_and_the_last_good_adapters_are_kept(
         f"stages.0 (lora): the loss turned NaN or infinite in step 4; the adapters of step 2 are kept in {kept}: lower "
         f"learning_rate (0.02), set start: {kept} to go on from them, and pass --overwrite"
     )
-    monkeypatch.setattr(loop, "_loss", calm)
+    monkeypatch.setattr(loop._Trainer, "_loss", calm)
     # What is kept is what a run of two steps would have come to; and training goes on from it.
-    monkeypatch.setattr(TrainingArguments, "rate", lambda self, step: 1e-2 * (step + 1))
+    monkeypatch.setattr(TrainingArguments, "learning_rate_at", lambda self, step: 1e-2 * (step + 1))
     stage = recover(texts, start=str(kept), max_steps=1)
     artifact = laconic.compress(str(pruned), {"stages": [stage]}, tmp_path / "a", overwrite=True)
     held = artifact.results["training-lora"]["held_out"]
@@ -352,13 +352,13 @@ def test_a_model_that_computes_no_number_is_not_the_learning_rates_fault(
 def test_good_adapters_that_cannot_be_kept_hide_no_loss(
     pruned: Path, texts: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calm, seen = loop._loss, [0]
+    calm, seen = loop._Trainer._loss, [0]
 
     def breaking(*args: Any) -> Tensor:
         seen[0] += torch.is_grad_enabled()
         return calm(*args) * (float("nan") if seen[0] == 4 else 1)
 
-    monkeypatch.setattr(loop, "_loss", breaking)
+    monkeypatch.setattr(loop._Trainer, "_loss", breaking)
     (tmp_path / "a.last-good").write_text("mine")
     with pytest.raises(ValueError, match="NaN or infinite in step 4; the adapters of step 2 could not be kept in"):
         press(pruned, tmp_path / "a", recover(texts))

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from laconic.data.mix import Example, Mix
-from laconic.runtime.adapters import Nf4Linear, adapt
+from laconic.methods.lora.adapters import Nf4Linear, add_adapters
 from laconic.runtime.reading import load
 from laconic.train.finetune import TrainingArguments, finetune, wrap_each_block
 from laconic.train.losses import language_loss
@@ -70,11 +70,25 @@ def train(model_folder: str, output: Path, accelerator: Accelerator, batch: int,
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
     generator = torch.Generator().manual_seed(0)
     down = [n for n in names if n.endswith("down_proj")]
-    adapt(model, down, rank=2, alpha=4, dropout=0, masked=False, generator=generator, hold=Nf4Linear)
+    add_adapters(model, down, rank=2, alpha=4, dropout=0, masked=False, generator=generator, replace_base=Nf4Linear)
     rest = [n for n in names if n not in down]
-    adapt(model, rest, rank=2, alpha=4, dropout=0, masked=True, generator=generator)
+    add_adapters(model, rest, rank=2, alpha=4, dropout=0, masked=True, generator=generator)
     mix = Mix((examples(48, 0),), (1.0,), examples(6, 1), 0)
-    arguments = TrainingArguments(6, batch, 2, 1e-2, 0.0, "cosine", 0.01, 1.0, 2, None, 2, False, 0)
+    arguments = TrainingArguments(
+        steps=6,
+        batch_size=batch,
+        gradient_accumulation=2,
+        learning_rate=1e-2,
+        warmup=0.0,
+        schedule="cosine",
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        eval_every=2,
+        patience=None,
+        save_every=2,
+        bf16=False,
+        seed=0,
+    )
 
     def report(event: Any) -> None:
         if stop and event["step"] == stop:
@@ -83,7 +97,9 @@ def train(model_folder: str, output: Path, accelerator: Accelerator, batch: int,
     scratch = output.with_suffix(".scratch")
     scratch.mkdir(exist_ok=True)
     with torch.enable_grad():
-        trained = finetune(model, language_loss, mix, arguments, accelerator, scratch, report)
+        trained = finetune(
+            model, language_loss, mix, arguments, accelerator=accelerator, scratch=scratch, report=report
+        )
     if accelerator.is_main_process:
         torch.save({"parameters": trained.parameters, "curve": trained.curve, "held_out": trained.held_out}, output)
 

@@ -33,10 +33,24 @@ def loss(model: Any, ids: Tensor, loss_mask: Tensor) -> Tensor:
 
 def test_it_is_adamw_on_the_mean_over_a_steps_tokens(tmp_path: Path) -> None:
     mix = Mix((examples(24, 0),), (1.0,), (), 0)
-    arguments = TrainingArguments(5, 2, 3, 0.05, 0.4, "linear", 0.1, 0.5, 1, None, 1, False, 0)
+    arguments = TrainingArguments(
+        steps=5,
+        batch_size=2,
+        gradient_accumulation=3,
+        learning_rate=0.05,
+        warmup=0.4,
+        schedule="linear",
+        weight_decay=0.1,
+        max_grad_norm=0.5,
+        eval_every=1,
+        patience=None,
+        save_every=1,
+        bf16=False,
+        seed=0,
+    )
     model, plain = Bigram(), Bigram()
     with torch.enable_grad():
-        made = finetune(model, loss, mix, arguments, Accelerator(cpu=True), tmp_path)
+        made = finetune(model, loss, mix, arguments, accelerator=Accelerator(cpu=True), scratch=tmp_path)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.0, weight_decay=0.1)
     order = mix.order(30)
     for step in range(5):

@@ -11,7 +11,7 @@ from server import needs_vllm
 from test_vllm import DEMO, SOURCE, our_logprobs, serve, some_tokens
 
 import laconic
-from laconic.runtime.adapter_files import read_adapter
+from laconic.methods.lora.adapter_files import read_adapter
 from tiny import make_model
 from vllm_kernels import FOUR_BITS
 

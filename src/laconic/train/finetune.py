@@ -1,7 +1,7 @@
-"""Training a whole model: some of its parameters, on a mix of sequences, on as many processes as were launched.
+"""Training of a whole model: some of its parameters, on a mix of sequences, on any number of processes.
 
-Batches, learning rates and random numbers are functions of the step and the seed. What a run needs to go on after a
-kill is therefore the trained parameters and the optimizer's moments, and it comes to the same bytes.
+Batches, learning rates and random numbers are functions of the step and the seed. To resume after a kill a run
+therefore needs only the trained parameters and the optimizer's moments, and it comes to the same bytes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,40 @@ from torch.utils.checkpoint import checkpoint
 from laconic.data.mix import Example, Mix, collate
 from laconic.structure.hooks import patched_forwards
 from laconic.train.losses import Loss
-from laconic.train.state import Progress, State, load_moments, load_parameters, read, state_of, whole, write
+from laconic.train.state import (
+    Progress,
+    State,
+    copy_parameters,
+    gather,
+    load_moments,
+    load_parameters,
+    read_progress,
+    write_progress,
+)
 
 Report = Callable[[Mapping[str, Any]], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingArguments:
-    """How training goes. steps: optimizer steps. batch_size: sequences a process takes at once; a step takes that times
-    `gradient_accumulation` times the number of processes. warmup: share of the steps in which the learning rate rises.
-    patience: measurements of the held-out loss without a new best after which training stops. bf16: products in it."""
+    """How a model is trained.
+
+    Attributes:
+        steps: number of optimizer steps.
+        batch_size: sequences that a process takes at once; a step takes this times `gradient_accumulation` times the
+            number of processes.
+        gradient_accumulation: batches of a process in one step.
+        learning_rate: the highest one.
+        warmup: share of the steps in which the learning rate rises.
+        schedule: how it falls afterwards.
+        weight_decay: AdamW's.
+        max_grad_norm: gradients are clipped to this norm; None for no clipping.
+        eval_every: steps between measurements of the held-out loss.
+        patience: measurements without a new best after which training stops; None for no limit.
+        save_every: steps between saved states.
+        bf16: whether products are computed in bfloat16.
+        seed: of every random choice.
+    """
 
     steps: int
     batch_size: int
@@ -48,20 +72,28 @@ class TrainingArguments:
     bf16: bool
     seed: int
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        rising = math.ceil(self.warmup * self.steps)
-        if step < rising:
-            return self.learning_rate * (step + 1) / rising
-        done = (step - rising) / max(1, self.steps - rising)
-        share = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
-        return self.learning_rate * share[self.schedule]
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        warmup_steps = math.ceil(self.warmup * self.steps)
+        if step < warmup_steps:
+            return self.learning_rate * (step + 1) / warmup_steps
+        done = (step - warmup_steps) / max(1, self.steps - warmup_steps)
+        factor = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
+        return self.learning_rate * factor[self.schedule]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """parameters: the best ones, by held-out loss (the last ones, where nothing was held out). curve: of each step the
-    loss a token, learning rate and norm of the gradient. held_out: of each measurement its step and loss."""
+    """The result of a training.
+
+    Attributes:
+        parameters: those of the lowest held-out loss; without held-out text the last ones.
+        best_step: their step.
+        steps: number of finished steps.
+        stopped_early: whether `patience` has ended the training.
+        curve: loss per token in nats, learning rate, gradient norm and tokens of each step.
+        held_out: step and loss of each measurement of the held-out loss.
+    """
 
     parameters: State
     best_step: int
@@ -72,12 +104,19 @@ class Trained:
 
 
 class Diverged(Exception):
-    """The loss, or its gradient, is NaN or infinity. moved: steps that had been made by then. parameters: the last good
-    ones, of the step `good`."""
+    """The loss, or its gradient, is NaN or infinite.
 
-    def __init__(self, step: int, steps_made: int, parameters: State, good: int) -> None:
+    Attributes:
+        step: in which this happened, counted from 1.
+        finished_steps: number of steps before it.
+        parameters: the last good ones.
+        good_step: their step.
+    """
+
+    def __init__(self, step: int, finished_steps: int, parameters: State, good_step: int) -> None:
         super().__init__(f"diverged in step {step}")
-        self.step, self.steps_made, self.parameters, self.good = step, steps_made, parameters, good
+        self.step, self.finished_steps = step, finished_steps
+        self.parameters, self.good_step = parameters, good_step
 
 
 def finetune(
@@ -85,53 +124,61 @@ def finetune(
     loss: Loss,
     mix: Mix,
     arguments: TrainingArguments,
+    *,
     accelerator: Accelerator,
     scratch: Path,
     report: Report = lambda _: None,
 ) -> Trained:
-    """Train the parameters of `model` that want a gradient, with AdamW; go on where a run before was killed.
+    """Train the parameters of a model that require a gradient, with AdamW; resume where an earlier run was killed.
 
-    The loss of a step is the mean over all its target tokens, on whichever process they are.
-    Raises: Diverged; ValueError where `scratch` holds the state of another training.
+    The loss of a step is the mean over all its target tokens, of all processes.
+
+    Args:
+        model: trained in place.
+        loss: to lower.
+        mix: sequences to train on, and held-out ones.
+        arguments: how to train.
+        accelerator: knows the processes.
+        scratch: folder of the saved state.
+        report: called with an event after each step.
+
+    Raises:
+        Diverged: if the loss or its gradient is NaN or infinite.
+        ValueError: if `scratch` holds the state of another training.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    made = torch.optim.AdamW(trained, lr=0.0, weight_decay=arguments.weight_decay)
-    wrapped, optimizer = accelerator.prepare(model, made)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trainable, lr=0.0, weight_decay=arguments.weight_decay)
+    wrapped, optimizer = accelerator.prepare(model, adamw)
     parameters = {n: p for n, p in accelerator.unwrap_model(wrapped).named_parameters() if p.requires_grad}
-    one_step = arguments.batch_size * arguments.gradient_accumulation * accelerator.num_processes
-    order = mix.order(arguments.steps * one_step)
-    # The other processes look at the files of a run before only once the first one has made sure of them.
+    trainer = _Trainer(wrapped, loss, mix, arguments, accelerator, optimizer, parameters)
+    step_size = arguments.batch_size * arguments.gradient_accumulation * accelerator.num_processes
+    order = mix.order(arguments.steps * step_size)
+    # The first process checks the files of an earlier run; the others read them only afterwards.
     accelerator.wait_for_everyone()
-    identity = {"data": mix.sha256, "steps": arguments.steps, "sequences_a_step": one_step}
-    progress = read(scratch, identity)
+    identity = {"data": mix.sha256, "steps": arguments.steps, "sequences_a_step": step_size}
+    progress = read_progress(scratch, identity)
     if progress is None:
-        first = Progress(identity, parameters=state_of(parameters))
-        progress = _measured(wrapped, loss, mix, arguments, accelerator, parameters, first)
+        progress = trainer.evaluate(Progress(identity, parameters=copy_parameters(parameters)))
     else:
         load_parameters(parameters, progress.parameters)
         load_moments(optimizer.optimizer, parameters, progress.moments)
     while progress.step < arguments.steps and not progress.stopped(arguments.patience):
         step = progress.step
-        batch = [mix.at(place) for place in order[step * one_step : (step + 1) * one_step]]
-        for group in optimizer.param_groups:
-            group["lr"] = arguments.rate(step)
-        told = _step(wrapped, loss, batch, arguments, accelerator, optimizer, list(parameters.values()), step)
-        if told is None:
-            good = progress.best_step if progress.held_out else step - step % arguments.save_every
-            raise Diverged(step + 1, step, progress.best_parameters or progress.parameters, good)
-        progress = replace(progress, step=step + 1, curve=[*progress.curve, told])
+        figures = trainer.step([mix.at(i) for i in order[step * step_size : (step + 1) * step_size]], step)
+        if figures is None:
+            good_step = progress.best_step if progress.held_out else step - step % arguments.save_every
+            raise Diverged(step + 1, step, progress.best_parameters or progress.parameters, good_step)
+        progress = replace(progress, step=step + 1, curve=[*progress.curve, figures])
         if progress.step % arguments.eval_every == 0 or progress.step == arguments.steps:
-            progress = _measured(wrapped, loss, mix, arguments, accelerator, parameters, progress)
+            progress = trainer.evaluate(progress)
         if progress.step % arguments.save_every == 0 or progress.step == arguments.steps:
-            progress = replace(
-                progress,
-                parameters=state_of(parameters),
-                moments=[{k: whole(v) for k, v in optimizer.optimizer.state[p].items()} for p in parameters.values()],
-            )
+            moments = [{k: gather(v) for k, v in optimizer.optimizer.state[p].items()} for p in parameters.values()]
+            progress = replace(progress, parameters=copy_parameters(parameters), moments=moments)
             if accelerator.is_main_process:
-                write(scratch, progress)
-        held = progress.held_out[-1]["loss"] if progress.held_out else None
-        report({"event": "train", "step": step + 1, "steps": arguments.steps, "loss": told["loss"], "held_out": held})
+                write_progress(scratch, progress)
+        held_out = progress.held_out[-1]["loss"] if progress.held_out else None
+        event = {"event": "train", "step": step + 1, "steps": arguments.steps, "loss": figures["loss"]}
+        report(event | {"held_out": held_out})
     return Trained(
         progress.best_parameters or progress.parameters,
         progress.best_step if progress.held_out else progress.step,
@@ -142,97 +189,114 @@ def finetune(
     )
 
 
-def _step(
-    model: nn.Module,
-    loss: Loss,
-    batch: Sequence[Example],
-    arguments: TrainingArguments,
-    accelerator: Accelerator,
-    optimizer: Any,
-    parameters: list[nn.Parameter],
-    step: int,
-) -> dict[str, float] | None:
-    """One step; None, and nothing moved, where loss or gradient is no number."""
-    tokens = sum(e.targets for e in batch)
-    parts = [batch[i : i + arguments.batch_size] for i in range(0, len(batch), arguments.batch_size)]
-    own = parts[accelerator.process_index :: accelerator.num_processes]
-    total = torch.zeros((), device=accelerator.device)
-    for number, part in enumerate(own):
-        # Of these alone random numbers hang, so that a run that goes on draws the same.
-        torch.manual_seed(hash((arguments.seed, step, number, accelerator.process_index)) % 2**63)
-        last = number == len(own) - 1
-        with nullcontext() if last else accelerator.no_sync(model):
-            lost = _loss(model, loss, part, arguments, accelerator)
-            # Gradients are averaged over processes; the loss is a mean over the tokens of all of them.
-            accelerator.backward(lost * (accelerator.num_processes / tokens))
-        total += lost.detach()
-    mean = float(accelerator.reduce(total, "sum")) / tokens
-    norm = float(whole(accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm or math.inf)))
-    if not (math.isfinite(mean) and math.isfinite(norm)):
-        return None
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"step": step + 1, "loss": mean, "learning_rate": arguments.rate(step), "grad_norm": norm, "tokens": tokens}
+@dataclass(frozen=True)
+class _Trainer:
+    """Steps and measurements of one training.
 
+    Attributes:
+        model: as accelerate wraps it.
+        loss: to lower.
+        mix: of sequences.
+        arguments: how to train.
+        accelerator: knows the processes.
+        optimizer: as accelerate wraps it.
+        parameters: trained ones, by name.
+    """
 
-def _loss(
-    model: nn.Module, loss: Loss, part: Sequence[Example], arguments: TrainingArguments, accelerator: Accelerator
-) -> Tensor:
-    ids, loss_mask = (t.to(accelerator.device) for t in collate(part))
-    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=arguments.bf16):
-        return loss(model, ids, loss_mask)
+    model: nn.Module
+    loss: Loss
+    mix: Mix
+    arguments: TrainingArguments
+    accelerator: Accelerator
+    optimizer: Any
+    parameters: Mapping[str, nn.Parameter]
 
+    def step(self, examples: Sequence[Example], step: int) -> dict[str, float] | None:
+        """Make one step and return its figures; None, and no step, if the loss or its gradient is not finite."""
+        arguments, accelerator = self.arguments, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = arguments.learning_rate_at(step)
+        tokens = sum(e.targets for e in examples)
+        batches = _batches(examples, arguments.batch_size)[accelerator.process_index :: accelerator.num_processes]
+        total = torch.zeros((), device=accelerator.device)
+        for number, batch in enumerate(batches):
+            # Random numbers depend on these alone, so that a resumed run draws the same ones.
+            torch.manual_seed(hash((arguments.seed, step, number, accelerator.process_index)) % 2**63)
+            last = number == len(batches) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                batch_loss = self._loss(batch)
+                # Gradients are averaged over processes; the loss is a mean over the tokens of all of them.
+                accelerator.backward(batch_loss * (accelerator.num_processes / tokens))
+            total += batch_loss.detach()
+        mean = float(accelerator.reduce(total, "sum")) / tokens
+        parameters, limit = list(self.parameters.values()), arguments.max_grad_norm or math.inf
+        norm = float(gather(accelerator.clip_grad_norm_(parameters, limit)))
+        if not (math.isfinite(mean) and math.isfinite(norm)):
+            return None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        rate = arguments.learning_rate_at(step)
+        return {"step": step + 1, "loss": mean, "learning_rate": rate, "grad_norm": norm, "tokens": tokens}
 
-@torch.no_grad()
-def _measured(
-    model: nn.Module,
-    loss: Loss,
-    mix: Mix,
-    arguments: TrainingArguments,
-    accelerator: Accelerator,
-    parameters: Mapping[str, nn.Parameter],
-    progress: Progress,
-) -> Progress:
-    """The held-out loss as it is now, and the parameters where it is the best so far."""
-    if not mix.held_out:
+    @torch.no_grad()
+    def evaluate(self, progress: Progress) -> Progress:
+        """Return the progress with the held-out loss added, and with the parameters if the loss is the lowest so far.
+
+        Raises:
+            Diverged: if the loss is not finite.
+        """
+        examples, accelerator = self.mix.held_out, self.accelerator
+        if not examples:
+            return progress
+        training_modules = [m for m in self.model.modules() if m.training]
+        self.model.eval()
+        batches = _batches(examples, self.arguments.batch_size)
+        total = torch.zeros((), device=accelerator.device)
+        # Every process runs the model equally often, since all of them gather sharded parameters together.
+        for first in range(0, len(batches), accelerator.num_processes):
+            index = first + accelerator.process_index
+            total += self._loss(batches[min(index, len(batches) - 1)]) * (index < len(batches))
+        for module in training_modules:
+            module.training = True
+        mean = float(accelerator.reduce(total, "sum")) / sum(e.targets for e in examples)
+        if not math.isfinite(mean):
+            parameters = progress.best_parameters or copy_parameters(self.parameters)
+            raise Diverged(progress.step, progress.step, parameters, progress.best_step)
+        progress = replace(progress, held_out=[*progress.held_out, {"step": progress.step, "loss": mean}])
+        if mean <= min(m["loss"] for m in progress.held_out):
+            progress = replace(progress, best_step=progress.step, best_parameters=copy_parameters(self.parameters))
         return progress
-    modules = [m for m in model.modules() if m.training]
-    model.eval()
-    parts = [mix.held_out[i : i + arguments.batch_size] for i in range(0, len(mix.held_out), arguments.batch_size)]
-    total = torch.zeros((), device=accelerator.device)
-    # Every process as often as the others, since parameters that are cut among them are fetched together.
-    for first in range(0, len(parts), accelerator.num_processes):
-        mine = first + accelerator.process_index
-        lost = _loss(model, loss, parts[min(mine, len(parts) - 1)], arguments, accelerator)
-        total += lost * (mine < len(parts))
-    for module in modules:
-        module.training = True
-    mean = float(accelerator.reduce(total, "sum")) / sum(e.targets for e in mix.held_out)
-    if not math.isfinite(mean):
-        raise Diverged(
-            progress.step, progress.step, progress.best_parameters or state_of(parameters), progress.best_step
-        )
-    progress = replace(progress, held_out=[*progress.held_out, {"step": progress.step, "loss": mean}])
-    if mean <= min(m["loss"] for m in progress.held_out):
-        progress = replace(progress, best_step=progress.step, best_parameters=state_of(parameters))
-    return progress
+
+    def _loss(self, batch: Sequence[Example]) -> Tensor:
+        ids, loss_mask = (t.to(self.accelerator.device) for t in collate(batch))
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.arguments.bf16):
+            return self.loss(self.model, ids, loss_mask)
+
+
+def _batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    return [examples[i : i + size] for i in range(0, len(examples), size)]
 
 
 def wrap_each_block(plugin: FullyShardedDataParallelPlugin, block: nn.Module) -> None:
-    """Have FSDP cut a model block by block, unless the launch says how: cut as one it would be gathered whole for each
-    pass."""
+    """Let FSDP shard a model block by block, unless the launch sets a policy.
+
+    Sharded as one module, the whole model would be gathered for each pass.
+
+    Args:
+        plugin: accelerate's settings of FSDP.
+        block: one of the model's blocks.
+    """
     if plugin.auto_wrap_policy is None:
         plugin.auto_wrap_policy = transformer_auto_wrap_policy
         plugin.transformer_cls_names_to_wrap = [type(block).__name__]
 
 
 @contextmanager
-def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """While this lasts what a block computes is forgotten, and computed again in the backward pass (gradient
-    checkpointing)."""
+def recompute_activations(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Recompute the activations of blocks in the backward pass, within the context (gradient checkpointing)."""
 
-    def again(block: nn.Module) -> Callable[..., Any]:
+    def checkpointed(block: nn.Module) -> Callable[..., Any]:
         return lambda *args, **kwargs: checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)
 
-    with patched_forwards((block, again(block)) for block in blocks):
+    with patched_forwards((block, checkpointed(block)) for block in blocks):
         yield

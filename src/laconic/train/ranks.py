@@ -1,4 +1,4 @@
-"""Which process of a launch this is. `torchrun` and `accelerate launch` say so in the environment."""
+"""The processes of a launch, as `torchrun` and `accelerate launch` describe them in the environment."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 
 
 def rank() -> int:
-    """Number of this process among all of the launch; 0 where there is but one."""
+    """Return the number of this process among all of the launch; 0 if there is only one."""
     return int(os.environ.get("RANK", "0"))
 
 
-def world() -> int:
-    """How many processes there are."""
+def world_size() -> int:
+    """Return the number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes; the others only help it train."""
+    """Return whether this process writes; the others only help to train."""
     return rank() == 0

@@ -35,20 +35,27 @@ from laconic.stages.model import ModelOutcome, ModelStage, ModelTask
 from laconic.stages.stage import Needs
 from laconic.structure.anatomy import Anatomy, dissect
 from laconic.structure.experts import Experts
-from laconic.train.finetune import Diverged, Trained, TrainingArguments, finetune, recomputed, wrap_each_block
+from laconic.train.finetune import (
+    Diverged,
+    Trained,
+    TrainingArguments,
+    finetune,
+    recompute_activations,
+    wrap_each_block,
+)
 from laconic.train.losses import Loss, distillation_loss, language_loss
-from laconic.train.ranks import is_main, world
+from laconic.train.ranks import is_main, world_size
 from laconic.train.state import State
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One training, as far as it is known before the model is loaded.
+    """A training, before its model is loaded.
 
     Attributes:
         task: of the stage.
         config: the model's config, without its quantization.
-        shape: a skeleton of the model.
+        skeleton: of the model, on the meta device.
         anatomy: of the model.
         quantized: whether the checkpoint holds codes.
         arguments: of the loop.
@@ -58,7 +65,7 @@ class TrainingRun:
 
     task: ModelTask
     config: Any
-    shape: PreTrainedModel
+    skeleton: PreTrainedModel
     anatomy: Anatomy
     quantized: bool
     arguments: TrainingArguments
@@ -169,10 +176,10 @@ class TrainingStage(ModelStage):
         """
 
     def prepare_run(self, run: TrainingRun) -> None:
-        """Check what only the model as earlier stages left it tells, before it is loaded.
+        """Check what depends on the earlier stages' output, before the model is loaded.
 
         Raises:
-            ValueError: if it cannot be trained so.
+            ValueError: if the model cannot be trained.
         """
 
     def check(self, source: Source, model: PreTrainedModel, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
@@ -202,11 +209,19 @@ class TrainingStage(ModelStage):
             model = self.open_model(run)
             blocks = model.get_submodule(run.anatomy.blocks)
             if self.gradient_checkpointing:
-                contexts.enter_context(recomputed(list(blocks.children())))
+                contexts.enter_context(recompute_activations(list(blocks.children())))
             contexts.enter_context(torch.enable_grad())
             try:
                 loss = self._loss(run)
-                trained = finetune(model, loss, mix, run.arguments, run.accelerator, task.scratch, task.report)
+                trained = finetune(
+                    model,
+                    loss,
+                    mix,
+                    run.arguments,
+                    accelerator=run.accelerator,
+                    scratch=task.scratch,
+                    report=task.report,
+                )
             except Diverged as e:
                 raise ValueError(self._divergence(run, e)) from e
             del model, blocks, loss
@@ -220,17 +235,17 @@ class TrainingStage(ModelStage):
     ) -> TrainingRun:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        shape = build_skeleton(config, torch.bfloat16, trust=task.trust)
-        anatomy = dissect(shape)
-        mixture = any(isinstance(m, Experts) for m in shape.modules())
+        skeleton = build_skeleton(config, torch.bfloat16, trust=task.trust)
+        anatomy = dissect(skeleton)
+        mixture = any(isinstance(m, Experts) for m in skeleton.modules())
         accelerator = Accelerator(
             cpu=task.device.type == "cpu",
             # No token may have been routed to an expert.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=mixture)],
         )
         if accelerator.distributed_type == DistributedType.FSDP:
-            wrap_each_block(accelerator.state.fsdp_plugin, next(shape.get_submodule(anatomy.blocks).children()))
-        return TrainingRun(task, config, shape, anatomy, quantized, arguments, accelerator, contexts)
+            wrap_each_block(accelerator.state.fsdp_plugin, next(skeleton.get_submodule(anatomy.blocks).children()))
+        return TrainingRun(task, config, skeleton, anatomy, quantized, arguments, accelerator, contexts)
 
     def _loss(self, run: TrainingRun) -> Loss:
         if self.loss == "lm":
@@ -266,7 +281,7 @@ class TrainingStage(ModelStage):
         return mix
 
     def _count_steps(self, mix: Mix) -> int:
-        batch = self.batch_size * self.gradient_accumulation * world()
+        batch = self.batch_size * self.gradient_accumulation * world_size()
         sequences = sum(len(p) for p in mix.parts)
         if sequences < batch:
             raise ValueError(
@@ -280,19 +295,19 @@ class TrainingStage(ModelStage):
             self.precision == "auto" and task.device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
         return TrainingArguments(
-            self._count_steps(mix),
-            self.batch_size,
-            self.gradient_accumulation,
-            self.learning_rate,
-            self.warmup,
-            self.schedule,
-            self.weight_decay,
-            self.max_grad_norm,
-            self.eval_every,
-            self.patience,
-            self.save_every,
-            bf16,
-            task.seed,
+            steps=self._count_steps(mix),
+            batch_size=self.batch_size,
+            gradient_accumulation=self.gradient_accumulation,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+            schedule=self.schedule,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            eval_every=self.eval_every,
+            patience=self.patience,
+            save_every=self.save_every,
+            bf16=bf16,
+            seed=task.seed,
         )
 
     def _results(self, run: TrainingRun, trained: Trained, mix: Mix, seconds: float) -> dict[str, Any]:
@@ -318,11 +333,11 @@ class TrainingStage(ModelStage):
 
     def _divergence(self, run: TrainingRun, diverged: Diverged) -> str:
         """Return the message for a training that diverged, once its last good parameters are kept."""
-        if not diverged.steps_made:
+        if not diverged.finished_steps:
             causes = "the model, the teacher and the data" if self.loss == "kl" else "the model and the data"
             return f"the loss is NaN or infinite before anything is trained; check {causes}"
         problem = f"the loss turned NaN or infinite in step {diverged.step}"
-        if not diverged.good:
+        if not diverged.good_step:
             return (
                 f"{problem}, before anything was gained; lower learning_rate ({self.learning_rate:g}), or raise warmup"
             )

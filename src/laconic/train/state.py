@@ -1,4 +1,4 @@
-"""How far a training has come, on disk: one file, whole or not there, which any number of processes can go on from."""
+"""The state of a training on disk: one file, written whole, from which any number of processes can resume."""
 
 from __future__ import annotations
 
@@ -15,13 +15,24 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from laconic.checkpoint.atomic import write_file
 
 State = dict[str, Tensor]
-"""Trained parameters by name, whole and on the CPU."""
+"""Trained parameters by name, unsharded and on the CPU."""
 _FILE = "training.pt"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """After `step` steps. identity: what the training is of. moments: the optimizer's, of each parameter in order."""
+    """The progress of a training.
+
+    Attributes:
+        identity: what the training depends on; another identity cannot resume it.
+        step: number of finished steps.
+        parameters: after these steps, as of the last saved state.
+        moments: of the optimizer, for each parameter in order.
+        best_parameters: those of the lowest held-out loss; empty without held-out text.
+        best_step: step of the best parameters.
+        curve: figures of each step.
+        held_out: step and loss of each measurement of the held-out loss.
+    """
 
     identity: Mapping[str, Any]
     step: int = 0
@@ -33,24 +44,32 @@ class Progress:
     held_out: list[dict[str, float]] = field(default_factory=list)
 
     def stopped(self, patience: int | None) -> bool:
-        """Whether so many measurements have gone by without a new best."""
+        """Return whether `patience` measurements have passed without a new best."""
         return patience is not None and sum(m["step"] > self.best_step for m in self.held_out) >= patience
 
 
-def write(folder: Path, progress: Progress) -> None:
-    """Keep it in place of what was kept before."""
-    told = {f.name: getattr(progress, f.name) for f in dataclasses.fields(progress)}
-    write_file(folder / _FILE, lambda file: torch.save(told, file))
+def write_progress(folder: Path, progress: Progress) -> None:
+    """Write the progress into a folder, in place of an earlier one."""
+    fields = {f.name: getattr(progress, f.name) for f in dataclasses.fields(progress)}
+    write_file(folder / _FILE, lambda file: torch.save(fields, file))
 
 
-def read(folder: Path, identity: Mapping[str, Any]) -> Progress | None:
-    """What was kept there. Raises: ValueError when that is of another training."""
+def read_progress(folder: Path, identity: Mapping[str, Any]) -> Progress | None:
+    """Read the progress in a folder; None if there is none.
+
+    Args:
+        folder: the folder.
+        identity: what the training depends on.
+
+    Raises:
+        ValueError: if the file is damaged, or of a training with another identity.
+    """
     file = folder / _FILE
     if not file.exists():
         return None
     try:
         progress = Progress(**torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as e:  # whatever a damaged file trips torch over
+    except Exception as e:  # torch raises errors of many kinds for a damaged file
         raise ValueError(f"{file} is damaged; delete it, and run the same command: the training begins anew") from e
     differing = [key for key in identity if identity[key] != progress.identity.get(key)]
     if differing:
@@ -61,13 +80,13 @@ def read(folder: Path, identity: Mapping[str, Any]) -> Progress | None:
     return progress
 
 
-def state_of(parameters: Mapping[str, Tensor]) -> State:
-    """Copies of the parameters, fetched from all processes."""
-    return {name: whole(p).clone() for name, p in parameters.items()}
+def copy_parameters(parameters: Mapping[str, Tensor]) -> State:
+    """Return copies of the parameters, gathered from all processes."""
+    return {name: gather(p).clone() for name, p in parameters.items()}
 
 
-def whole(t: Tensor | float) -> Tensor:
-    """A tensor on the CPU, in one piece."""
+def gather(t: Tensor | float) -> Tensor:
+    """Return a tensor on the CPU, its shards gathered from all processes."""
     if isinstance(t, DTensor):
         t = t.full_tensor()
     return torch.as_tensor(t).detach().cpu()
@@ -75,21 +94,27 @@ def whole(t: Tensor | float) -> Tensor:
 
 @torch.no_grad()
 def load_parameters(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Give the parameters these values."""
+    """Set the values of parameters, by name."""
     for name, p in parameters.items():
-        p.copy_(_as(state[name], p))
+        p.copy_(_placed_as(state[name], p))
 
 
 def load_moments(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], moments: list[State]
 ) -> None:
-    """Give an optimizer that has made no step yet its moments back."""
-    for p, kept in zip(parameters.values(), moments, strict=True):
-        # The count of steps is the one number that stays on the CPU.
-        optimizer.state[p] = {k: _as(v, p) if v.dim() else v.clone() for k, v in kept.items()}
+    """Set the moments of an optimizer that has not made a step yet.
+
+    Args:
+        optimizer: the optimizer.
+        parameters: that it trains, in order.
+        moments: of each parameter.
+    """
+    for p, of_parameter in zip(parameters.values(), moments, strict=True):
+        # Adam's 0-dim step count stays on the CPU.
+        optimizer.state[p] = {k: _placed_as(v, p) if v.dim() else v.clone() for k, v in of_parameter.items()}
 
 
-def _as(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor where, and cut as, another is."""
+def _placed_as(value: Tensor, like: Tensor) -> Tensor:
+    """Return an unsharded tensor on the device of another, sharded as that is."""
     value = value.to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value

@@ -1,6 +1,6 @@
 """Stages that train low-rank adapters, then merge them into the weights or keep them beside.
 
-Such stages differ only in how the frozen weights are held while adapters are trained (`frozen`).
+The stages differ only in how the frozen weights are stored while adapters are trained (`frozen`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from laconic.checkpoint.files import open_checkpoint
 from laconic.checkpoint.layout import TransposedLinear, arrange
 from laconic.checkpoint.source import Source, build_skeleton, main_dtype, materialise
-from laconic.runtime.adapter_files import ADAPTER, check_adapter, check_peft, read_adapter, write_adapter
-from laconic.runtime.adapters import adapt, merge
+from laconic.methods.lora.adapter_files import ADAPTER, check_adapter, check_peft, read_adapter, write_adapter
+from laconic.methods.lora.adapters import add_adapters, merge_adapters
 from laconic.runtime.reading import load
 from laconic.stages.model import ModelOutcome
 from laconic.stages.targets import Patterns, find_targets
@@ -65,7 +65,7 @@ class AdapterStage(TrainingStage):
         return False
 
     def frozen(self, linear: nn.Linear) -> nn.Module:
-        """Return the module that holds a frozen linear while its adapter is trained."""
+        """Return the module that takes the place of a frozen linear while its adapter is trained."""
         return linear
 
     def check(self, source: Source, model: PreTrainedModel, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
@@ -85,7 +85,7 @@ class AdapterStage(TrainingStage):
 
     def prepare_run(self, run: TrainingRun) -> None:
         if self.start:
-            self._check_start(run.shape, self._names(run))
+            self._check_start(run.skeleton, self._names(run))
 
     def open_model(self, run: TrainingRun) -> PreTrainedModel:
         model = self._open_quantized(run) if run.quantized else self._open_dense(run)
@@ -96,12 +96,12 @@ class AdapterStage(TrainingStage):
     def outcome(self, run: TrainingRun, parameters: State, results: Mapping[str, dict[str, Any]]) -> ModelOutcome:
         task = run.task
         if self.leaves_adapters(quantized=run.quantized):
-            self._write(task.artifact / ADAPTER, parameters, run.shape, str(task.folder))
+            self._write(task.artifact / ADAPTER, parameters, run.skeleton, str(task.folder))
             return ModelOutcome(None, results=results)
         checkpoint = open_checkpoint(task.folder)
         model = build_skeleton(run.config, main_dtype(checkpoint), trust=task.trust)
         materialise(model, "", arrange(checkpoint, model), torch.device("cpu"))
-        merge(model, parameters, self.alpha / self.rank)
+        merge_adapters(model, parameters, self.alpha / self.rank)
         return ModelOutcome(model, results=results)
 
     def keep_last_good(self, run: TrainingRun, diverged: Diverged) -> str:
@@ -110,21 +110,21 @@ class AdapterStage(TrainingStage):
         try:
             check_peft()
             if is_main():
-                self._write(folder, diverged.parameters, run.shape, str(run.task.folder))
+                self._write(folder, diverged.parameters, run.skeleton, str(run.task.folder))
         except (ValueError, OSError) as e:
             return (
-                f"the adapters of step {diverged.good} could not be kept in {folder} ({e}): lower learning_rate "
+                f"the adapters of step {diverged.good_step} could not be kept in {folder} ({e}): lower learning_rate "
                 f"({rate}), and pass --overwrite"
             )
         return (
-            f"the adapters of step {diverged.good} are kept in {folder}: lower learning_rate "
+            f"the adapters of step {diverged.good_step} are kept in {folder}: lower learning_rate "
             f"({rate}), set start: {folder} to go on from them, and pass --overwrite"
         )
 
     def _open_dense(self, run: TrainingRun) -> PreTrainedModel:
         """Load the dense model with its adapters, block by block.
 
-        Of weights that are held in 4 bits only one block is then on the device in 16.
+        Where frozen weights are stored in 4 bits, only one block is then on the device in 16 bit.
         """
         task, blocks, names = run.task, run.anatomy.blocks, self._names(run)
         model = build_skeleton(run.config, run.dtype, trust=task.trust)
@@ -133,9 +133,9 @@ class AdapterStage(TrainingStage):
         for i, block in enumerate(model.get_submodule(blocks).children()):
             materialise(block, f"{blocks}.{i}.", checkpoint, run.load_device)
             inside = [n for n in names if n.startswith(f"{blocks}.{i}.")]
-            self._adapt(model, inside, generator, masked=masked)
+            self._add_adapters(model, inside, generator, masked=masked)
         materialise(model, "", checkpoint, run.load_device)
-        self._adapt(model, [n for n in names if not n.startswith(f"{blocks}.")], generator, masked=masked)
+        self._add_adapters(model, [n for n in names if not n.startswith(f"{blocks}.")], generator, masked=masked)
         return model
 
     def _open_quantized(self, run: TrainingRun) -> PreTrainedModel:
@@ -147,12 +147,14 @@ class AdapterStage(TrainingStage):
             packed=self.packed,
             trust=run.task.trust,
         )
-        self._adapt(model, self._names(run), torch.Generator().manual_seed(run.task.seed), masked=False)
+        self._add_adapters(model, self._names(run), torch.Generator().manual_seed(run.task.seed), masked=False)
         run.contexts.enter_context(differentiable_codes(model, run.dtype))
         return model
 
-    def _adapt(self, model: nn.Module, names: Sequence[str], generator: torch.Generator, *, masked: bool) -> None:
-        adapters = adapt(
+    def _add_adapters(
+        self, model: nn.Module, names: Sequence[str], generator: torch.Generator, *, masked: bool
+    ) -> None:
+        adapters = add_adapters(
             model,
             names,
             rank=self.rank,
@@ -160,14 +162,14 @@ class AdapterStage(TrainingStage):
             dropout=self.dropout,
             masked=masked,
             generator=generator,
-            hold=self.frozen,
+            replace_base=self.frozen,
         )
         for adapter in adapters.values():
-            # The model's own dropout stays off: training aims at what the model computes when it is used.
+            # The model's own dropout stays off: adapters are trained for the function that the model computes in use.
             adapter.training = True
 
     def _names(self, run: TrainingRun) -> list[str]:
-        return self._target_names(run.shape, run.anatomy, keeps=self.leaves_adapters(quantized=run.quantized))
+        return self._target_names(run.skeleton, run.anatomy, keeps=self.leaves_adapters(quantized=run.quantized))
 
     def _target_names(self, model: PreTrainedModel, anatomy: Anatomy, *, keeps: bool) -> list[str]:
         """Return the full names of the targeted linears, in the model's order. keeps: whether adapters are kept."""

@@ -1,7 +1,7 @@
 """QLoRA (Dettmers et al., arXiv 2305.14314): train LoRA adapters while the frozen weights are in 4 bits (NF4).
 
-Only memory is saved: adapters are merged into the 16-bit weights of the file, which were rounded for training alone.
-Paged optimizers (section 3) move memory and change no number; they belong to bitsandbytes, and are left to it.
+It saves memory only: weights are rounded for training alone, and adapters are merged into the 16-bit weights of the
+file. Paged optimizers (section 3) are left out: they move memory and change no number.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from laconic.methods.lora.adapter_stage import AdapterStage
-from laconic.runtime.adapters import Nf4Linear
+from laconic.methods.lora.adapters import Nf4Linear
 from laconic.stages.stage import TEXT
 
 

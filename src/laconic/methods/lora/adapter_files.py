@@ -1,4 +1,4 @@
-"""Adapters on disk, as peft writes them: what peft loads and vLLM serves (`--enable-lora`)."""
+"""Adapters on disk in peft's format, which peft loads and vLLM serves (`--enable-lora`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ _PREFIX = "base_model.model."
 
 
 def check_peft() -> None:
-    """Raises: ValueError where peft, whose format it is, is not installed."""
+    """Check that peft is installed.
+
+    Raises:
+        ValueError: if it is not.
+    """
     if importlib.util.find_spec("peft") is None:
         raise ValueError("adapters are kept in peft's format, and peft is not installed: pip install 'laconic[train]'")
 
@@ -35,13 +39,23 @@ def write_adapter(
     transposed: bool,
     base: str,
 ) -> None:
-    """state: `NAME.lora_A` (rank, in), `NAME.lora_B` (out, rank). linears: all of the model that could have had one.
-    transposed: whether the base's weights are (in, out) in memory (Conv1D). base: what to load the adapter on."""
+    """Write adapters.
+
+    Args:
+        folder: receives the files.
+        state: `NAME.lora_A` (rank, in) and `NAME.lora_B` (out, rank) for each linear.
+        rank: of the adapters.
+        alpha: their product is scaled by alpha / rank.
+        dropout: with which they were trained.
+        linears: full names of all linears of the model.
+        transposed: whether the base's weights are (in, out) in memory (Conv1D).
+        base: folder or name of the model to load the adapters on.
+    """
     from peft import LoraConfig, TaskType
 
     names = sorted({n.rpartition(".")[0] for n in state})
     leaves = {n.rpartition(".")[2] for n in names}
-    alike = [n for n in linears if n.rpartition(".")[2] in leaves]
+    matched = [n for n in linears if n.rpartition(".")[2] in leaves]
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=base,
@@ -49,8 +63,8 @@ def write_adapter(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        # Engines want the last part of names, which says enough where it means all of a kind.
-        target_modules=sorted(leaves) if len(alike) == len(names) else names,
+        # Engines expect last parts of names; these suffice if every linear that they match has an adapter.
+        target_modules=sorted(leaves) if len(matched) == len(names) else names,
         fan_in_fan_out=transposed,
     )
     folder.mkdir(exist_ok=True)
@@ -60,7 +74,14 @@ def write_adapter(
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
-    """The state that was written, and the factor of its products. Raises: ValueError where there is none."""
+    """Read adapters.
+
+    Returns:
+        The state, as `write_adapter` gets it, and the factor alpha / rank.
+
+    Raises:
+        ValueError: if the folder holds none.
+    """
     file = folder / _WEIGHTS
     if not file.is_file() or not (folder / _CONFIG).is_file():
         raise ValueError(f"{folder} holds no LoRA adapter ({_WEIGHTS}, {_CONFIG}); name a folder that does")
@@ -75,13 +96,22 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
 
 
 def check_adapter(folder: Path, linears: Mapping[str, nn.Linear] | None, rank: int, alpha: int) -> None:
-    """Raises: ValueError unless training can go on from what is in `folder`. linears: those beside which there are to
-    be adapters, by name, if they are known by now."""
+    """Check that training can start from the adapters in a folder.
+
+    Args:
+        folder: of the adapters.
+        linears: that get an adapter, by full name; None if the model's shape is not known yet.
+        rank: of the adapters to train.
+        alpha: of the adapters to train.
+
+    Raises:
+        ValueError: if it cannot.
+    """
     state, scale = read_adapter(folder)
     if linears is not None:
-        low = {f"{n}.lora_A": (rank, linear.in_features) for n, linear in linears.items()}
-        high = {f"{n}.lora_B": (linear.out_features, rank) for n, linear in linears.items()}
-        if {n: tuple(t.shape) for n, t in state.items()} != low | high:
+        lora_a = {f"{n}.lora_A": (rank, linear.in_features) for n, linear in linears.items()}
+        lora_b = {f"{n}.lora_B": (linear.out_features, rank) for n, linear in linears.items()}
+        if {n: tuple(t.shape) for n, t in state.items()} != lora_a | lora_b:
             raise ValueError(
                 f"the adapters in {folder} are of other linears, or not of rank {rank}; set targets and rank as they "
                 "were, or name others"

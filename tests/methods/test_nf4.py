@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laconic.formats.nf4 import VALUES, quantize_nf4
+from laconic.methods.lora.nf4 import VALUES, quantize_nf4
 
 # arXiv 2305.14314, appendix E.
 PAPER = """

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from artifacts import logits, original, tokens
-from laconic.runtime.adapters import Adapted, Nf4Linear, adapt, merge
+from laconic.methods.lora.adapters import AdaptedLinear, Nf4Linear, add_adapters, merge_adapters
 
 peft = pytest.importorskip("peft")
 
@@ -30,8 +30,8 @@ def a_linear(out: int, inputs: int, *, seed: int, zeros: float, bias: bool = Tru
     return linear
 
 
-def an_adapter(base: nn.Module, *, rank: int = 3, masked: bool = True, seed: int = 1) -> Adapted:
-    adapted = Adapted(base.requires_grad_(False), rank, 6, 0.0, masked=masked)
+def an_adapter(base: nn.Module, *, rank: int = 3, masked: bool = True, seed: int = 1) -> AdaptedLinear:
+    adapted = AdaptedLinear(base.requires_grad_(False), rank, 6, 0.0, masked=masked)
     with torch.no_grad():
         adapted.lora_A.copy_(random(*adapted.lora_A.shape, seed=seed))
         adapted.lora_B.copy_(random(*adapted.lora_B.shape, seed=seed + 1))
@@ -93,10 +93,10 @@ def test_without_masks_it_is_pefts(llama: Path) -> None:
     theirs = peft.get_peft_model(original(llama, torch.float32), config)
     ours = original(llama, torch.float32)
     linears = [n for n, _ in ours.named_modules() if n.rpartition(".")[2] in names]
-    made = adapt(ours, linears, rank=4, alpha=8, dropout=0, masked=True, generator=torch.Generator())
+    made = add_adapters(ours, linears, rank=4, alpha=8, dropout=0, masked=True, generator=torch.Generator())
     with torch.no_grad():
         for name, adapted in made.items():
-            assert adapted.keep is None
+            assert adapted.packed_mask is None
             assert not adapted.lora_B.any()
             adapted.lora_B.normal_()
             layer = theirs.get_submodule(f"base_model.model.{name}")
@@ -113,12 +113,12 @@ def test_merged_zeros_stay_zero_and_the_rest_is_what_was_trained(zeros: float, s
     W = model["a"].weight.detach().clone()
     adapted = an_adapter(a_linear(9, 7, seed=seed, zeros=zeros, bias=False).to(dtype))
     state = {"a.lora_A": adapted.lora_A.detach(), "a.lora_B": adapted.lora_B.detach()}
-    merge(model, state, adapted.scale)
+    merge_adapters(model, state, adapted.scale)
     found = model["a"].weight.detach()
     assert (found[W == 0].view(torch.int16 if dtype == torch.bfloat16 else torch.int32) == 0).all()
     # What a unit vector is multiplied with is the weight that was trained; through a mask, to the last bit.
     trained = adapted(torch.eye(7, dtype=dtype)).T.detach()
-    exact = adapted.keep is not None and dtype == torch.bfloat16
+    exact = adapted.packed_mask is not None and dtype == torch.bfloat16
     assert torch.equal(found, trained) if exact else (found - trained).abs().max() <= 0.03 * found.abs().max()
 
 
@@ -129,15 +129,15 @@ def test_a_merged_model_puts_out_what_the_adapted_one_did(llama: Path) -> None:
         for name in names[::2]:
             weight = model.get_submodule(name).weight.data
             weight[weight.abs() < weight.abs().median()] = 0
-    made = adapt(ours, names, rank=4, alpha=8, dropout=0, masked=True, generator=torch.Generator())
+    made = add_adapters(ours, names, rank=4, alpha=8, dropout=0, masked=True, generator=torch.Generator())
     state = {}
     for i, (name, adapted) in enumerate(made.items()):
-        assert (adapted.keep is None) == (i % 2 == 1)
+        assert (adapted.packed_mask is None) == (i % 2 == 1)
         adapted.lora_B.data.normal_(std=0.05)
         state |= {f"{name}.lora_A": adapted.lora_A, f"{name}.lora_B": adapted.lora_B}
     ids = tokens()
     before = logits(plain, ids)
-    merge(plain, state, 2.0)
+    merge_adapters(plain, state, 2.0)
     assert not torch.allclose(logits(plain, ids), before, atol=0.1)
     assert torch.allclose(logits(plain, ids), logits(ours, ids), atol=1e-3)
 

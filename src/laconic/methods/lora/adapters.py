@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) beside frozen linears: W + scale * B A.
 
-A linear that was pruned is trained through its mask: what is multiplied is W + scale * M o (B A), M where W is not
-zero. That is the weight that will be merged, so nothing of what was learnt is lost when the zeros are put back. No
-engine can mask adapters that are kept beside the weights; they are trained as they will be served.
+A pruned linear is trained through its mask: the product is with W + scale * M o (B A), M being 1 where W is not zero.
+That is the weight that will be merged, so the zeros cost nothing of what was learnt. No engine masks adapters beside
+the weights; these are trained without a mask, as they will be served.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.formats.nf4 import Nf4, quantize_nf4
+from laconic.methods.lora.nf4 import Nf4, quantize_nf4
 from laconic.runtime.linear import QLinear
 
 Decode = Callable[[torch.dtype], Tensor]
-"""The frozen weight (out, in), made anew in each call where it is kept as codes."""
+"""Returns the frozen weight (out, in) in a dtype; codes are decoded in every call."""
 
 
 class Nf4Linear(nn.Module):
-    """A frozen linear whose weight is held in NF4, and decoded in every pass, forwards and backwards."""
+    """A frozen linear whose weight is in NF4, and decoded in every forward and backward pass."""
 
     codes: Tensor
     scales: Tensor
@@ -32,14 +32,14 @@ class Nf4Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        held = quantize_nf4(linear.weight.detach())
+        nf4 = quantize_nf4(linear.weight.detach())
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         for name in ("codes", "scales", "coarse", "mean"):
-            # Not part of the state: accelerate would cut it among processes, as it cuts weights (FSDP).
-            self.register_buffer(name, getattr(held, name), persistent=False)
+            # Not persistent: accelerate would shard them among processes, as it shards weights (FSDP).
+            self.register_buffer(name, getattr(nf4, name), persistent=False)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """The weight, (out, in)."""
+        """Return the decoded weight, (out, in)."""
         shape = (self.out_features, self.in_features)
         return Nf4(self.codes, self.scales, self.coarse, self.mean, shape).decode(dtype)
 
@@ -49,13 +49,19 @@ class Nf4Linear(nn.Module):
         return frozen_product(x.to(dtype), self.decode, bias)
 
 
-class Adapted(nn.Module):
-    """A frozen linear with an adapter. lora_A: (rank, in), lora_B: (out, rank), both float32. keep: the weights that
-    may change, as bits, eight a byte; None where that is all of them."""
+class AdaptedLinear(nn.Module):
+    """A frozen linear with an adapter.
+
+    Attributes:
+        base: the frozen linear.
+        lora_A: (rank, in) float32.
+        lora_B: (out, rank) float32.
+        packed_mask: uint8, one bit per weight, set where the weight may change; None where all may.
+    """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    keep: Tensor | None
+    packed_mask: Tensor | None
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float, *, masked: bool) -> None:
         super().__init__()
@@ -66,24 +72,24 @@ class Adapted(nn.Module):
         self.scale, self.dropout = alpha / rank, dropout
         self.lora_A = nn.Parameter(torch.zeros(rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
-        keep = None
+        packed_mask = None
         if masked:
             assert isinstance(base, nn.Linear)
-            free = base.weight.detach() != 0
-            keep = None if free.all() else _pack(free)
-        self.register_buffer("keep", keep, persistent=False)
+            mask = base.weight.detach() != 0
+            packed_mask = None if mask.all() else _pack(mask)
+        self.register_buffer("packed_mask", packed_mask, persistent=False)
 
-    def begin(self, generator: torch.Generator) -> None:
-        """Values before any training: A as a linear's own would be drawn, B zero, so that nothing changes yet."""
+    def initialize(self, generator: torch.Generator) -> None:
+        """Set the values before training: A is drawn as torch draws a linear's weight, B is zero."""
         bound = 1 / math.sqrt(self.in_features)
-        drawn = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        A = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
-            self.lora_A.copy_(drawn)
+            self.lora_A.copy_(A)
             self.lora_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        if self.keep is None:
+        if self.packed_mask is None:
             low = F.linear(F.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
             out: Tensor = self._frozen(x) + low * self.scale
             return out
@@ -103,18 +109,27 @@ class Adapted(nn.Module):
         return out
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """The frozen weight, (out, in)."""
+        """Return the frozen weight, (out, in)."""
         base = self.base
         return base.weight.to(dtype) if isinstance(base, nn.Linear) else base.decode(dtype)  # type: ignore[operator]
 
     def mask(self) -> Tensor:
-        """Which weights may change, (out, in) bool."""
+        """Return the mask of the weights that may change, (out, in) bool."""
         shape = (self.out_features, self.in_features)
-        return torch.ones(shape, dtype=torch.bool) if self.keep is None else _unpack(self.keep, shape)
+        return torch.ones(shape, dtype=torch.bool) if self.packed_mask is None else _unpack(self.packed_mask, shape)
 
 
 def frozen_product(x: Tensor, decode: Decode, bias: Tensor | None) -> Tensor:
-    """x (..., in) by a weight that is made when it is needed and kept by nobody: again in the backward pass."""
+    """Compute a linear whose weight is decoded again in the backward pass, rather than kept in memory.
+
+    Args:
+        x: (..., in).
+        decode: returns the weight.
+        bias: (out,).
+
+    Returns:
+        (..., out).
+    """
     y: Tensor = _FrozenProduct.apply(x, decode)  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias
 
@@ -131,11 +146,13 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """x by scale * M o (B A), with W added to it where one product is to do for both. Of size (out, in) nothing is kept
-    for the backward pass."""
+    """Product of x with scale * M o (B A), plus W where one product computes both.
+
+    No tensor of shape (out, in) is kept for the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, layer: Adapted, with_base: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, layer: AdaptedLinear, with_base: bool) -> Tensor:
         ctx.save_for_backward(x, A, B)
         ctx.layer, ctx.with_base = layer, with_base
         with torch.autocast(x.device.type, enabled=False):
@@ -152,18 +169,18 @@ class _MaskedProduct(torch.autograd.Function):
             return dx, B.T @ dW, dW @ A.T, None, None
 
 
-def _masked(layer: Adapted, A: Tensor, B: Tensor, dtype: torch.dtype, with_base: bool) -> Tensor:
+def _masked(layer: AdaptedLinear, A: Tensor, B: Tensor, dtype: torch.dtype, with_base: bool) -> Tensor:
     change = (B @ A).mul_(layer.scale).mul_(layer.mask())
     return (layer.decode(torch.float32) + change if with_base else change).to(dtype)
 
 
-def merged(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W + scale * M o (B A), M where W (out, in) is not zero; added in float32, in W's dtype."""
+def _merged(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return W + scale * M o (B A), added in float32, in the dtype of W (out, in). M: 1 where W is not zero."""
     change = (B.float() @ A.float()) * scale
     return torch.where(W != 0, W.float() + change, 0).to(W.dtype)
 
 
-def adapt(
+def add_adapters(
     model: nn.Module,
     names: Iterable[str],
     *,
@@ -172,20 +189,31 @@ def adapt(
     dropout: float,
     masked: bool,
     generator: torch.Generator,
-    hold: Callable[[nn.Linear], nn.Module] | None = None,
-) -> dict[str, Adapted]:
-    """Freeze some linears of a model, and put an adapter beside each. masked: whether zeros are to stay zero.
-    generator: of what is drawn. hold: how the frozen linear itself is to be held from then on, if not as it is.
+    replace_base: Callable[[nn.Linear], nn.Module] | None = None,
+) -> dict[str, AdaptedLinear]:
+    """Freeze some linears of a model, and put an adapter beside each.
 
-    Returns: the adapters, by the linear's name.
+    Args:
+        model: changed in place.
+        names: full names of the linears.
+        rank: of the adapters.
+        alpha: their product is scaled by alpha / rank.
+        dropout: of their input.
+        masked: whether zeros of the weights stay zero.
+        generator: draws the initial values.
+        replace_base: returns the module that takes the place of a frozen plain linear, with its weight in 4 bits for
+            instance.
+
+    Returns:
+        The linears with their adapters, by name.
     """
     adapters = {}
     for name in names:
         base = model.get_submodule(name).requires_grad_(False)
-        adapted = Adapted(base, rank, alpha, dropout, masked=masked)
-        if hold and isinstance(base, nn.Linear):
-            adapted.base = hold(base)
-        adapted.begin(generator)
+        adapted = AdaptedLinear(base, rank, alpha, dropout, masked=masked)
+        if replace_base and isinstance(base, nn.Linear):
+            adapted.base = replace_base(base)
+        adapted.initialize(generator)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, adapted)
         adapters[name] = adapted
@@ -193,16 +221,22 @@ def adapt(
 
 
 @torch.no_grad()
-def merge(model: nn.Module, state: Mapping[str, Tensor], scale: float) -> None:
-    """Add adapters to the dense weights of a plain model. state: `NAME.lora_A`, `NAME.lora_B`."""
+def merge_adapters(model: nn.Module, state: Mapping[str, Tensor], scale: float) -> None:
+    """Add adapters to the dense weights of a model, in place; zeros stay zero.
+
+    Args:
+        model: the plain model.
+        state: `NAME.lora_A` (rank, in) and `NAME.lora_B` (out, rank) for each linear.
+        scale: alpha / rank.
+    """
     for name in {n.rpartition(".")[0] for n in state}:
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        weight.copy_(merged(weight, state[f"{name}.lora_A"], state[f"{name}.lora_B"], scale))
+        weight.copy_(_merged(weight, state[f"{name}.lora_A"], state[f"{name}.lora_B"], scale))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """In which a product of x is computed here: autocast's, where that is on."""
+    """Return the dtype in which products of x are computed: autocast's if it is enabled."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -210,9 +244,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-def _pack(free: Tensor) -> Tensor:
-    bits = F.pad(free.flatten().to(torch.uint8), (0, -free.numel() % 8)).view(-1, 8)
-    return (bits * torch.tensor(_BITS, dtype=torch.uint8, device=free.device)).sum(1, dtype=torch.uint8)
+def _pack(mask: Tensor) -> Tensor:
+    bits = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits * torch.tensor(_BITS, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
 def _unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
