@@ -62,7 +62,7 @@ def test_done_is_0(laconic: Laconic, recipe: Path, tmp_path: Path) -> None:
 def test_a_mistake_of_ours_is_1_with_a_traceback(
     laconic: Laconic, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(sys.modules["laconic.pipeline.walk_step"], "stream", fail)
@@ -75,7 +75,7 @@ def test_a_mistake_of_ours_is_1_with_a_traceback(
 def test_an_interruption_is_130_and_says_how_to_go_on(
     laconic: Laconic, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["laconic.pipeline.walk_step"], "stream", interrupt)

@@ -123,8 +123,8 @@ def again(
     chosen = list[Tensor]()
 
     def watched(choose: Callable[..., list[Outcome]]) -> Callable[..., list[Outcome]]:
-        def choose_and_keep(*args: Any) -> list[Outcome]:
-            outcomes = choose(*args)
+        def choose_and_keep(*args: Any, **named: Any) -> list[Outcome]:
+            outcomes = choose(*args, **named)
             weights = [outcome.weight for outcome in outcomes]
             chosen.extend(w.decode() if isinstance(w, Quantized) else w for w in weights)
             return outcomes
