@@ -203,11 +203,11 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
         ),
         (
             [GPTQ | {"sparsity": 0.5, "low_rank": 4}],
-            "stages.0: low_rank leaves weights where a mask says zero; leave it out, or sparsity",
+            "stages.0: low_rank adds values where pruned weights are zero; leave it out, or sparsity",
         ),
         (
             [GPTQ | {"mask_structure": "2:4", "outlier_ratio": 0.1}],
-            "stages.0: outlier_ratio leaves weights where a mask says zero; leave it out, or sparsity",
+            "stages.0: outlier_ratio adds values where pruned weights are zero; leave it out, or sparsity",
         ),
         (
             [RTN, {"method": "magnitude"}],

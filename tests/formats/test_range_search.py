@@ -96,6 +96,6 @@ def test_tiles_searched_in_chunks_are_searched_alike(monkeypatch: pytest.MonkeyP
     fmt = IntAffine(4, False, TILINGS[3])
     w, importance = torch.randn(33, 40, generator=torch.Generator().manual_seed(0)), importances(40)
     whole = search_range(fmt, w, importance)
-    monkeypatch.setattr("laconic.formats.pieces._CACHE", 28)
+    monkeypatch.setattr("laconic.formats.chunks._CPU_ELEMENTS", 28)
     chunked = search_range(fmt, w, importance)
     assert all(torch.equal(whole[n], chunked[n]) for n in whole)

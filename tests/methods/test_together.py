@@ -85,7 +85,7 @@ def test_stages_that_share_a_block_leave_the_model_as_it_was(
     [
         (
             [rtn("W8A16", targets=QKV), awq("W8A16", targets=O)],
-            "nothing that feeds self_attn.o_proj can take its scale",
+            "the scale of self_attn.o_proj cannot be moved into what feeds it",
         ),
         ([rtn("W8A8"), SMOOTH], "earlier stages have quantized all that it targets"),
         (

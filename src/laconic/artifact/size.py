@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from laconic.checkpoint.files import count_elements, linear_quantization_config,
 from laconic.checkpoint.layout import arrange, engine_names
 from laconic.checkpoint.source import build_skeleton, main_dtype, read_config
 from laconic.checkpoint.trust import UNTRUSTED, Trust
-from laconic.runtime.quant_config import count_schemes, is_ours, schemes_of
+from laconic.runtime.quant_config import is_readable, schemes_of
 from laconic.structure.anatomy import linears_of
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
@@ -54,7 +55,7 @@ def measure_size(folder: Path, *, trust: Trust = UNTRUSTED) -> Size:
     model = build_skeleton(config, main_dtype(checkpoint), trust=trust)
     linears = linears_of(model)
     names = engine_names(arrange(checkpoint, model), model, linears)
-    schemes = schemes_of(quantization, names) if quantization and is_ours(quantization) else {}
+    schemes = schemes_of(quantization, names) if quantization and is_readable(quantization) else {}
     parameters = sum(p.numel() for p in model.parameters())
     quantized = sum(linears[n].weight.numel() for n in schemes)
     return Size(
@@ -62,7 +63,7 @@ def measure_size(folder: Path, *, trust: Trust = UNTRUSTED) -> Size:
         tensor_bytes,
         8 * tensor_bytes / parameters,
         checkpoint.nbytes,
-        count_schemes(schemes),
+        dict(Counter(s.title for s in schemes.values())),
         quantized / parameters,
         any(s.simulated for s in schemes.values()),
     )

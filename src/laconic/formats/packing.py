@@ -15,7 +15,15 @@ from torch.nn.functional import pad
 
 
 def pack(codes: Tensor, num_bits: int) -> Tensor:
-    """codes: (rows, n) int8 in [-2^(bits-1), 2^(bits-1) - 1] -> (rows, ceil(n * bits / 32)) int32."""
+    """Pack the codes of each row densely.
+
+    Args:
+        codes: (rows, n) int8, in [-2^(bits-1), 2^(bits-1) - 1].
+        num_bits: 2 to 8.
+
+    Returns:
+        (rows, ceil(n * bits / 32)) int32.
+    """
     n = codes.shape[-1]
     period, words = _period(num_bits)
     unsigned = codes.to(torch.int64) + 2 ** (num_bits - 1)
@@ -32,9 +40,18 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, num_bits: int, n: int) -> Tensor:
-    """The inverse of `pack`: (rows, words) int32 -> (rows, n) int8.
+    """Unpack codes: the inverse of `pack`.
 
-    Raises: ValueError when the words cannot hold n codes.
+    Args:
+        packed: (rows, words) int32.
+        num_bits: 2 to 8.
+        n: codes of a row.
+
+    Returns:
+        (rows, n) int8.
+
+    Raises:
+        ValueError: if a row of n codes does not take so many words.
     """
     if packed.shape[-1] != _words(n, num_bits):
         raise ValueError(f"{packed.shape[-1]} words do not hold {n} codes of {num_bits} bits")
@@ -54,7 +71,7 @@ def unpack(packed: Tensor, num_bits: int, n: int) -> Tensor:
 
 
 def _period(num_bits: int) -> tuple[int, int]:
-    """The shortest run of codes that ends on a word's edge: (codes, words)."""
+    """Return the codes and the words of the shortest run of codes that fills whole words."""
     bits = math.lcm(num_bits, 32)
     return bits // num_bits, bits // 32
 

@@ -1,8 +1,8 @@
 """AutoRound (Cheng et al., arXiv 2309.05516): tune rounding and clipping by signed gradient descent, block by block.
 
-Q(W) = s * clip(round(W / s + V) + z): V in [-0.5, 0.5] decides which way a weight is rounded, a and b how much of each
-group's range the grid covers; all three move by the sign of their gradient (eq. 3-5) so that the block's output on the
-compressed model's activations comes near to the original model's.
+Q(W) = s * clip(round(W / s + V) + z): V in [-0.5, 0.5] decides whether a weight is rounded up or down, a and b how much
+of each group's range the grid covers. All three are tuned by the sign of their gradient (eq. 3-5), so that the block's
+output on the compressed model's activations comes close to the original model's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from laconic.formats import Params, Quantized, ScalarFormat
-from laconic.formats.pieces import rows_at_once
+from laconic.formats.chunks import chunk_rows
 from laconic.stages.block import Block, BlockStage, stacked
 from laconic.stages.linear import Outcome
 from laconic.stages.quantizing import QuantizingStage
@@ -24,7 +24,7 @@ from laconic.stages.renamed import refuse_renamed
 from laconic.stages.stage import Needs
 from laconic.train.block_tuning import SignSGD, block_output, freeze_where, tune, unstack
 
-# How far float32 may take a value that lies half a step from its code.
+# Tolerance of float32 for values half a step away from their code.
 _ROUNDING = 1 + 1e-4
 
 
@@ -147,15 +147,17 @@ class _Tuned:
 
 
 def _span(fmt: ScalarFormat, lo: Tensor, hi: Tensor) -> Tensor:
-    """Return what a grid's scale is proportional to."""
+    """Return the span of a grid, to which its scale is proportional."""
     return torch.maximum(-lo, hi) if fmt.symmetric else hi.clamp(min=0) - lo.clamp(max=0)
 
 
 class _Round(torch.autograd.Function):
-    """Q = s c, c the rounding of u = W / s + V. Straight through the rounding, where W is not cut off: dQ/dV = s and
-    dQ/ds = c - W / s; where it is cut off, 0 and c. s goes with the span of the grid.
+    """Q = s c, c the rounding of u = W / s + V, with a straight-through gradient.
 
-    Nothing as large as W is kept between the two passes: rounding again costs less than remembering.
+    Where W is not clipped, dQ/dV = s and dQ/ds = c - W / s; where it is clipped, 0 and c. s is proportional to the span
+    of the grid.
+
+    No result as large as W is kept for the backward pass: rounding again costs less than the memory.
     """
 
     @staticmethod
@@ -166,9 +168,9 @@ class _Round(torch.autograd.Function):
         ctx.save_for_backward(W, V, s, span)
         ctx.fmt, ctx.params = fmt, params
         out = torch.empty(W.shape, dtype=dtype, device=W.device)
-        for some in _pieces(W):
-            shifted = torch.addcmul(W[some].float(), V[some], s[some])
-            out[some] = fmt.snap_tiles(shifted, _of(params, some, W))
+        for rows in _chunks(W):
+            shifted = torch.addcmul(W[rows].float(), V[rows], s[rows])
+            out[rows] = fmt.snap_tiles(shifted, _of(params, rows, W))
         return out
 
     @staticmethod
@@ -176,25 +178,25 @@ class _Round(torch.autograd.Function):
         W, V, s, span = ctx.saved_tensors
         fmt, (grad,) = ctx.fmt, grads
         to_V, to_span = torch.empty_like(V), torch.zeros_like(span)
-        for some in _pieces(W):
-            w, unit, g = W[some].float(), s[some], grad[some].float()
-            shifted = torch.addcmul(w, V[some], unit)
-            Q = fmt.snap_tiles(shifted, _of(ctx.params, some, W))
+        for rows in _chunks(W):
+            w, unit, g = W[rows].float(), s[rows], grad[rows].float()
+            shifted = torch.addcmul(w, V[rows], unit)
+            Q = fmt.snap_tiles(shifted, _of(ctx.params, rows, W))
             inside = (shifted.sub_(Q).abs_() <= unit.abs() * (fmt.widest_step / 2 * _ROUNDING)).to(w.dtype)
             if ctx.needs_input_grad[2]:
-                # s times dQ/ds, summed over the tile; s goes with the span.
+                # s dQ/ds, summed over the tile; s is proportional to the span.
                 by_scale = Q.addcmul_(w, inside, value=-1).mul_(g).sum(-1)
-                to_span[some] = by_scale / span[some].clamp(min=1e-30)
-            torch.mul(inside.mul_(g), unit, out=to_V[some])
+                to_span[rows] = by_scale / span[rows].clamp(min=1e-30)
+            torch.mul(inside.mul_(g), unit, out=to_V[rows])
         return None, to_V, to_span, None, None, None
 
 
-def _pieces(tiles: Tensor) -> Iterator[slice]:
-    step = rows_at_once(tiles)
+def _chunks(tiles: Tensor) -> Iterator[slice]:
+    step = chunk_rows(tiles)
     for start in range(0, len(tiles), step):
         yield slice(start, start + step)
 
 
-def _of(params: Params, some: slice, tiles: Tensor) -> Params:
-    """Return the parameters of some of the tiles; those of the whole tensor hold for every tile."""
-    return {n: p[some] if p.dim() == tiles.dim() - 1 else p for n, p in params.items()}
+def _of(params: Params, rows: slice, tiles: Tensor) -> Params:
+    """Return the parameters of some rows of tiles; those of the whole tensor hold for every tile."""
+    return {n: p[rows] if p.dim() == tiles.dim() - 1 else p for n, p in params.items()}

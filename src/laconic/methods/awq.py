@@ -1,9 +1,9 @@
 """AWQ (Lin et al., arXiv 2306.00978): scale salient weight channels before rounding, by activation magnitude.
 
-For every link the columns of the readers are multiplied by s, and what feeds them divided by it: s_j is x_j^a over
-w_j^(1-a), x_j the mean size of input j and w_j that of column j relative to its group. Of several ratios a, the one
-whose rounding changes the block's output least on real activations is taken. Then each group's range is clipped where
-the error of the linear's output, e H e^T with the group's own block of the second moments H, is least.
+For every link the columns of the readers are multiplied by s, and the output of the source is divided by it: s_j is
+x_j^a / w_j^(1-a), x_j the mean magnitude of input j, and w_j that of column j relative to its group. Of several ratios
+a, the one is chosen whose rounding changes the block's output least on calibration activations. Then each group's range
+is clipped where the error of the linear's output, e H e^T with the group's block of the second moments H, is least.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from laconic.formats import Params, ScalarFormat, quantize
-from laconic.formats.pieces import rows_at_once
+from laconic.formats.chunks import chunk_rows
 from laconic.solvers.search import search_range
 from laconic.stages.block import Block, BlockStage, stacked
 from laconic.stages.linear import Outcome
@@ -28,8 +28,8 @@ from laconic.structure.hooks import capture_outputs
 from laconic.structure.links import Link, pool_to_source
 from laconic.train.block_tuning import replaced_linears
 
-# Tokens summed at a time.
-_RUN = 2048
+# Tokens summed at once.
+_CHUNK = 2048
 
 
 class Awq(QuantizingStage, BlockStage):
@@ -53,11 +53,11 @@ class Awq(QuantizingStage, BlockStage):
         return replace(super().needs, activations=True, links=True)
 
     def check(self, taps: Mapping[Tap, int], links: Mapping[Tap, Link]) -> None:
-        lost = [tap for tap in taps if tap not in links]
-        if lost and self.unlinked == "error":
+        unlinked = [tap for tap in taps if tap not in links]
+        if unlinked and self.unlinked == "error":
             raise ValueError(
-                f"nothing that feeds {lost[0].linears[0]} can take its scale (what is quantized already cannot); "
-                "set unlinked: skip to round such linears unscaled, or ignore them"
+                f"the scale of {unlinked[0].linears[0]} cannot be moved into what feeds it (a quantized linear takes "
+                "none); set unlinked: skip to round such linears unscaled, or ignore them"
             )
 
     def compress(self, block: Block) -> Mapping[tuple[str, ...], Outcome]:
@@ -66,7 +66,7 @@ class Awq(QuantizingStage, BlockStage):
         sample = block.sample(self.search_tokens)
         before, reference = _outputs(block, sample)
         scales: dict[Link, tuple[float, Tensor | None]] = {}
-        # Ratios are searched on the unscaled block: a scale that goes into rows changes the rounding of none.
+        # Ratios are searched on the unscaled block: scales of rows do not change how their weights are rounded.
         for link in dict.fromkeys(block.links[t] for t in taps if t in block.links):
             readers = [t for t in taps if block.links.get(t) is link]
             targets = [n for t in readers for n in block.targets(t)]
@@ -126,12 +126,12 @@ def _observe(block: Block, taps: Sequence[Tap]) -> dict[Tap, _Inputs]:
     sums: dict[Tap, tuple[int, Tensor, Tensor, Tensor | None]] = {}
     for tap, activations in block.inputs(taps):
         n, group_size = activations.shape[-1], block.format(block.targets(tap)[0]).tiling.group_size
-        for x in activations.reshape(-1, n).split(_RUN):
+        for x in activations.reshape(-1, n).split(_CHUNK):
             x = x.float()
             parts = x.view(len(x), -1, group_size).transpose(0, 1) if group_size else None
             blocks = None if parts is None else parts.transpose(1, 2) @ parts
-            count, mean, energy, old = sums.get(tap, (0, 0.0, 0.0, 0.0))
-            total = None if blocks is None else old + blocks
+            count, mean, energy, blocks_sum = sums.get(tap, (0, 0.0, 0.0, 0.0))
+            total = None if blocks is None else blocks_sum + blocks
             sums[tap] = (count + len(x), mean + x.abs().sum(0), energy + x.square().sum(0), total)
     return {
         tap: _Inputs(mean / count, energy / count, None if blocks is None else blocks / count)
@@ -158,7 +158,7 @@ def _search(
     mean: Tensor,
     cost: Callable[[Mapping[str, Tensor]], float],
 ) -> tuple[float, Tensor | None]:
-    """Search the ratio of least cost: a fifth apart, then a tenth and a twentieth around the best.
+    """Search the ratio of least cost: in steps of 0.2, then of 0.1 and 0.05 around the best.
 
     Returns:
         The ratio, and its scales (one a linked channel of the source); None where no scale lowers the cost.
@@ -205,7 +205,7 @@ def _round_scaled(weight: Tensor, s: Tensor, fmt: ScalarFormat) -> Tensor:
     """Return Q(W s) / s: the columns scaled by s, rounded, and divided by s again."""
     out = torch.empty_like(weight)
     height = (fmt.tiling.block_structure or (1, 1))[0]
-    rows = len(weight) if fmt.tiling.strategy == "tensor" else max(1, rows_at_once(weight) // height) * height
+    rows = len(weight) if fmt.tiling.strategy == "tensor" else max(1, chunk_rows(weight) // height) * height
     for w, into in zip(weight.split(rows), out.split(rows), strict=True):
         scaled = w.float() * s
         into.copy_(quantize(fmt, scaled, fmt.fit(scaled)).decode() / s)

@@ -1,8 +1,8 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): round with error feedback under the calibration Hessian.
 
-In the sweep's LDL form (`solvers.obs`), with static groups in activation order, damping with retry, grids of least
-(Hessian-weighted) squared error, and optionally GPTAQ's objective (Li et al., arXiv 2504.02692), and pruning in the
-same sweep (SparseGPT, arXiv 2301.00774, section 3.5).
+It uses the column loop in LDL form (`solvers.obs`), static groups in activation order, damping with retry, and grids of
+least (Hessian-weighted) squared error. Optional are GPTAQ's objective (Li et al., arXiv 2504.02692), and pruning in the
+same column loop (SparseGPT, arXiv 2301.00774, section 3.5).
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ class Gptq(QuantizingStage, Masking, LinearStage):
 
     Attributes:
         actorder: `weight` rounds columns in the order of falling activation energy, on grids fixed beforehand (static
-            groups: nothing is stored, nothing is slower at run time); null goes from left to right and fits each
-            group's grid when it comes to it.
+            groups: no order is stored, and inference is not slower); null goes from left to right, and fits each
+            group's grid when the group is reached.
         dampening_frac: share of the Hessian's mean diagonal added to it.
         observer: `mse` or `minmax` ranges.
         true_sequential: observe each linear after the earlier ones of its block are quantized.
         asymmetric_calibration: match the original model's output from the quantized model's input (GPTAQ), in part
             (0 to 1) or in full.
-        block_size: columns between two large feedback products.
-        sparsity: prune in the same sweep; the remaining weights are rounded and compensate for both errors.
+        block_size: columns after which their feedback to all later columns is computed, as one matrix product.
+        sparsity: share of the weights to prune in the same column loop; the remaining weights are rounded, and
+            compensate for both errors.
         mask_structure: of the pruning.
     """
 
@@ -57,10 +58,10 @@ class Gptq(QuantizingStage, Masking, LinearStage):
     _renamed = refuse_renamed(asymmetric="asymmetric_calibration")
 
     @model_validator(mode="after")
-    def _nothing_beside_a_mask(self) -> Gptq:
+    def _no_side_tensors_beside_a_mask(self) -> Gptq:
         for key, value in (("outlier_ratio", self.outlier_ratio), ("low_rank", self.low_rank)):
             if self.prunes and value:
-                raise ValueError(f"{key} leaves weights where a mask says zero; leave it out, or sparsity")
+                raise ValueError(f"{key} adds values where pruned weights are zero; leave it out, or sparsity")
         return self
 
     @property
@@ -74,12 +75,12 @@ class Gptq(QuantizingStage, Masking, LinearStage):
 
     def compress(self, task: LinearTask) -> Outcome:
         W, H = task.weight, task.hessian
-        # Where the weight is zero as well nothing is lost, as in columns that stay in 16 bit.
+        # Columns of zeros are not counted: outlier columns, which stay in 16 bit, are zero here.
         dead = (H.diagonal() == 0) & (W != 0).any(0)
         order = order_by_energy(H, self.structure.width) if self.actorder else torch.arange(len(H), device=H.device)
         factor = factor_hessian(H, self.dampening_frac, order if self.actorder else None)
-        job = _Sweep(task, self._retarget(task, factor.dampening_frac), H, factor, order, W == 0)
-        q = self._prune(job) if self.prunes else self._round(job)
+        loop = _ColumnLoop(task, self._retarget(task, factor.dampening_frac), H, factor, order, W == 0)
+        q = self._prune(loop) if self.prunes else self._round(loop)
         return Outcome(q, {"dampening_frac": factor.dampening_frac, "dead_columns": int(dead.sum())})
 
     def target(self, task: LinearTask) -> Tensor:
@@ -94,42 +95,43 @@ class Gptq(QuantizingStage, Masking, LinearStage):
             return task.weight
         return retarget(task.weight, task.moments.D * self.asymmetric_calibration, task.hessian, dampening_frac)
 
-    def _round(self, job: _Sweep) -> Quantized:
-        fmt, W, H = job.task.format, job.target, job.H
-        zeros = job.zeros if bool(job.zeros.any()) else None
-        # A zero that stays zero does not widen a grid, but its error is fed back to the other columns.
+    def _round(self, loop: _ColumnLoop) -> Quantized:
+        fmt, W, H = loop.task.format, loop.target, loop.H
+        zeros = loop.zeros if bool(loop.zeros.any()) else None
+        # A weight that stays zero does not widen a grid, but its error is fed back to the other columns.
         rounded = W if zeros is None else W.masked_fill(zeros, 0)
         if self.actorder is None and fmt.tiling.strategy == "group":
             importance = H.diagonal() if self.observer == "mse" else None
-            online = OnlineGridRounder(fmt, rounded, job.task.dtype, importance, zeros)
-            codes = run_column_loop(W, job.factor.A, online, self.block_size)
+            online = OnlineGridRounder(fmt, rounded, loop.task.dtype, importance, zeros)
+            codes = run_column_loop(W, loop.factor.A, online, self.block_size)
             return Quantized.scalar(fmt, codes, online.params)
-        params = self._grid(job, rounded)
+        params = self._grid(loop, rounded)
         codes = round_with_hessian(
-            fmt, W, H, params, factor=job.factor, order=job.order, block_size=self.block_size, zeros=zeros
+            fmt, W, H, params, factor=loop.factor, order=loop.order, block_size=self.block_size, zeros=zeros
         )
         return Quantized.scalar(fmt, codes, params)
 
-    def _prune(self, job: _Sweep) -> Quantized:
-        fmt, W, parts = job.task.format, job.target, job.task.parts
+    def _prune(self, loop: _ColumnLoop) -> Quantized:
+        fmt, W, parts = loop.task.format, loop.target, loop.task.parts
         prune = partial(
-            prune_with_hessian, W, job.factor, job.order, job.zeros, parts, self.structure, columns=self.block_size
+            prune_with_hessian, W, loop.factor, loop.order, loop.zeros, parts, self.structure, columns=self.block_size
         )
-        # Grids are fixed beforehand. Remaining weights grow as they compensate: grids are fitted to the pruned weight.
-        params = self._grid(job, prune())
-        grid = GridRounder(fmt, params, W.shape, job.order)
+        # Grids are fixed before the loop. Remaining weights grow as they compensate for pruned ones, so grids are fitted
+        # to the result of a first loop that only prunes.
+        params = self._grid(loop, prune())
+        grid = GridRounder(fmt, params, W.shape, loop.order)
         return Quantized.scalar(fmt, prune(grid=grid), params)
 
-    def _grid(self, job: _Sweep, W: Tensor) -> Params:
-        fmt, dtype = job.task.format, job.task.dtype
+    def _grid(self, loop: _ColumnLoop, W: Tensor) -> Params:
+        fmt, dtype = loop.task.format, loop.task.dtype
         if self.observer == "minmax":
             return fmt.fit(W, dtype)
-        return search_range(fmt, W, job.H.diagonal(), dtype=dtype)
+        return search_range(fmt, W, loop.H.diagonal(), dtype=dtype)
 
 
 @dataclass(frozen=True)
-class _Sweep:
-    """What a sweep works on.
+class _ColumnLoop:
+    """Inputs of a column loop.
 
     Attributes:
         task: the linears.

@@ -1,8 +1,8 @@
 """LLM.int8 (Dettmers et al., arXiv 2208.07339): int8 weights and activations, with outlier input columns in 16 bit.
 
-Weights have one scale an output row and activations one a token, both from the largest magnitude (vector-wise
-quantization, section 3.1); columns whose activations reach a threshold are taken out of both, and multiplied in 16 bit
-(mixed-precision decomposition, section 3.2). The paper looks for them in every batch; here calibration finds them once.
+Weights have one scale per output row and activations one per token, both from the largest magnitude (vector-wise
+quantization, section 3.1). Columns whose activations reach a threshold are excluded, and multiplied in 16 bit
+(mixed-precision decomposition, section 3.2). The paper chooses them in every batch; here calibration chooses them once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LlmInt8(QuantizingStage, LinearStage):
 
     @property
     def needs(self) -> Needs:
-        # Outlier channels do not depend on int8's small errors before them in the block: one pass is enough.
+        # The small errors of int8 do not change which channels are outliers, so one pass per block is enough.
         return Needs(ranges=True, sequential=False, original_activations=True, reason=self.method)
 
     def count_outliers(self, columns: int) -> int | None:
@@ -49,7 +49,7 @@ class LlmInt8(QuantizingStage, LinearStage):
         return (moments.peak >= self.threshold).nonzero().flatten()
 
     def compress(self, task: LinearTask) -> Outcome:
-        # The paper's grid, 127 steps to the largest magnitude, is the stored one without its lowest code.
+        # The paper's grid, 127 steps up to the largest magnitude, is the stored grid without its lowest code.
         fmt, grid = task.format, task.format.for_activations()
         params = grid.fit(task.weight, task.dtype)
         return Outcome(Quantized.scalar(fmt, grid.encode(task.weight, params), params))

@@ -1,7 +1,7 @@
 """Magnitude pruning: set the smallest weights to zero; the baseline of pruning methods.
 
-They are the smallest of a linear's whole matrix (Han et al., arXiv 1506.02626), or of every group of N:M; of tiles
-those with the least sum of squares.
+Magnitudes are compared within a linear's whole matrix (Han et al., arXiv 1506.02626), or within each N:M group. Tiles
+are compared by their sum of squares.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from laconic.stages.pruning import PruningStage
 
 
 class Magnitude(PruningStage):
-    """Remove the smallest weights. Needs no data, unless an allocation does."""
+    """Remove the smallest weights; only an allocation needs data."""
 
     example: ClassVar = {"sparsity": 0.5}
 

@@ -1,4 +1,4 @@
-"""Check that classes keep the contract of stages, when the registry is imported."""
+"""Check that method classes fulfil the contract of stages, when the registry is imported."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def check_methods(kinds: Iterable[type[Stage]]) -> None:
     """
     names: dict[str, type[Stage]] = {}
     for kind in kinds:
-        for lack in _lacks(kind):
-            raise TypeError(f"{_where(kind)}: {lack}")
+        for problem in _problems(kind):
+            raise TypeError(f"{_where(kind)}: {problem}")
         name = kind.model_fields["method"].default
         if name in names:
             raise TypeError(f"{_where(kind)}: method '{name}' is {names[name].__name__}'s already; choose another name")
         names[name] = kind
 
 
-def _lacks(kind: type[Stage]) -> Iterable[str]:
+def _problems(kind: type[Stage]) -> Iterable[str]:
     if not issubclass(kind, Stage):
         yield f"{kind.__name__} is no stage; derive it from a class of laconic.stages"
         return
@@ -49,9 +49,9 @@ def _lacks(kind: type[Stage]) -> Iterable[str]:
     try:
         kind.model_validate(example_of(kind, "text.txt"))
     except ValidationError as e:
-        problem = e.errors(include_url=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        yield f"{kind.__name__}.example is no valid instance ({where}: {problem['msg']})"
+        error = e.errors(include_url=False)[0]
+        where = ".".join(map(str, error["loc"]))
+        yield f"{kind.__name__}.example is no valid instance ({where}: {error['msg']})"
 
 
 def _where(kind: type[Stage]) -> str:

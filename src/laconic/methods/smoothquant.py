@@ -1,7 +1,8 @@
 """SmoothQuant (Xiao et al., arXiv 2211.10438): move activation outliers into the weights by per-channel scales.
 
-Column j of every linear behind a norm is multiplied by s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) (eq. 4) and the
-norm's output divided by it, so that both are about as hard to round. The function stays the same; a later stage rounds.
+Column j of every linear after a norm is multiplied by s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) (eq. 4), and the
+norm's output divided by it, so that weights and activations are about equally hard to round. The function of the block
+is unchanged; a later stage rounds.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ class SmoothQuant(BlockStage):
         smoothed = {tap: width for tap, width in taps.items() if tap in links and links[tap].is_norm}
         if not smoothed:
             raise ValueError(
-                f"no norm feeds {next(iter(taps)).linears[0]} and only linears that are not quantized yet, so its scale "
-                "cannot be moved; narrow targets to blocks that have such a norm, or leave this stage out"
+                f"no norm feeds {next(iter(taps)).linears[0]} and only linears that are not quantized yet, so its "
+                "scale cannot be moved; narrow targets to blocks that have such a norm, or leave this stage out"
             )
         assert isinstance(self.compared.weights, ScalarFormat)
         size = self.compared.weights.tiling.group_size if self.alpha == "search" else None
@@ -118,11 +119,11 @@ def scales(largest: Tensor, W: Tensor, alpha: float) -> Tensor:
 
 @dataclass
 class _Inputs:
-    """The input X of a tap.
+    """Statistics of the input X of a tap.
 
     Attributes:
         largest: max|X_j|, (in,).
-        sample: some rows of X.
+        sample: (tokens, in), some rows of X.
     """
 
     largest: Tensor

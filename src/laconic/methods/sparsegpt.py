@@ -1,7 +1,8 @@
 """SparseGPT (Frantar and Alistarh, arXiv 2301.00774): prune with error feedback under the calibration Hessian.
 
-Column by column some weights go, and later columns make up for it; which go is decided for 128 columns at a time, or
-for each group of N:M as it comes, by what their loss would cost (algorithm 1). On the sweep of `solvers.obs`.
+Weights are removed column by column, and later columns compensate for the error. Which ones is decided for 128 columns
+at a time, or for each N:M group, by the error that their removal causes (algorithm 1). It uses the column loop of
+`solvers.obs`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class SparseGpt(PruningStage):
 
     def compress(self, task: LinearTask) -> Outcome:
         W, H = task.weight, task.hessian
-        # A dead input changes nothing: its weights have the lowest scores and are removed first.
+        # The weights of an input that is always zero have the lowest scores, and are removed first.
         dead = int(((H.diagonal() == 0) & (W != 0).any(0)).sum())
         order = order_by_energy(H, self.structure.width) if self.actorder else torch.arange(len(H), device=H.device)
         factor = factor_hessian(H, self.dampening_frac, order if self.actorder else None)

@@ -1,7 +1,7 @@
 """Wanda (Sun et al., arXiv 2306.11695): prune by weight magnitude times input norm, compared within each output row.
 
-A weight is worth |W_ij| ||X_j||, and is compared with the others of its row (section 3). What is kept stays as it is;
-or is moved to what comes closest to the row as it was, exactly (`update`).
+The score of a weight is |W_ij| ||X_j||, compared within its row (section 3). Remaining weights are unchanged, or, with
+`update`, get the values of least squared output error.
 """
 
 from __future__ import annotations

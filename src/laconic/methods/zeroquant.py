@@ -1,8 +1,9 @@
 """ZeroQuant (Yao et al., arXiv 2206.01861): group-wise weights, token-wise activations, block-by-block distillation.
 
-Weights are rounded to nearest, after each block, as it will be rounded, was taught by its own uncompressed self: its
-weights are tuned so that for the compressed model's activations it puts out what the original block would (section
-3.3). Only one block and the calibration set are needed; there are no labels. Without the teaching this is `rtn`.
+Each block is distilled from its uncompressed self, then its weights are rounded to nearest: they are tuned under
+rounding so that on the compressed model's activations the block's output matches that of the uncompressed block
+(section 3.3). Only one block and the calibration set are in memory; there are no labels. Without the distillation this
+is `rtn`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class ZeroQuant(QuantizingStage, BlockStage):
         tuned: dict[Stack, Tensor] = {}
         for stack in [stack for tap in block.targeted_taps() for stack in block.stacks(tap)]:
             W = stacked(block.module, stack.linears).requires_grad_()
-            # Zeros stay zeros: a weight that a mask has removed is not trained.
+            # Zeros stay zeros: pruned weights are not trained.
             tuned[stack] = freeze_where(W, W == 0)
 
         def weights() -> Mapping[str, Tensor]:

@@ -1,8 +1,7 @@
-"""QLinear: a linear that keeps its weight as stored codes, and rounds its input as its scheme says.
+"""QLinear: a linear whose weight is stored codes, and whose input is rounded as its scheme says.
 
-Int8 by int8 is computed as that (`runtime.products`); all other arithmetic is simulated: codes are decoded and
-multiplied in floating point. It is the reader of every artifact in evaluation, and with transformers the runtime of
-the schemes that no engine has.
+Int8 by int8 is an integer product (`runtime.products`); all other arithmetic is simulated: codes are decoded and
+multiplied in floating point. It computes artifacts in evaluation, and in transformers the schemes that no engine has.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class QLinear(nn.Module):
         for name, meta in calibrated.items():
             self.register_parameter(f"input_{name}", _frozen(torch.empty_like(meta, device=_default_device())))
         self.bias = _frozen(torch.empty(out_features, dtype=dtype)) if bias else None
-        # A buffer, so that it moves with the module; not in the file, since the codes are.
+        # A buffer, so that it moves with the module; not persistent, since the codes are stored.
         self.register_buffer("dense", None, persistent=False)
 
     def quantized(self) -> Quantized:
@@ -53,7 +52,7 @@ class QLinear(nn.Module):
     def unpack(self) -> None:
         """Keep the decoded weight beside the codes, so that many forward passes decode it once.
 
-        Integer products use the codes as they are, and keep none.
+        Integer products need none: they use the codes.
         """
         if not self.scheme.integer:
             self.dense = self.decode(torch.float32 if self.scheme.input_activations else self.dtype)
@@ -65,35 +64,39 @@ class QLinear(nn.Module):
         originals = {n: p.data for n, p in stored.items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, dtype in dtypes.items():
-            moved = self.get_parameter(name)
-            if moved.dtype != dtype:
-                moved.data = originals[name].to(moved.device)
-        floats = fn(torch.empty(0, dtype=self.dtype, device=_device(originals)))
-        if self.dense is not None and floats.dtype != self.dtype:
-            self.dtype = floats.dtype
+            parameter = self.get_parameter(name)
+            if parameter.dtype != dtype:
+                parameter.data = originals[name].to(parameter.device)
+        converted = fn(torch.empty(0, dtype=self.dtype, device=_device(originals)))
+        if self.dense is not None and converted.dtype != self.dtype:
+            self.dtype = converted.dtype
             self.unpack()
-        self.dtype = floats.dtype
+        self.dtype = converted.dtype
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         acts = self.scheme.input_activations
         if acts and self.scheme.integer:
             q = self.quantized()
-            return integer_linear(x, q.codes, q.params["scale"], acts, self._calibrated(), q.outliers, self.bias)
+            return integer_linear(
+                x, q.codes, q.params["scale"], acts, self._calibrated(), outliers=q.outliers, bias=self.bias
+            )
         weight = self.decode(torch.float32 if acts else x.dtype) if self.dense is None else self.dense
         exempt = self.get_parameter("outlier_indices") if self.scheme.outlier_columns else None
-        return simulated_linear(x, weight, acts, self._calibrated(), exempt, self.bias)
+        return simulated_linear(x, weight, acts, self._calibrated(), exempt=exempt, bias=self.bias)
 
     def _calibrated(self) -> dict[str, Tensor]:
         return {n: self.get_parameter(f"input_{n}") for n in self.calibrated}
 
     def extra_repr(self) -> str:
-        beside = "".join(
+        side_tensors = "".join(
             f", {name}={n}"
             for name, n in (("outlier_columns", self.scheme.outlier_columns), ("rank", self.scheme.rank))
             if n
         )
-        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}{beside}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}{side_tensors}"
+        )
 
 
 def _frozen(t: Tensor) -> nn.Parameter:

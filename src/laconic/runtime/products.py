@@ -1,7 +1,7 @@
-"""What a quantized linear computes: two real products where there is integer arithmetic, otherwise a simulated one.
+"""Products of a quantized linear: in integers where the scheme allows it, otherwise simulated in floating point.
 
-LLM.int8 (arXiv 2208.07339), section 3: the outlier columns of the input meet their weights in 16 bit; all others are
-rounded to int8 under one scale a token (which no outlier stretches), multiplied into int32, and scaled out.
+LLM.int8 (arXiv 2208.07339), section 3: outlier columns of the input are multiplied with their weights in 16 bit. All
+others are rounded to int8 under one scale per token, which no outlier widens, multiplied into int32, and scaled.
 """
 
 from __future__ import annotations
@@ -14,18 +14,26 @@ from laconic.formats import Outliers, Params
 from laconic.formats.schemes import Activations
 from laconic.kernels.half_linear import half_linear
 
-# Sums of so many products of int8 stay below 2^24, where float32 counts exactly.
-_EXACT = 1024
+# Sums of so many products of int8 stay below 2^24, up to which float32 is exact.
+_EXACT_COLUMNS = 1024
 
-# Rows of an integer product made at once on a CPU: few enough that what lies between codes and result stays in cache,
-# and that memory holds no float32 copy of the whole.
+# Rows of an integer product computed at once on a CPU: few enough that intermediate results stay in the cache, and that
+# memory holds no float32 copy of the whole.
 _ROWS = 512
 
 
 def round_activations(x: Tensor, acts: Activations, calibrated: Params, exempt: Tensor | None = None) -> Tensor:
-    """x (..., in) rounded to the activation format and back, in float32 (simulated). calibrated: the parameters that do
-    not come from x (`Activations.calibrate`). exempt: (k,) columns that are left as they are, and have no say in the
-    scale."""
+    """Round an input to the activation format and back (simulated).
+
+    Args:
+        x: (..., in).
+        acts: the activation format.
+        calibrated: parameters from calibration (`Activations.calibrate`).
+        exempt: (k,) indices of columns that are not rounded, and do not count for the scale.
+
+    Returns:
+        (..., in) float32.
+    """
     flat = x.reshape(-1, x.shape[-1]).float()
     rest = _without(flat, exempt)
     params = _activation_params(rest, acts, calibrated)
@@ -40,10 +48,23 @@ def simulated_linear(
     weight: Tensor,
     acts: Activations | None,
     calibrated: Params,
+    *,
     exempt: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """x (..., in) by a decoded weight (out, in), in float32 where activations are rounded. Returns: in x's dtype."""
+    """Compute a linear with a decoded weight, in float32 if activations are rounded.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), decoded.
+        acts: how x is rounded; None for no rounding.
+        calibrated: parameters of x from calibration.
+        exempt: (k,) indices of columns of x that are not rounded.
+        bias: (out,).
+
+    Returns:
+        (..., out) in x's dtype.
+    """
     if acts is None:
         return half_linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     rounded = round_activations(x, acts, calibrated, exempt)
@@ -56,17 +77,28 @@ def integer_linear(
     scale: Tensor,
     acts: Activations,
     calibrated: Params,
+    *,
     outliers: Outliers | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """x (..., in) by int8 codes (out, in), and by the outlier columns in a product of their own.
+    """Compute a linear as an int8 product, with a second product in 16 bit for the outlier columns.
 
-    scale: of the weight, (1,) or (out, 1). Returns: (..., out) in x's dtype.
+    Args:
+        x: (..., in).
+        codes: (out, in) int8, of the weight.
+        scale: of the weight, (1,) or (out, 1).
+        acts: how x is rounded to int8.
+        calibrated: parameters of x from calibration.
+        outliers: input columns in 16 bit.
+        bias: (out,).
+
+    Returns:
+        (..., out) in x's dtype.
     """
     flat = x.reshape(-1, x.shape[-1])
-    # A scale is of a token or of all inputs, so that rows need not know of each other.
-    runs = flat.split(max(1, flat.shape[0]) if x.is_cuda else _ROWS)
-    y = [_integer_rows(rows, codes, scale, acts, calibrated, outliers, bias).to(x.dtype) for rows in runs]
+    # A scale of x belongs to one token or to all inputs, so rows can be computed apart.
+    chunks = flat.split(max(1, flat.shape[0]) if x.is_cuda else _ROWS)
+    y = [_integer_rows(rows, codes, scale, acts, calibrated, outliers, bias).to(x.dtype) for rows in chunks]
     return torch.cat(y).view(*x.shape[:-1], codes.shape[0])
 
 
@@ -79,10 +111,10 @@ def _integer_rows(
     outliers: Outliers | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """`integer_linear` of x (tokens, in), in float32."""
+    """Compute `integer_linear` of x (tokens, in), in float32."""
     rest = _without(x.float(), None if outliers is None else outliers.indices)
     params = _activation_params(rest, acts, calibrated)
-    # What codes stand in outlier columns does not count: the input is zero there.
+    # The input is zero in outlier columns, so their codes do not matter.
     y = int8_product(acts.format.encode(rest, params), codes).float()
     y.mul_(params["scale"].float()).mul_(scale.float().reshape(1, -1))
     if outliers is not None:
@@ -91,27 +123,35 @@ def _integer_rows(
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
-    """a (m, k) int8 by b (n, k) int8: (m, n) int32, exact."""
-    # torch's product on a CPU leaves memory as it was where there is one column to sum over.
+    """Compute a b^T exactly.
+
+    Args:
+        a: (m, k) int8.
+        b: (n, k) int8.
+
+    Returns:
+        (m, n) int32.
+    """
+    # For k = 1 torch's product on a CPU returns uninitialized memory.
     if a.device.type == "cpu" and a.shape[1] > 1:
         return torch._int_mm(a, b.T)
     if a.is_cuda and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0:
-        # cuBLAS asks for more than 16 rows.
+        # cuBLAS requires more than 16 rows.
         m = a.shape[0]
         return torch._int_mm(F.pad(a, (0, 0, 0, max(0, 32 - m))), b.T)[:m]
     return exact_float_product(a, b)
 
 
 def exact_float_product(a: Tensor, b: Tensor) -> Tensor:
-    """The same in float32, where no integer product is at hand: in runs short enough to be exact."""
+    """Compute `int8_product` in float32, in chunks of columns that are short enough to be exact."""
     y = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
-    for run_a, run_b in zip(a.split(_EXACT, 1), b.split(_EXACT, 1), strict=True):
-        y += (run_a.float() @ run_b.float().T).to(torch.int32)
+    for a_chunk, b_chunk in zip(a.split(_EXACT_COLUMNS, 1), b.split(_EXACT_COLUMNS, 1), strict=True):
+        y += (a_chunk.float() @ b_chunk.float().T).to(torch.int32)
     return y
 
 
 def _wide_product(x: Tensor, w: Tensor) -> Tensor:
-    """x (m, k) by w (n, k), both in 16 bit, added up in float32."""
+    """Compute x w^T of 16-bit x (m, k) and w (n, k), summed in float32."""
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(x, w.T, out_dtype=torch.float32)
     return x.float() @ w.float().T

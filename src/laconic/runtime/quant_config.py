@@ -9,7 +9,6 @@ and a format that compressed-tensors cannot describe has an entry in its own wor
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -49,7 +48,7 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(scheme.plain, []).append(name)
-    # The commonest scheme is the rule, the others are exceptions by name, and come first.
+    # The most frequent scheme is the rule; the others are exceptions by name, and come first.
     ordered = sorted(groups, key=lambda s: len(groups[s]))
     storages = {s.storage for s in ordered}
     native = any(s.native for s in schemes.values())
@@ -96,14 +95,14 @@ def _decoded_while_loading(scheme: Scheme) -> bool:
 
 
 def schemes_from_config(config: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Scheme]:
-    """Return the scheme of every quantized linear: the inverse of `to_config`, for our own artifacts and others'.
+    """Return the scheme of every quantized linear: the inverse of `to_config`, for artifacts of other tools too.
 
     Args:
         config: the quantization_config.
         linears: full names of all linears.
 
     Raises:
-        ValueError: for what we have no format for.
+        ValueError: if the config describes something that no format here reads.
     """
     groups: Mapping[str, Mapping[str, Any]] = config.get("config_groups") or {}
     native = {key: g for key, g in groups.items() if isinstance(g, Mapping) and not _is_standard(g)}
@@ -131,15 +130,15 @@ def schemes_of(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str,
 
     Args:
         config: the quantization_config.
-        names: the engines' name by ours.
+        names: the name of each linear in engines, by its full name in the model.
     """
-    theirs = schemes_from_config(config, dict.fromkeys(names.values()))
-    ours = schemes_from_config(config, names)
-    return {name: theirs[other] for name, other in names.items() if other in theirs and name in ours}
+    by_engine_name = schemes_from_config(config, dict.fromkeys(names.values()))
+    by_name = schemes_from_config(config, names)
+    return {n: by_engine_name[other] for n, other in names.items() if other in by_engine_name and n in by_name}
 
 
-def is_ours(config: Mapping[str, Any]) -> bool:
-    """Return whether we can read a model with this quantization_config."""
+def is_readable(config: Mapping[str, Any]) -> bool:
+    """Return whether `laconic.load` reads models with this quantization_config."""
     return config.get("quant_method") in (COMPRESSED_TENSORS, NATIVE)
 
 
@@ -155,9 +154,9 @@ def _parse(config: Mapping[str, Any]) -> QuantizationConfig:
     sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
     if config.get("kv_cache_scheme") or config.get("transform_config") or sparsity != "dense":
         raise ValueError("cannot read a model with a quantized KV cache, with transforms or with sparse weights")
-    known = {k: v for k, v in config.items() if k in QuantizationConfig.model_fields}
+    fields = {k: v for k, v in config.items() if k in QuantizationConfig.model_fields}
     try:
-        return QuantizationConfig.model_validate(known)
+        return QuantizationConfig.model_validate(fields)
     except ValidationError as e:
         raise ValueError(f"cannot read the quantization_config: {e.errors()[0]['msg']}") from e
 
@@ -169,7 +168,7 @@ def _scheme(group: QuantizationScheme, config: QuantizationConfig) -> Scheme:
     native = config.quant_method == NATIVE
     storage = group.format or config.format
     if storage == "mixed-precision":
-        # A file of several schemes that does not name the layout of each: engines compute with plain integers.
+        # A config of several schemes need not name the layout of each; engines read plain integers for int8 products.
         storage = "int-quantized" if inputs and not native else "pack-quantized"
     weights = _format(group.weights.model_dump() | {"format": storage})
     acts = None
@@ -202,9 +201,9 @@ def _format(entry: Mapping[str, Any]) -> Format:
 
 
 def _name(weights: Format, acts: Activations | None) -> str:
-    """Return the preset of the same kind; varied presets keep their preset's name."""
-    wanted = _kind(weights, acts)
-    same = (name for name, preset in PRESETS.items() if _kind(preset.weights, preset.input_activations) == wanted)
+    """Return the name of the preset of the same kind; a varied preset keeps its name."""
+    kind = _kind(weights, acts)
+    same = (name for name, preset in PRESETS.items() if _kind(preset.weights, preset.input_activations) == kind)
     return next(same, f"W{weights.num_bits}A{acts.format.num_bits if acts else 16}")
 
 
@@ -214,8 +213,3 @@ def _kind(weights: Format, acts: Activations | None) -> tuple[Any, ...]:
     integer = isinstance(weights, ScalarFormat) and weights.integer_range is not None
     rounding = acts and (acts.format.title, acts.format.num_bits, acts.dynamic or integer)
     return weights.title, weights.num_bits, weights.symmetric, block, rounding
-
-
-def count_schemes(schemes: Mapping[str, Scheme]) -> dict[str, int]:
-    """Count the linears of each scheme, by its title."""
-    return dict(Counter(s.title for s in schemes.values()))

@@ -1,4 +1,4 @@
-"""How transformers opens `quant_method: laconic`: a quantizer that puts in our linears before weights are loaded."""
+"""The quantizer with which transformers opens `quant_method: laconic`: it creates QLinears before loading weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# As `quant_config.NATIVE`, whose module needs more of transformers than is loaded when this one is.
+# Equal to `quant_config.NATIVE`; that module imports parts of transformers that are not loaded yet.
 _QUANT_METHOD = "laconic"
 
 

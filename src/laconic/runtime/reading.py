@@ -1,11 +1,10 @@
-"""Our own reading of an artifact: every code decoded by our formats, nobody else's code between file and logits."""
+"""Open an artifact with laconic's own formats and linears, independent of engines."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.files import linear_quantization_config, open_checkpoint
@@ -15,7 +14,7 @@ from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.kv.attach import use_by_default
 from laconic.kv.files import read_kv_scheme
 from laconic.runtime.linear import QLinear, replace_linear
-from laconic.runtime.quant_config import is_ours, schemes_of
+from laconic.runtime.quant_config import is_readable, schemes_of
 from laconic.structure.anatomy import linears_of
 
 
@@ -50,7 +49,7 @@ def load(
     dtype = dtype or main_dtype(checkpoint)
     quantization = linear_quantization_config(raw)
     if quantization:
-        if not is_ours(quantization):
+        if not is_readable(quantization):
             raise ValueError(
                 f"{folder} is quantized by '{quantization.get('quant_method')}', which Laconic cannot read"
             )
@@ -71,8 +70,3 @@ def load(
     if kept := read_kv_scheme(folder, raw):
         use_by_default(model, *kept)
     return model
-
-
-def quantized_linears(model: nn.Module) -> dict[str, QLinear]:
-    """QLinears of a model, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}

@@ -15,8 +15,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# Module that holds a registry: our module, whose `register()` adds to it. Both may be imported while other modules of
-# transformers are still half loaded, so ours import no more than what the registry itself has imported.
+# By the module of transformers that holds a registry, our module whose `register()` adds to it. Other modules of
+# transformers may be half loaded then, so ours import only what the registry has imported.
 _REGISTRIES = {
     "transformers.models.auto.configuration_auto": "laconic.structure.model_type",
     "transformers.quantizers.auto": "laconic.runtime.quantizer",
@@ -39,22 +39,22 @@ def _register(registry: str) -> None:
 
 
 class _RegistryFinder(MetaPathFinder):
-    """A finder that lets the other finders find a registry, and registers with it once it is loaded."""
+    """A finder that delegates to the other finders, and registers with a registry once it is loaded."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name not in _REGISTRIES:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        spec = next((s for finder in others if (s := finder.find_spec(name, path, target)) is not None), None)
+        finders = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((s for finder in finders if (s := finder.find_spec(name, path, target)) is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _RegistryLoader(spec.loader, lambda: _register(name))
         return spec
 
 
 class _RegistryLoader(Loader):
-    """Another loader, followed by one call once the module is executed."""
+    """A loader that delegates to another one, and makes a call once the module is executed."""
 
     def __init__(self, loader: Any, then: Callable[[], None]) -> None:
         self._loader, self._then = loader, then

@@ -169,8 +169,8 @@ class LaconicLinearMethod(LinearMethodBase):
         calibrated = {name: getattr(layer, f"input_{name}") for name in layer.laconic_calibrated}
         if acts and self.scheme.integer:
             outliers = None if columns is None else Outliers(columns, layer.outlier_weight)
-            return integer_linear(x, weight, layer.weight_scale, acts, calibrated, outliers, bias)
-        return simulated_linear(x, weight, acts, calibrated, columns, bias)
+            return integer_linear(x, weight, layer.weight_scale, acts, calibrated, outliers=outliers, bias=bias)
+        return simulated_linear(x, weight, acts, calibrated, exempt=columns, bias=bias)
 
 
 def _loader(parts: Sequence[dict[str, Tensor]], name: str) -> Callable[..., None]:

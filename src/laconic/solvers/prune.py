@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from laconic.formats.pieces import at_once
+from laconic.formats.chunks import chunk_elements
 from laconic.kernels.columns import prune_columns
 from laconic.solvers.grid import GridRounder
 from laconic.solvers.masks import MaskStructure, StackedLinear, keep_mask_of_stack
@@ -125,7 +125,7 @@ def least_squares(W: Tensor, keep: Tensor, H: Tensor, dampening_frac: float = 0.
     # Rows keep different inputs, but similar numbers of them: the indices of a row are padded to the longest, and the
     # padding becomes rows of the identity.
     indices = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
-    for rows in torch.arange(len(W), device=W.device).split(max(1, at_once(W) * _BATCH_FACTOR // width**2)):
+    for rows in torch.arange(len(W), device=W.device).split(max(1, chunk_elements(W) * _BATCH_FACTOR // width**2)):
         index, valid = indices[rows], keep[rows].gather(1, indices[rows])
         K = H[index[:, :, None], index[:, None, :]]
         K.mul_(valid[:, :, None]).mul_(valid[:, None, :])
@@ -135,5 +135,5 @@ def least_squares(W: Tensor, keep: Tensor, H: Tensor, dampening_frac: float = 0.
     return solution
 
 
-# Elements gathered for a batch of rows, in multiples of `formats.pieces.at_once`.
+# Elements gathered for a batch of rows, in multiples of `formats.chunks.chunk_elements`.
 _BATCH_FACTOR = 16

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from laconic.formats import Params, ScalarFormat
-from laconic.formats.pieces import at_once
+from laconic.formats.chunks import chunk_elements
 
 Cost = Callable[[Tensor], Tensor]
 """Cost (..., tiles) of rounding errors (..., tiles, n), which it may overwrite."""
@@ -48,7 +48,7 @@ def search_range(
     shared = fmt.fit_shared(w) if shared is None else shared
     tiles = fmt.tiling.split(w.float())
     shape, n = tiles.shape[:-1], tiles.shape[-1]
-    chunk = max(1, at_once(w) // n)
+    chunk = max(1, chunk_elements(w) // n)
 
     def search(tiles: Tensor, cost: Cost) -> Params:
         return _search(fmt, tiles, cost, dtype=dtype, shared=shared, steps=steps, shrink_to=shrink_to)

@@ -1,4 +1,4 @@
-"""Keys that had another name in earlier releases: they are refused, and the message says the new name."""
+"""Keys that had another name in earlier releases: they are an error that names the new key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def refuse_renamed(**renamed: str) -> Any:
     """Return a validator that refuses old keys of a stage.
 
     Args:
-        renamed: new names by old ones.
+        renamed: new name of each old key.
     """
 
     def check(data: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which linears a stage means: `targets` and `ignore`, matched with the names of a model."""
+"""Targets of a stage: `targets` and `ignore`, matched with the names of a model's linears."""
 
 from __future__ import annotations
 
@@ -13,30 +13,39 @@ from pydantic import AfterValidator, BeforeValidator
 def find_targets(
     targets: Sequence[str],
     ignore: Sequence[str],
+    *,
     shapes: Mapping[str, tuple[int, int]],
     inside: Sequence[str],
     head: str,
     stage: str = "",
 ) -> list[str]:
-    """Full names of the linears that are meant. shapes: of every linear. inside: those in decoder blocks. stage: the
-    path in the recipe, for complaints.
+    """Return the full names of the targeted linears.
 
-    Raises: ValueError when a target matches nothing, or all that it matches is ignored.
+    Args:
+        targets: patterns of linears to treat.
+        ignore: patterns of linears to leave out.
+        shapes: (out, in) of every linear of the model, by full name.
+        inside: linears in decoder blocks that `Linear` stands for.
+        head: full name of the head.
+        stage: path of the stage in the recipe, for messages.
+
+    Raises:
+        ValueError: if a target matches nothing, or everything that is targeted is ignored.
     """
-    found: dict[str, None] = {}
+    targeted: dict[str, None] = {}
     for target in targets:
-        hit = inside if target == "Linear" else [n for n in (*inside, head) if n in shapes and matches(n, [target])]
-        if not hit:
+        matched = inside if target == "Linear" else [n for n in (*inside, head) if n in shapes and matches(n, [target])]
+        if not matched:
             leaves = sorted({n.rpartition(".")[2] for n in shapes})
             near = get_close_matches(target.removeprefix("re:").strip(".*$^\\"), leaves, 1, 0.4)
             hint = f"did you mean 're:.*{near[0]}'?" if near else f"its linears end in {', '.join(leaves)}"
             where = f"{stage}.targets" if stage else "targets"
             raise ValueError(f"{where} '{target}' matches no linear of this model; {hint}")
-        found.update(dict.fromkeys(hit))
-    kept = [n for n in found if not matches(n, ignore)]
-    if not kept:
-        raise ValueError(f"{stage or 'it'} ignores every linear that it targets; nothing would be compressed")
-    return kept
+        targeted.update(dict.fromkeys(matched))
+    names = [n for n in targeted if not matches(n, ignore)]
+    if not names:
+        raise ValueError(f"{stage or 'the stage'} ignores every linear that it targets; nothing would be compressed")
+    return names
 
 
 def _one_or_many(value: Any) -> Any:
@@ -44,7 +53,11 @@ def _one_or_many(value: Any) -> Any:
 
 
 def check_patterns(patterns: Sequence[str]) -> None:
-    """Raises: ValueError for one that begins with `re:` and is no regular expression."""
+    """Check that patterns that begin with `re:` are regular expressions.
+
+    Raises:
+        ValueError: if one is not.
+    """
     for pattern in patterns:
         if pattern.startswith("re:"):
             try:
@@ -54,7 +67,7 @@ def check_patterns(patterns: Sequence[str]) -> None:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a full name is meant by one of these patterns (exact, or `re:`)."""
+    """Return whether a full name matches one of the patterns: full names, or `re:` and a regular expression."""
     return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns)
 
 

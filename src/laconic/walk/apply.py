@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laconic.calibrate.observe import no_tokens_error, observe
-from laconic.calibrate.original import Original
 from laconic.calibrate.passes import Passes
 from laconic.checkpoint.source import Source
 from laconic.formats import Quantized
@@ -30,6 +29,7 @@ from laconic.structure.links import links_without
 from laconic.walk.flow import Flow, may_advance
 from laconic.walk.install import Target, install
 from laconic.walk.memory import trim_heap
+from laconic.walk.original import Original
 from laconic.walk.outside import materialise_outside
 from laconic.walk.plan import BlockWork, Plan
 from laconic.walk.settings import Settings

@@ -176,7 +176,9 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage],
     schemes: dict[str, Scheme] = {}
     pruned: dict[str, str] = {}
     for number, stage in enumerate(weight_stages, first):
-        names = find_targets(stage.targets, stage.ignore, shapes, inside, anatomy.head, f"stages.{number}")
+        names = find_targets(
+            stage.targets, stage.ignore, shapes=shapes, inside=inside, head=anatomy.head, stage=f"stages.{number}"
+        )
         check_head(stage, number, names, anatomy)
         if isinstance(stage, QuantizingStage):
             proposed = {n: stage.scheme_for(shapes[n]) for n in names}

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from laconic.artifact.workspace import Workspace
 from laconic.calibrate.attention import capture_attention
 from laconic.calibrate.observe import advance_stream
-from laconic.calibrate.original import Original
 from laconic.checkpoint.files import open_shard
 from laconic.checkpoint.layout import arrange, to_file_layout
 from laconic.checkpoint.source import Source, materialise
@@ -32,6 +31,7 @@ from laconic.walk.half import use_half_linear
 from laconic.walk.head_importance import head_importance
 from laconic.walk.install import Target, read_block, stored_tensors
 from laconic.walk.memory import trim_heap
+from laconic.walk.original import Original
 from laconic.walk.plan import Plan
 from laconic.walk.settings import Settings
 from laconic.walk.spans import record_span

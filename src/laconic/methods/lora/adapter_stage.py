@@ -175,7 +175,7 @@ class AdapterStage(TrainingStage):
         """Return the full names of the targeted linears, in the model's order. keeps: whether adapters are kept."""
         shapes = {n: (m.out_features, m.in_features) for n, m in linears_of(model).items()}
         inside = [n for n in shapes if n.startswith(f"{anatomy.blocks}.") and n not in anatomy.routers]
-        targets = set(find_targets(self.targets, self.ignore, shapes, inside, anatomy.head))
+        targets = set(find_targets(self.targets, self.ignore, shapes=shapes, inside=inside, head=anatomy.head))
         if anatomy.head in targets and anatomy.tied:
             raise ValueError(
                 f"targets name {anatomy.head}, which shares its weight with the embeddings; put it in ignore"
