@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Many small cases, each on a machine that may be busy with something else.
 settings.register_profile("laconic", max_examples=50, deadline=None)
 settings.load_profile("laconic")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _commands_built_once() -> Iterator[None]:
+    """Typer builds every command anew each time one is run, which the tests do many hundred times."""
+    import typer.main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -155,12 +155,14 @@ def f1(said: str, right: Sequence[str]) -> float:
 def generating(model: PreTrainedModel, *, quantized: bool) -> Said:
     """32 tokens by `generate`, through the cache of KV or through transformers' own."""
 
-    def say(ids: Tensor) -> Tensor:
+    @cache
+    def say(prompt: tuple[int, ...]) -> Tensor:
+        ids = torch.tensor([prompt])
         options = {"k_bits": 1, "v_bits": 1, "group_size": 16, "residual_length": 0}
-        cache = package.kv_cache(model, "kivi", **options) if quantized else plain_cache(model)
-        return model.generate(ids, **named(model, cache), max_new_tokens=32, do_sample=False)[:, ids.shape[1] :]
+        kv = package.kv_cache(model, "kivi", **options) if quantized else plain_cache(model)
+        return model.generate(ids, **named(model, kv), max_new_tokens=32, do_sample=False)[:, ids.shape[1] :]
 
-    return say
+    return lambda ids: say(tuple(ids[0].tolist()))
 
 
 def answered(folder: Path, say: Said, count: int = 5) -> list[Row]:

@@ -94,7 +94,7 @@ def problem(
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("scaling", [None, 0.5])
 @pytest.mark.parametrize(("new", "starts"), [(1, None), (4, [0, 62])])
-def test_reference_is_attention_over_what_wscheme_of_shapes(
+def test_reference_is_attention_over_what_was_stored(
     keys: KvFormat, sinks: int, scaling: float | None, new: int, starts: list[int] | None
 ) -> None:
     given = problem(keys, KvFormat(4, "token", 32), sinks=sinks, new=new, starts=starts)

@@ -103,7 +103,7 @@ def test_it_is_smaller_dense_and_opens_in_transformers(
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, *SHARED])
 def test_transformers_computes_what_the_dense_model_does_without_these_units(arch: str, tmp_path: Path) -> None:
-    source = make_model(tmp_path / "model", arch, num_hidden_layers=3)
+    source = make_model(tmp_path / "model", arch, num_hidden_layers=2)
     heads = PRUNER | {"groups": "attention", "importance": "random", "sparsity": 0.5}
     channels = PRUNER | {"groups": "mlp", "importance": "weight", "sparsity": 0.5}
     folder = press(source, tmp_path / "out", heads, channels).path

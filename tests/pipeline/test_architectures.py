@@ -36,19 +36,19 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
+# A tied head is of the few kinds that embeddings are.
+MODELS = [(arch, False) for arch in ARCHITECTURES] + [(a, True) for a in ("llama", "gemma3", "opt", "gpt2", "mixtral")]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=[f"{'tied' if tied else 'untied'}-{arch}" for arch, tied in MODELS])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    arch, tied = request.param
+    return make_model(tmp_path_factory.mktemp("models") / arch, arch, tied=tied)
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def arch(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def model(request: pytest.FixtureRequest, arch: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / arch, arch, tied=request.param)
-
-
-@pytest.fixture(scope="module")
-def untied(arch: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / arch, arch)
+def untied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / request.param, request.param)
 
 
 @pytest.fixture(scope="module")

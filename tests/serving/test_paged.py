@@ -102,7 +102,7 @@ LAYERS = {
 )
 @pytest.mark.parametrize("at_once", [1, 1 << 25])
 @pytest.mark.parametrize("made", LAYERS.values(), ids=LAYERS)
-def test_attention_is_that_over_what_wscheme_of_shapes(
+def test_attention_is_that_over_what_was_stored(
     made: tuple[KvFormat, KvFormat, dict[str, Any]], scoring: Scoring, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paged, "_MAX_HELD", at_once)
@@ -148,7 +148,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_a_slot_holds_what_wscheme_of_shapes(fmt: KvFormat) -> None:
+def test_a_slot_holds_what_was_stored(fmt: KvFormat) -> None:
     x, y = numbers(2, HEADS, 8, CHANNELS), numbers(2, HEADS, 8, CHANNELS, seed=1)
     layout = slot_layout(HeadGroup(fmt, KvFormat(4)), CHANNELS, torch.bfloat16)
     keys, values = encode_kv(fmt, x), encode_kv(KvFormat(4), y)

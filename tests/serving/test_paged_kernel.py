@@ -71,7 +71,7 @@ def check(case: int, seed: int) -> None:
 
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_kernel_is_the_reference(case: int, on_triton: Callable[..., Any]) -> None:
-    for seed in range(3):
+    for seed in range(2):
         on_triton(check, case, seed)
 
 
