@@ -17,7 +17,7 @@ test: $(VENV)/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not vllm and not browser" tests
 
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -q -m "slow and not vllm" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "slow and not vllm" tests
 
 # Chromium by apt where there is none and that can be done; otherwise the tests say why they are skipped.
 test-browser: $(VENV)/ready

@@ -395,12 +395,16 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+KILLS = [
+    *((GPTQ, how) for how in (signal.SIGINT, signal.SIGKILL, signal.SIGTERM)),
+    (GPTQ | {"asymmetric_calibration": 1.0}, signal.SIGKILL),
+    ({"method": "gptq", "scheme": "W8A8", "dynamic": False}, signal.SIGKILL),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
 @pytest.mark.parametrize(
-    "stage",
-    [GPTQ, GPTQ | {"asymmetric_calibration": 1.0}, {"method": "gptq", "scheme": "W8A8", "dynamic": False}],
-    ids=["gptq", "two streams", "static activations"],
+    ("stage", "how"), KILLS, ids=["SIGINT", "SIGKILL", "SIGTERM", "two streams", "static activations"]
 )
 def test_a_process_killed_at_random_moments_ends_with_the_same_bytes(
     start: Callable[..., Any], larger: Path, tmp_path: Path, stage: dict[str, Any], how: signal.Signals

@@ -190,15 +190,16 @@ def test_a_defect_of_ours_fails_one_run_and_leaves_its_traceback(
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"run": "other", "status": "done"}', '{"status": "done"}'])
-def test_a_corrupt_result_is_told_and_kept(tmp_path: Path, study: Study, damage: str) -> None:
-    rows = sweep(study, tmp_path)
-    file = tmp_path / "results" / f"{rows[0]['run']}.json"
+def test_a_corrupt_result_is_told_and_kept(worked: tuple[Path, Study], damage: str) -> None:
+    folder, study = worked
+    rows = sweep(study, folder)
+    file = folder / "results" / f"{rows[0]['run']}.json"
     file.write_text(damage)
     with pytest.raises(ValueError, match=f"{file} is .*; delete it, and the sweep repeats that run"):
-        sweep(study, tmp_path)
+        sweep(study, folder)
     assert file.read_text() == damage
     file.unlink()
-    assert sweep(study, tmp_path)[0]["perplexity"] == rows[0]["perplexity"]
+    assert sweep(study, folder)[0]["perplexity"] == rows[0]["perplexity"]
 
 
 @pytest.fixture(scope="module")
