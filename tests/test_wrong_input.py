@@ -162,7 +162,7 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
         ),
         (
             [{"method": "wanda", "ratios": {"re:.*attn": 0.3}, "allocation": "owl"}],
-            "stages.0: ratios and allocation both say what each linear loses; leave one of them out",
+            "stages.0: ratios and allocation both set the sparsity of each linear; leave one of them out",
         ),
         (
             [{"method": "wanda", "sparsity": 0.1, "allocation": "owl"}],

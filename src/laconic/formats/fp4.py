@@ -108,8 +108,8 @@ class Fp4(ScalarFormat):
         return {"weight_packed": pack_fp4(codes)} | {f"weight_{name}": p for name, p in params.items()}
 
     def from_tensors(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Params]:
-        own = {n.removeprefix("weight_"): t for n, t in tensors.items() if n.startswith("weight_")}
-        return unpack_fp4(own.pop("packed")), own
+        params = {n.removeprefix("weight_"): t for n, t in tensors.items() if n.startswith("weight_")}
+        return unpack_fp4(params.pop("packed")), params
 
     def to_config(self) -> dict[str, Any]:
         config = super().to_config() | {"type": "float", "scale_dtype": self.scale_dtype}
@@ -134,9 +134,9 @@ class Fp4(ScalarFormat):
             return None
         scale_dtype = config.get("scale_dtype")
         # Written by name, and read by compressed-tensors as a dtype.
-        known = scale_dtype is None or str(scale_dtype) == str(default.scale_dtype)
-        sized = config.get("group_size") == default.tiling.group_size
-        return default if sized and known and config["symmetric"] else None
+        same_dtype = scale_dtype is None or str(scale_dtype) == str(default.scale_dtype)
+        same_size = config.get("group_size") == default.tiling.group_size
+        return default if same_size and same_dtype and config["symmetric"] else None
 
     def vary(self, preset: str, *, group_size: int | None, symmetric: bool | None, strategy: str | None) -> Fp4:
         size = self.tiling.group_size

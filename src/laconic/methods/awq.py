@@ -64,16 +64,17 @@ class Awq(QuantizingStage, BlockStage):
         taps = block.targeted_taps()
         inputs = _observe(block, taps)
         sample = block.sample(self.search_tokens)
-        before, reference = _outputs(block, sample)
+        dense_outputs, reference = _outputs(block, sample)
         scales: dict[Link, tuple[float, Tensor | None]] = {}
         # Ratios are searched on the unscaled block: scales of rows do not change how their weights are rounded.
         for link in dict.fromkeys(block.links[t] for t in taps if t in block.links):
             readers = [t for t in taps if block.links.get(t) is link]
             targets = [n for t in readers for n in block.targets(t)]
-            known = {n: y for n, y in before.items() if n in _earlier(block, readers[0])}
+            earlier = _earlier(block, readers[0])
+            outputs = {n: y for n, y in dense_outputs.items() if n in earlier}
 
-            def cost(weights: Mapping[str, Tensor], known: Mapping[str, Tensor] = known) -> float:
-                with replaced_linears(block.module, weights, known=known):
+            def cost(weights: Mapping[str, Tensor], outputs: Mapping[str, Tensor] = outputs) -> float:
+                with replaced_linears(block.module, weights, outputs=outputs):
                     return float((block.run(sample).float() - reference).square().sum())
 
             mean = torch.stack([inputs[t].mean for t in readers]).mean(0)

@@ -116,8 +116,8 @@ class Gptq(QuantizingStage, Masking, LinearStage):
         prune = partial(
             prune_with_hessian, W, loop.factor, loop.order, loop.zeros, parts, self.structure, columns=self.block_size
         )
-        # Grids are fixed before the loop. Remaining weights grow as they compensate for pruned ones, so grids are fitted
-        # to the result of a first loop that only prunes.
+        # Grids are fixed before the loop. Remaining weights grow as they compensate for pruned ones, so grids are
+        # fitted to the result of a first loop that only prunes.
         params = self._grid(loop, prune())
         grid = GridRounder(fmt, params, W.shape, loop.order)
         return Quantized.scalar(fmt, prune(grid=grid), params)

@@ -95,31 +95,22 @@ def integer_linear(
     Returns:
         (..., out) in x's dtype.
     """
+
+    def product(rows: Tensor) -> Tensor:
+        """Compute the product of some rows of x (rows, in), in float32."""
+        rest = _without(rows.float(), None if outliers is None else outliers.indices)
+        params = _activation_params(rest, acts, calibrated)
+        # The input is zero in outlier columns, so their codes do not matter.
+        y = int8_product(acts.format.encode(rest, params), codes).float()
+        y.mul_(params["scale"].float()).mul_(scale.float().reshape(1, -1))
+        if outliers is not None:
+            y.add_(_wide_product(rows[:, outliers.indices.long()], outliers.weight.to(x.dtype)))
+        return y if bias is None else y.add_(bias.float())
+
     flat = x.reshape(-1, x.shape[-1])
     # A scale of x belongs to one token or to all inputs, so rows can be computed apart.
     chunks = flat.split(max(1, flat.shape[0]) if x.is_cuda else _ROWS)
-    y = [_integer_rows(rows, codes, scale, acts, calibrated, outliers, bias).to(x.dtype) for rows in chunks]
-    return torch.cat(y).view(*x.shape[:-1], codes.shape[0])
-
-
-def _integer_rows(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    acts: Activations,
-    calibrated: Params,
-    outliers: Outliers | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """Compute `integer_linear` of x (tokens, in), in float32."""
-    rest = _without(x.float(), None if outliers is None else outliers.indices)
-    params = _activation_params(rest, acts, calibrated)
-    # The input is zero in outlier columns, so their codes do not matter.
-    y = int8_product(acts.format.encode(rest, params), codes).float()
-    y.mul_(params["scale"].float()).mul_(scale.float().reshape(1, -1))
-    if outliers is not None:
-        y.add_(_wide_product(x[:, outliers.indices.long()], outliers.weight.to(x.dtype)))
-    return y if bias is None else y.add_(bias.float())
+    return torch.cat([product(rows).to(x.dtype) for rows in chunks]).view(*x.shape[:-1], codes.shape[0])
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:

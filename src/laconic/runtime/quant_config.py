@@ -134,7 +134,7 @@ def schemes_of(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str,
     """
     by_engine_name = schemes_from_config(config, dict.fromkeys(names.values()))
     by_name = schemes_from_config(config, names)
-    return {n: by_engine_name[other] for n, other in names.items() if other in by_engine_name and n in by_name}
+    return {n: by_engine_name[name] for n, name in names.items() if name in by_engine_name and n in by_name}
 
 
 def is_readable(config: Mapping[str, Any]) -> bool:

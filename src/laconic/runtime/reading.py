@@ -67,6 +67,6 @@ def load(
         for module in model.modules():
             if isinstance(module, QLinear):
                 module.unpack()
-    if kept := read_kv_scheme(folder, raw):
-        use_by_default(model, *kept)
+    if cache := read_kv_scheme(folder, raw):
+        use_by_default(model, *cache)
     return model

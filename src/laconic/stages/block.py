@@ -126,7 +126,7 @@ class Block:
                 raise no_tokens_error(f"{self.name}.{tap.linears[0]}")
 
     def fold(self, link: Link, s: Tensor) -> Tensor:
-        """Move scales through a link, and remember them for later comparisons with the original model.
+        """Move scales through a link, and record them for later comparisons with the original model.
 
         Args:
             link: between the linears whose columns are multiplied and what feeds them.
@@ -136,8 +136,8 @@ class Block:
             What each column was multiplied by, (in,), as `structure.links.fold`.
         """
         columns = fold(self.module, link, s)
-        known = self.column_scales
-        known.update({n: known[n] * columns if n in known else columns for n in link.readers})
+        scales = self.column_scales
+        scales.update({n: scales[n] * columns if n in scales else columns for n in link.readers})
         return columns
 
     def targets(self, tap: Tap) -> list[str]:

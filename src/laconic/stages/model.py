@@ -128,14 +128,18 @@ def run_batches(model: PreTrainedModel, windows: Tensor, batch_size: int, report
         report({"event": "work", "done": i + 1, "total": len(batches)})
 
 
-def check_finite(figures: Tensor, what: str) -> None:
+def check_finite(figures: Tensor, noun: str) -> None:
     """Check figures that were measured on calibration text.
+
+    Args:
+        figures: of any shape.
+        noun: what they were computed from, in the plural, for the message.
 
     Raises:
         ValueError: if any is NaN or infinite.
     """
     if not bool(figures.isfinite().all()):
-        raise ValueError(f"{what} hold NaN or infinity; check the model and the calibration text")
+        raise ValueError(f"{noun} hold NaN or infinity; check the model and the calibration text")
 
 
 def parameter_counts(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Stages that prune: how many weights are removed, and in which structure.
 
-A pruned weight is a zero; no mask is stored beside it. Every stage that quantizes keeps the zeros that it is given,
-whether an earlier stage made them or the checkpoint came with them.
+A pruned weight is a zero; no mask is stored. Every stage that quantizes keeps all zeros, whether of an earlier stage or
+of the checkpoint.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Masking(WeightStage):
     mask_structure: str = "unstructured"
 
     @model_validator(mode="after")
-    def _agree(self) -> Masking:
-        own = self.structure.sparsity
-        if own is not None and self.sparsity is not None and abs(own - self.sparsity) > 1e-6:
+    def _check_sparsity(self) -> Masking:
+        fixed = self.structure.sparsity
+        if fixed is not None and self.sparsity is not None and abs(fixed - self.sparsity) > 1e-6:
             raise ValueError(
-                f"mask_structure '{self.mask_structure}' is a sparsity of {own:g}, not {self.sparsity:g}; "
+                f"mask_structure '{self.mask_structure}' is a sparsity of {fixed:g}, not {self.sparsity:g}; "
                 "leave sparsity out, or choose another structure"
             )
         return self
@@ -86,8 +86,15 @@ class Protect(Config):
     """Attention heads to leave whole: those that matter most on a text.
 
     Attributes:
-        heads: share of all heads.
-        dataset: as in a recipe's calibration, like the other keys.
+        dataset: a file, or a name on the Hub; this key and those below are as in a recipe's calibration.
+        heads: share of all heads of the model.
+        config: configuration of a dataset on the Hub.
+        split: of a dataset on the Hub.
+        num_calibration_samples: number of samples.
+        max_seq_length: tokens of a sample.
+        license: of the text, for the data card.
+        source: of the text, for the data card.
+        domain: of the text, for the data card.
     """
 
     dataset: str
@@ -129,7 +136,7 @@ class PruningStage(Masking, LinearStage):
         return value
 
     @model_validator(mode="after")
-    def _free_to_differ(self) -> PruningStage:
+    def _check_allocation(self) -> PruningStage:
         fixed = self.structure.sparsity is not None
         if fixed and (self.ratios or self.allocation):
             key = "ratios" if self.ratios else "allocation"
@@ -138,7 +145,7 @@ class PruningStage(Masking, LinearStage):
                 "of all; leave one of the two out"
             )
         if self.ratios and self.allocation:
-            raise ValueError("ratios and allocation both say what each linear loses; leave one of them out")
+            raise ValueError("ratios and allocation both set the sparsity of each linear; leave one of them out")
         if self.allocation == "owl" and 2 * self.owl_lambda > min(self.share, 1 - self.share):
             raise ValueError(
                 f"owl_lambda {self.owl_lambda:g} may take a block's sparsity {2 * self.owl_lambda:g} from the mean, "

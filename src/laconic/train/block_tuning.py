@@ -193,7 +193,7 @@ def replaced_linears(
     module: nn.Module,
     weights: Mapping[str, Tensor],
     activations: Mapping[str, Activations | None] = MappingProxyType({}),
-    known: Mapping[str, Tensor] = MappingProxyType({}),
+    outputs: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Iterator[None]:
     """Run a module with other weights in some linears, within the context.
 
@@ -201,7 +201,7 @@ def replaced_linears(
         module: that holds the linears.
         weights: by name of the linear, differentiable if need be.
         activations: how the inputs of these linears are quantized, by name.
-        known: outputs of other linears, which are returned instead of computed.
+        outputs: of other linears, by name, which are returned instead of computed.
     """
 
     def with_weight(name: str, weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -214,7 +214,7 @@ def replaced_linears(
     forwards: dict[str, Callable[[Tensor], Tensor]] = {
         name: with_weight(name, weight) for name, weight in weights.items()
     }
-    forwards |= {name: with_output(output) for name, output in known.items()}
+    forwards |= {name: with_output(output) for name, output in outputs.items()}
     with patched_forwards((module.get_submodule(name), forward) for name, forward in forwards.items()):
         yield
 

@@ -160,8 +160,7 @@ def finetune(
     if progress is None:
         progress = trainer.evaluate(Progress(identity, parameters=copy_parameters(parameters)))
     else:
-        load_parameters(parameters, progress.parameters)
-        load_moments(optimizer.optimizer, parameters, progress.moments)
+        trainer.load(progress)
     while progress.step < arguments.steps and not progress.stopped(arguments.patience):
         step = progress.step
         figures = trainer.step([mix.at(i) for i in order[step * step_size : (step + 1) * step_size]], step)
@@ -172,21 +171,14 @@ def finetune(
         if progress.step % arguments.eval_every == 0 or progress.step == arguments.steps:
             progress = trainer.evaluate(progress)
         if progress.step % arguments.save_every == 0 or progress.step == arguments.steps:
-            moments = [{k: gather(v) for k, v in optimizer.optimizer.state[p].items()} for p in parameters.values()]
-            progress = replace(progress, parameters=copy_parameters(parameters), moments=moments)
-            if accelerator.is_main_process:
-                write_progress(scratch, progress)
+            progress = trainer.save(progress, scratch)
         held_out = progress.held_out[-1]["loss"] if progress.held_out else None
         event = {"event": "train", "step": step + 1, "steps": arguments.steps, "loss": figures["loss"]}
         report(event | {"held_out": held_out})
-    return Trained(
-        progress.best_parameters or progress.parameters,
-        progress.best_step if progress.held_out else progress.step,
-        progress.step,
-        progress.step < arguments.steps,
-        progress.curve,
-        progress.held_out,
-    )
+    best_step = progress.best_step if progress.held_out else progress.step
+    stopped_early = progress.step < arguments.steps
+    best = progress.best_parameters or progress.parameters
+    return Trained(best, best_step, progress.step, stopped_early, progress.curve, progress.held_out)
 
 
 @dataclass(frozen=True)
@@ -265,6 +257,20 @@ class _Trainer:
         progress = replace(progress, held_out=[*progress.held_out, {"step": progress.step, "loss": mean}])
         if mean <= min(m["loss"] for m in progress.held_out):
             progress = replace(progress, best_step=progress.step, best_parameters=copy_parameters(self.parameters))
+        return progress
+
+    def load(self, progress: Progress) -> None:
+        """Set parameters and moments to those of a saved progress."""
+        load_parameters(self.parameters, progress.parameters)
+        load_moments(self.optimizer.optimizer, self.parameters, progress.moments)
+
+    def save(self, progress: Progress, scratch: Path) -> Progress:
+        """Return the progress with the present parameters and moments; the first process writes it."""
+        state = self.optimizer.optimizer.state
+        moments = [{k: gather(v) for k, v in state[p].items()} for p in self.parameters.values()]
+        progress = replace(progress, parameters=copy_parameters(self.parameters), moments=moments)
+        if self.accelerator.is_main_process:
+            write_progress(scratch, progress)
         return progress
 
     def _loss(self, batch: Sequence[Example]) -> Tensor:

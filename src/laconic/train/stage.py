@@ -200,7 +200,7 @@ class TrainingStage(ModelStage):
         return {"data": mix.sha256}
 
     def apply(self, task: ModelTask) -> ModelOutcome:
-        begun = time.monotonic()
+        start = time.monotonic()
         raw, config = read_config(task.folder, trust=task.trust)
         mix = self._read_mix(task.folder, config.get_text_config().vocab_size, task.seed, task.trust)
         with ExitStack() as contexts:
@@ -225,7 +225,7 @@ class TrainingStage(ModelStage):
             except Diverged as e:
                 raise ValueError(self._divergence(run, e)) from e
             del model, blocks, loss
-        results = {f"training-{self.method}": self._results(run, trained, mix, time.monotonic() - begun)}
+        results = {f"training-{self.method}": self._results(run, trained, mix, time.monotonic() - start)}
         if not is_main():
             return ModelOutcome(None)
         return self.outcome(run, trained.parameters, results)
@@ -262,10 +262,10 @@ class TrainingStage(ModelStage):
         if self.loss != "kl":
             raise ValueError("teacher goes with loss: kl; set that, or leave it out")
         _, config = read_config(model_folder(str(self.teacher)))
-        ours, theirs = (c.get_text_config().vocab_size for c in (source.config, config))
-        if ours != theirs:
+        size, teacher_size = (c.get_text_config().vocab_size for c in (source.config, config))
+        if size != teacher_size:
             raise ValueError(
-                f"teacher {self.teacher} knows {theirs} tokens, the model {ours}; name one of the same tokenizer"
+                f"teacher {self.teacher} has {teacher_size} tokens, the model {size}; name one of the same tokenizer"
             )
 
     def _read_mix(self, folder: Path, vocabulary: int, seed: int, trust: Trust = UNTRUSTED) -> Mix:

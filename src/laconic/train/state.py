@@ -73,9 +73,9 @@ def read_progress(folder: Path, identity: Mapping[str, Any]) -> Progress | None:
         raise ValueError(f"{file} is damaged; delete it, and run the same command: the training begins anew") from e
     differing = [key for key in identity if identity[key] != progress.identity.get(key)]
     if differing:
-        what = "the data has changed" if "data" in differing else "it was launched on another number of processes"
+        change = "the data has changed" if "data" in differing else "it was launched on another number of processes"
         raise ValueError(
-            f"the training in {folder} cannot go on: {what} since it began; put that back, or pass --overwrite"
+            f"the training in {folder} cannot go on: {change} since it began; put that back, or pass --overwrite"
         )
     return progress
 

@@ -202,11 +202,11 @@ class Applier:
         self, current: CurrentBlock, item: BlockWork, stage: BlockStage, *, compared_later: bool, advance: bool
     ) -> list[Event]:
         """Apply a block stage. The last arguments are those of `_block_for`."""
-        begun = time.monotonic()
+        start = time.monotonic()
         block = self._block_for(current, item, stage, compared_later=compared_later, advance=advance)
         outcomes = stage.compress(block)
         moments = self._ranges(item, block) if stage.needs.ranges else {}
-        seconds = (time.monotonic() - begun) / max(1, sum(len(names) for names in outcomes))
+        seconds = (time.monotonic() - start) / max(1, sum(len(names) for names in outcomes))
         all_tokens = block.stream.hidden.shape[0] * block.stream.hidden.shape[1]
         tokens = {n: count for tap, count in block.tokens.items() for n in tap.linears}
         events: list[Event] = []
@@ -287,12 +287,12 @@ class Applier:
         """
         schemes = {n: item.schemes[n] for n in linears}
         for stack in stacks(module, schemes, together=stage.stacks_linears):
-            begun = time.monotonic()
+            start = time.monotonic()
             weight, rows = stacked(module, stack.linears), _rows(module, stack.linears)
             parts = [_part(item.parts.get(n), r, weight) for n, r in zip(stack.linears, rows, strict=True)]
             task = LinearTask(weight, stack.scheme, moments, self.source.dtype, parts)
             outcomes = dict(zip(stack.linears, compress_stack(stage, task), strict=True))
-            seconds = (time.monotonic() - begun) / len(stack.linears)
+            seconds = (time.monotonic() - start) / len(stack.linears)
             notes = {"tokens": moments.tokens if moments else 0, "seconds": round(seconds, 4)}
             yield from self._install(module, prefix, item, outcomes, moments, notes)
 

@@ -140,14 +140,15 @@ def _check_alike(key: Any, names: Sequence[str], schemes: Mapping[str, Scheme]) 
         # Of many experts, one linear of each kind is enough for the message.
         shown = [n for n in names if n in first.values()] if isinstance(key, str) else names
         listed = ", ".join(f"{n}: {s.name if (s := schemes.get(n)) else '16 bit'}" for n in shown)
-        what = "the experts of a layer" if isinstance(key, str) else "linears that read one input"
-        raise ValueError(f"{what} must share a scheme, since engines fuse them ({listed})")
+        group = "the experts of a layer" if isinstance(key, str) else "linears that read one input"
+        raise ValueError(f"{group} must share a scheme, since engines fuse them ({listed})")
 
 
 def check_blocks(
     anatomy: Anatomy,
     stages: Sequence[WeightStage],
     targets: Sequence[Set[str]],
+    *,
     links: Sequence[Mapping[Tap, Link]],
     shapes: Shapes,
     first: int,
@@ -177,13 +178,14 @@ def protected_heads(
     anatomy: Anatomy,
     stages: Sequence[WeightStage],
     targets: Sequence[Set[str]],
+    *,
     shapes: Shapes,
     first: int,
 ) -> tuple[Heads, ...]:
     """Return the attention heads of each block, where a stage protects some; otherwise nothing.
 
     Raises:
-        ValueError: if heads cannot be told apart, or a mask structure does not divide them.
+        ValueError: if the heads are unknown, or a mask structure does not divide them.
     """
     heads: tuple[Heads, ...] = ()
     for number, (stage, names) in enumerate(zip(stages, targets, strict=True), first):

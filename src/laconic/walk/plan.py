@@ -182,7 +182,7 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage],
         check_head(stage, number, names, anatomy)
         if isinstance(stage, QuantizingStage):
             proposed = {n: stage.scheme_for(shapes[n]) for n in names}
-            _check_proposed(stage, number, proposed, schemes, shapes, pruned)
+            _check_proposed(stage, number, proposed, schemes=schemes, shapes=shapes, pruned=pruned)
             schemes |= proposed
         else:
             # Codes stay as they are: a stage that changes weights treats the linears that are not quantized.
@@ -200,9 +200,9 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage],
     if anatomy.head in schemes:
         schemes[anatomy.head] = schemes.pop(anatomy.head)
     links = find_links(model, anatomy) if any(s.needs.links for s in weight_stages) else ()
-    check_blocks(anatomy, weight_stages, targets, links, shapes, first)
+    check_blocks(anatomy, weight_stages, targets, links=links, shapes=shapes, first=first)
     parts = tuple(_parts(s, names, shapes) for s, names in zip(weight_stages, targets, strict=True))
-    heads = protected_heads(model, anatomy, weight_stages, targets, shapes, first)
+    heads = protected_heads(model, anatomy, weight_stages, targets, shapes=shapes, first=first)
     return Plan(anatomy, tuple(weight_stages), tuple(targets), schemes, shapes, links, cache, parts, heads, first)
 
 
@@ -210,6 +210,7 @@ def _check_proposed(
     stage: QuantizingStage,
     number: int,
     proposed: Mapping[str, Scheme],
+    *,
     schemes: Mapping[str, Scheme],
     shapes: Mapping[str, tuple[int, int]],
     pruned: Mapping[str, str],
@@ -290,8 +291,8 @@ def check_experts(plan: Plan, all_experts: bool) -> None:
     for number, (stage, names) in enumerate(zip(plan.stages, plan.targets, strict=True), plan.first):
         for i, taps in enumerate(plan.anatomy.taps):
             block = plan.anatomy.block_name(i)
-            hit = any(f"{block}.{n}" in names for tap in taps if tap.experts for n in tap.linears)
-            if stage.needs.cross_moments and hit and not all_experts:
+            targets_experts = any(f"{block}.{n}" in names for tap in taps if tap.experts for n in tap.linears)
+            if stage.needs.cross_moments and targets_experts and not all_experts:
                 raise ValueError(
                     f"stages.{number} ({stage.method}) compares inputs with those in the original model, where experts "
                     "read other tokens; set calibration.moe_calibrate_all_experts, or give experts another stage"
