@@ -1,6 +1,6 @@
 """Measure the structure of a source tree: rooms, longest files and functions, imports, circles, branches on formats.
 
-python scripts/house.py [SRC ...]       # src/laconic of this checkout, or others to compare
+    python scripts/house.py [SRC ...]       # src/laconic of this checkout, or others to compare
 """
 
 from __future__ import annotations
