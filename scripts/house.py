@@ -1,6 +1,8 @@
 """Measure the structure of a source tree: rooms, longest files and functions, imports, circles, branches on formats.
 
-    python scripts/house.py [SRC ...]       # src/laconic of this checkout, or others to compare
+    python scripts/house.py [SRC ...]
+
+SRC are source trees to compare; src/laconic of this checkout by default.
 """
 
 from __future__ import annotations
