@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from linears import correlated, made_of, output_error, weight
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from laconic.stages.quantizing import QuantizingStage
 from laconic.stages.stage import Stage as AnyStage
 from laconic.walk import apply
 from laconic.walk.side_tensors import attach, compress_stack
+from linears import correlated, made_of, output_error, weight
 from tiny import make_model
 
 SCHEMES: list[dict[str, Any]] = [

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from linears import correlated, made_of, moments_of, output_error, task_of, weight
 
 import laconic
 from artifacts import original, press, windows
 from laconic.evaluation.fidelity import measure
 from laconic.methods.gptq import Gptq, retarget
+from linears import correlated, made_of, moments_of, output_error, task_of, weight
 
 W, X = weight(), correlated()
 

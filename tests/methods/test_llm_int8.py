@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from linears import compressed, moments_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +17,7 @@ from commands import Laconic
 from laconic.formats.storage import scheme_of_shapes
 from laconic.methods.llm_int8 import LlmInt8
 from laconic.runtime.linear import QLinear
+from linears import compressed, moments_of
 from tiny import make_recipe
 
 LLM_INT8 = {"method": "llm_int8", "threshold": 2.5}

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from linears import correlated, made_of, output_error, weight
 from torch import Tensor
 
 import laconic
@@ -22,6 +21,7 @@ from laconic.methods.sparsegpt import SparseGpt
 from laconic.methods.wanda import Wanda
 from laconic.solvers.allocate import allocate_sparsity, owl_sparsities
 from laconic.walk import walk
+from linears import correlated, made_of, output_error, weight
 from tiny import make_model
 
 W, X = weight(), correlated()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linears import correlated, output_error, weight
 from torch import Tensor
 
 from laconic.solvers.masks import StackedLinear, keep_mask, parse_mask_structure, single_linear
 from laconic.solvers.obs import factor_hessian
 from laconic.solvers.prune import least_squares, prune_with_hessian
+from linears import correlated, output_error, weight
 
 W, X = weight(32, 256), correlated(2048, 256)
 H = X.T @ X / len(X)

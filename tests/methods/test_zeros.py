@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linears import correlated, made_of, output_error, weight
 
 import laconic
 from artifacts import press, quantized_linears, recipe, tensors
@@ -18,6 +17,7 @@ from laconic.methods.llm_int8 import LlmInt8
 from laconic.methods.rtn import Rtn
 from laconic.methods.sparsegpt import SparseGpt
 from laconic.stages.linear import LinearStage, Outcome
+from linears import correlated, made_of, output_error, weight
 
 SCHEMES: list[dict[str, Any]] = [
     {"scheme": "W4A16", "group_size": 32},

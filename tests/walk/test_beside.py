@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from linears import compressed
 from torch import Tensor
 
 from laconic.formats import Quantized
@@ -16,6 +15,7 @@ from laconic.methods.rtn import Rtn
 from laconic.solvers.moments import Moments
 from laconic.stages.quantizing import QuantizingStage
 from laconic.walk.side_tensors import low_rank
+from linears import compressed
 
 TOKENS, IN = 600, 64
 LOUD = [5, 40, 41]
