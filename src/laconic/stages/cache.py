@@ -17,13 +17,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from laconic.calibrate.attention import AttentionCapture, attention_error, key_weight, value_weight
-from laconic.calibrate.rotation import find_rotation
 from laconic.kv.fit import Correction, fit_static
 from laconic.kv.format import KvFormat, StaticParams
 from laconic.kv.scheme import ROTATIONS, HeadGroup, KvScheme, LayerScheme
 from laconic.kv.shape import KvShape
 from laconic.solvers.allocate import allocate
 from laconic.solvers.rotate import layer_rotations, rotate
+from laconic.stages.rotation import find_rotation
 from laconic.stages.stage import Needs, Scope, Stage
 
 # Bits among which a budget is allocated.
