@@ -272,6 +272,10 @@ def with_schemes(plan: Plan, schemes: Mapping[str, Scheme]) -> Plan:
     if unknown:
         raise ValueError(f"no stage quantizes {min(unknown)}; give a stage targets that include it")
     for name, scheme in schemes.items():
+        planned = plan.schemes[name]
+        # Side tensors and calibrated activations still follow the stage's own keys.
+        if replace(planned, name="", weights=scheme.weights, engine="vllm") != replace(scheme, name="", engine="vllm"):
+            raise ValueError(f"an allocation changes the weights' format of {name} alone; set the rest in its stage")
         check_fits(name, plan.linears[name], scheme)
     merged = {n: schemes.get(n, s) for n, s in plan.schemes.items()}
     check_fused(plan.anatomy, merged)
