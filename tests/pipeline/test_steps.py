@@ -12,12 +12,11 @@ import pytest
 import torch
 
 import laconic
-import laconic.pipeline.compression as compression
 from artifacts import Stage, logits, original, recipe, rtn, tensors
 from commands import Laconic
+from extra_methods import allow_methods
 from interruptions import Killed, contents, is_whole
 from laconic.pipeline.compression import compress, prepare
-from laconic.recipe import Recipe, load_recipe
 from laconic.runtime.reading import load
 from laconic.stages.model import ModelOutcome, ModelStage, ModelTask
 from tiny import make_model, make_recipe
@@ -62,14 +61,7 @@ class Louder(ModelStage):
 def louder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes may have `louder`, which no recipe outside of these tests knows."""
 
-    def read(source: Any, overrides: Any = None) -> Recipe:
-        asked = source["stages"]
-        known = [s if s["method"] != "louder" else RTN for s in asked]
-        stages = load_recipe({**source, "stages": known}, overrides).stages
-        ours = [Louder(**a) if a["method"] == "louder" else s for a, s in zip(asked, stages, strict=True)]
-        return load_recipe({**source, "stages": known}, overrides).model_copy(update={"stages": tuple(ours)})
-
-    monkeypatch.setattr(compression, "load_recipe", read)
+    allow_methods(monkeypatch, Louder)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")

@@ -8,6 +8,7 @@ Axes: H key-value heads, C channels of a head.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -91,13 +92,13 @@ class CacheStage(Stage):
         """Return the scales of one layer that go with `engine_scheme`, `k_scale` and `v_scale`."""
         return {}
 
+    @abstractmethod
     def formats(self, shape: KvShape) -> tuple[KvFormat, KvFormat]:
         """Return the formats of keys and of values, before bits are allocated.
 
         Args:
             shape: Shape of the model's cache.
         """
-        raise NotImplementedError
 
     def check_length(self, shape: KvShape, tokens: int) -> None:
         """Check that calibration samples are long enough to be encoded.

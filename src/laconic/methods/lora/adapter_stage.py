@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from laconic.methods.lora.adapter_files import ADAPTER, check_adapter, check_pef
 from laconic.methods.lora.adapters import add_adapters, merge_adapters
 from laconic.runtime.reading import load
 from laconic.stages.model import ModelOutcome
+from laconic.stages.stage import TEXT
 from laconic.stages.targets import Patterns, find_targets
 from laconic.structure.anatomy import Anatomy, dissect, linears_of
 from laconic.structure.experts import Experts
@@ -43,6 +44,14 @@ class AdapterStage(TrainingStage):
         keep_adapters: leave them beside the weights in peft's format; beside codes they always are.
         start: a folder with adapters to begin from.
     """
+
+    example: ClassVar = {
+        "data": [{"dataset": TEXT}],
+        "rank": 2,
+        "max_steps": 2,
+        "batch_size": 2,
+        "max_seq_length": 32,
+    }
 
     targets: Patterns = Field(("Linear",), min_length=1)
     ignore: Patterns = ("lm_head",)

@@ -6,25 +6,16 @@ file. Paged optimizers (section 3) are left out: they move memory and change no 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import nn
 
 from laconic.methods.lora.adapter_stage import AdapterStage
 from laconic.methods.lora.adapters import Nf4Linear
-from laconic.stages.stage import TEXT
 
 
 class QLora(AdapterStage):
     """Adapters beside frozen weights in NF4."""
-
-    example: ClassVar = {
-        "data": [{"dataset": TEXT}],
-        "rank": 2,
-        "max_steps": 2,
-        "batch_size": 2,
-        "max_seq_length": 32,
-    }
 
     method: Literal["qlora"] = "qlora"
     gradient_checkpointing: bool = True
