@@ -81,6 +81,9 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[st
         source: Name of a gallery recipe, a YAML file, or the keys of a recipe.
         overrides: Changes of keys, each `key.path=value` with the value in YAML.
 
+    Returns:
+        The recipe.
+
     Raises:
         ValueError: The recipe is invalid; one line names the key and the fix.
     """
@@ -103,6 +106,12 @@ def gallery() -> dict[str, Path]:
 
 def read_recipe(source: str | Path) -> dict[str, Any]:
     """Read the keys of a gallery recipe or of a file, without validating them.
+
+    Args:
+        source: Name of a gallery recipe, or a .yaml or .yml file.
+
+    Returns:
+        Keys and values, as YAML has them.
 
     Raises:
         ValueError: There is no such recipe, or the file is not a YAML mapping.
@@ -131,6 +140,9 @@ def parse_yaml(text: str | bytes, message: str) -> Any:
     Args:
         text: The text.
         message: Beginning of the error message, if it cannot be parsed.
+
+    Returns:
+        Mappings, lists and scalars.
 
     Raises:
         ValueError: It cannot be parsed; the message has the reason.
@@ -171,7 +183,12 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def set_path(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set the value at a dotted path in place.
+    """Set the value at a dotted path in place; mappings that the path lacks are created.
+
+    Args:
+        data: Keys of a recipe or of a study.
+        key: The path; an item of a list is named by its position, from 0.
+        value: The new value.
 
     Raises:
         ValueError: The path leads through a plain value, or to a position that a list does not have.
@@ -209,6 +226,9 @@ def explain_error(
         error: The error.
         noun: What was validated.
         keys: Returns the valid keys at a location. None: those of a recipe.
+
+    Returns:
+        The message, with the path of the key and the number of further problems.
     """
     # If an item of a list is invalid, pydantic also reports that the list is too short.
     problems = [p for p in error.errors(include_url=False) if not (p["type"] == "too_short" and p["input"])]

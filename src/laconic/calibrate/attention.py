@@ -34,7 +34,7 @@ _QUERIES = 256
 
 @dataclass(frozen=True)
 class AttentionCapture:
-    """What the attention of one block got on calibration samples; all tensors are float32.
+    """Inputs of one block's attention on calibration samples; all tensors are float32.
 
     Attributes:
         queries: (B, Q, T, C).
@@ -57,7 +57,15 @@ class AttentionCapture:
     layer: int
 
     def attention(self, keys_BHTC: Tensor, values_BHTC: Tensor) -> Tensor:
-        """Compute the output of attention over these keys and values, of the picked queries: (B, Q, P, C)."""
+        """Compute the output of attention over keys and values, for the picked queries.
+
+        Args:
+            keys_BHTC: Keys with their rotary embedding.
+            values_BHTC: Values.
+
+        Returns:
+            (B, Q, P, C).
+        """
         out_BQPC: Tensor = self.weights(keys_BHTC) @ self._per_query_head(values_BHTC)
         return out_BQPC
 
@@ -67,7 +75,14 @@ class AttentionCapture:
         return self.attention(self.keys, self.values)
 
     def weights(self, keys_BHTC: Tensor) -> Tensor:
-        """Compute the causal attention weights of the picked queries: (B, Q, P, T)."""
+        """Compute the causal attention weights of the picked queries.
+
+        Args:
+            keys_BHTC: Keys with their rotary embedding.
+
+        Returns:
+            (B, Q, P, T), zero for tokens after the query.
+        """
         tokens, picked_P = keys_BHTC.shape[2], self.picked()
         scores = self.queries[:, :, picked_P] @ self._per_query_head(keys_BHTC).transpose(-1, -2) * self.scaling
         later = torch.arange(tokens, device=keys_BHTC.device) > picked_P[:, None]
@@ -201,6 +216,9 @@ def capture_attention(
         device: Device on which the block runs.
         positions: Removes rotary embeddings, where keys are stored before them.
         layer: Number of the block.
+
+    Returns:
+        Queries, keys and values of at most 16 samples, evenly spaced.
 
     Raises:
         ValueError: The block's attention does not go through transformers' attention interface once a call.

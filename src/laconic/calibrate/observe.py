@@ -37,6 +37,9 @@ def observe(
 
     Returns:
         The moments of the input of each tap.
+
+    Raises:
+        ValueError: if the inputs hold NaN or infinity.
     """
     widths = {tap: _width(passes.block, tap) for tap in taps}
     moments = {t: Moments(w, passes.device, gram=gram, cross=original is not None) for t, w in widths.items()}
@@ -75,6 +78,13 @@ def no_tokens_error(linear: str) -> ValueError:
 
 
 def advance_stream(block: nn.Module, call: BlockCall, stream: Stream, device: torch.device) -> None:
-    """Replace the stream's hidden states by the block's output."""
+    """Replace the stream's hidden states by the block's output.
+
+    Args:
+        block: decoder block.
+        call: how the block is called.
+        stream: hidden states before the block, changed in place.
+        device: where to compute.
+    """
     for hidden in stream.batches():
         hidden.copy_(call(block, hidden.to(device)))

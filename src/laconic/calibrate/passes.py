@@ -85,9 +85,12 @@ class Passes:
         self.close()
 
     def inputs(self, taps: Sequence[Tap]) -> Iterator[tuple[Tap, Tensor]]:
-        """Yield the input of the linears of these taps, batch by batch; passes halt before the last of the taps.
+        """Yield taps and inputs (..., in) of their linears, batch by batch; passes halt before the last of the taps.
 
         A pass yields nothing for a tap that it does not reach: an expert to which no token was routed.
+
+        Args:
+            taps: at least one of the block's; where halted passes resume, none that an earlier call has passed.
         """
         last = max(self._order[tap] for tap in taps)
         for batch in self._passes:
@@ -99,7 +102,11 @@ class Passes:
                 batch.reset()
 
     def inputs_and_advance(self, taps: Sequence[Tap]) -> Iterator[tuple[Tap, Tensor]]:
-        """Yield as `inputs` does, and replace the stream's hidden states by the block's output."""
+        """Yield as `inputs` does, and replace the stream's hidden states by the block's output.
+
+        Args:
+            taps: some of the block's taps.
+        """
         for batch in self._passes:
             yield from self._run_to(batch, taps, len(self.taps))
             self._advance(batch)

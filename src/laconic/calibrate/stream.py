@@ -31,7 +31,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class StreamStorage:
-    """Where the hidden states of a stream are stored.
+    """Storage of a stream's hidden states: memory, or a file for a stream that exceeds the budget.
 
     Attributes:
         budget: bytes that a stream may take in memory; a larger one is stored in a file.
@@ -49,6 +49,9 @@ class StreamStorage:
             dtype: of the hidden states.
             batch: samples run at once.
 
+        Returns:
+            A stream in memory if it fits the budget, otherwise in the file.
+
         Raises:
             ValueError: if the disk has no space for the file.
         """
@@ -59,7 +62,14 @@ class StreamStorage:
         return Stream(torch.from_file(str(self.file), shared=True, size=size, dtype=dtype).view(shape), batch)
 
     def copy(self, stream: Stream) -> Stream:
-        """Return a copy of another stream, stored here."""
+        """Return a copy of another stream, stored here.
+
+        Args:
+            stream: the stream to copy, stored elsewhere.
+
+        Raises:
+            ValueError: if the disk has no space for the file.
+        """
         samples, tokens, width = stream.hidden.shape
         copy = self.allocate((samples, tokens, width), stream.hidden.dtype, stream.batch)
         copy.hidden.copy_(stream.hidden)

@@ -36,7 +36,11 @@ def data_card(name: str, facts: Mapping[str, Any], measured: Sequence[str]) -> s
 
 
 def license_of(entry: Mapping[str, Any]) -> str:
-    """Return the licence of a set, with its origin."""
+    """Return the licence of a set, with its origin.
+
+    Args:
+        entry: Facts of the set, an item of `sets` in `read_facts`.
+    """
     return f"{entry['license']} ({entry['license_from']})" if entry.get("license") else NOT_KNOWN
 
 

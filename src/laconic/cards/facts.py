@@ -49,13 +49,26 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the facts of an artifact, atomically."""
+    """Write the facts of an artifact, atomically.
+
+    Args:
+        folder: Folder of the artifact, which exists.
+        facts: The facts, as JSON values.
+    """
     (folder / FOLDER).mkdir(exist_ok=True)
     write_text(folder / FOLDER / FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def describe_base(source: Source) -> dict[str, Any]:
-    """Describe the original model: name, size, and the licence and languages of its own card."""
+    """Describe the original model.
+
+    Args:
+        source: The original checkpoint.
+
+    Returns:
+        Name on the Hub (None for a local folder), display name, size of the weight files in bytes, dtype, name of a
+        licence file, and the licence and languages of the model's own card.
+    """
     inherited = {k: v for k, v in _metadata(source.folder / "README.md").items() if k in _INHERITED and v}
     return {
         "model": hub_id(source),
@@ -68,7 +81,11 @@ def describe_base(source: Source) -> dict[str, Any]:
 
 
 def hub_id(source: Source) -> str | None:
-    """Return the Hub name of a model that came from the Hub; None for a local folder."""
+    """Return the Hub name of a model that came from the Hub; None for a local folder.
+
+    Args:
+        source: The checkpoint.
+    """
     for part in source.folder.resolve().parts[::-1]:
         # The Hub's cache: models--OWNER--NAME/snapshots/REVISION
         if part.startswith("models--"):
@@ -116,12 +133,24 @@ def describe_set(texts: TextSet, tokenizer: PreTrainedTokenizerBase) -> dict[str
 
 
 def decode(ids: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Decode token sequences to text."""
+    """Decode token sequences to text, without special tokens.
+
+    Args:
+        ids: Token ids (n,) of each sequence.
+        tokenizer: Tokenizer of the model.
+
+    Returns:
+        One text per sequence.
+    """
     return [str(tokenizer.decode(i, skip_special_tokens=True)) for i in ids]
 
 
 def digest(ids: Sequence[Tensor]) -> str:
-    """Return the SHA-256 of token ids, as `recipe.yaml` of an artifact has it for the calibration set."""
+    """Return the SHA-256 of token ids, as `recipe.yaml` of an artifact has it for the calibration set.
+
+    Args:
+        ids: Token ids (n,) int64 of each sequence, on the CPU; where the sequences are split does not matter.
+    """
     sha256 = hashlib.sha256()
     for sequence in ids:
         sha256.update(sequence.contiguous().numpy().tobytes())

@@ -43,7 +43,11 @@ class CardInputs:
 
 
 def card_metadata(inputs: CardInputs) -> dict[str, Any]:
-    """Return the metadata (front matter) of a model card as plain values."""
+    """Return the metadata (front matter) of a model card as plain values.
+
+    Args:
+        inputs: Inputs of the card.
+    """
     size, config = inputs.size, inputs.config
     base, methods = inputs.facts.get("base") or {}, _methods(inputs.recipe)
     quantized = bool(size.schemes) or KV_CONFIG in config
@@ -74,7 +78,11 @@ def card_metadata(inputs: CardInputs) -> dict[str, Any]:
 
 
 def card_body(inputs: CardInputs) -> str:
-    """Return the Markdown of a model card, without its metadata."""
+    """Return the Markdown of a model card, without its metadata.
+
+    Args:
+        inputs: Inputs of the card.
+    """
     results, recipe = inputs.results, inputs.recipe
     base = inputs.facts.get("base") or {}
     original = base.get("model") or base.get("name") or "an unnamed model"
@@ -121,7 +129,14 @@ def card_body(inputs: CardInputs) -> str:
 
 
 def shortened(text: str) -> str:
-    """Replace every absolute path in a text by its file name."""
+    """Replace every absolute path in a text by its file name.
+
+    Args:
+        text: A text of any number of lines.
+
+    Returns:
+        The text, with `/a/b/c` and `~/b/c` shortened to `c`.
+    """
     return _FOLDERS.sub("", text)
 
 

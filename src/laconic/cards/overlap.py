@@ -38,13 +38,26 @@ class Overlap:
 
 
 def ngrams(text: str, n: int = NGRAM) -> Iterator[int]:
-    """Hash every n-gram of a text; hashes are only comparable within one process."""
+    """Hash every n-gram of a text; hashes are only comparable within one process.
+
+    Args:
+        text: The text; only its words count, in lower case.
+        n: Words per n-gram.
+
+    Returns:
+        One hash per n-gram, repeated ones included; none for a text of fewer than n words.
+    """
     words = _WORD.findall(text.lower())
     return (hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1))
 
 
 def index(texts: Iterable[str], n: int = NGRAM) -> set[int]:
-    """Return the hashes of all n-grams of a set of texts."""
+    """Return the hashes of all n-grams of a set of texts.
+
+    Args:
+        texts: The texts; no n-gram spans two of them.
+        n: Words per n-gram.
+    """
     return {gram for text in texts for gram in ngrams(text, n)}
 
 

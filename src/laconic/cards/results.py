@@ -20,19 +20,31 @@ _TEXT_METRICS = {
 
 
 def model_index(results: Results) -> list[EvalResult]:
-    """Return every perplexity, distance to the original and task score as an entry of the `model-index`."""
+    """Return every perplexity, distance to the original and task score as an entry of the `model-index`.
+
+    Args:
+        results: Results by name, such as `Artifact.results`.
+    """
     return [*_text_scores(results), *_tasks(results)]
 
 
 def measured_on(results: Results) -> list[str]:
-    """Return the names of all measured texts and tasks, as `--against` and the data card spell them."""
+    """Return the names of all measured texts and tasks, as `--against` and the data card spell them.
+
+    Args:
+        results: Results by name.
+    """
     texts = [Path(str(r["text"])).name for r in _texts(results)]
     tasks = [row["task"] for name, r in results.items() if name.startswith("tasks-") for row in r["rows"]]
     return list(dict.fromkeys([*texts, *tasks]))
 
 
 def tables(results: Results) -> list[str]:
-    """Return the lines of two Markdown tables, one of texts and one of tasks."""
+    """Return the lines of two Markdown tables, one of texts and one of tasks.
+
+    Args:
+        results: Results by name.
+    """
     texts = _texts(results)
     tasks = [(r, row) for name, r in results.items() if name.startswith("tasks-") for row in r["rows"]]
     lines: list[str] = []
@@ -56,7 +68,11 @@ def tables(results: Results) -> list[str]:
 
 
 def commands(results: Results) -> list[str]:
-    """Return the commands that made and measured the artifact, the compression first."""
+    """Return the commands that made and measured the artifact, the compression first.
+
+    Args:
+        results: Results by name.
+    """
     ordered = sorted(results.items(), key=lambda item: item[0] != "compress")
     return list(dict.fromkeys(str(r["command"]) for _, r in ordered if r.get("command")))
 

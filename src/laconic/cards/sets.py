@@ -85,7 +85,14 @@ def token_ids(texts: TextSet, tokenizer: PreTrainedTokenizerBase) -> list[Tensor
 
 
 def filters_of(texts: TextSet) -> list[str]:
-    """Describe, for a reader, which part of a set was used."""
+    """Describe, for a reader, which part of a set was used.
+
+    Args:
+        texts: The set.
+
+    Returns:
+        One phrase per filter, in the order in which they apply.
+    """
     spec, length = texts.spec, texts.length
     if not isinstance(spec, TextSource):
         return [
@@ -107,5 +114,9 @@ def filters_of(texts: TextSet) -> list[str]:
 
 
 def declared(texts: TextSet) -> dict[str, Any]:
-    """Return licence, source and domain of a set as the recipe declares them."""
+    """Return licence, source and domain of a set as the recipe declares them; None for what it does not declare.
+
+    Args:
+        texts: The set.
+    """
     return {key: getattr(texts.spec, key) for key in ("license", "source", "domain")}

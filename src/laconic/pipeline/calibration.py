@@ -44,8 +44,17 @@ def calibration_ids(recipe: Recipe, source: Source, reason: str, *, trust: Trust
 def domain_ids(recipe: Recipe, source: Source, plan: Plan, trust: Trust) -> dict[int, Tensor]:
     """Read the texts on which stages choose the attention heads that they protect.
 
+    Args:
+        recipe: its seed is used.
+        source: the original checkpoint, whose tokenizer is used.
+        plan: of the walk.
+        trust: what the files of the model may do.
+
     Returns:
         Token ids (samples, tokens), by the stage's number in the walk.
+
+    Raises:
+        ValueError: if a text cannot be read, or does not go with the model.
     """
     texts = {i: s.protect for i, s in enumerate(plan.stages) if isinstance(s, PruningStage) and s.protect}
     keys = {i: f"stages.{plan.first + i}.protect" for i in texts}
@@ -53,10 +62,13 @@ def domain_ids(recipe: Recipe, source: Source, plan: Plan, trust: Trust) -> dict
 
 
 def device_of(recipe: Recipe) -> torch.device:
-    """Return where a recipe is to be worked.
+    """Return the device on which a recipe runs.
+
+    Args:
+        recipe: the recipe; `auto` is a GPU where torch finds one.
 
     Raises:
-        ValueError: if that is a GPU, and there is none.
+        ValueError: if the recipe asks for a GPU, and torch finds none.
     """
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch finds no GPU; use device: auto or cpu")
@@ -64,7 +76,15 @@ def device_of(recipe: Recipe) -> torch.device:
 
 
 def walk_settings(recipe: Recipe, windows: Tensor | None) -> Settings:
-    """Return where a walk computes, how many samples at once, and in how much memory."""
+    """Return where a walk computes, how many samples at once, and in how much memory.
+
+    Args:
+        recipe: the recipe.
+        windows: calibration token ids (samples, tokens); None where no stage needs any.
+
+    Raises:
+        ValueError: as `device_of`.
+    """
     device = device_of(recipe)
     calibration = recipe.calibration or Calibration(dataset="")
     length = windows.shape[1] if windows is not None else calibration.max_seq_length

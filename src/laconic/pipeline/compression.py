@@ -67,7 +67,19 @@ def prepare(
     trust: Trust = UNTRUSTED,
     steps: Path | None = None,
 ) -> Pipeline:
-    """Do everything up to the first byte of work. The arguments are those of `compress`.
+    """Do everything up to the first byte of work.
+
+    Args:
+        model: folder or Hub name, in place of the recipe's.
+        recipe: name of a gallery recipe, a YAML file, or the keys of a recipe.
+        output: folder of the artifact, in place of the recipe's.
+        overrides: `key.path=value`, as `--set` takes them.
+        overwrite: whether an artifact in `output`, or what another recipe has begun there, may be replaced.
+        trust: what the files of the model may do.
+        steps: a folder of steps that recipes with the same first steps share, and keep.
+
+    Returns:
+        The pipeline, for `run`.
 
     Raises:
         ValueError: in one line that names the fix.
@@ -98,6 +110,12 @@ def run(pipeline: Pipeline, *, overwrite: bool = False, report: Report = lambda 
         pipeline: of `prepare`.
         overwrite: as in `compress`.
         report: as in `compress`.
+
+    Returns:
+        The artifact.
+
+    Raises:
+        ValueError: if a stage cannot treat the model, or another process holds the folder; what is finished remains.
     """
     before: Path | None = None
     count = len(pipeline.steps)

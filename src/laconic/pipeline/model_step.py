@@ -82,7 +82,14 @@ def run_model_step(
 
 
 def help_model_step(pipeline: Pipeline, step: Step, before: Path | None, report: Report) -> None:
-    """Take part in a stage that trains, in a process that is not the first of its launch. Nothing is written."""
+    """Take part in a stage that trains, in a process that is not the first of its launch. Nothing is written.
+
+    Args:
+        pipeline: the recipe's.
+        step: that of the stage.
+        before: the folder that the step before has written; None for the original model.
+        report: called with events of progress.
+    """
     stage, partial = _stage(step), partial_folder(step.output)
     torch.manual_seed(pipeline.recipe.seed)
     folder = before or pipeline.source.folder

@@ -1,4 +1,4 @@
-"""Which step may follow which: what earlier steps leave, and what a step cannot work on."""
+"""Order of the steps of a recipe: what earlier steps leave, and what a step cannot work on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from laconic.stages.stage import Stage
 
 @dataclass(frozen=True)
 class ModelState:
-    """What the model is after some steps of a recipe.
+    """State of the model after some steps of a recipe.
 
     Attributes:
         quantized: whether linears hold codes.

@@ -88,14 +88,14 @@ class Pipeline:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the artifact is made of."""
+        """Recipe, checkpoint, texts and version of laconic that the artifact is made of."""
         return self.steps[-1].identity
 
 
 def build_pipeline(
     recipe: Recipe, source: Source, output: Path, *, shared: Path | None, overwrite: bool, trust: Trust
 ) -> Pipeline:
-    """Check a recipe against a model, step by step, and say what each step will do.
+    """Check a recipe against a model, step by step, and plan each step.
 
     Args:
         recipe: with its model and output.
@@ -104,6 +104,9 @@ def build_pipeline(
         shared: a folder of steps that many recipes share.
         overwrite: whether what another recipe has begun may be removed.
         trust: what the files of the model may do.
+
+    Returns:
+        The pipeline; nothing is written yet.
 
     Raises:
         ValueError: in one line that names the fix.

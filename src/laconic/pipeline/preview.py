@@ -1,4 +1,4 @@
-"""What a recipe will do to a model, known before any work: `laconic compress --dry-run` and `laconic.plan`."""
+"""Preview of a compression, before any work: `laconic compress --dry-run` and `laconic.plan`."""
 
 from __future__ import annotations
 
@@ -142,7 +142,11 @@ def plan(
 
 
 def describe_plan(pipeline: Pipeline) -> CompressionPlan:
-    """Return what a prepared recipe will do."""
+    """Return what a prepared recipe will do.
+
+    Args:
+        pipeline: Result of `prepare`.
+    """
     steps = [_walk_step(step.walk) if step.walk else _model_step(step) for step in pipeline.steps]
     first = next((step.walk for step in pipeline.steps if step.walk), None)
     last, windows = pipeline.walk, pipeline.windows
@@ -214,7 +218,11 @@ def _walk_warnings(walk: Walk) -> Iterator[str]:
 
 
 def format_bytes(n: float) -> str:
-    """Return a number of bytes in words, such as `1.23 MB` (of 10^6 bytes)."""
+    """Return a number of bytes in words, such as `1.23 MB` (of 10^6 bytes).
+
+    Args:
+        n: Number of bytes, not negative.
+    """
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"

@@ -1,4 +1,4 @@
-"""What an artifact was made of, by what, and what that took."""
+"""Provenance of an artifact: its recipe, source, software and machine, and the time and memory that it took."""
 
 from __future__ import annotations
 
@@ -124,7 +124,11 @@ def reset_peak_memory() -> bool:
 
 
 def sha256(ids: Tensor) -> str:
-    """Return the hash of token ids."""
+    """Return the SHA-256 of token ids.
+
+    Args:
+        ids: of any shape, on the CPU.
+    """
     return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
 
 

@@ -16,7 +16,11 @@ from laconic.checkpoint.source import Source
 
 
 def own_folder(output: Path) -> Path:
-    """Return the folder in which the steps of one recipe lie until the last is done."""
+    """Return the folder in which the steps of one recipe lie until the last is done.
+
+    Args:
+        output: folder of the artifact.
+    """
     return output.with_name(output.name + ".steps")
 
 
@@ -38,8 +42,12 @@ def step_folder(output: Path, number: int, identity: Mapping[str, Any], shared: 
 def check_own_folder(output: Path, source: Source) -> None:
     """Check that the folder of steps holds nothing else, since it is removed in the end.
 
+    Args:
+        output: folder of the artifact.
+        source: the original checkpoint, whose folder must lie elsewhere.
+
     Raises:
-        ValueError: if it does.
+        ValueError: if it holds other files, or is or holds the model's folder.
     """
     folder, model = own_folder(output), source.folder.resolve()
     if not folder.exists():
@@ -53,7 +61,11 @@ def check_own_folder(output: Path, source: Source) -> None:
 
 
 def remove_steps(output: Path) -> None:
-    """Remove the steps of a finished recipe, and nothing else."""
+    """Remove the steps of a finished recipe, and nothing else.
+
+    Args:
+        output: folder of the artifact.
+    """
     folder = own_folder(output)
     for entry in folder.iterdir() if folder.is_dir() else ():
         if _is_step(entry):
@@ -63,7 +75,12 @@ def remove_steps(output: Path) -> None:
 
 
 def wait_for_step(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Wait until the first process of a launch has finished a step, however long that takes."""
+    """Wait until the first process of a launch has finished a step, however long that takes.
+
+    Args:
+        folder: folder of the step.
+        identity: of the step.
+    """
     while read_identity(folder) != identity:
         time.sleep(0.5)
 

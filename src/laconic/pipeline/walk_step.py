@@ -54,7 +54,14 @@ class Walk:
     domains: Mapping[int, Tensor] = field(default_factory=dict)
 
     def forecast(self, windows: Tensor | None) -> Forecast:
-        """Predict the size of the artifact and the peak memory. windows: calibration token ids (samples, tokens)."""
+        """Predict the size of the artifact and the peak memory.
+
+        Args:
+            windows: calibration token ids (samples, tokens); None without calibration.
+
+        Returns:
+            Sizes in bytes, predicted from shapes.
+        """
         samples, length = windows.shape if windows is not None and self.plan.calibrates else (0, 0)
         return predict(self.plan, self.source, samples, length)
 
@@ -67,6 +74,9 @@ def plan_walk(recipe: Recipe, source: Source, first: int, trust: Trust) -> Walk:
         source: the checkpoint.
         first: number of the first stage in the whole recipe.
         trust: what the files of the model may do.
+
+    Returns:
+        The walk, its `domains` not read yet.
 
     Raises:
         ValueError: in one line that names the fix.
@@ -119,6 +129,12 @@ def run_walk(
         before: the artifact of the step before.
         report: called with events of progress.
         describe: writes the cards into the folder.
+
+    Returns:
+        The artifact.
+
+    Raises:
+        ValueError: if a stage cannot treat a block, or the activations hold NaN or infinity.
     """
     begun = time.monotonic()
     recipe, plan, source = walk.recipe, walk.plan, walk.source

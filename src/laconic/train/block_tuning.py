@@ -45,7 +45,7 @@ class SignSGD(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class Tuning:
-    """What tuning a block has changed: the mean squared error of its output on a fixed batch.
+    """Error of a block's output before and after tuning: the mean squared error on a fixed batch.
 
     Attributes:
         before: error of the initial weights.
@@ -90,6 +90,9 @@ def tune(
         activations: how the inputs of linears are quantized, by name; gradients pass straight through.
         seed: of the order of samples.
 
+    Returns:
+        The error before and after, on at most `batch_size` samples at even distances.
+
     Raises:
         ValueError: for activations from which nothing can be learned: NaN or infinity, or those of an expert to which
             no token was routed.
@@ -121,6 +124,9 @@ def differentiable_codes(module: nn.Module, dtype: torch.dtype) -> Iterator[None
     Args:
         module: that holds them.
         dtype: of the decoded weights that gradients are computed with.
+
+    Yields:
+        Nothing; the linears compute as before when the context ends.
     """
 
     def through(linear: QLinear, weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -162,7 +168,11 @@ def _step_in_backward(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[N
 
 
 def block_output(block: Block) -> Tensor:
-    """Return the block's output for the whole stream, (samples, tokens, hidden), on the stream's device."""
+    """Return the block's output for the whole stream, (samples, tokens, hidden), on the stream's device.
+
+    Args:
+        block: the block and the calibration set before it.
+    """
     output = torch.empty_like(block.stream.hidden)
     for hidden, into in zip(block.stream.batches(), output.split(block.stream.batch), strict=True):
         into.copy_(block.run(hidden))
@@ -202,6 +212,9 @@ def replaced_linears(
         weights: by name of the linear, differentiable if need be.
         activations: how the inputs of these linears are quantized, by name.
         outputs: of other linears, by name, which are returned instead of computed.
+
+    Yields:
+        Nothing; the linears compute as before when the context ends.
     """
 
     def with_weight(name: str, weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -243,11 +256,25 @@ def freeze_where(tuned: Tensor, where: Tensor) -> Tensor:
 
 
 def straight_through(W: Tensor, rounded: Tensor) -> Tensor:
-    """Return `rounded` in value, W in gradient (the straight-through estimator)."""
+    """Return `rounded` in value, W in gradient: the straight-through estimator (Bengio et al., arXiv 1308.3432).
+
+    Args:
+        W: the tensor that gradients flow to.
+        rounded: of the shape of W; no gradient flows through it.
+    """
     return W + (rounded - W).detach()
 
 
 def unstack(module: nn.Module, names: Sequence[str], W: Tensor) -> dict[str, Tensor]:
-    """Split stacked rows into the weights of their linears, by name."""
+    """Split stacked rows into the weights of their linears.
+
+    Args:
+        module: that holds the linears.
+        names: of the linears within the module, in the order of their rows.
+        W: (out, in), the rows of all of them.
+
+    Returns:
+        Views of W, (rows of the linear, in), by name.
+    """
     rows = [linear_at(module, n).out_features for n in names]
     return dict(zip(names, W.split(rows), strict=True))

@@ -39,7 +39,7 @@ Report = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingArguments:
-    """How a model is trained.
+    """Arguments of the training loop.
 
     Attributes:
         steps: number of optimizer steps.
@@ -73,7 +73,11 @@ class TrainingArguments:
     seed: int
 
     def learning_rate_at(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
+        """Return the learning rate of a step.
+
+        Args:
+            step: number of the step, from 0.
+        """
         warmup_steps = math.ceil(self.warmup * self.steps)
         if step < warmup_steps:
             return self.learning_rate * (step + 1) / warmup_steps
@@ -142,9 +146,12 @@ def finetune(
         scratch: folder of the saved state.
         report: called with an event after each step.
 
+    Returns:
+        The parameters of the lowest held-out loss, or the last ones without held-out text, and the course of the loss.
+
     Raises:
         Diverged: if the loss or its gradient is NaN or infinite.
-        ValueError: if `scratch` holds the state of another training.
+        ValueError: if `scratch` holds the state of another training, or a damaged one.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trainable, lr=0.0, weight_decay=arguments.weight_decay)
@@ -299,7 +306,14 @@ def wrap_each_block(plugin: FullyShardedDataParallelPlugin, block: nn.Module) ->
 
 @contextmanager
 def recompute_activations(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Recompute the activations of blocks in the backward pass, within the context (gradient checkpointing)."""
+    """Recompute the activations of blocks in the backward pass, within the context (gradient checkpointing).
+
+    Args:
+        blocks: decoder blocks, of which only the inputs are kept in memory for the backward pass.
+
+    Yields:
+        Nothing; the blocks compute as before when the context ends.
+    """
 
     def checkpointed(block: nn.Module) -> Callable[..., Any]:
         return lambda *args, **kwargs: checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)

@@ -27,7 +27,11 @@ def language_loss(model: nn.Module, ids: Tensor, loss_mask: Tensor) -> Tensor:
 
 
 def distillation_loss(teacher: nn.Module) -> Loss:
-    """Return a loss: the sum of KL(teacher || model) over the tokens in the loss mask."""
+    """Return a loss: the sum of KL(teacher || model) over the tokens in the loss mask.
+
+    Args:
+        teacher: a causal language model with the vocabulary of the trained model, on the same device.
+    """
 
     def loss(model: nn.Module, ids: Tensor, loss_mask: Tensor) -> Tensor:
         with torch.no_grad():

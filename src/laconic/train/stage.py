@@ -84,7 +84,7 @@ class TrainingRun:
 
     @property
     def load_device(self) -> torch.device:
-        """Where the model is loaded: under FSDP on the CPU, since a process gets its part of the whole model.
+        """Device that the model is loaded on: under FSDP the CPU, since a process gets its part of the whole model.
 
         Raises:
             ValueError: for FSDP's first version.
@@ -155,7 +155,14 @@ class TrainingStage(ModelStage):
 
     @abstractmethod
     def open_model(self, run: TrainingRun) -> PreTrainedModel:
-        """Load the model, its trained parameters requiring gradients and all others not."""
+        """Load the model, its trained parameters requiring gradients and all others not.
+
+        Args:
+            run: the training.
+
+        Returns:
+            The model, on `run.load_device`.
+        """
 
     @abstractmethod
     def outcome(self, run: TrainingRun, parameters: State, results: Mapping[str, dict[str, Any]]) -> ModelOutcome:
@@ -171,12 +178,19 @@ class TrainingStage(ModelStage):
     def keep_last_good(self, run: TrainingRun, diverged: Diverged) -> str:
         """Keep the last good parameters of a diverged training in a folder that the next run does not clear.
 
+        Args:
+            run: the training.
+            diverged: the last good parameters and their step.
+
         Returns:
             What the user should do, for the message.
         """
 
     def prepare_run(self, run: TrainingRun) -> None:
         """Check what depends on the earlier stages' output, before the model is loaded.
+
+        Args:
+            run: the training.
 
         Raises:
             ValueError: if the model cannot be trained.

@@ -44,22 +44,34 @@ class Progress:
     held_out: list[dict[str, float]] = field(default_factory=list)
 
     def stopped(self, patience: int | None) -> bool:
-        """Return whether `patience` measurements have passed without a new best."""
+        """Return whether so many measurements of the held-out loss have passed without a new best.
+
+        Args:
+            patience: number of measurements; None for no limit.
+        """
         return patience is not None and sum(m["step"] > self.best_step for m in self.held_out) >= patience
 
 
 def write_progress(folder: Path, progress: Progress) -> None:
-    """Write the progress into a folder, in place of an earlier one."""
+    """Write the progress into a folder, in place of an earlier one, atomically.
+
+    Args:
+        folder: the folder, which exists.
+        progress: with unsharded tensors.
+    """
     fields = {f.name: getattr(progress, f.name) for f in dataclasses.fields(progress)}
     write_file(folder / _FILE, lambda file: torch.save(fields, file))
 
 
 def read_progress(folder: Path, identity: Mapping[str, Any]) -> Progress | None:
-    """Read the progress in a folder; None if there is none.
+    """Read the progress that a folder holds.
 
     Args:
         folder: the folder.
         identity: what the training depends on.
+
+    Returns:
+        The progress, its tensors on the CPU; None if the folder holds none.
 
     Raises:
         ValueError: if the file is damaged, or of a training with another identity.
@@ -81,12 +93,20 @@ def read_progress(folder: Path, identity: Mapping[str, Any]) -> Progress | None:
 
 
 def copy_parameters(parameters: Mapping[str, Tensor]) -> State:
-    """Return copies of the parameters, gathered from all processes."""
+    """Return copies of the parameters, gathered from all processes.
+
+    Args:
+        parameters: by name, sharded or whole.
+    """
     return {name: gather(p).clone() for name, p in parameters.items()}
 
 
 def gather(t: Tensor | float) -> Tensor:
-    """Return a tensor on the CPU, its shards gathered from all processes."""
+    """Return a tensor on the CPU, its shards gathered from all processes.
+
+    Args:
+        t: a tensor, sharded or whole, or a number.
+    """
     if isinstance(t, DTensor):
         t = t.full_tensor()
     return torch.as_tensor(t).detach().cpu()
@@ -94,7 +114,12 @@ def gather(t: Tensor | float) -> Tensor:
 
 @torch.no_grad()
 def load_parameters(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Set the values of parameters, by name."""
+    """Set the values of parameters.
+
+    Args:
+        parameters: by name, sharded or whole; changed in place.
+        state: whole values by name, for every parameter.
+    """
     for name, p in parameters.items():
         p.copy_(_placed_as(state[name], p))
 

@@ -49,6 +49,9 @@ def compute_gradients(
         checkpointing: Whether to keep only the inputs of `blocks`, and run each block again in the backward pass.
         blocks: The decoder blocks; needed with `checkpointing`.
         report: Called with a progress event after each batch.
+
+    Returns:
+        The means over batches, on the device of each parameter; `square` is empty without `squares`.
     """
     device = model.device
     for parameter in model.parameters():

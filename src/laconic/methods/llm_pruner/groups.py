@@ -92,6 +92,9 @@ class Group:
 
         Args:
             block: The block of the group.
+
+        Returns:
+            Number of weights; biases do not count.
         """
         return sum(s.channels.shape[1] * linear_at(block, s.linear).weight.shape[1 - s.axis] for s in self.slices)
 
@@ -185,7 +188,11 @@ def remove_units(tensors: Mapping[str, Tensor], group: Group, kept: Tensor) -> d
 
 
 def parent_name(linear: str) -> str:
-    """Return the name of the module that contains a linear."""
+    """Return the name of the module that contains a linear.
+
+    Args:
+        linear: Name of the linear within the block.
+    """
     return linear.rpartition(".")[0]
 
 

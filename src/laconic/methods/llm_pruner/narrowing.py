@@ -1,4 +1,4 @@
-"""Which groups of a model may be pruned, and how many units of each remain."""
+"""Groups of a model that may be pruned, and the number of units of each that remain."""
 
 from __future__ import annotations
 
@@ -139,7 +139,11 @@ class Narrowing:
         return GroupLimits(1, width, step, step)
 
     def channel_step(self, width: int) -> int:
-        """Return the number of channels removed at once."""
+        """Return the number of channels removed at once.
+
+        Args:
+            width: Number of channels.
+        """
         # About a sixteenth of the width, as a power of two up to 128, so that quantization groups still divide it.
         return self.multiple_of or min(128, 2 ** max(0, int(math.log2(max(1, width / 16)))))
 
@@ -246,7 +250,16 @@ class Narrowing:
 
 
 def unit_sizes(model: PreTrainedModel, anatomy: Anatomy, targets: TargetGroups) -> list[int]:
-    """Count the parameters of a unit of each group."""
+    """Count the parameters of a unit of each group.
+
+    Args:
+        model: The model; its parameters may be on the meta device.
+        anatomy: Its blocks and taps.
+        targets: The groups.
+
+    Returns:
+        Number of weights of a unit, for each group of `targets.flat`.
+    """
     return [group.unit_size(model.get_submodule(anatomy.block_name(i))) for i, group in targets.flat]
 
 

@@ -28,6 +28,9 @@ def hidden_size_keys(raw: Mapping[str, Any], hidden: int) -> dict[str, Any]:
         raw: Contents of config.json.
         hidden: The new hidden size.
 
+    Returns:
+        The keys that change, with their values.
+
     Raises:
         ValueError: The model is more than a language model.
     """
@@ -97,6 +100,9 @@ def remove_channels(tensors: Mapping[str, Tensor], axes: Mapping[str, int], kept
         tensors: Parameters and buffers by name.
         axes: Axis of the residual stream by name, of `residual_axes`.
         kept: (hidden,) bool, channels that remain.
+
+    Returns:
+        All tensors by name; those without an axis are the same objects.
     """
     index, narrowed = kept.nonzero()[:, 0], dict[tuple[int, int], Tensor]()
     out = dict(tensors)

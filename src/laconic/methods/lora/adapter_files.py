@@ -74,13 +74,16 @@ def write_adapter(
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
-    """Read adapters.
+    """Read adapters in peft's format.
+
+    Args:
+        folder: holds `adapter_model.safetensors` and `adapter_config.json`.
 
     Returns:
         The state, as `write_adapter` gets it, and the factor alpha / rank.
 
     Raises:
-        ValueError: if the folder holds none.
+        ValueError: if the folder holds none, or its files cannot be read.
     """
     file = folder / _WEIGHTS
     if not file.is_file() or not (folder / _CONFIG).is_file():

@@ -74,7 +74,11 @@ class AdapterStage(TrainingStage):
         return False
 
     def frozen(self, linear: nn.Linear) -> nn.Module:
-        """Return the module that takes the place of a frozen linear while its adapter is trained."""
+        """Return the module that takes the place of a frozen linear while its adapter is trained.
+
+        Args:
+            linear: the dense linear.
+        """
         return linear
 
     def check(self, source: Source, model: PreTrainedModel, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:

@@ -39,7 +39,11 @@ class Nf4Linear(nn.Module):
             self.register_buffer(name, getattr(nf4, name), persistent=False)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """Return the decoded weight, (out, in)."""
+        """Return the decoded weight, (out, in).
+
+        Args:
+            dtype: of the result.
+        """
         shape = (self.out_features, self.in_features)
         return Nf4(self.codes, self.scales, self.coarse, self.mean, shape).decode(dtype)
 
@@ -80,7 +84,11 @@ class AdaptedLinear(nn.Module):
         self.register_buffer("packed_mask", packed_mask, persistent=False)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Set the values before training: A is drawn as torch draws a linear's weight, B is zero."""
+        """Set the values before training: A is drawn as torch draws a linear's weight, B is zero.
+
+        Args:
+            generator: draws A, on the CPU.
+        """
         bound = 1 / math.sqrt(self.in_features)
         A = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
@@ -109,7 +117,11 @@ class AdaptedLinear(nn.Module):
         return out
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """Return the frozen weight, (out, in)."""
+        """Return the frozen weight, (out, in).
+
+        Args:
+            dtype: of the result.
+        """
         base = self.base
         return base.weight.to(dtype) if isinstance(base, nn.Linear) else base.decode(dtype)  # type: ignore[operator]
 
@@ -236,7 +248,11 @@ def merge_adapters(model: nn.Module, state: Mapping[str, Tensor], scale: float) 
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which products of x are computed: autocast's if it is enabled."""
+    """Return the dtype in which products of x are computed: autocast's if it is enabled.
+
+    Args:
+        x: input of a linear.
+    """
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

@@ -63,7 +63,11 @@ class Nf4:
         return sum(t.nbytes for t in (self.codes, self.scales, self.coarse, self.mean))
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """Return the decoded weight, (out, in)."""
+        """Return the decoded weight, (out, in).
+
+        Args:
+            dtype: of the result.
+        """
         scale = (self.scales.float() * self.coarse[:, None]).flatten()[: 2 * len(self.codes) // BLOCK] + self.mean
         values = F.embedding(self.codes.int(), _PAIRS.to(self.codes.device)).view(-1, BLOCK) * scale[:, None]
         out, inputs = self.shape
@@ -75,6 +79,9 @@ def quantize_nf4(W: Tensor) -> Nf4:
 
     Args:
         W: (out, in), any floating dtype.
+
+    Returns:
+        The matrix in NF4, on the device of W.
     """
     out, inputs = W.shape
     blocks = F.pad(W.float().flatten(), (0, -W.numel() % BLOCK)).view(-1, BLOCK)
