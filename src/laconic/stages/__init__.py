@@ -1,1 +1,1 @@
-"""What a stage is: the contract of linear, block, model, cache and training stages."""
+"""The contract of linear, block, model, cache and training stages."""

@@ -83,9 +83,12 @@ class Block:
     tokens: dict[Tap, int] = field(default_factory=dict)
 
     def inputs(self, taps: Sequence[Tap]) -> Iterator[tuple[Tap, Tensor]]:
-        """Yield the input of the linears of these taps, batch by batch.
+        """Yield taps and the inputs (..., in) of their linears, batch by batch.
 
         To be called once, before anything is changed: the stream may hold the block's output afterwards.
+
+        Args:
+            taps: some of the block's taps.
 
         Raises:
             ValueError: for NaN or infinity; and, at the end, for an expert to which no token was routed.
@@ -141,7 +144,11 @@ class Block:
         return columns
 
     def targets(self, tap: Tap) -> list[str]:
-        """Return the targeted linears of a tap."""
+        """Return the targeted linears of a tap, by name within the block.
+
+        Args:
+            tap: of the block.
+        """
         return [n for n in tap.linears if n in self.schemes]
 
     def targeted_taps(self) -> list[Tap]:
@@ -149,7 +156,11 @@ class Block:
         return [tap for tap in self.taps if self.targets(tap)]
 
     def stacks(self, tap: Tap) -> list[Stack]:
-        """Return the targeted linears of a tap as they can be compressed together."""
+        """Return the targeted linears of a tap as they can be compressed together.
+
+        Args:
+            tap: of the block.
+        """
         return stacks(self.module, {n: self.schemes[n] for n in self.targets(tap)}, together=self.stacks_linears)
 
     def format(self, linear: str) -> ScalarFormat:
@@ -165,11 +176,20 @@ class Block:
         return {n: a if a and not a.calibrated else None for n, a in acts.items()}
 
     def run(self, hidden: Tensor, module: nn.Module | None = None) -> Tensor:
-        """Return the block's output for hidden states (samples, tokens, hidden)."""
+        """Return the block's output (samples, tokens, hidden), on the block's device.
+
+        Args:
+            hidden: (samples, tokens, hidden), on any device.
+            module: runs in place of the block, such as a changed copy.
+        """
         return self.call(module or self.module, hidden.to(self.device))
 
     def sample(self, tokens: int) -> Tensor:
-        """Return evenly spaced samples of the stream, at least one, about `tokens` tokens in all."""
+        """Return evenly spaced samples of the stream, (samples, tokens, hidden), at least one.
+
+        Args:
+            tokens: number of tokens in all samples together, about.
+        """
         hidden = self.stream.hidden
         count = max(1, min(len(hidden), tokens // hidden.shape[1]))
         return hidden[torch.linspace(0, len(hidden) - 1, count).long()]
@@ -201,8 +221,14 @@ class BlockStage(WeightStage):
 
         Dense weights may be changed in place as long as the block computes the same function.
 
+        Args:
+            block: with the calibration set before it.
+
         Returns:
             The outcomes by the names of linears within the block: linears that were stacked have one.
+
+        Raises:
+            ValueError: if the block cannot be compressed, such as for activations that hold NaN or infinity.
         """
 
 
@@ -215,6 +241,9 @@ def stacks(module: nn.Module, linears: Mapping[str, Scheme | None], *, together:
         module: that holds them.
         linears: their schemes, by name within the module.
         together: whether more than one may go together at all.
+
+    Returns:
+        The stacks, their linears in the order of `linears` among those of one scheme.
     """
     by_scheme: dict[Scheme | None, list[str]] = {}
     for name, scheme in linears.items():
@@ -232,5 +261,11 @@ def stacks(module: nn.Module, linears: Mapping[str, Scheme | None], *, together:
 
 
 def stacked(module: nn.Module, linears: Sequence[str], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the weights of linears that read one input, their rows together: (out, in), in new memory."""
+    """Return the weights of linears that read one input as one matrix (out, in), in new memory.
+
+    Args:
+        module: that holds the linears.
+        linears: their names within the module, in the order of their rows.
+        dtype: of the matrix.
+    """
     return torch.cat([linear_at(module, n).weight.detach().to(dtype) for n in linears])

@@ -74,7 +74,7 @@ class CacheStage(Stage):
 
     @property
     def level_correction(self) -> Correction:
-        """How levels from k-means are corrected (`kv.fit`)."""
+        """Correction of levels from k-means (`kv.fit`)."""
         return "none"
 
     @property
@@ -89,7 +89,11 @@ class CacheStage(Stage):
         return None
 
     def engine_scales(self, calibration: Calibration) -> dict[str, Tensor]:
-        """Return the scales of one layer that go with `engine_scheme`, `k_scale` and `v_scale`."""
+        """Return `k_scale` and `v_scale` (1,) of one layer, which go with `engine_scheme`; nothing without one.
+
+        Args:
+            calibration: Result of `calibrate` for the layer.
+        """
         return {}
 
     @abstractmethod

@@ -101,4 +101,13 @@ class LinearStage(WeightStage):
         """Compress the linears of one task.
 
         Must give the same result for the same task, and leave `task` unchanged.
+
+        Args:
+            task: the linears.
+
+        Returns:
+            Codes, or a dense weight (out, in), of all rows of the task.
+
+        Raises:
+            ValueError: if the task is unfit, such as a Hessian that cannot be factored; the message names the fix.
         """

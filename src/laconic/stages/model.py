@@ -106,7 +106,11 @@ class ModelStage(Stage):
         return {}
 
     def warnings(self, source: Source) -> Iterator[str]:
-        """Yield what a user should know that is no error."""
+        """Yield what a user should know that is no error.
+
+        Args:
+            source: the original checkpoint.
+        """
         return iter(())
 
     @abstractmethod
@@ -115,13 +119,26 @@ class ModelStage(Stage):
 
         Killed and called again with the same `task`, it must come to the same result, bit for bit.
 
+        Args:
+            task: the model, as earlier stages left it.
+
+        Returns:
+            The model that the stage leaves, with figures for the log and `results/`.
+
         Raises:
             ValueError: if the model or its texts are unfit; the message names the fix.
         """
 
 
 def run_batches(model: PreTrainedModel, windows: Tensor, batch_size: int, report: Report) -> None:
-    """Run a model over token ids (samples, tokens), for callers that observe it by hooks."""
+    """Run a model over token ids, for callers that observe it by hooks.
+
+    Args:
+        model: the model; its outputs are dropped.
+        windows: token ids (samples, tokens) int64, on any device.
+        batch_size: samples run at once.
+        report: called with an event after each batch.
+    """
     batches = windows.split(batch_size)
     for i, ids in enumerate(batches):
         model(input_ids=ids.to(model.device), use_cache=False)
@@ -143,6 +160,11 @@ def check_finite(figures: Tensor, noun: str) -> None:
 
 
 def parameter_counts(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, int]:
-    """Return the numbers of parameters before and after a stage, for `results/`."""
+    """Return the numbers of parameters before and after a stage, for `results/`.
+
+    Args:
+        before: the model before the stage.
+        after: the model that it leaves.
+    """
     models = {"parameters_before": before, "parameters_after": after}
     return {key: sum(p.numel() for p in model.parameters()) for key, model in models.items()}

@@ -60,11 +60,19 @@ class Masking(WeightStage):
         return _DEFAULT if self.sparsity is None else self.sparsity
 
     def share_of(self, name: str) -> float:
-        """Return the share of the weights to remove of the linear of this full name."""
+        """Return the share of a linear's weights to remove.
+
+        Args:
+            name: full name of the linear.
+        """
         return self.share
 
     def check_shape(self, name: str, shape: tuple[int, int]) -> None:
-        """Check that the structure divides a linear of shape (out, in).
+        """Check that the mask structure divides a linear.
+
+        Args:
+            name: full name of the linear, for the message.
+            shape: (out, in).
 
         Raises:
             ValueError: if it does not.

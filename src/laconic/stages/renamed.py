@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 
 def refuse_renamed(**renamed: str) -> Any:
-    """Return a validator that refuses old keys of a stage.
+    """Return a validator that refuses old keys of a stage with a ValueError that names the new key.
 
     Args:
         renamed: new name of each old key.

@@ -55,6 +55,9 @@ def _one_or_many(value: Any) -> Any:
 def check_patterns(patterns: Sequence[str]) -> None:
     """Check that patterns that begin with `re:` are regular expressions.
 
+    Args:
+        patterns: full names, or `re:` and a regular expression.
+
     Raises:
         ValueError: if one is not.
     """
@@ -67,7 +70,12 @@ def check_patterns(patterns: Sequence[str]) -> None:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Return whether a full name matches one of the patterns: full names, or `re:` and a regular expression."""
+    """Return whether a full name matches one of the patterns.
+
+    Args:
+        name: full name of a linear.
+        patterns: full names, or `re:` and a regular expression for the beginning of a full name.
+    """
     return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns)
 
 

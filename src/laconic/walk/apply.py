@@ -61,7 +61,7 @@ class CurrentBlock:
 
     @property
     def column_scales(self) -> dict[str, Tensor]:
-        """What the columns of linears were multiplied by so far, by name; stages add to it."""
+        """Factors (in,) by which the columns of linears were multiplied so far, by name; stages add to it."""
         return self.original.column_scales if self.original else {}
 
 
@@ -101,8 +101,14 @@ class Applier:
     def block(self, current: CurrentBlock) -> tuple[list[Event], bool]:
         """Apply all stages to a block.
 
+        Args:
+            current: the block; changed in place.
+
         Returns:
             Events for the log, and whether the stream holds the block's output already.
+
+        Raises:
+            ValueError: if a stage cannot treat the block, activations hold NaN or infinity, or a zero was filled in.
         """
         work = self.plan.work(current.index)
         observing = [k for k, item in enumerate(work) if current.flow and item.stage.needs.observation]
@@ -133,7 +139,17 @@ class Applier:
         return events, advanced
 
     def head(self, flow: Flow | None) -> Iterator[Event]:
-        """Apply all stages that target the head, and yield events for the log."""
+        """Apply all stages that target the head.
+
+        Args:
+            flow: the calibration set after the last block; None where nothing is calibrated.
+
+        Yields:
+            Events for the log.
+
+        Raises:
+            ValueError: as `block`.
+        """
         head = self.plan.anatomy.head
         masks: dict[str, ZeroMask] = {}
         for item in self.plan.head_work():

@@ -24,6 +24,12 @@ Shapes = Mapping[str, tuple[int, int]]
 def check_head(stage: WeightStage, number: int, names: Sequence[str], anatomy: Anatomy) -> None:
     """Check that a stage may treat the head, if it targets it.
 
+    Args:
+        stage: the stage.
+        number: of the stage in the recipe, for messages.
+        names: full names of the linears that it targets.
+        anatomy: of the model.
+
     Raises:
         ValueError: if the head shares its weight, or the stage treats blocks.
     """
@@ -66,7 +72,14 @@ def check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
 
 
 def check_unpruned(stage: WeightStage, number: int, name: str, scheme: Scheme, pruned: Mapping[str, str]) -> None:
-    """Check that no product is added to a pruned linear.
+    """Check that no low-rank product is added to a pruned linear, whose zeros it would fill in.
+
+    Args:
+        stage: the stage.
+        number: of the stage in the recipe, for messages.
+        name: full name of the linear.
+        scheme: that the stage proposes for it.
+        pruned: method that has pruned a linear, by the linear's full name.
 
     Raises:
         ValueError: if one is.
@@ -81,8 +94,16 @@ def check_unpruned(stage: WeightStage, number: int, name: str, scheme: Scheme, p
 def check_masks(stage: Masking, number: int, names: Sequence[str], shapes: Shapes, head: str) -> None:
     """Check that a stage can prune its linears.
 
+    Args:
+        stage: the stage.
+        number: of the stage in the recipe, for messages.
+        names: full names of the linears that it targets.
+        shapes: of all linears.
+        head: full name of the head.
+
     Raises:
-        ValueError: if a mask structure does not divide one, or a pattern of `ratios` has no effect.
+        ValueError: if a mask structure does not divide one, a pattern of `ratios` has no effect, or a stage with an
+            allocation targets the head alone.
     """
     for name in names:
         try:
@@ -155,6 +176,14 @@ def check_blocks(
 ) -> None:
     """Let block stages check every block that they treat.
 
+    Args:
+        anatomy: of the model.
+        stages: in order.
+        targets: of each stage, full names of its linears.
+        links: of each block; empty where no stage needs them.
+        shapes: of all linears.
+        first: number of the first stage in the recipe, for messages.
+
     Raises:
         ValueError: if one cannot treat a block, which is named.
     """
@@ -184,8 +213,17 @@ def protected_heads(
 ) -> tuple[Heads, ...]:
     """Return the attention heads of each block, where a stage protects some; otherwise nothing.
 
+    Args:
+        model: a skeleton.
+        anatomy: of the model.
+        stages: in order.
+        targets: of each stage, full names of its linears.
+        shapes: of all linears.
+        first: number of the first stage in the recipe, for messages.
+
     Raises:
-        ValueError: if the heads are unknown, or a mask structure does not divide them.
+        ValueError: if the heads are unknown, a mask structure does not divide them, or the stage prunes no linear of
+            attention.
     """
     heads: tuple[Heads, ...] = ()
     for number, (stage, names) in enumerate(zip(stages, targets, strict=True), first):

@@ -52,6 +52,12 @@ def embed(
         plan: of the walk.
         settings: where to compute, and in how much memory.
         folder: for the files of streams that exceed the memory.
+
+    Returns:
+        The calibration set before the first block.
+
+    Raises:
+        ValueError: if the disk has no space for the files.
     """
     samples, tokens = windows.shape
     device, dtype = settings.device, source.dtype
@@ -77,6 +83,10 @@ def may_advance(plan: Plan, i: int) -> bool:
     """Return whether the passes of a stage may replace the input of block i by its output.
 
     They may if the output is read, and nothing observes the input after the stage.
+
+    Args:
+        plan: of the walk.
+        i: number of the block.
     """
     return output_is_read(plan, i) and not plan.calibrates_cache
 

@@ -15,7 +15,11 @@ class HalfLinear(nn.Linear):
 
 
 def use_half_linear(module: nn.Module) -> None:
-    """Turn the plain linears of a module into `HalfLinear` in place, their parameters unchanged."""
+    """Turn the plain linears of a module into `HalfLinear` in place, their parameters unchanged.
+
+    Args:
+        module: that holds the linears, at any depth.
+    """
     for linear in module.modules():
         if type(linear) is nn.Linear:
             linear.__class__ = HalfLinear

@@ -31,6 +31,9 @@ def head_importance(
         call: how the block is called.
         stream: hidden states before the block.
         device: where to compute.
+
+    Returns:
+        Energy of each query head relative to that of the residual stream after the block.
     """
     with Passes(block, taps, call, stream, device, resume=False) as passes:
         H = observe(passes, [heads.tap], gram=True, advance=True)[heads.tap].H

@@ -10,7 +10,11 @@ import torch
 
 
 def available_memory(device: torch.device) -> float:
-    """Return the free bytes of a GPU; infinity for a CPU, whose memory the budget of activations limits."""
+    """Return the free bytes of a GPU; infinity for a CPU, whose memory the budget of activations limits.
+
+    Args:
+        device: a GPU, or the CPU.
+    """
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 

@@ -15,7 +15,7 @@ from laconic.structure.anatomy import Anatomy
 def materialise_outside(
     model: PreTrainedModel, anatomy: Anatomy, source: Source, device: torch.device, *, embeddings: bool
 ) -> None:
-    """Load these modules.
+    """Load the modules outside the blocks and the head.
 
     Args:
         model: a skeleton.
@@ -36,7 +36,12 @@ def materialise_outside(
 
 
 def free_outside(model: PreTrainedModel, anatomy: Anatomy) -> None:
-    """Free the parameters of these modules."""
+    """Move the parameters of the modules outside the blocks and the head to the meta device, which frees them.
+
+    Args:
+        model: the model.
+        anatomy: of the model.
+    """
     for _, module in _outside(model, anatomy):
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))

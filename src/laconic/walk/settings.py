@@ -13,7 +13,7 @@ from laconic.structure.experts import calibrate_all_experts
 
 @dataclass(frozen=True)
 class Settings:
-    """How a walk computes.
+    """Settings of a walk.
 
     Attributes:
         device: where blocks are compressed.
@@ -28,5 +28,12 @@ class Settings:
     all_experts: bool = False
 
     def expert_routing(self, *modules: nn.Module | None) -> AbstractContextManager[None]:
-        """Give every token to every expert of these modules within the context, if `all_experts` is set."""
+        """Give every token to every expert of these modules within the context, if `all_experts` is set.
+
+        Args:
+            *modules: that contain experts, at any depth; None is skipped.
+
+        Returns:
+            The context, to be used once.
+        """
         return calibrate_all_experts(*(m for m in modules if m is not None and self.all_experts))

@@ -13,5 +13,12 @@ PREFIX = "laconic: "
 
 
 def record_span(name: str) -> AbstractContextManager[object]:
-    """Record what runs within the context as a span of this name."""
+    """Record what runs within the context as a span of a profile.
+
+    Args:
+        name: of the span, without the prefix.
+
+    Returns:
+        The context, to be used once.
+    """
     return record_function(f"{PREFIX}{name}")

@@ -56,7 +56,11 @@ def check_zeros(
 
 
 def sparsity(weight: Tensor) -> float:
-    """Return the share of a weight's elements that are zero, to four decimals."""
+    """Return the share of a weight's elements that are zero, to four decimals.
+
+    Args:
+        weight: of any shape, not empty.
+    """
     return round(float((weight == 0).float().mean()), 4)
 
 
