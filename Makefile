@@ -39,6 +39,7 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_docs.py
+	$(BIN)/python scripts/check_docstrings.py
 
 # torch comes first and by version: asked for through a dependency it would bring gigabytes of CUDA to a machine without a GPU.
 $(VENV)/ready: pyproject.toml
