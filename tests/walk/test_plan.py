@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -36,6 +37,39 @@ def test_schemes_that_an_allocation_changes_are_what_is_written(
         assert set(bits.values()) == {4, 8}, method
 
 
+def test_an_allocation_may_add_side_tensors_and_static_activations(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the stage did not ask for is observed, computed and written, since the plan does."""
+    eight = replace(scheme("W8A8", dynamic=False), outlier_columns=3, rank=2)
+
+    def allocated(*arguments: object) -> Plan:
+        return with_schemes(make_plan(*arguments), dict.fromkeys(QKV, eight))
+
+    monkeypatch.setattr(walk_step, "make_plan", allocated)
+    for method in ("rtn", "awq"):
+        stage = {"method": method, "scheme": "W4A16", "group_size": 32}
+        artifact = laconic.compress(str(llama), recipe(stage, text=text), tmp_path / method)
+        linears = quantized_linears(laconic.load(artifact.path))
+        changed = {n: m for n, m in linears.items() if n in QKV}
+        assert all(m.scheme == eight and float(m.input_scale) > 0 for m in changed.values()), method
+        assert all(m.low_rank_left.any() and m.outlier_weight.any() for m in changed.values()), method
+        assert {m.scheme.title for n, m in linears.items() if n not in QKV} == {"W4A16"}
+
+
+def test_an_allocation_may_take_side_tensors_away(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocated(*arguments: object) -> Plan:
+        plan = make_plan(*arguments)
+        return with_schemes(plan, {n: s.plain for n, s in plan.schemes.items()})
+
+    monkeypatch.setattr(walk_step, "make_plan", allocated)
+    stage = {"method": "rtn", "scheme": "W4A16", "group_size": 32, "outlier_ratio": 0.05, "low_rank": 2}
+    artifact = laconic.compress(str(llama), recipe(stage), tmp_path / "out")
+    assert {m.scheme.title for m in quantized_linears(laconic.load(artifact.path)).values()} == {"W4A16"}
+
+
 def test_an_allocation_is_checked_as_stages_are(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = laconic.pipeline.compression.prepare(
         str(llama), {"stages": [{"method": "rtn", "scheme": "W4A16", "group_size": 32}]}, tmp_path / "out"
@@ -47,6 +81,8 @@ def test_an_allocation_is_checked_as_stages_are(llama: Path, tmp_path: Path, mon
         with_schemes(plan, dict.fromkeys(QKV, scheme("W4A16", group_size=48)))
     with pytest.raises(ValueError, match=r"no stage quantizes lm_head; give a stage targets that include it"):
         with_schemes(plan, {"lm_head": eight})
+    with pytest.raises(ValueError, match=r"rtn has no threshold for outlier columns; give their number"):
+        with_schemes(plan, dict.fromkeys(QKV, replace(eight, outlier_columns=None)))
 
 
 def test_a_stage_may_ask_for_its_linears_one_by_one(

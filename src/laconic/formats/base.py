@@ -58,6 +58,11 @@ class Format(ABC):
         """Number of rows between two places where the matrix can be cut; None where it cannot be cut at all."""
         return 1
 
+    @property
+    def integer_range(self) -> tuple[int, int] | None:
+        """Lowest and highest code where values are `scale * (code - zero_point)`; None for all others."""
+        return None
+
     def check_shape(self, name: str, shape: tuple[int, int]) -> None:  # noqa: B027 - formats that take any shape
         """Check that a linear can be stored.
 

@@ -42,11 +42,6 @@ class ScalarFormat(Format):
         return 1.0
 
     @property
-    def integer_range(self) -> tuple[int, int] | None:
-        """Lowest and highest code where values are `scale * (code - zero_point)`; None for other grids."""
-        return None
-
-    @property
     def row_unit(self) -> int | None:
         return self.tiling.block_structure[0] if self.tiling.block_structure else 1
 
@@ -181,3 +176,17 @@ def vary_tiling(tiling: Tiling, preset: str, group_size: int | None, strategy: s
     if tiling.strategy == "tensor" and grouped:
         raise ValueError(f"{preset} is stored by channel or by group: strategy 'tensor' is for W8A8 and FP8")
     return tiling
+
+
+def as_scalar(fmt: Format) -> ScalarFormat:
+    """Return a format as what methods need that choose a code for each weight.
+
+    Args:
+        fmt: the format of a weight.
+
+    Raises:
+        ValueError: if its codes are not of single weights.
+    """
+    if not isinstance(fmt, ScalarFormat):
+        raise ValueError(f"{fmt.title} has no code for each weight; use a scheme of integers or floats")
+    return fmt

@@ -15,7 +15,7 @@ from laconic.formats.base import NO_PARAMS, Format, Params
 from laconic.formats.floats import Fp8
 from laconic.formats.fp4 import MxFp4, NvFp4
 from laconic.formats.int_affine import IntAffine
-from laconic.formats.scalar import ScalarFormat
+from laconic.formats.scalar import ScalarFormat, as_scalar
 from laconic.formats.tiling import CHANNEL, TENSOR, TOKEN, Tiling
 
 
@@ -122,9 +122,7 @@ class Scheme:
 
 
 def _int8(fmt: Format, *strategies: str) -> bool:
-    if not isinstance(fmt, ScalarFormat) or fmt.integer_range != (-128, 127) or not fmt.symmetric:
-        return False
-    return fmt.tiling.strategy in strategies
+    return fmt.integer_range == (-128, 127) and fmt.symmetric and as_scalar(fmt).tiling.strategy in strategies
 
 
 def _ints(num_bits: int, tiling: Tiling, symmetric: bool = True, packed: bool = True) -> IntAffine:

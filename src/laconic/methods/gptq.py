@@ -12,10 +12,11 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from laconic.formats import Params, Quantized
+from laconic.formats.schemes import Scheme
 from laconic.solvers.grid import GridRounder, OnlineGridRounder, order_by_energy, round_with_hessian
 from laconic.solvers.obs import LdlFactor, factor_hessian, run_column_loop
 from laconic.solvers.prune import prune_with_hessian
@@ -57,12 +58,11 @@ class Gptq(QuantizingStage, Masking, LinearStage):
 
     _renamed = refuse_renamed(asymmetric="asymmetric_calibration")
 
-    @model_validator(mode="after")
-    def _no_side_tensors_beside_a_mask(self) -> Gptq:
-        for key, value in (("outlier_ratio", self.outlier_ratio), ("low_rank", self.low_rank)):
+    def check_scheme(self, scheme: Scheme) -> None:
+        super().check_scheme(scheme)
+        for key, value in (("outlier_ratio", scheme.outlier_columns), ("low_rank", scheme.rank)):
             if self.prunes and value:
                 raise ValueError(f"{key} adds values where pruned weights are zero; leave it out, or sparsity")
-        return self
 
     @property
     def needs(self) -> Needs:

@@ -43,7 +43,7 @@ class LlmInt8(QuantizingStage, LinearStage):
         return None if self.outlier_ratio is None else super().count_outliers(columns)
 
     def outlier_columns(self, scheme: Scheme, moments: Moments | None) -> Tensor:
-        if self.outlier_ratio is not None:
+        if scheme.outlier_columns is not None:
             return super().outlier_columns(scheme, moments)
         assert moments is not None
         return (moments.peak >= self.threshold).nonzero().flatten()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 from laconic.formats import quantize
@@ -26,8 +25,7 @@ class Rtn(QuantizingStage, LinearStage):
 
     @property
     def needs(self) -> Needs:
-        # A static range is that of the compressed model's activations, whose outliers must not be clipped.
-        return replace(super().needs, original_activations=not self.static)
+        return Needs(original_activations=True)
 
     def compress(self, task: LinearTask) -> Outcome:
         fmt, W = task.format, task.weight

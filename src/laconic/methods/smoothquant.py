@@ -16,7 +16,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from laconic.formats import ScalarFormat, quantize
+from laconic.formats import quantize
+from laconic.formats.scalar import as_scalar
 from laconic.formats.schemes import Scheme, scheme
 from laconic.formats.tiling import groups_for
 from laconic.runtime.products import round_activations
@@ -75,8 +76,7 @@ class SmoothQuant(BlockStage):
                 f"no norm feeds {next(iter(taps)).linears[0]} and only linears that are not quantized yet, so its "
                 "scale cannot be moved; narrow targets to blocks that have such a norm, or leave this stage out"
             )
-        assert isinstance(self.compared.weights, ScalarFormat)
-        size = self.compared.weights.tiling.group_size if self.alpha == "search" else None
+        size = as_scalar(self.compared.weights).tiling.group_size if self.alpha == "search" else None
         for tap, width in smoothed.items():
             if size and width % size:
                 raise ValueError(

@@ -129,8 +129,8 @@ def build_pipeline(
             state = replace(state, quantized=state.quantized or bool(walk.plan.schemes), cache=cache)
         walks.append(walk)
         texts.append(state.texts)
-    reasons = [s.calibration_reason for s in recipe.stages if s.needs.calibration]
-    windows = calibration_ids(recipe, source, reasons[0], trust=trust) if reasons else None
+    reason = _calibration_reason(groups, walks)
+    windows = calibration_ids(recipe, source, reason, trust=trust) if reason else None
     steps: list[Step] = []
     for number, ((first, stages), walk) in enumerate(zip(groups, walks, strict=True), 1):
         last = number == len(groups)
@@ -143,6 +143,16 @@ def build_pipeline(
         _check_folder(folder, identity, last=last, overwrite=overwrite)
         steps.append(Step(first, stages, walk, folder, identity))
     return Pipeline(recipe, source, tuple(steps), windows, output, trust, bool(shared))
+
+
+def _calibration_reason(groups: Sequence[tuple[int, tuple[Stage, ...]]], walks: Sequence[Walk | None]) -> str | None:
+    """Return what needs calibration text first, for messages; None if nothing does."""
+    for (_, stages), walk in zip(groups, walks, strict=True):
+        if walk and walk.plan.calibrates:
+            return walk.plan.calibration_reason
+        if walk is None and stages[0].needs.calibration:
+            return stages[0].needs.reason or stages[0].method
+    return None
 
 
 def _check_folder(folder: Path, identity: dict[str, Any], *, last: bool, overwrite: bool) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 from pydantic import ValidationError
 
-from laconic.formats import Format, ScalarFormat
+from laconic.formats import Format
+from laconic.formats.scalar import as_scalar
 from laconic.formats.schemes import PRESETS, Activations, Scheme, known_formats
 
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -173,9 +174,7 @@ def _scheme(group: QuantizationScheme, config: QuantizationConfig) -> Scheme:
     weights = _format(group.weights.model_dump() | {"format": storage})
     acts = None
     if inputs:
-        fmt = _format(inputs.model_dump())
-        if not isinstance(fmt, ScalarFormat):
-            raise ValueError("cannot read activations that have no codes of their own")
+        fmt = as_scalar(_format(inputs.model_dump()))
         acts = Activations(fmt.for_activations(), "local" if inputs.dynamic == "local" else bool(inputs.dynamic))
     name = _name(weights, acts)
     engine = PRESETS[name].engine if name in PRESETS else "laconic" if native else "vllm"
@@ -210,6 +209,6 @@ def _name(weights: Format, acts: Activations | None) -> str:
 def _kind(weights: Format, acts: Activations | None) -> tuple[Any, ...]:
     block = weights.row_unit != 1
     # Integer presets have one name for static and dynamic activations, FP8 has two.
-    integer = isinstance(weights, ScalarFormat) and weights.integer_range is not None
+    integer = weights.integer_range is not None
     rounding = acts and (acts.format.title, acts.format.num_bits, acts.dynamic or integer)
     return weights.title, weights.num_bits, weights.symmetric, block, rounding

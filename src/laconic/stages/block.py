@@ -14,6 +14,7 @@ from laconic.calibrate.observe import no_tokens_error
 from laconic.calibrate.passes import Passes
 from laconic.calibrate.stream import Stream
 from laconic.formats import ScalarFormat
+from laconic.formats.scalar import as_scalar
 from laconic.formats.schemes import Activations, Scheme
 from laconic.solvers.moments import non_finite_error
 from laconic.stages.linear import Outcome, WeightStage
@@ -39,8 +40,7 @@ class Stack:
     def format(self) -> ScalarFormat:
         """The scalar format of the weights."""
         assert self.scheme is not None
-        assert isinstance(self.scheme.weights, ScalarFormat)
-        return self.scheme.weights
+        return as_scalar(self.scheme.weights)
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,7 @@ class Block:
         """Return the scalar format of a targeted linear."""
         scheme = self.schemes[linear]
         assert scheme is not None
-        assert isinstance(scheme.weights, ScalarFormat)
-        return scheme.weights
+        return as_scalar(scheme.weights)
 
     def dynamic_activations(self) -> dict[str, Activations | None]:
         """Return how the inputs of the targeted linears are quantized, where each input sets its own parameters."""
@@ -247,7 +246,7 @@ def stacks(module: nn.Module, linears: Mapping[str, Scheme | None], *, together:
     """
     by_scheme: dict[Scheme | None, list[str]] = {}
     for name, scheme in linears.items():
-        by_scheme.setdefault(scheme and scheme.plain, []).append(name)
+        by_scheme.setdefault(scheme, []).append(name)
     result: list[Stack] = []
     for names in by_scheme.values():
         scheme = linears[names[0]]

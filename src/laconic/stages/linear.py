@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from laconic.formats import Quantized, ScalarFormat
+from laconic.formats.scalar import as_scalar
 from laconic.formats.schemes import Scheme
 from laconic.solvers.masks import StackedLinear
 from laconic.solvers.moments import Moments
@@ -67,8 +68,7 @@ class LinearTask:
     def format(self) -> ScalarFormat:
         """The scalar format of the weights."""
         assert self.scheme is not None
-        assert isinstance(self.scheme.weights, ScalarFormat)
-        return self.scheme.weights
+        return as_scalar(self.scheme.weights)
 
     @property
     def hessian(self) -> Tensor:

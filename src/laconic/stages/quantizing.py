@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -56,26 +57,32 @@ class QuantizingStage(WeightStage):
 
     @model_validator(mode="after")
     def _buildable(self) -> QuantizingStage:
-        weights = self.proposed_scheme.weights
-        if not isinstance(weights, self.formats):
-            raise ValueError(f"{self.method} cannot choose codes of {weights.title}; use another method or scheme")
+        self.check_scheme(self._nominal_scheme)
         return self
+
+    def check_scheme(self, scheme: Scheme) -> None:
+        """Check that the stage can make a scheme, its own or one that an allocation chooses.
+
+        Args:
+            scheme: of a linear, side tensors included.
+
+        Raises:
+            ValueError: if it cannot; the message names the fix.
+        """
+        if not isinstance(scheme.weights, self.formats):
+            raise ValueError(
+                f"{self.method} cannot choose codes of {scheme.weights.title}; use another method or scheme"
+            )
+        if scheme.outlier_columns is None and self._nominal_scheme.outlier_columns is not None:
+            raise ValueError(f"{self.method} has no threshold for outlier columns; give their number")
 
     @property
     def quantizes(self) -> bool:
         return True
 
     @property
-    def needs(self) -> Needs:
-        if self.outlier_ratio:
-            return Needs(ranges=True, reason="outlier_ratio")
-        return Needs(ranges=True, reason="static activations") if self.static else Needs()
-
-    @property
-    def static(self) -> bool:
-        """Whether activations are quantized with parameters from calibration."""
-        acts = self.proposed_scheme.input_activations
-        return bool(acts and acts.calibrated)
+    def proposed_needs(self) -> Needs:
+        return needs_with_schemes(self.needs, [self._nominal_scheme])
 
     @cached_property
     def proposed_scheme(self) -> Scheme:
@@ -91,6 +98,11 @@ class QuantizingStage(WeightStage):
     def scheme_for(self, shape: tuple[int, int]) -> Scheme:
         """Return the scheme that the stage proposes for a linear of shape (out, in), side tensors included."""
         return replace(self.proposed_scheme, outlier_columns=self.count_outliers(shape[1]), rank=self.low_rank)
+
+    @property
+    def _nominal_scheme(self) -> Scheme:
+        """The proposal for a linear of any size; only whether there are outlier columns is meant, not their number."""
+        return self.scheme_for((2, 2))
 
     def count_outliers(self, columns: int) -> int | None:
         """Return how many of so many input columns stay in 16 bit; None if that depends on the calibration set."""
@@ -108,13 +120,13 @@ class QuantizingStage(WeightStage):
         Returns:
             Their indices (k,), ascending.
         """
-        if not self.outlier_ratio:
+        if not scheme.outlier_columns:
             return torch.empty(0, dtype=torch.int64)
         assert moments is not None
         by_energy = moments.H is not None and scheme.input_activations is None
         size = moments.H.diagonal() if by_energy and moments.H is not None else moments.peak
         # A stable sort breaks ties the same way on every machine.
-        return size.argsort(descending=True, stable=True)[: self.count_outliers(len(size))].sort().values
+        return size.argsort(descending=True, stable=True)[: scheme.outlier_columns].sort().values
 
     def target(self, task: LinearTask) -> Tensor:
         """Return the real weight (out, in) that rounding should come close to.
@@ -122,3 +134,26 @@ class QuantizingStage(WeightStage):
         Beside columns that are not rounded, `compress` gets this weight, and moments without cross moments.
         """
         return task.weight
+
+
+def needs_with_schemes(needs: Needs, schemes: Iterable[Scheme]) -> Needs:
+    """Return the needs of a method, and of the schemes of its linears.
+
+    Outlier columns and static activations need ranges. A static range is that of the compressed model's activations,
+    whose outliers must not be clipped: the original model's are not enough.
+
+    Args:
+        needs: of the method.
+        schemes: of the linears that it quantizes.
+    """
+    schemes = list(schemes)
+    static = any(s.input_activations is not None and s.input_activations.calibrated for s in schemes)
+    outliers = any(s.outlier_columns != 0 for s in schemes)
+    if not (static or outliers):
+        return needs
+    return replace(
+        needs,
+        ranges=True,
+        original_activations=needs.original_activations and not static,
+        reason=needs.reason or ("outlier_ratio" if outliers else "static activations"),
+    )

@@ -66,13 +66,13 @@ class Stage(Config):
 
     @property
     def needs(self) -> Needs:
-        """What the stage must be given."""
+        """What the method must be given; the plan adds what the schemes of its linears need."""
         return Needs()
 
     @property
-    def calibration_reason(self) -> str:
-        """What of the stage needs calibration text, for messages."""
-        return self.needs.reason or self.method
+    def proposed_needs(self) -> Needs:
+        """The needs of the stage under the schemes that it proposes."""
+        return self.needs
 
 
 TEXT = "TEXT"

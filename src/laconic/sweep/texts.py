@@ -73,7 +73,7 @@ def _read_first_row(text: Any) -> None:
 
 def _calibrated_methods(recipe: Recipe) -> list[str]:
     """Return the methods of a recipe that need calibration text."""
-    return [s.calibration_reason for s in recipe.stages if s.needs.calibration]
+    return [s.proposed_needs.reason or s.method for s in recipe.stages if s.proposed_needs.calibration]
 
 
 def _one_sample(recipe: Recipe) -> Recipe | None:

@@ -111,7 +111,7 @@ class Applier:
             ValueError: if a stage cannot treat the block, activations hold NaN or infinity, or a zero was filled in.
         """
         work = self.plan.work(current.index)
-        observing = [k for k, item in enumerate(work) if current.flow and item.stage.needs.observation]
+        observing = [k for k, item in enumerate(work) if current.flow and item.needs.observation]
         events: list[Event] = []
         advanced = False
         masks: dict[str, ZeroMask] = {}
@@ -156,7 +156,7 @@ class Applier:
             stage = item.stage
             assert isinstance(stage, LinearStage)
             moments = None
-            if flow and stage.needs.observation:
+            if flow and item.needs.observation:
                 width = linear_at(self.model, head).in_features
                 moments = Moments(width, self.settings.device, gram=stage.needs.second_moments)
                 materialise_outside(self.model, self.plan.anatomy, self.source, self.settings.device, embeddings=False)
@@ -182,7 +182,7 @@ class Applier:
         events: list[Event] = []
         with ExitStack() as open_passes:
             passes = original_passes = None
-            if current.flow and stage.needs.observation:
+            if current.flow and item.needs.observation:
                 flow, device = current.flow, self.settings.device
                 call, resume = flow.calls[current.index], flow.resume_passes and resume
                 passes = open_passes.enter_context(Passes(current.module, taps, call, flow.stream, device, resume))
@@ -221,7 +221,7 @@ class Applier:
         start = time.monotonic()
         block = self._block_for(current, item, stage, compared_later=compared_later, advance=advance)
         outcomes = stage.compress(block)
-        moments = self._ranges(item, block) if stage.needs.ranges else {}
+        moments = self._ranges(item, block) if item.needs.ranges else {}
         seconds = (time.monotonic() - start) / max(1, sum(len(names) for names in outcomes))
         all_tokens = block.stream.hidden.shape[0] * block.stream.hidden.shape[1]
         tokens = {n: count for tap, count in block.tokens.items() for n in tap.linears}

@@ -94,5 +94,5 @@ def may_advance(plan: Plan, i: int) -> bool:
 def output_is_read(plan: Plan, i: int) -> bool:
     """Return whether the output of block i is needed: by the next block, or by a stage that observes the head."""
     head = plan.anatomy.head
-    observed = any(s.needs.observation and head in names for s, names in zip(plan.stages, plan.targets, strict=True))
+    observed = any(needs.observation and head in names for needs, names in zip(plan.needs, plan.targets, strict=True))
     return i + 1 < len(plan.anatomy.taps) or observed

@@ -18,8 +18,8 @@ from laconic.solvers.masks import StackedLinear
 from laconic.stages.cache import CacheStage
 from laconic.stages.linear import WeightStage
 from laconic.stages.pruning import Masking
-from laconic.stages.quantizing import QuantizingStage
-from laconic.stages.stage import Stage
+from laconic.stages.quantizing import QuantizingStage, needs_with_schemes
+from laconic.stages.stage import Needs, Stage
 from laconic.stages.targets import find_targets
 from laconic.structure.anatomy import Anatomy, Tap, linears_of
 from laconic.structure.heads import Heads
@@ -43,19 +43,21 @@ class BlockWork:
         stage: the stage.
         schemes: of the linears that it treats, by name within the block; None for dense weights.
         parts: for a stage that prunes, what is removed of them.
+        needs: of the stage, and of the schemes of its linears in the whole model.
     """
 
     stage: WeightStage
     schemes: Mapping[str, Scheme | None]
     parts: Mapping[str, StackedLinear]
+    needs: Needs
 
 
 @dataclass(frozen=True)
 class Plan:
     """Which stage treats which linear, and how each will be stored.
 
-    `schemes` is the only source of how a linear is stored: a change of it between planning and the walk changes what
-    methods get and what is written.
+    `schemes` is the only source of how a linear is stored, side tensors and static activations included: a change of
+    it between planning and the walk changes what is observed, what methods get, and what is written.
 
     Attributes:
         anatomy: of the model.
@@ -82,10 +84,18 @@ class Plan:
     heads: tuple[Heads, ...] = ()
     first: int = 0
 
+    @cached_property
+    def needs(self) -> tuple[Needs, ...]:
+        """What each stage must be given, the needs of its linears' schemes included."""
+        return tuple(
+            needs_with_schemes(stage.needs, {self.schemes[n] for n in names}) if stage.quantizes else stage.needs
+            for stage, names in zip(self.stages, self.targets, strict=True)
+        )
+
     @property
     def calibrates(self) -> bool:
         """Whether calibration data must flow through the model."""
-        return self.calibrates_cache or any(stage.needs.calibration for stage in self.stages)
+        return self.calibrates_cache or any(needs.calibration for needs in self.needs)
 
     @property
     def surveys(self) -> bool:
@@ -95,8 +105,11 @@ class Plan:
     @property
     def calibration_reason(self) -> str:
         """What needs calibration data, for messages; requires `calibrates`."""
-        cache = [self.cache[0].method] if self.cache and self.calibrates_cache else []
-        return next(iter([*(s.calibration_reason for s in self.stages if s.needs.calibration), *cache]))
+        for stage, needs in zip(self.stages, self.needs, strict=True):
+            if needs.calibration:
+                return needs.reason or stage.method
+        assert self.cache is not None
+        return self.cache[0].method
 
     @property
     def calibrates_cache(self) -> bool:
@@ -117,12 +130,12 @@ class Plan:
         """
         if self.calibrates_cache or not self.calibrates:
             return False
-        if not all(s.needs.original_activations for s in self.stages if s.needs.observation):
+        if not all(needs.original_activations for needs in self.needs if needs.observation):
             return False
         changed: set[str] = set()
-        for stage, names in zip(self.stages, self.targets, strict=True):
+        for stage, names, needs in zip(self.stages, self.targets, self.needs, strict=True):
             blocks = {self._block_of(n) for n in names if n != self.anatomy.head}
-            if stage.needs.observation and blocks & changed:
+            if needs.observation and blocks & changed:
                 return False
             changed |= blocks if stage.quantizes or stage.prunes else set()
         return True
@@ -135,20 +148,21 @@ class Plan:
         prefix = f"{self.anatomy.block_name(i)}."
         present = {n for tap in self.anatomy.taps[i] for n in tap.linears}
         work = []
-        for stage, targets, parts in zip(self.stages, self.targets, self.parts, strict=True):
+        for stage, targets, parts, needs in zip(self.stages, self.targets, self.parts, self.needs, strict=True):
             local = {n.removeprefix(prefix): n for n in targets if n.startswith(prefix)}
             names = {n: full for n, full in local.items() if n in present}
             if names:
                 schemes = {n: self._scheme(stage, full) for n, full in names.items()}
-                work.append(BlockWork(stage, schemes, {n: parts[full] for n, full in names.items() if full in parts}))
+                local_parts = {n: parts[full] for n, full in names.items() if full in parts}
+                work.append(BlockWork(stage, schemes, local_parts, needs))
         return work
 
     def head_work(self) -> list[BlockWork]:
         """Return what the stages do with the head."""
         head = self.anatomy.head
         return [
-            BlockWork(stage, {head: self._scheme(stage, head)}, {head: parts[head]} if head in parts else {})
-            for stage, targets, parts in zip(self.stages, self.targets, self.parts, strict=True)
+            BlockWork(stage, {head: self._scheme(stage, head)}, {head: parts[head]} if head in parts else {}, needs)
+            for stage, targets, parts, needs in zip(self.stages, self.targets, self.parts, self.needs, strict=True)
             if head in targets
         ]
 
@@ -271,12 +285,15 @@ def with_schemes(plan: Plan, schemes: Mapping[str, Scheme]) -> Plan:
     unknown = schemes.keys() - plan.schemes.keys()
     if unknown:
         raise ValueError(f"no stage quantizes {min(unknown)}; give a stage targets that include it")
-    for name, scheme in schemes.items():
-        planned = plan.schemes[name]
-        # Side tensors and calibrated activations still follow the stage's own keys.
-        if replace(planned, name="", weights=scheme.weights, engine="vllm") != replace(scheme, name="", engine="vllm"):
-            raise ValueError(f"an allocation changes the weights' format of {name} alone; set the rest in its stage")
-        check_fits(name, plan.linears[name], scheme)
+    pruned: dict[str, str] = {}
+    for number, (stage, names) in enumerate(zip(plan.stages, plan.targets, strict=True), plan.first):
+        if isinstance(stage, QuantizingStage):
+            for name in names & schemes.keys():
+                stage.check_scheme(schemes[name])
+                check_fits(name, plan.linears[name], schemes[name])
+                check_unpruned(stage, number, name, schemes[name], pruned)
+        if isinstance(stage, Masking) and stage.prunes:
+            pruned |= dict.fromkeys(names, stage.method)
     merged = {n: schemes.get(n, s) for n, s in plan.schemes.items()}
     check_fused(plan.anatomy, merged)
     return replace(plan, schemes=merged)

@@ -43,17 +43,18 @@ def compress_stack(stage: LinearStage, task: LinearTask) -> list[Outcome]:
         return _split(stage.compress(task), task)
     assert task.scheme is not None
     columns = stage.outlier_columns(task.scheme, task.moments).to(task.weight.device)
-    if not (len(columns) or stage.low_rank):
+    rank = task.scheme.rank
+    if not (len(columns) or rank):
         return _split(stage.compress(task), task)
     # Zeros stay zeros, wherever a target would have moved them.
     target = stage.target(task) * (task.weight != 0)
     outcome = _compress_beside(stage, replace(task, weight=target), columns)
     outcomes = _split(outcome, task)
-    if not stage.low_rank:
+    if not rank:
         return outcomes
     H = task.moments.H if task.moments is not None else None
     return [
-        replace(o, weight=_with_low_rank(o.weight, target[part.rows], stage.low_rank, H, task.dtype))
+        replace(o, weight=_with_low_rank(o.weight, target[part.rows], rank, H, task.dtype))
         for o, part in zip(outcomes, task.parts, strict=True)
     ]
 
@@ -92,8 +93,8 @@ def attach(
     outcomes = []
     for part in rows:
         q = compressed.rows(part.start, part.stop)
-        if stage.low_rank:
-            q = _with_low_rank(q, weight[part], stage.low_rank, None, dtype)
+        if scheme.rank:
+            q = _with_low_rank(q, weight[part], scheme.rank, None, dtype)
         outcomes.append(Outcome(q, outcome.notes))
     return outcomes
 
