@@ -16,10 +16,16 @@ from laconic.structure.anatomy import linears_of
 
 
 def check_models(models: Sequence[str], parts: Sequence[str], options: SparsityOptions) -> None:
-    """Check that models and options fit together.
+    """Check that the named models fit the options, before a model is opened.
+
+    Args:
+        models: Folders, names on the Hub, or presets.
+        parts: Parts to measure, of `options.PARTS`.
+        options: Options of the benchmark.
 
     Raises:
-        ValueError: They do not.
+        ValueError: Whole models are measured but none is named; a preset or a model with `--scaled` has another model
+            beside it; `--baseline` or `--scaled` comes without a model.
     """
     if "models" in parts and not models:
         raise ValueError(f"name models to measure: folders, or one of {', '.join(PRESETS)}")
@@ -33,8 +39,13 @@ def check_models(models: Sequence[str], parts: Sequence[str], options: SparsityO
 def check_folders(folders: Sequence[str], options: SparsityOptions) -> None:
     """Check that models can be compared, and that their results can be saved.
 
+    Args:
+        folders: Folders or names on the Hub, the baseline among them.
+        options: Options of the benchmark.
+
     Raises:
-        ValueError: They cannot.
+        ValueError: The prompt does not fit the context of a model, a result cannot be saved, or the vocabularies
+            differ.
     """
     vocabularies = set()
     for folder_name, name in short_names(folders).items():
@@ -50,10 +61,16 @@ def check_folders(folders: Sequence[str], options: SparsityOptions) -> None:
 
 
 def check_random_model(name: str, config: PretrainedConfig, options: SparsityOptions) -> None:
-    """Check that a model of this config can be pruned.
+    """Check that a model of random weights can be pruned as the options say.
+
+    Args:
+        name: Name of the model, for error messages.
+        config: Its config.
+        options: Options of the benchmark.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: The prompt does not fit the context, a share of the widths cannot be removed, or the size of blocks
+            does not divide a linear.
     """
     check_prompt(name, config, options.prompt)
     for s in options.sparsities if "structured" in options.kinds else ():

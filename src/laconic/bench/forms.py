@@ -122,18 +122,44 @@ def _after(
 
 
 def fewer_outputs(W: Tensor, sparsity: float) -> Tensor:
-    """Return the first rows of W (out, in) without a share of `sparsity`, to the nearest multiple of 16."""
+    """Return the first rows of a weight, as if a share of its outputs were removed.
+
+    Args:
+        W: (out, in).
+        sparsity: Share of rows to remove; the number that remains is rounded to a multiple of 16, at least 16.
+    """
     return W[: max(16, round((1 - sparsity) * W.shape[0] / 16) * 16)].contiguous()
 
 
 def pack_blocks(W: Tensor, block: int) -> KernelWeight:
-    """Pack W (out, in) in blocks (block, block) for Laconic's block-sparse kernel."""
+    """Pack a weight with zero blocks for Laconic's block-sparse kernel.
+
+    Args:
+        W: (out, in), both multiples of `block`.
+        block: Side of the blocks.
+
+    Returns:
+        The packed weight.
+
+    Raises:
+        ValueError: The block size does not divide the weight.
+    """
     blocks = to_block_sparse(W, (block, block))
     return KernelWeight(lambda x: block_sparse_linear(x, blocks), blocks.nbytes, blocks.values.numel(), W)
 
 
 def pack_cusparselt(W: Tensor) -> KernelWeight:
-    """Pack W (out, in) with 2:4 zeros for cuSPARSELt."""
+    """Pack a weight with 2:4 zeros for cuSPARSELt.
+
+    Args:
+        W: (out, in) in bf16, fp16, int8 or fp8, on CUDA.
+
+    Returns:
+        The packed weight.
+
+    Raises:
+        RuntimeError: torch or the device has no such kernel.
+    """
     return KernelWeight(*cusparselt(W), W.numel() // 2, W)
 
 

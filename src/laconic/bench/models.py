@@ -108,8 +108,13 @@ def _energy(run: Call, device: torch.device, tokens: int) -> dict[str, Any]:
 def check_prompt(name: str, config: PretrainedConfig, prompt: int) -> None:
     """Check that a prompt fits the context of a model.
 
+    Args:
+        name: Name of the model, for the error message.
+        config: Its config.
+        prompt: Tokens of the prompt.
+
     Raises:
-        ValueError: It does not.
+        ValueError: The prompt fills the context or exceeds it.
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and prompt >= limit:
@@ -150,12 +155,21 @@ def _forward(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor
 
 
 def removed_share(row: Mapping[str, Any], original: Mapping[str, Any]) -> float:
-    """Return the share of the original's linear weights that a model does not have, or has as zeros."""
+    """Return the share of the original's linear weights that a model does not have, or has as zeros.
+
+    Args:
+        row: Row of the model in a result, of which `linear_nonzero` is read.
+        original: Row of the original, likewise.
+    """
     return 1.0 - float(row["linear_nonzero"]) / float(original["linear_nonzero"])
 
 
 def short_names(folders: Iterable[str]) -> dict[str, str]:
-    """Return the last parts of folders, or the whole folders if last parts are equal."""
+    """Return short names by folder: the last parts of the folders, or the whole folders if last parts are equal.
+
+    Args:
+        folders: Folders or names on the Hub; a repeated one counts once.
+    """
     distinct = list(dict.fromkeys(folders))
     last_parts = {f: f.rstrip("/").rpartition("/")[2] for f in distinct}
     return last_parts if len(set(last_parts.values())) == len(distinct) else {f: f for f in distinct}

@@ -17,7 +17,7 @@ BATCHES = (1, 16, 64, 256, 1024, 4096)
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityOptions:
-    """What `laconic bench sparsity` measures, and how.
+    """Options of `laconic bench sparsity`.
 
     Attributes:
         baseline: The model that others are compared with. None: the first one.

@@ -54,7 +54,8 @@ def cutlass(W: Tensor) -> Product:
         The product.
 
     Raises:
-        RuntimeError: torch or the device has no such kernel; ValueError for some shapes.
+        RuntimeError: torch or the device has no such kernel.
+        ValueError: The kernel does not support the shape.
     """
     _check(W)
     from torch.sparse import SparseSemiStructuredTensorCUTLASS
@@ -65,7 +66,15 @@ def cutlass(W: Tensor) -> Product:
 
 
 def pad_rows(x: Tensor, multiple: int) -> Tensor:
-    """Append rows of zeros to x (tokens, in) up to a multiple of rows, which kernels require."""
+    """Append rows of zeros up to the multiple that a kernel requires.
+
+    Args:
+        x: (tokens, in).
+        multiple: The number of rows becomes a multiple of this.
+
+    Returns:
+        (tokens rounded up, in) of the same dtype; `x` itself if nothing is missing.
+    """
     missing = -len(x) % multiple
     # F.pad does not support fp8.
     as_bytes = x.view(torch.int8) if x.element_size() == 1 else x
@@ -73,7 +82,11 @@ def pad_rows(x: Tensor, multiple: int) -> Tensor:
 
 
 def cuda_capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a GPU, (9, 0) for Hopper."""
+    """Return the compute capability of a GPU, such as (9, 0) for Hopper.
+
+    Args:
+        device: A CUDA device.
+    """
     return torch.cuda.get_device_capability(device)
 
 

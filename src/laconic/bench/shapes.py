@@ -45,8 +45,12 @@ PRESETS: Mapping[str, LlamaConfig] = {
 def config_of(name: str, *, trust: Trust = UNTRUSTED) -> PretrainedConfig:
     """Return the config of a preset or of a model, without quantization.
 
+    Args:
+        name: A preset, a folder, or a name on the Hub.
+        trust: What the files of the model may do.
+
     Raises:
-        ValueError: The name is neither.
+        ValueError: The name is neither a preset nor a model.
     """
     if name in PRESETS:
         return deepcopy(PRESETS[name])
@@ -60,6 +64,10 @@ def linear_shapes(config: PretrainedConfig, *, trust: Trust = UNTRUSTED) -> dict
     """Return the shapes of the linears of a model's blocks, with the names of the linears.
 
     Linears that read one tensor (q, k, v; gate, up) are stacked, as engines multiply them. Experts are single linears.
+
+    Args:
+        config: Config of the model, of which no weights are needed.
+        trust: What the files of the model may do.
     """
     model = build_skeleton(config, torch.bfloat16, trust=trust)
     anatomy = dissect(model)
@@ -73,10 +81,16 @@ def linear_shapes(config: PretrainedConfig, *, trust: Trust = UNTRUSTED) -> dict
 
 
 def parse_shapes(text: str) -> dict[Shape, str]:
-    """Parse `4096x14336,...`, each out x in.
+    """Parse the text of a `--shapes`.
+
+    Args:
+        text: Shapes separated by commas, each outputs x inputs, such as `4096x14336,4096x4096`.
+
+    Returns:
+        By shape (out, in), its text.
 
     Raises:
-        ValueError: The text has another form.
+        ValueError: A part does not have this form, or a size is 0.
     """
     shapes: dict[Shape, str] = {}
     for part in text.split(","):

@@ -55,7 +55,17 @@ class SparseLinear(nn.Module):
 def random_model(
     config: PretrainedConfig, device: torch.device, dtype: torch.dtype, trust: Trust = UNTRUSTED
 ) -> PreTrainedModel:
-    """Make a model of this config with random weights."""
+    """Make a model with random weights, the same at every call.
+
+    Args:
+        config: Config of the model.
+        device: Device of its weights.
+        dtype: Dtype of its weights.
+        trust: Whether code in the model's folder may run.
+
+    Returns:
+        The model in evaluation mode, without gradients.
+    """
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -67,7 +77,12 @@ def random_model(
 
 @torch.no_grad()
 def with_zeros(model: PreTrainedModel, prune: Prune) -> PreTrainedModel:
-    """Return a copy of a model with pruned linears in its blocks; the head is unchanged."""
+    """Return a copy of a model with pruned linears in its blocks; the head is unchanged.
+
+    Args:
+        model: The model; it is not changed.
+        prune: Function from a weight (out, in) to a pruned weight of the same shape.
+    """
     model = copy.deepcopy(model)
     head = model.get_output_embeddings()
     for linear in linears_of(model).values():
@@ -114,7 +129,15 @@ def with_sparse_kernels(model: PreTrainedModel, prune: Prune | None = None) -> t
 
 @torch.no_grad()
 def count_weights(model: PreTrainedModel, sparse: Mapping[str, int] | None = None) -> LinearCounts:
-    """Count the weights and bytes of the linears of a model."""
+    """Count the weights and bytes of the linears of a model.
+
+    Args:
+        model: The model, with or without sparse kernels.
+        sparse: By pattern, the number of linears with a sparse kernel, as `with_sparse_kernels` returns it.
+
+    Returns:
+        Weights, nonzero weights and bytes; a quantized linear counts with its decoded weight.
+    """
     weights = nonzero = nbytes = 0
     for module in model.modules():
         if isinstance(module, SparseLinear):

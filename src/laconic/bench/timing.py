@@ -42,7 +42,11 @@ class Times:
         return Times(self.cpu or self.rounds).median
 
     def percentile(self, share: float) -> float:
-        """Return the seconds that a share of the rounds did not exceed (nearest rank)."""
+        """Return the seconds that a share of the rounds did not exceed (nearest rank).
+
+        Args:
+            share: The share, in (0, 1].
+        """
         return sorted(self.rounds)[max(1, math.ceil(share * len(self.rounds))) - 1]
 
     def as_result(self) -> dict[str, float | int | bool | None]:
@@ -98,7 +102,13 @@ def time_interleaved(
 
 
 def clock(run: Call, device: torch.device, repeats: int = 1) -> float:
-    """Return the mean seconds of a call that is repeated."""
+    """Return the mean seconds of a call: by CUDA events on a GPU, by the wall clock on a CPU.
+
+    Args:
+        run: The call.
+        device: Its device.
+        repeats: Number of calls.
+    """
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -128,6 +138,12 @@ def _merge(calls: Sequence[Call], device: torch.device) -> tuple[Call, bool]:
 
 def capture_graph(run: Call) -> Call:
     """Capture a call as a CUDA graph, and return its replay.
+
+    Args:
+        run: The call; it runs once before its capture.
+
+    Returns:
+        A function that replays the graph; it returns nothing.
 
     Raises:
         RuntimeError: The call cannot be captured.

@@ -45,6 +45,12 @@ class _Sum:
 def read_trace(file: Path) -> list[Row]:
     """Read the spans of a trace, in order of first appearance.
 
+    Args:
+        file: A Chrome trace in JSON, from `laconic profile`.
+
+    Returns:
+        One row per path of nested spans.
+
     Raises:
         ValueError: The file is not a trace, or has no span of Laconic.
     """
@@ -86,7 +92,15 @@ def read_trace(file: Path) -> list[Row]:
 
 
 def merge_blocks(rows: Sequence[Row]) -> list[Row]:
-    """Add up the rows of all blocks, so that a stage has one row."""
+    """Add up the rows of all blocks, so that a stage has one row.
+
+    Args:
+        rows: Rows of `read_trace`.
+
+    Returns:
+        One row per path, with `blocks` in the place of `block 0`, `block 1`, ...; seconds and counts are sums, and peak
+        bytes the largest.
+    """
     sums: dict[tuple[str, ...], Row] = {}
     for row in rows:
         path = tuple("blocks" if p.startswith("block ") else p for p in row.path)

@@ -15,6 +15,9 @@ def linear_verdicts(rows: Rows) -> Iterator[str]:
     """Yield one line per form: its speed-up over the dense product of its dtype, by number of tokens.
 
     Speed-ups are geometric means over shapes.
+
+    Args:
+        rows: Rows of linears of a result.
     """
     for form in dict.fromkeys(r["form"] for r in rows if r["kind"] != "dense"):
         yield _form_verdict(form, [r for r in rows if r["form"] == form])
@@ -41,7 +44,11 @@ def _form_verdict(form: str, rows: Rows) -> str:
 
 
 def model_verdicts(rows: Rows) -> Iterator[str]:
-    """Yield one line per model: its speed-up over the first one."""
+    """Yield one line per model: its speed-up over the first one.
+
+    Args:
+        rows: Rows of models of a result, the one to compare with first.
+    """
     for row in rows[1:]:
         prefill, decode = row["prefill"]["speedup"], row["decode"]["speedup"]
         line = f"{row['name']}: prefill {prefill:.2f}x, decode {decode:.2f}x of {rows[0]['name']}"
@@ -74,7 +81,14 @@ def busy_verdict(measurements: Rows) -> Iterator[str]:
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Compute the geometric mean."""
+    """Compute the geometric mean.
+
+    Args:
+        values: Positive numbers, at least one.
+
+    Returns:
+        Their geometric mean.
+    """
     return math.exp(sum(map(math.log, values)) / len(values))
 
 

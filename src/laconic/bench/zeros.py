@@ -34,7 +34,11 @@ class Zeros:
 
 
 def zeros_of(W: Tensor) -> Zeros:
-    """Return the most regular pattern of the zeros of W (out, in)."""
+    """Return the most regular pattern of the zeros of a weight.
+
+    Args:
+        W: (out, in).
+    """
     share = float((W == 0).float().mean())
     block_shares = {n: _zero_block_share(W, n) for n in BLOCKS if W.shape[0] % n == 0 and W.shape[1] % n == 0}
     if block_shares and (most := max(block_shares.values())) > _MIN_SHARE:
@@ -46,22 +50,49 @@ def zeros_of(W: Tensor) -> Zeros:
 
 
 def is_2_of_4(W: Tensor) -> bool:
-    """Return whether at most two of every four neighbours in a row of W (out, in) are nonzero."""
+    """Return whether at most two of every four neighbours in a row are nonzero.
+
+    Args:
+        W: (out, in).
+    """
     return W.shape[1] % 4 == 0 and bool(((W.reshape(-1, 4) != 0).sum(-1) <= 2).all())
 
 
 def to_2_of_4(W: Tensor) -> Tensor:
-    """Set the two smallest of every four neighbours in a row of W (out, in) to zero."""
+    """Set the two smallest of every four neighbours in a row to zero.
+
+    Args:
+        W: (out, in), `in` a multiple of 4.
+
+    Returns:
+        The pruned weight, of the same shape and dtype.
+    """
     return _prune(W, 0.5, MaskStructure(group=(2, 4)))
 
 
 def to_unstructured(W: Tensor, sparsity: float) -> Tensor:
-    """Set the smallest weights of W to zero, a share of `sparsity`."""
+    """Set the smallest weights to zero, wherever they are.
+
+    Args:
+        W: (out, in).
+        sparsity: Share of the weights to prune.
+
+    Returns:
+        The pruned weight, of the same shape and dtype.
+    """
     return _prune(W, sparsity, MaskStructure())
 
 
 def to_zero_blocks(W: Tensor, size: int, sparsity: float) -> Tensor:
-    """Set the blocks (size, size) of W (out, in) with the smallest norms to zero, a share of `sparsity`.
+    """Set the square blocks with the smallest norms to zero.
+
+    Args:
+        W: (out, in).
+        size: Side of the blocks.
+        sparsity: Share of the blocks to prune.
+
+    Returns:
+        The pruned weight, of the same shape and dtype.
 
     Raises:
         ValueError: The block size does not divide W.

@@ -1,4 +1,4 @@
-"""What the command line prints: plans, progress, warnings, JSON."""
+"""Output of the command line: plans, progress, warnings, JSON."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class CompressionProgress:
 class SweepProgress:
     """Progress bars of a study on stderr: all runs, and each run in progress.
 
-    Where stderr is no terminal, one line per finished run. Called with the events of `laconic.sweep.sweeping.sweep`.
+    Where stderr is no terminal, one line per finished run. Called with the events of `laconic.sweep.runner.sweep`.
     """
 
     def __init__(self, *, quiet: bool) -> None:
@@ -150,7 +150,12 @@ class SweepProgress:
 
 
 def print_plan(plan: CompressionPlan, as_json: bool) -> None:
-    """Print what a recipe will do: its table on stdout and its warnings on stderr, or one JSON object."""
+    """Print what a recipe will do: its table on stdout and its warnings on stderr, or one JSON object.
+
+    Args:
+        plan: The plan.
+        as_json: Print one JSON object instead of the table and the warnings.
+    """
     if as_json:
         print_json(plan.to_dict())
         return
@@ -162,13 +167,21 @@ def print_plan(plan: CompressionPlan, as_json: bool) -> None:
 
 
 def print_warnings(plan: CompressionPlan) -> None:
-    """Print on stderr what is allowed, but may surprise."""
+    """Print on stderr what is allowed, but may surprise.
+
+    Args:
+        plan: The plan.
+    """
     for warning in plan.warnings:
         err.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def calibration_notes(log: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield what an artifact's log says about calibration that the user may want to act on."""
+    """Yield what an artifact's log says about calibration that the user may want to act on.
+
+    Args:
+        log: Events of the artifact's `log.jsonl`.
+    """
     dead = [e for e in log if e.get("dead_columns")]
     if dead:
         count = sum(e["dead_columns"] for e in dead)
@@ -206,7 +219,16 @@ def _is_odd(event: Mapping[str, Any]) -> bool:
 
 
 def with_status(measure: Callable[..., Any], *arguments: Any, quiet: bool) -> Any:
-    """Call a function, and show on stderr what it reports (`report=`) while it runs."""
+    """Call a function, and show on stderr what it reports (`report=`) while it runs.
+
+    Args:
+        measure: Function with a keyword argument `report`, to which it passes lines of text.
+        *arguments: Its positional arguments.
+        quiet: Show nothing.
+
+    Returns:
+        The result of `measure`.
+    """
     if quiet or not err.is_terminal:
         return measure(*arguments)
     with err.status("") as status:
@@ -214,7 +236,11 @@ def with_status(measure: Callable[..., Any], *arguments: Any, quiet: bool) -> An
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on stdout; NaN and infinity, which JSON lacks, become null."""
+    """Print one JSON object on stdout; NaN and infinity, which JSON lacks, become null.
+
+    Args:
+        value: Mappings, lists and plain values; any other value is written as its text.
+    """
     sys.stdout.write(json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
 
 

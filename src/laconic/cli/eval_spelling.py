@@ -36,7 +36,7 @@ class EvalGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
     def _is_typo(self, args: list[str]) -> bool:
-        """Whether the first argument is a command with a typing error rather than a model."""
+        """Return whether the first argument is a command with a typing error rather than a model."""
         first = args[0]
         is_model = first.startswith("-") or "/" in first or Path(first).exists()
         return not is_model and bool(get_close_matches(first, self.commands, cutoff=0.7))
@@ -111,5 +111,9 @@ def _split(args: list[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
 
 
 def print_hint(command: list[str]) -> None:
-    """Print the new spelling of a command on stderr."""
+    """Print the new spelling of a command on stderr.
+
+    Args:
+        command: The present spelling, in parts of a shell command.
+    """
     err.print(f"hint: this is now: {shlex.join(command)}", style="yellow", highlight=False, soft_wrap=True)

@@ -27,7 +27,11 @@ Pickle = Annotated[
 
 
 def model_and_recipe(source: str, recipe: str | None) -> tuple[str | None, str]:
-    """Return the model and the recipe that `RECIPE.yaml` or `MODEL --recipe NAME` name; no model for the first.
+    """Return the model and the recipe that `RECIPE.yaml` or `MODEL --recipe NAME` name; the first has None as model.
+
+    Args:
+        source: A recipe file; or a model, if a recipe is given.
+        recipe: Name or file of a recipe.
 
     Raises:
         ValueError: `source` is no recipe file, and no recipe is given.
@@ -42,8 +46,11 @@ def model_and_recipe(source: str, recipe: str | None) -> tuple[str | None, str]:
 def check_dtype(dtype: str | None) -> None:
     """Check a dtype to compute in.
 
+    Args:
+        dtype: Name of the dtype; None for that of the checkpoint.
+
     Raises:
-        ValueError: There is no such dtype.
+        ValueError: It is not float32, bfloat16 or float16.
     """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype} is not one of float32, bfloat16, float16")
@@ -52,8 +59,16 @@ def check_dtype(dtype: str | None) -> None:
 def numbers(option: str, text: str, kind: type = int) -> list[Any]:
     """Read numbers separated by commas.
 
+    Args:
+        option: Name of the option, for the error message.
+        text: The numbers, such as `512,2048`.
+        kind: `int` or `float`.
+
+    Returns:
+        The numbers.
+
     Raises:
-        ValueError: The text is no such list.
+        ValueError: A part is not a number of this kind.
     """
     try:
         return [kind(part) for part in text.split(",")]
@@ -63,5 +78,12 @@ def numbers(option: str, text: str, kind: type = int) -> list[Any]:
 
 
 def words(text: str) -> list[str]:
-    """Read names separated by commas."""
+    """Read names separated by commas.
+
+    Args:
+        text: The names, such as `piqa,boolq`.
+
+    Returns:
+        The names without spaces around them; empty ones are left out.
+    """
     return [word.strip() for word in text.split(",") if word.strip()]

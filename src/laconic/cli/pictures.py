@@ -11,6 +11,9 @@ from laconic.cli.console import err
 def check_picture(file: Path | None) -> None:
     """Check that a picture can be written, before hours of measuring.
 
+    Args:
+        file: The file; None passes.
+
     Raises:
         ValueError: The name does not end in .svg, or the place cannot be written.
     """
@@ -24,7 +27,12 @@ def check_picture(file: Path | None) -> None:
 
 
 def draw_reliability(result: dict[str, Any], file: Path | None) -> None:
-    """Draw the reliability diagrams of a result; several go into files with the name of their domain or task."""
+    """Draw the reliability diagrams of a result; several go into files with the name of their domain or task.
+
+    Args:
+        result: Result of `laconic eval`; a note is printed if it has no diagram.
+        file: An SVG file; None draws nothing.
+    """
     if file is None:
         return
     from laconic.checkpoint.atomic import write_text
@@ -43,7 +51,12 @@ def draw_reliability(result: dict[str, Any], file: Path | None) -> None:
 
 
 def draw_heat_map(result: dict[str, Any], file: Path | None) -> None:
-    """Draw the share of needles found, over length and depth, of a result of `laconic eval long`."""
+    """Draw the share of needles found, over length and depth, of a result of `laconic eval long`.
+
+    Args:
+        result: The result, with needles.
+        file: An SVG file; None draws nothing.
+    """
     if file is None:
         return
     from laconic.report.heat_map import heat_map

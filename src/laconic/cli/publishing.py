@@ -92,7 +92,14 @@ def push(
 
 
 def refreshing(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command that measures an artifact (its argument `model`), so that it updates the artifact's cards."""
+    """Wrap a command that measures an artifact (its argument `model`), so that it updates the artifact's cards.
+
+    Args:
+        command: The command; it has `model`, `trust_remote_code` and `allow_pickle` among its options.
+
+    Returns:
+        The command. An error while cards are updated becomes a note.
+    """
 
     @wraps(command)
     def run(*args: Any, **options: Any) -> None:

@@ -58,6 +58,10 @@ def declarations(modules: Sequence[str], read: Callable[[], Result]) -> Result:
 
     Returns:
         What `read` returns; it is called once more, with the libraries themselves, if stand-ins do not suffice.
+
+    Raises:
+        ValueError: `read` raises it, for what a user got wrong.
+        OSError: Likewise.
     """
     if "torch" in sys.modules:
         return read()

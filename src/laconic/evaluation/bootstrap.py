@@ -58,17 +58,32 @@ class Ratio:
 
 
 def mean_of(values: Values) -> Ratio:
-    """Return the mean as a statistic of values (units,)."""
+    """Return the mean of values as a statistic of resampled units.
+
+    Args:
+        values: (units,) value of each unit.
+    """
     return Ratio(values, np.ones(len(values)))
 
 
 def perplexity_of(nll: Values) -> Ratio:
-    """Return the perplexity as a statistic of mean negative log-likelihoods (units,) of units of equal size."""
+    """Return the perplexity as a statistic of resampled units, which have equal numbers of tokens.
+
+    Args:
+        nll: (units,) mean negative log-likelihood of each unit, in nats per token.
+    """
     return Ratio(nll, np.ones(len(nll)), exp)
 
 
 def exp(x: Values) -> Values:
-    """Compute the exponential function, infinite where it overflows."""
+    """Compute the exponential function, infinite where it overflows.
+
+    Args:
+        x: Exponents, of any shape.
+
+    Returns:
+        float64 of the same shape.
+    """
     with np.errstate(over="ignore"):
         return np.asarray(np.exp(x))
 
@@ -94,7 +109,17 @@ def draw(statistic: Statistic, strata: Sequence[int], *, resamples: int = RESAMP
 def interval(
     statistic: Statistic, strata: Sequence[int], *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> list[float] | None:
-    """Compute the 95 % interval [low, high] of a statistic; None if a stratum has fewer than two units."""
+    """Compute the 95 % interval of a statistic.
+
+    Args:
+        statistic: The statistic.
+        strata: Number of units of each stratum; see `draw`.
+        resamples: Number of resamples.
+        seed: Seed of the resamples.
+
+    Returns:
+        [low, high]; None if a stratum has fewer than two units, or the value of a resample is not finite.
+    """
     return None if min(strata) < 2 else central_interval(draw(statistic, strata, resamples=resamples, seed=seed))
 
 
@@ -106,14 +131,33 @@ def paired_interval(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> list[float] | None:
-    """Compute the 95 % interval of the difference of two models' statistics on the same resamples."""
+    """Compute the 95 % interval of the difference of two models' statistics on the same resamples.
+
+    Args:
+        statistic: Statistic of the model.
+        baseline: Statistic of its original.
+        strata: Number of units of each stratum, the same for both; see `draw`.
+        resamples: Number of resamples.
+        seed: Seed of the resamples.
+
+    Returns:
+        [low, high] of model - original; None if a stratum has fewer than two units, or a difference is not finite.
+    """
     return interval(
         lambda counts: _subtract(statistic(counts), baseline(counts)), strata, resamples=resamples, seed=seed
     )
 
 
 def central_interval(draws: Values, level: float = LEVEL) -> list[float] | None:
-    """Compute the central interval of draws; None if some draws are not finite."""
+    """Compute the central interval of draws by the percentile method.
+
+    Args:
+        draws: (resamples,) values of a statistic.
+        level: Share of the draws inside the interval, in (0, 1).
+
+    Returns:
+        [low, high], the quantiles (1 - level) / 2 and (1 + level) / 2; None if some draws are not finite.
+    """
     if not np.isfinite(draws).all():
         return None
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])

@@ -145,7 +145,15 @@ def filled(
 
 
 def stored_bytes(cache: Cache) -> int:
-    """Count the bytes of all tensors of a cache, Laconic's or transformers'."""
+    """Count the bytes of all tensors of a cache.
+
+    Args:
+        cache: A cache of Laconic or of transformers. Of the latter, scalars are not counted, and quantized tensor
+            subclasses count with their components.
+
+    Returns:
+        Number of bytes.
+    """
     if isinstance(cache, KvCache):
         return cache.stored_bytes()
     return sum(t.nbytes for layer in cache.layers for value in vars(layer).values() for t in _plain_tensors(value))

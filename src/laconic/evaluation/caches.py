@@ -46,8 +46,14 @@ def caches_for(model: PreTrainedModel, kv: Sequence[str] = ()) -> dict[str, Call
 def parse_stage(text: str) -> dict[str, Any]:
     """Parse the text of a `--kv`.
 
+    Args:
+        text: A stage as YAML or JSON, such as `{method: kivi, k_bits: 2, v_bits: 2}`.
+
+    Returns:
+        Keys and values of the stage, `method` among them.
+
     Raises:
-        ValueError: It does not have the form of a stage.
+        ValueError: The text is not YAML, or not a mapping with a text under `method`.
     """
     example = "as in --kv '{method: kivi, k_bits: 2, v_bits: 2}'"
     try:
@@ -60,17 +66,32 @@ def parse_stage(text: str) -> dict[str, Any]:
 
 
 def title(stage: Mapping[str, Any]) -> str:
-    """Return a short name of a stage, such as `kivi k_bits 2 v_bits 2`."""
+    """Return a short name of a stage, such as `kivi k_bits 2 v_bits 2`.
+
+    Args:
+        stage: Keys and values of a stage, `method` among them.
+    """
     return " ".join([stage["method"], *(f"{key} {value}" for key, value in stage.items() if key != "method")])
 
 
 def cache_suffix(kv: Sequence[str]) -> str:
-    """Return the part of a result's name that differs between runs with other caches."""
+    """Return the part of a result's name that differs between runs with other caches.
+
+    Args:
+        kv: Texts of the `--kv` options; none of them gives an empty suffix.
+
+    Raises:
+        ValueError: A text does not have the form of a stage.
+    """
     return "-" + slug(map(title, map(parse_stage, kv)), "-") if kv else ""
 
 
 def resolve(stage: Mapping[str, Any], config: Any) -> KvScheme:
     """Return the scheme of a stage for a model of this config.
+
+    Args:
+        stage: Keys and values of a stage, `method` among them.
+        config: The transformers config of the model.
 
     Raises:
         ValueError: The method is unknown, has no such key, or needs calibration.

@@ -83,7 +83,14 @@ def choice_predictions(log_likelihoods: Sequence[Sequence[float]], labels: Seque
 
 
 def concatenate(tasks: Sequence[Predictions]) -> Predictions:
-    """Concatenate the predictions of a group of tasks; each task remains a stratum."""
+    """Concatenate the predictions of a group of tasks; each task remains a stratum.
+
+    Args:
+        tasks: Predictions of each task.
+
+    Returns:
+        All predictions in order, with the units of later tasks numbered after those of earlier ones.
+    """
     starts = np.cumsum([0, *(sum(t.strata) for t in tasks)])
     return Predictions(
         np.concatenate([t.confidence for t in tasks]),
@@ -99,6 +106,13 @@ def reliability(predictions: Predictions, bins: int = BINS) -> list[Bin]:
 
     There are fewer bins if there are fewer predictions. Predictions of equal confidence at the edge of a bin are
     divided between the bins at their average, so that the order of predictions does not matter.
+
+    Args:
+        predictions: The predictions.
+        bins: Largest number of bins.
+
+    Returns:
+        The bins, each with at least one prediction.
     """
     order, starts = _sort(predictions)
     columns = (np.ones(len(order)), predictions.confidence[order], predictions.correct[order])
@@ -108,7 +122,17 @@ def reliability(predictions: Predictions, bins: int = BINS) -> list[Bin]:
 
 
 def ece(predictions: Predictions, bins: int = BINS) -> float:
-    """Compute the expected calibration error: the mean of |confidence - accuracy| of bins, weighted by their size."""
+    """Compute the expected calibration error (Naeini et al., AAAI 2015) over bins of equal size (1904.01685).
+
+    It is the mean of |confidence - accuracy| of the bins, weighted by their numbers of predictions.
+
+    Args:
+        predictions: The predictions.
+        bins: Largest number of bins.
+
+    Returns:
+        The error, in [0, 1].
+    """
     total = sum(b.count * abs(b.confidence - b.accuracy) for b in reliability(predictions, bins))
     return total / len(predictions.correct)
 
@@ -118,6 +142,10 @@ def ece_of(predictions: Predictions, bins: int = BINS) -> Statistic:
 
     It is exact if units have one prediction each. If they have more, predictions of similar confidence are merged into
     at most `CELLS` cells, and a bin edge within a cell divides it as if its predictions were equal.
+
+    Args:
+        predictions: The predictions.
+        bins: Largest number of bins.
     """
     order, starts = _sort(predictions)
     values = (np.ones(len(order)), predictions.confidence[order], predictions.correct[order])
@@ -158,7 +186,11 @@ def _cell_tables(
 
 
 def brier_of(predictions: Predictions) -> Statistic:
-    """Return the mean Brier score as a statistic of resampled units, which have equal numbers of predictions."""
+    """Return the mean Brier score as a statistic of resampled units, which have equal numbers of predictions.
+
+    Args:
+        predictions: The predictions.
+    """
     sizes = np.bincount(predictions.units, minlength=sum(predictions.strata))
     return mean_of(np.bincount(predictions.units, weights=predictions.brier, minlength=len(sizes)) / sizes)
 

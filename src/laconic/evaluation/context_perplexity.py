@@ -46,7 +46,11 @@ class Bucket:
 
 
 def edges(length: int) -> list[int]:
-    """Return the ends of buckets: 512 and its doublings, up to a context of `length` tokens."""
+    """Return the ends of buckets: 512 and its doublings, up to a context of `length` tokens.
+
+    Args:
+        length: Tokens of the context.
+    """
     ends = []
     end = 512
     while end < length:

@@ -20,6 +20,12 @@ from laconic.pipeline.provenance import command_line, versions
 def parse_domains(arguments: Sequence[str]) -> dict[str, str]:
     """Parse arguments of the form NAME=FILE into a mapping of names to texts.
 
+    Args:
+        arguments: Arguments, such as `web=c4.jsonl`.
+
+    Returns:
+        By name, the text: a file or a dataset of the Hub.
+
     Raises:
         ValueError: An argument has no name or no text, or a name occurs twice.
     """

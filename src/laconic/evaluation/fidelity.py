@@ -50,7 +50,14 @@ class Quality:
 
 
 def perplexity(nll: float) -> float:
-    """Compute exp(nll), infinite where it overflows."""
+    """Compute the perplexity exp(nll).
+
+    Args:
+        nll: Mean negative log-likelihood per token, in nats.
+
+    Returns:
+        The perplexity; inf where it overflows.
+    """
     return math.exp(nll) if nll < 700 else math.inf
 
 
@@ -140,7 +147,19 @@ def _window_means(values: Tensor) -> Values:
 
 
 def measure(model: PreTrainedModel, windows: Tensor, baseline: PreTrainedModel | None = None) -> Quality:
-    """Compute the means over all tokens of windows, with the arguments and errors of `observe`."""
+    """Compute the means over all predicted tokens of windows.
+
+    Args:
+        model: The model.
+        windows: (n, length) token ids.
+        baseline: The original, if the fidelity to it is asked for.
+
+    Returns:
+        The means.
+
+    Raises:
+        ValueError: A model returns NaN or infinity.
+    """
     return observe(model, windows, baseline).quality()
 
 
@@ -195,10 +214,14 @@ def _stack(rows: list[TokenScores]) -> TokenScores:
 
 
 def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Compute log-probabilities of the next token after each token of ids (1, n) but the last.
+    """Compute log-probabilities of the next token after each token of a window but the last.
+
+    Args:
+        model: The model.
+        ids: (1, n) token ids.
 
     Returns:
-        (n - 1, vocabulary) float32.
+        (n - 1, vocabulary) float32, on the device of the model's logits.
 
     Raises:
         ValueError: The model returns NaN or infinity.
@@ -211,5 +234,9 @@ def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def not_finite(model: PreTrainedModel) -> str:
-    """Return the message for a model that returns NaN or infinity."""
+    """Return the message for a model that returns NaN or infinity.
+
+    Args:
+        model: The model; the message has its dtype.
+    """
     return f"the model returns NaN or infinity in {model.dtype}; compute in another dtype (--dtype float32)"

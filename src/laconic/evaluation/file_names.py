@@ -14,6 +14,13 @@ def slug(words: Iterable[str], separator: str = "+") -> str:
 
     If other characters are replaced, or the name is cut, a digest of the whole is appended, so that different words
     never give the same file name.
+
+    Args:
+        words: The words.
+        separator: Text between two words.
+
+    Returns:
+        Letters, digits and `_.+-`: at most 90 of them, or 97 with the digest.
     """
     whole = separator.join(words)
     plain = re.sub(r"[^\w.+-]+", "_", whole)

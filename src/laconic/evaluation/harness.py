@@ -102,6 +102,12 @@ def run_tasks(lm: Any, opened: OpenTasks, limit: int | None, fewshot: int | None
 def open_hub(names: Sequence[str]) -> OpenTasks:
     """Open lm-eval's tasks and groups of these names, with their data sets from the Hub or its cache.
 
+    Args:
+        names: Names of tasks and groups, or patterns such as `blimp_*`.
+
+    Returns:
+        The tasks and groups.
+
     Raises:
         ValueError: A name is unknown, or a task cannot be opened.
     """

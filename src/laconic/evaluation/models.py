@@ -37,8 +37,16 @@ class ModelPair:
 def open_pair(model: str | Path, options: TextOptions | DomainOptions) -> ModelPair:
     """Open a model and its original.
 
+    Args:
+        model: Folder of an artifact or of any model, or a name on the Hub.
+        options: The original, context length, device and dtype, and whether code and pickles of the model are trusted.
+
+    Returns:
+        Both models; windows have `options.context_length` tokens, or the model's context up to 2048.
+
     Raises:
-        ValueError: The model's context is shorter than asked for, or the baseline has another vocabulary.
+        ValueError: The context length is below 2 or beyond the model's context, the original has another vocabulary, or
+            a model cannot be opened.
     """
     folder = model_folder(str(model), trust=options.trust)
     tokenizer = load_tokenizer(folder, trust=options.trust)
@@ -59,15 +67,27 @@ def open_pair(model: str | Path, options: TextOptions | DomainOptions) -> ModelP
 
 
 def device_named(name: str) -> str:
-    """Return `cuda` or `cpu` for `auto`, and any other name unchanged."""
+    """Return `cuda` or `cpu` for `auto`, and any other name unchanged.
+
+    Args:
+        name: `auto`, or the name of a torch device.
+    """
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:
-    """Return the torch dtype of this name, None for None."""
+    """Return the torch dtype of this name, None for None.
+
+    Args:
+        name: Name of a dtype in torch, such as `bfloat16`.
+    """
     return None if name is None else getattr(torch, name)
 
 
 def name_of_dtype(dtype: torch.dtype) -> str:
-    """Return `bfloat16` for torch.bfloat16."""
+    """Return the name of a dtype without `torch.`, such as `bfloat16`.
+
+    Args:
+        dtype: The dtype.
+    """
     return str(dtype).removeprefix("torch.")

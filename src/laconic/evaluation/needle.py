@@ -84,7 +84,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleOptions:
-    """How needles are placed and read.
+    """Options of placing and reading needles.
 
     Attributes:
         depths: Number of depths, evenly from the beginning to the end.
@@ -104,12 +104,20 @@ class NeedleOptions:
 
 
 def depths_of(count: int) -> list[float]:
-    """Return depths spread evenly from 0 to 1; 0.5 for one."""
+    """Return depths spread evenly from 0 to 1; 0.5 for one.
+
+    Args:
+        count: Number of depths, at least 1.
+    """
     return [i / (count - 1) for i in range(count)] if count > 1 else [0.5]
 
 
 def answer_tokens(template: Template) -> int:
-    """Return the number of tokens of an answer: the digits, a space, and one more to see that the number ends."""
+    """Return the number of tokens of an answer: the digits, a space, and one more to see that the number ends.
+
+    Args:
+        template: Wording of the needles.
+    """
     return template.digits + 2
 
 
@@ -156,7 +164,12 @@ def make_prompt(
 
 
 def is_found(answer: str, number: str) -> bool:
-    """Return whether the first number of an answer is exactly this one."""
+    """Return whether the first number of an answer is exactly the needle's.
+
+    Args:
+        answer: Text that the model generated.
+        number: Digits of the needle.
+    """
     first = re.match(r"\D*(\d+)", answer)
     return first is not None and first[1] == number
 

@@ -61,7 +61,14 @@ class Score:
     sampled: tuple[tuple[float, Ratio], ...] | None = None
 
     def statistic(self, counts: Values) -> Values:
-        """Compute the value of each resample, from counts (resamples, documents of all tasks)."""
+        """Compute the value of each resample.
+
+        Args:
+            counts: (resamples, documents of all tasks) how often each document was drawn.
+
+        Returns:
+            (resamples,) values.
+        """
         assert self.sampled is not None
         ends = np.cumsum(self.strata)[:-1]
         pieces = np.split(counts, ends, axis=1)
@@ -196,14 +203,25 @@ def _comparison(score: Score, original: Score) -> dict[str, Any]:
 
 
 def mean_retention(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Compute the mean retention over tasks, each by its main metric; None if a task has none."""
+    """Compute the mean retention over tasks, each by its main metric.
+
+    Args:
+        rows: Rows of `compare_scores`.
+
+    Returns:
+        The mean; None if there is no task, or if one has no retention (no original, or a division by 0).
+    """
     values = [row.get("retention") for row in rows if row["main"]]
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def rename_old_keys(result: dict[str, Any]) -> dict[str, Any]:
-    """Return a result of tasks with the present names of keys that earlier versions wrote under other names."""
+    """Return a result of tasks with the present names of keys that earlier versions wrote under other names.
+
+    Args:
+        result: Result of `laconic eval tasks`, or one of its rows; it is not changed.
+    """
     renamed = {_RENAMED_KEYS.get(key, key): value for key, value in result.items()}
     for key in ("rows", "subtasks"):
         if isinstance(renamed.get(key), list):
@@ -212,7 +230,15 @@ def rename_old_keys(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def paired_stderr(score: Score, baseline: Score) -> float | None:
-    """Compute the standard error of the difference of two models on the same documents; None if it is not known."""
+    """Compute the standard error of the difference of two models' scores on the same documents.
+
+    Args:
+        score: Score of the model.
+        baseline: Score of its original.
+
+    Returns:
+        The standard error; None if it is not known, or if a task has fewer than two documents.
+    """
     if score.parts is None or baseline.parts is None:
         return None
     return _stderr([(w, a - b) for (w, a), (_, b) in zip(score.parts, baseline.parts, strict=True)])

@@ -38,7 +38,12 @@ def read_predictions(results: Mapping[str, Any], tasks: Mapping[str, Any]) -> di
 
 
 def add_groups(predictions: Mapping[str, Predictions], groups: Mapping[str, Any]) -> dict[str, Predictions]:
-    """Return predictions with those of groups, whose tasks all have predictions, put first."""
+    """Return predictions with those of groups, whose tasks all have predictions, put first.
+
+    Args:
+        predictions: Predictions by task.
+        groups: lm-eval's groups by name.
+    """
     of_groups = {}
     for name, group in groups.items():
         members = [task.task_name for task in group.get_all_tasks()]
@@ -50,7 +55,15 @@ def add_groups(predictions: Mapping[str, Predictions], groups: Mapping[str, Any]
 def calibration_rows(
     model: Mapping[str, Predictions], baseline: Mapping[str, Predictions] | None
 ) -> list[dict[str, Any]]:
-    """Compare the calibration of a model with that of its original, one row per task or group."""
+    """Compare the calibration of a model with that of its original, one row per task or group.
+
+    Args:
+        model: Predictions of the model by task or group.
+        baseline: Predictions of its original by task or group, if there is one.
+
+    Returns:
+        Rows with `task`, `tasks` (the number of tasks) and the keys of `compare_calibration`.
+    """
     return [
         {"task": name, "tasks": len(predictions.strata)}
         | compare_calibration(predictions, None if baseline is None else baseline[name])

@@ -71,7 +71,12 @@ def open_local(names: Sequence[str], folder: Path, fewshot: int | None) -> OpenT
 
 
 def documents_of(name: str, folder: Path) -> Path | None:
-    """Return a file of the folder with documents of a task, or of a task of a group; None if there is none."""
+    """Return a file of the folder with documents of a task, or of a task of a group; None if there is none.
+
+    Args:
+        name: Name of a task or group, or a pattern.
+        folder: Folder with the data of tasks.
+    """
     formats = formats_in(folder)
     for member in _members(name, formats):
         file = folder / f"{formats[member].file}.jsonl"
@@ -81,13 +86,23 @@ def documents_of(name: str, folder: Path) -> Path | None:
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """Return the end of an error message that suggests similar names."""
+    """Return the end of an error message that suggests similar names.
+
+    Args:
+        name: The unknown name.
+        known: The known names.
+    """
     near = difflib.get_close_matches(name, known, 3)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def explain(name: str, error: Exception) -> str:
-    """Return the message for a task that lm-eval cannot open, with the fix if packages are missing."""
+    """Return the message for a task that lm-eval cannot open, with the fix if packages are missing.
+
+    Args:
+        name: Name of the task.
+        error: The error that lm-eval raised.
+    """
     if not isinstance(error, ImportError):
         return f"the task '{name}' could not be opened ({first_line(error)})"
     fix = "pip install 'laconic[longbench]'" if is_longbench(name) else f"the import failed with: {first_line(error)}"

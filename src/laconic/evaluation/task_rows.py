@@ -37,7 +37,14 @@ class TaskFormat:
 
 
 def formats_in(folder: Path) -> dict[str, TaskFormat]:
-    """Return the formats of all known tasks, with those of families that have files in the folder."""
+    """Return the formats of all known tasks, with those of families that have files in the folder.
+
+    Args:
+        folder: Folder with the data of tasks.
+
+    Raises:
+        ValueError: `mmlu.jsonl`, which is read for its subjects, has a line that is not a JSON object.
+    """
     formats = dict(_SINGLE)
     for file in sorted(folder.glob("blimp_*.jsonl")):
         formats[file.stem] = TaskFormat("blimp", file.stem, _PAIR, _pick(_PAIR))
@@ -50,7 +57,13 @@ def formats_in(folder: Path) -> dict[str, TaskFormat]:
 
 
 def read_rows(file: Path) -> list[tuple[str, Row]]:
-    """Read the objects of a JSONL file, each with its place for error messages.
+    """Read the objects of a JSONL file; empty lines are skipped.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Pairs of a place for error messages, such as `tasks/piqa.jsonl, line 3,`, and an object.
 
     Raises:
         ValueError: A line is not a JSON object.
@@ -72,6 +85,14 @@ def read_rows(file: Path) -> list[tuple[str, Row]]:
 
 def convert_row(row: Row, task_format: TaskFormat, place: str) -> Fields:
     """Check a row and convert it to lm-eval's fields.
+
+    Args:
+        row: The row.
+        task_format: Format of its file.
+        place: Its place, the beginning of error messages.
+
+    Returns:
+        The fields of lm-eval.
 
     Raises:
         ValueError: A field is missing, or has a wrong type or value.

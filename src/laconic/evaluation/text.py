@@ -73,7 +73,15 @@ def evaluate_text(model: str | Path, options: TextOptions | None = None) -> dict
 
 
 def read_windows(text: str, pair: ModelPair, limit: int | None) -> Tensor:
-    """Read a text as windows (n, length) of token ids, at most `limit` of them.
+    """Read a text as windows of token ids.
+
+    Args:
+        text: A file, a dataset of the Hub, or a short name such as `wikitext2`.
+        pair: The models; it has the tokenizer and the tokens per window.
+        limit: Largest number of windows. None: all.
+
+    Returns:
+        (windows, length) int64.
 
     Raises:
         ValueError: The text cannot be read, or does not fill one window.
@@ -83,7 +91,11 @@ def read_windows(text: str, pair: ModelPair, limit: int | None) -> Tensor:
 
 
 def summarize(observation: Observation) -> dict[str, Any]:
-    """Return the keys of a result that describe one text: quality, its intervals, calibration of next tokens."""
+    """Return the keys of a result that describe one text: quality, its intervals, calibration of next tokens.
+
+    Args:
+        observation: The predictions of the model and its original on the text.
+    """
     quality = observation.quality()
     keys = ("perplexity", "nll_stderr", "baseline_perplexity", "kl_mean", "kl_p99", "top1_agreement")
     baseline = None if observation.baseline is None else observation.baseline.predictions()

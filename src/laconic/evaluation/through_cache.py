@@ -19,7 +19,11 @@ PLAIN = "16 bit"
 
 
 def plain_cache(model: PreTrainedModel) -> DynamicCache:
-    """Return transformers' own cache, which stores keys and values unchanged."""
+    """Return transformers' own cache, which stores keys and values unchanged.
+
+    Args:
+        model: The model.
+    """
     return DynamicCache(config=model.config)
 
 
@@ -50,7 +54,15 @@ def step(model: PreTrainedModel, ids: Tensor, cache: Cache, *, last: bool = Fals
 
 
 def chunks(ids: Tensor, size: int) -> Iterator[Tensor]:
-    """Split ids (rows, tokens) into pieces of at most `size` tokens."""
+    """Split token ids into pieces along the tokens.
+
+    Args:
+        ids: (rows, tokens) token ids.
+        size: Tokens per piece.
+
+    Yields:
+        (rows, at most `size`) token ids.
+    """
     return iter(ids.split(size, dim=1))
 
 

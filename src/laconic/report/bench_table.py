@@ -16,7 +16,11 @@ Rows = list[dict[str, str]]
 
 
 def bench_tables(result: Mapping[str, Any]) -> list[Table]:
-    """Return the terminal tables of a result."""
+    """Return the terminal tables of a result.
+
+    Args:
+        result: Result of `laconic bench sparsity`.
+    """
     tables = []
     for title, rows in titled_rows(result):
         table = Table(box=box.SIMPLE, title=title, title_justify="left", pad_edge=False)
@@ -47,7 +51,11 @@ def write_bench(result: Mapping[str, Any], file: Path) -> None:
 
 
 def titled_rows(result: Mapping[str, Any]) -> list[tuple[str, Rows]]:
-    """Return pairs of a title and formatted cells: one table per shape of linears, then one of whole models."""
+    """Return pairs of a title and formatted cells: one table per shape of linears, then one of whole models.
+
+    Args:
+        result: Result of `laconic bench sparsity`.
+    """
     tables: list[tuple[str, Rows]] = []
     linears = result.get("linears", [])
     for shape in dict.fromkeys(tuple(r["shape"]) for r in linears):
@@ -64,7 +72,14 @@ def titled_rows(result: Mapping[str, Any]) -> list[tuple[str, Rows]]:
 
 
 def bench_caption(result: Mapping[str, Any]) -> str:
-    """Describe device, versions and settings of a result."""
+    """Describe device, versions and settings of a result.
+
+    Args:
+        result: Result of `laconic bench sparsity`.
+
+    Returns:
+        The description, without a period at its end.
+    """
     text = f"{result['device_name']}, {result['threads']} threads, torch {result['versions']['torch']}"
     text += f", transformers {result['versions']['transformers']}, {result['dtype']}; medians of at most "
     text += f"{result['rounds']} rounds, each of which times every variant once"
@@ -72,7 +87,11 @@ def bench_caption(result: Mapping[str, Any]) -> str:
 
 
 def markdown(rows: Rows) -> str:
-    """Return rows of cells as a Markdown table, with the first column aligned left."""
+    """Return rows of cells as a Markdown table, with the first column aligned left.
+
+    Args:
+        rows: Rows of cells by column, at least one, all with the same columns.
+    """
     header = list(rows[0])
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row.values()) + " |" for row in rows])

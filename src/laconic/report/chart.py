@@ -201,7 +201,13 @@ def heat_chart(
 
 
 def svg(title: str, height: float, parts: Iterable[str]) -> str:
-    """Return an SVG image of a width of `WIDTH` from its parts."""
+    """Return an SVG image of a width of `WIDTH` from its parts.
+
+    Args:
+        title: Label of the image for screen readers; it is escaped.
+        height: Height in units of the viewBox.
+        parts: SVG elements; empty ones are skipped.
+    """
     inside = "\n".join(part for part in parts if part)
     return (
         f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" role="img" '
@@ -210,14 +216,22 @@ def svg(title: str, height: float, parts: Iterable[str]) -> str:
 
 
 def standalone(image: str) -> str:
-    """Return a chart as an SVG file, with style sheet and background."""
+    """Return a chart as an SVG file, with style sheet and background.
+
+    Args:
+        image: A chart of `svg`.
+    """
     style = files("laconic.report").joinpath("templates/chart.css").read_text(encoding="utf-8")
     head, _, rest = image.partition(">")
     return f'{head}>\n<style>\n{style}</style>\n<rect width="100%" height="100%" fill="var(--paper)"/>{rest}\n'
 
 
 def stacked(charts: Sequence[str]) -> str:
-    """Return one SVG image of several charts, one below another."""
+    """Return one SVG image of several charts, one below another.
+
+    Args:
+        charts: Charts of `svg`.
+    """
     parts, top = [], 0.0
     for one in charts:
         height = float(one.partition(f'viewBox="0 0 {WIDTH} ')[2].partition('"')[0])
@@ -228,7 +242,13 @@ def stacked(charts: Sequence[str]) -> str:
 
 
 def ticks_between(low: float, high: float, count: int = 5) -> list[float]:
-    """Return at most about `count` round numbers from `low` to `high`."""
+    """Return at most about `count` round numbers from `low` to `high`.
+
+    Args:
+        low: Lower end of an axis.
+        high: Upper end; `low` is the only tick if this is not larger.
+        count: Largest number of steps between ticks.
+    """
     if high <= low:
         return [low]
     step = 10 ** math.floor(math.log10((high - low) / 2))

@@ -39,7 +39,11 @@ class Criterion:
 
 
 def judge_entry(entry: ReportEntry) -> list[tuple[str, Verdict]]:
-    """Return the title of every criterion with the verdict for one entry."""
+    """Return the title of every criterion with the verdict for one entry.
+
+    Args:
+        entry: The entry.
+    """
     return [(criterion.title, criterion.judge(entry)) for criterion in CRITERIA]
 
 

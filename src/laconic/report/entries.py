@@ -135,12 +135,20 @@ def read_entries(folders: Sequence[Path]) -> list[ReportEntry]:
 
 
 def is_study(folder: Path) -> bool:
-    """Return whether a folder is the output of `laconic sweep`."""
+    """Return whether a folder is the output of `laconic sweep`.
+
+    Args:
+        folder: The folder.
+    """
     return (folder / "results.parquet").exists() and not (folder / "config.json").exists()
 
 
 def axes_of(entries: Sequence[ReportEntry]) -> list[str]:
-    """Return the axes of a study, in the order of its runs."""
+    """Return the axes of a study, in the order of its runs.
+
+    Args:
+        entries: Runs of studies; other entries have no axes.
+    """
     return list(dict.fromkeys(key for e in entries for key in e.values))
 
 
@@ -148,19 +156,31 @@ def setting_of(result: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the setting of an evaluation: original, text, context length, windows and dtype.
 
     Only evaluations with the same setting can be compared.
+
+    Args:
+        result: Result of `laconic eval` on one text.
     """
     keys = ("baseline", "text", "context_length", "windows", "dtype")
     return tuple(plain_name(r) if k == "baseline" and (r := result.get(k)) else result.get(k) for k in keys)
 
 
 def common_settings(entries: Sequence[ReportEntry]) -> list[tuple[Any, ...]]:
-    """Return the settings of all comparisons with the original, the most common first."""
+    """Return the settings of all comparisons with the original, the most common first.
+
+    Args:
+        entries: The entries.
+    """
     counts = Counter(s for e in entries for s in dict.fromkeys(setting_of(r) for r in e.evaluations if has_baseline(r)))
     return [setting for setting, _ in counts.most_common()]
 
 
 def with_setting(entries: Sequence[ReportEntry], setting: tuple[Any, ...]) -> list[ReportEntry]:
-    """Return the entries that have a comparison with this setting, each with that evaluation only."""
+    """Return the entries that have a comparison with this setting, each with that evaluation only.
+
+    Args:
+        entries: The entries.
+        setting: A setting of `setting_of`.
+    """
     selected = []
     for entry in entries:
         matches = [r for r in entry.evaluations if has_baseline(r) and setting_of(r) == setting]
@@ -185,7 +205,11 @@ def check_one_original(bases: Mapping[Path, tuple[str | None, str]]) -> None:
 
 
 def plain_name(name: str) -> str:
-    """Return the absolute path of a local folder, and any other name without trailing slashes."""
+    """Return the absolute path of a local folder, and any other name without trailing slashes.
+
+    Args:
+        name: Folder of a model, or its name on the Hub.
+    """
     return str(Path(name).resolve()) if Path(name).exists() else name.rstrip("/")
 
 
@@ -196,7 +220,11 @@ def _prefer_common_setting(entries: Sequence[ReportEntry]) -> list[ReportEntry]:
 
 
 def has_baseline(result: Mapping[str, Any]) -> bool:
-    """Return whether an evaluation includes a comparison with the original."""
+    """Return whether an evaluation includes a comparison with the original.
+
+    Args:
+        result: Result of `laconic eval` on one text.
+    """
     return result.get("kl_mean") is not None
 
 
@@ -280,5 +308,12 @@ def _order(folder: Path) -> dict[str, int]:
 
 
 def format_value(value: Any) -> str:
-    """Format an axis value for tables and names."""
+    """Format an axis value for tables and names.
+
+    Args:
+        value: A number, a text, or any other value of a recipe.
+
+    Returns:
+        Floats in the shortest form with up to six digits, all other values as `str` writes them.
+    """
     return f"{value:g}" if isinstance(value, float) else str(value)

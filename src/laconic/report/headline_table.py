@@ -15,7 +15,11 @@ Rows = list[dict[str, str]]
 
 
 def headline_rows(entries: Sequence[ReportEntry]) -> Rows:
-    """Return formatted cells by column, without columns that are empty in all rows."""
+    """Return formatted cells by column, without columns that are empty in all rows.
+
+    Args:
+        entries: The entries.
+    """
     axes = axes_of(entries)
     rows = [_cells(e, axes) for e in entries]
     return [{c: v for c, v in row.items() if any(r[c] != "-" for r in rows)} for row in rows]
@@ -46,7 +50,11 @@ def dominated_entries(entries: Sequence[ReportEntry]) -> list[bool]:
 
 
 def task_matrix(entries: Sequence[ReportEntry]) -> Rows:
-    """Return formatted task scores: rows for the original and each artifact, one column per task and main metric."""
+    """Return formatted task scores: rows for the original and each artifact, one column per task and main metric.
+
+    Args:
+        entries: The entries; those without task results have no row.
+    """
     measured = [(e, [r for t in e.tasks for r in t["rows"] if r.get("main")]) for e in entries]
     columns = list(dict.fromkeys(f"{r['task']}, {r['metric']}" for _, rows in measured for r in rows))
     if not columns:
@@ -72,7 +80,11 @@ def _split_evaluations(entry: ReportEntry) -> list[ReportEntry]:
 
 
 def as_csv(entries: Sequence[ReportEntry]) -> str:
-    """Return the figures of the table as CSV, unrounded, with one row per evaluation."""
+    """Return the figures of the table as CSV, unrounded, with one row per evaluation.
+
+    Args:
+        entries: The entries, at least one.
+    """
     axes = axes_of(entries)
     rows = [_numbers(e, axes) for entry in entries for e in _split_evaluations(entry)]
     file = io.StringIO()

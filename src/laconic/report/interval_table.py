@@ -10,7 +10,11 @@ from rich.table import Table
 
 
 def interval_tables(result: Mapping[str, Any]) -> list[Table]:
-    """Return the terminal tables of a result of `laconic eval`; empty for a result without intervals."""
+    """Return the terminal tables of a result of `laconic eval`; empty for a result without intervals.
+
+    Args:
+        result: Result of `laconic eval text`, `domains` or `tasks`.
+    """
     tables = []
     for rows in interval_rows(result):
         table = Table(box=box.SIMPLE, caption=interval_caption(result), caption_justify="left", pad_edge=False)
@@ -23,7 +27,11 @@ def interval_tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def interval_rows(result: Mapping[str, Any]) -> list[list[dict[str, str]]]:
-    """Return the formatted cells of each table, by column."""
+    """Return the formatted cells of each table, by column.
+
+    Args:
+        result: Result of `laconic eval text`, `domains` or `tasks`.
+    """
     if "intervals" not in result:
         return []
     if "domains" in result:
@@ -37,7 +45,14 @@ def interval_rows(result: Mapping[str, Any]) -> list[list[dict[str, str]]]:
 
 
 def interval_caption(result: Mapping[str, Any]) -> str:
-    """Describe how the intervals were computed."""
+    """Describe how the intervals were computed.
+
+    Args:
+        result: A result with intervals.
+
+    Returns:
+        The description, in one line.
+    """
     settings = result["intervals"]
     unit = settings["over"]
     text = f"[{settings['level']:.0%} interval], {settings['resamples']} resamples of {unit}, seed {settings['seed']}"

@@ -10,14 +10,29 @@ from laconic.report.chart import Axis, Cells, Mark, Series, chart, heat_chart
 
 
 def long_plots(result: Mapping[str, Any]) -> list[str]:
-    """Draw a chart of every part that the result has."""
+    """Draw a chart of every part that the result has.
+
+    Args:
+        result: Result of `laconic eval long`.
+
+    Returns:
+        The charts as SVG.
+    """
     charts = [needle_map(result, name) for name in result["caches"]] if "needle" in result else []
     charts += [_draw_curve(result, curve) for curve in _CURVES if curve.part in result]
     return [c for c in charts if c]
 
 
 def needle_map(result: Mapping[str, Any], cache: str) -> str:
-    """Draw the fraction of needles found through one cache, by depth and context length."""
+    """Draw the fraction of needles found through one cache, by depth and context length.
+
+    Args:
+        result: Result of `laconic eval long` with needles.
+        cache: Name of the cache, one of `caches` of the result.
+
+    Returns:
+        A heat map as SVG.
+    """
     cells: dict[tuple[float, int], Mapping[str, Any]] = {(c["depth"], c["length"]): c for c in result["needle"][cache]}
     depths = list(dict.fromkeys(depth for depth, _ in cells))
     lengths = list(dict.fromkeys(length for _, length in cells))

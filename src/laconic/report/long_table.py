@@ -12,7 +12,11 @@ Rows = list[dict[str, str]]
 
 
 def long_tables(result: Mapping[str, Any]) -> list[Table]:
-    """Return the terminal tables of a result."""
+    """Return the terminal tables of a result.
+
+    Args:
+        result: Result of `laconic eval long`.
+    """
     tables = []
     for rows in long_rows(result):
         table = Table(box=box.SIMPLE, pad_edge=False)
@@ -27,7 +31,11 @@ def long_tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def long_rows(result: Mapping[str, Any]) -> list[Rows]:
-    """Return the formatted cells of each table: a summary, then perplexity, needles, memory and speed by length."""
+    """Return the formatted cells of each table: a summary, then perplexity, needles, memory and speed by length.
+
+    Args:
+        result: Result of `laconic eval long`.
+    """
     tables: list[Rows] = [[{"cache": name} | _summary(result, name) for name in result["caches"]]]
     if "perplexity" in result:
         tables.append([_by_position(name, result["perplexity"][name]) for name in result["caches"]])
@@ -130,7 +138,14 @@ def _bytes(n: float) -> str:
 
 
 def long_caption(result: Mapping[str, Any]) -> str:
-    """Describe the setting of a result."""
+    """Describe the setting of a result.
+
+    Args:
+        result: Result of `laconic eval long`.
+
+    Returns:
+        The description, without a period at its end.
+    """
     text = f"{result['text']}, {result['dtype']} on {result['device']}, "
     text += f"{result['chunk']} tokens per forward pass"
     if "perplexity" in result:

@@ -136,7 +136,11 @@ def dominated(costs: Sequence[tuple[float, ...]]) -> list[bool]:
 
 
 def pareto_rows(points: Sequence[ParetoPoint]) -> list[dict[str, str]]:
-    """Return formatted cells by column."""
+    """Return formatted cells by column.
+
+    Args:
+        points: Points of `gather_points`.
+    """
     return [
         {
             "artifact": p.name,
@@ -156,7 +160,14 @@ def pareto_rows(points: Sequence[ParetoPoint]) -> list[dict[str, str]]:
 
 
 def pareto_caption(settings: Mapping[str, Any]) -> str:
-    """Describe the settings of the measurements."""
+    """Describe the settings of the measurements.
+
+    Args:
+        settings: Settings of `gather_points`.
+
+    Returns:
+        The description, without a period at its end.
+    """
     model = f"{settings['base']}; perplexity and KL on {settings['text']}"
     windows = f"{settings['windows']} windows of {settings['context_length']} tokens"
     decoding = f"decoding of {settings['sequences']} x 1 token after {settings['prompt']}"
@@ -168,7 +179,11 @@ def pareto_caption(settings: Mapping[str, Any]) -> str:
 
 
 def as_csv(points: Sequence[ParetoPoint]) -> str:
-    """Return all numbers as CSV, unrounded."""
+    """Return all numbers as CSV, unrounded, with one row per point.
+
+    Args:
+        points: Points of `gather_points`, at least one.
+    """
     file = io.StringIO()
     writer = csv.DictWriter(file, list(vars(points[0])), lineterminator="\n")
     writer.writeheader()

@@ -54,7 +54,12 @@ def write_pareto(points: Sequence[ParetoPoint], settings: Mapping[str, Any], fil
 
 
 def pareto_table(points: Sequence[ParetoPoint], settings: Mapping[str, Any]) -> Table:
-    """Return the table for a terminal, with dominated rows dimmed."""
+    """Return the table for a terminal, with dominated rows dimmed.
+
+    Args:
+        points: Points of `gather_points`.
+        settings: Settings of `gather_points`.
+    """
     rows = pareto_rows(points)
     table = Table(box=box.SIMPLE, caption=pareto_caption(settings), caption_justify="left", pad_edge=False)
     for j, column in enumerate(rows[0]):

@@ -17,13 +17,24 @@ _FIGURES = {"kl_mean": "KL to the original (nats per token)", "perplexity": "per
 
 
 def comparable(entries: Sequence[ReportEntry]) -> list[ReportEntry]:
-    """Return the entries that were compared with the original in the most common setting."""
+    """Return the entries that were compared with the original in the most common setting.
+
+    Args:
+        entries: The entries.
+    """
     setting = next(iter(common_settings(entries)), None)
     return [] if setting is None else with_setting(entries, setting)
 
 
 def size_front(entries: Sequence[ReportEntry]) -> str:
-    """Draw KL over bits per weight; dominated entries are grey."""
+    """Draw KL over bits per weight; dominated entries are grey.
+
+    Args:
+        entries: The entries; only `comparable` ones are drawn.
+
+    Returns:
+        The chart as SVG; empty if there is nothing to draw.
+    """
     compared = [(e, e.quality) for e in comparable(entries)]
     points = [(e.name, q["bits_per_weight"], q["kl_mean"]) for e, q in compared if q]
     x = Axis("bits per weight, whole model")
@@ -31,7 +42,14 @@ def size_front(entries: Sequence[ReportEntry]) -> str:
 
 
 def speed_front(entries: Sequence[ReportEntry]) -> str:
-    """Draw KL over the decoding speed relative to the original; dominated entries are grey."""
+    """Draw KL over the decoding speed relative to the original; dominated entries are grey.
+
+    Args:
+        entries: The entries; only `comparable` ones with a decoding speed are drawn.
+
+    Returns:
+        The chart as SVG; empty if there is nothing to draw.
+    """
     compared = [(e, e.quality, e.speed) for e in comparable(entries)]
     points = [(e.name, speed, q["kl_mean"]) for e, q, speed in compared if q and speed is not None]
     x = Axis("decoding speed relative to the original", show=lambda v: f"{v:g}x")
@@ -127,7 +145,14 @@ def _mean_mark(name: str, values: Sequence[float], position: float) -> Mark:
 
 
 def error_map(entry: ReportEntry) -> str:
-    """Draw the relative error of every compressed linear after the last stage: kinds of linears by block."""
+    """Draw the relative error of every compressed linear after the last stage: kinds of linears by block.
+
+    Args:
+        entry: The entry, of which the log is read.
+
+    Returns:
+        A heat map as SVG, on a logarithmic scale; empty if no linear has an error above 0.
+    """
     events = _last_events(entry.log)
     errors = {k: float(e.get("output_error", e.get("weight_error", 0.0))) for k, e in events.items()}
     positive = [v for v in errors.values() if v > 0]
@@ -145,7 +170,14 @@ def error_map(entry: ReportEntry) -> str:
 
 
 def bit_map(entry: ReportEntry) -> str:
-    """Draw the bits of every linear's weights; empty if all are equal."""
+    """Draw the bits of every linear's weights.
+
+    Args:
+        entry: The entry, of which the log is read.
+
+    Returns:
+        A heat map as SVG; empty if all bits are equal.
+    """
     bits = {
         k: float(m[1])
         for k, e in _last_events(entry.log).items()

@@ -10,7 +10,11 @@ from rich.text import Text
 
 
 def samples_table(samples: Sequence[Mapping[str, str]]) -> Table:
-    """Return a table with one row per prompt: the prompt, the text of the original (if any), and of the artifact."""
+    """Return a table with one row per prompt: the prompt, the text of the original (if any), and of the artifact.
+
+    Args:
+        samples: Samples of a result, at least one, with `prompt`, `written` and, if there is an original, `original`.
+    """
     names = [name for name in ("prompt", "original", "written") if name in samples[0]]
     table = Table(box=box.SIMPLE, show_lines=True, pad_edge=False)
     for name in names:

@@ -74,6 +74,9 @@ def plan_caption(rows: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         rows: Rows of `laconic.sweep.runner.dry_run`.
+
+    Returns:
+        The summary, in one line.
     """
     pending = [row for row in rows if row["state"] != "done"]
     count = f"{len(rows)} runs, {len(rows) - len(pending)} done, {len(pending)} to do"

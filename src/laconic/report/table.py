@@ -12,7 +12,11 @@ COLUMNS = ("artifact", "schemes", "size", "bits/weight", "perplexity", "KL mean 
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a terminal table with one row per result of `laconic eval`."""
+    """Return a terminal table with one row per result of `laconic eval`.
+
+    Args:
+        results: Results of `laconic eval` on one text.
+    """
     table = Table(box=box.SIMPLE, caption=caption(results), caption_justify="left", pad_edge=False)
     for column in COLUMNS:
         is_text = column in ("artifact", "schemes")
@@ -23,7 +27,11 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def cells(result: Mapping[str, Any]) -> dict[str, str]:
-    """Return the formatted cells of one result, by column."""
+    """Return the formatted cells of one result, by column.
+
+    Args:
+        result: Result of `laconic eval` on one text.
+    """
     name = str(result["model"]).rstrip("/").rpartition("/")[2]
     schemes = ", ".join(f"{n} x {s}" for s, n in result["schemes"].items()) or "none"
     if result["simulated"]:
@@ -45,6 +53,13 @@ def cells(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def caption(results: Sequence[Mapping[str, Any]]) -> str:
-    """Describe the settings of the evaluations."""
+    """Describe the settings of the evaluations.
+
+    Args:
+        results: Results of `laconic eval` on one text.
+
+    Returns:
+        The different settings, in one line.
+    """
     settings = {f"{r['text']}, {r['windows']} windows of {r['context_length']} tokens, {r['dtype']}" for r in results}
     return "measured on " + "; ".join(sorted(settings)) if settings else "not measured yet"

@@ -10,7 +10,11 @@ from rich.table import Table
 
 
 def tasks_table(result: Mapping[str, Any]) -> Table:
-    """Return a terminal table with one row per task metric of a result of `laconic eval tasks`."""
+    """Return a terminal table with one row per task metric of a result of `laconic eval tasks`.
+
+    Args:
+        result: Result of `laconic eval tasks`.
+    """
     table = Table(box=box.SIMPLE, caption=tasks_caption(result), caption_justify="left", pad_edge=False)
     rows = task_rows(result)
     for i, column in enumerate(rows[0]):
@@ -21,7 +25,11 @@ def tasks_table(result: Mapping[str, Any]) -> Table:
 
 
 def task_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the formatted cells of one result, by column."""
+    """Return the formatted cells of one result, by column.
+
+    Args:
+        result: Result of `laconic eval tasks`.
+    """
     name = str(result["model"]).rstrip("/").rpartition("/")[2]
     return [_cells(row, name, has_baseline=result["baseline"] is not None) for row in result["rows"]]
 
@@ -48,7 +56,14 @@ def _with_error(value: float, stderr: float | None, sign: str = "") -> str:
 
 
 def tasks_caption(result: Mapping[str, Any]) -> str:
-    """Describe the setting of a result, and its mean retention."""
+    """Describe the setting of a result, and its mean retention.
+
+    Args:
+        result: Result of `laconic eval tasks`.
+
+    Returns:
+        The description, in one line.
+    """
     shots = sorted(set(result["shots"].values()))
     text = f"{' or '.join(map(str, shots))} shots, documents from {result['data']}, {result['dtype']}"
     if result.get("left_out"):

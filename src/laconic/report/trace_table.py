@@ -10,7 +10,11 @@ from laconic.bench.trace import Row
 
 
 def trace_table(rows: Sequence[Row]) -> Table:
-    """Return a terminal table with one row per span; nested spans are indented below their parent."""
+    """Return a terminal table with one row per span; nested spans are indented below their parent.
+
+    Args:
+        rows: Rows of `bench.trace.read_trace` or `merge_blocks`.
+    """
     table = Table(box=None, header_style="bold")
     gpu, memory = any(r.gpu_seconds is not None for r in rows), any(r.peak_bytes is not None for r in rows)
     table.add_column("span")

@@ -28,7 +28,7 @@ RotaryTable = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class PagedLayer:
-    """How keys and values of one layer become pages, and are decoded again.
+    """Storage of one layer's keys and values in pages: encoding, decoding, and the layout of a page.
 
     Attributes:
         groups: Formats of its groups of heads.
@@ -53,7 +53,11 @@ class PagedLayer:
     page_tokens: int | None = None
 
     def to(self, device: torch.device) -> PagedLayer:
-        """Return the layer with its tensors on a device."""
+        """Return the layer with its tensors on a device.
+
+        Args:
+            device: The device.
+        """
         static = {name: {n: t.to(device) for n, t in params.items()} for name, params in self.static.items()}
         rotary = None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device))
         rotations = None if self.rotations is None else (self.rotations[0].to(device), self.rotations[1].to(device))
@@ -94,7 +98,7 @@ class PagedLayer:
 
     @cached_property
     def shared_at(self) -> int:
-        """Byte of the tail at which that begins which units share."""
+        """Byte offset in the tail of the ranges that units share."""
         return self.sinks * self.exact_bytes
 
     @cached_property
@@ -123,14 +127,19 @@ class PagedLayer:
 
     @property
     def rotates_queries(self) -> bool:
-        """Whether queries are rotated instead of decoded keys: a product is the same after both sides were rotated.
+        """Whether queries are rotated instead of decoded keys, which leaves their products unchanged.
 
-        Not where the rotary embedding comes between.
+        This is not possible where the rotary embedding comes between: keys that are stored before it.
         """
         return self.rotations is not None and self.rotary is None
 
     def encode(self, keys_BHTC: Tensor, values_BHTC: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Encode the tokens of whole units.
+
+        Args:
+            keys_BHTC: (B, H, T, C) keys, T a multiple of `unit`.
+            values_BHTC: (B, H, T, C) values.
+            positions_BT: (B, T) positions; read only where keys are stored before their rotary embedding.
 
         Returns:
             Slots (B, H, T, `slot_bytes`) and what units share (B, H, U, `shared_bytes`), uint8.
@@ -181,18 +190,41 @@ class PagedLayer:
         return k_BHTC, v_BHTC
 
     def rotate_exact(self, keys_BHTC: Tensor, values_BHTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate exact keys and values as `decode` leaves the encoded ones."""
+        """Rotate exact keys and values as `decode` leaves the encoded ones.
+
+        Args:
+            keys_BHTC: (B, H, T, C) keys.
+            values_BHTC: (B, H, T, C) values.
+
+        Returns:
+            Keys and values of the same shapes: rotated where `decode` leaves them rotated, else unchanged.
+        """
         if self.rotations is None:
             return keys_BHTC, values_BHTC
         keys = rotate(keys_BHTC, self.rotations[0]) if self.rotates_queries else keys_BHTC
         return keys, rotate(values_BHTC, self.rotations[1])
 
     def to_exact(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Store keys and values (..., C) as they are: (..., `exact_bytes`) uint8."""
+        """Store keys and values exactly, as the bytes of `dtype`.
+
+        Args:
+            keys: (..., C) keys.
+            values: (..., C) values.
+
+        Returns:
+            (..., `exact_bytes`) uint8.
+        """
         return torch.cat([keys, values], -1).to(self.dtype).contiguous().view(torch.uint8)
 
     def from_exact(self, exact: Tensor) -> tuple[Tensor, Tensor]:
-        """Invert `to_exact`, in float32."""
+        """Invert `to_exact`.
+
+        Args:
+            exact: (..., `exact_bytes`) uint8.
+
+        Returns:
+            Keys and values, (..., C) float32.
+        """
         keys, values = exact.contiguous().view(self.dtype).float().chunk(2, -1)
         return keys, values
 
@@ -228,7 +260,7 @@ class SequenceBatch:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How scores are computed.
+    """Settings of attention scores.
 
     Attributes:
         scale: Factor of the products of queries and keys.

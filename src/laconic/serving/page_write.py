@@ -33,14 +33,28 @@ class UnitTokens:
     index_BN: Tensor
 
     def scatter(self, x: Tensor) -> Tensor:
-        """Move what new tokens have to their place in the units: (B, H, R, N, n) -> (B, H, R, U, M, n)."""
+        """Move values of the new tokens to their places in the units; other places are 0.
+
+        Args:
+            x: (B, H, R, N, n) values of the new tokens.
+
+        Returns:
+            (B, H, R, U, M, n) of the same dtype.
+        """
         units, unit = self.keys_BHUMC.shape[2:4]
         shape = (*x.shape[:3], units * unit, x.shape[4])
         scattered = x.new_zeros(shape).scatter(3, self._index(x), x)
         return scattered.view(*shape[:3], units, unit, shape[4])
 
     def gather(self, x: Tensor) -> Tensor:
-        """Invert `scatter`."""
+        """Invert `scatter`.
+
+        Args:
+            x: (B, H, R, U, M, n) values of all places of the units.
+
+        Returns:
+            (B, H, R, N, n) values of the new tokens.
+        """
         x = x.flatten(3, 4)
         return x.gather(3, self._index(x))
 

@@ -221,10 +221,15 @@ def _softcap(scores: Tensor, cap: float) -> Tensor:
 
 
 def kernel_reads_pages(layer: PagedLayer, scoring: Scoring, cache: Tensor) -> bool:
-    """Whether the kernel reads a layer's pages.
+    """Return whether the Triton kernel reads a layer's pages.
 
     It does where Triton runs on the device, all heads are stored alike, in integer codes with dynamic ranges and keys
     after their rotary embedding, and scores have neither softcap nor slopes.
+
+    Args:
+        layer: Layout of the pages.
+        scoring: Settings of the scores.
+        cache: The pages, on the device of the attention.
     """
     if not kernel_runs_on(cache.device) or len(layer.groups) > 1 or layer.rotary is not None:
         return False
@@ -236,7 +241,7 @@ def kernel_reads_pages(layer: PagedLayer, scoring: Scoring, cache: Tensor) -> bo
 
 
 def _kernel_reads(fmt: KvFormat, channels: int) -> bool:
-    """Whether the kernel reads a format; a product of a tensor core has at least 16 channels on a side."""
+    """Return whether the kernel reads a format; a product of a tensor core has at least 16 channels on a side."""
     plain = fmt.datatype == "int" and not fmt.outlier_ratio and fmt.group_size is not None
     power_of_two = not channels & (channels - 1)
     return plain and fmt.num_bits in (2, 3, 4, 8) and power_of_two and field_size(channels, fmt.num_bits) >= 16

@@ -31,7 +31,11 @@ _ROWS = 16
 
 
 def default_launch(*formats: KvFormat) -> LaunchConfig:
-    """Return the launch that was fastest on an H100, of 2 bits and of 4 (benchmarks/kv_paged.py --tune)."""
+    """Return the launch that was fastest on an H100, of 2 bits and of 4 (benchmarks/kv_paged.py --tune).
+
+    Args:
+        *formats: Formats of keys and values; the one with most bits decides.
+    """
     two_bits = max(fmt.num_bits for fmt in formats) <= 2
     return LaunchConfig(64, warps=2, stages=3) if two_bits else LaunchConfig(32, warps=1, stages=3)
 

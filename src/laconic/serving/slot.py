@@ -20,7 +20,7 @@ from laconic.kv.scheme import HeadGroup, tokens_at_once
 
 @dataclass(frozen=True)
 class SlotField:
-    """Where a stored tensor lies in the bytes of a slot, or of what a unit shares.
+    """Position of a stored tensor in the bytes of a slot, or in those that a unit shares.
 
     Attributes:
         side: `keys` or `values`.
@@ -41,7 +41,7 @@ class SlotField:
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """Where everything lies in a slot, and in what a unit of tokens shares.
+    """Positions of all stored tensors in a slot, and in the bytes that a unit of tokens shares.
 
     Attributes:
         unit: Tokens of a unit.
@@ -80,7 +80,15 @@ class SlotLayout:
         return slots_BHTX, shared_BHUX
 
     def unpack(self, slots_BHTX: Tensor, shared_BHUX: Tensor) -> tuple[Stored, Stored]:
-        """Invert `pack`; either may have more bytes at its end."""
+        """Invert `pack`.
+
+        Args:
+            slots_BHTX: (B, H, T, at least `nbytes`) uint8 slots; bytes behind the fields are ignored.
+            shared_BHUX: (B, H, U, at least `shared_nbytes`) uint8 bytes that units share; likewise.
+
+        Returns:
+            Stored tensors of keys and of values, as `encode_kv` returns them.
+        """
         stored: Mapping[str, Stored] = {"keys": {}, "values": {}}
         for f in self.fields:
             stored[f.side][f.name] = slots_BHTX[..., f.start : f.stop].contiguous().view(f.dtype)
@@ -98,6 +106,9 @@ def slot_layout(group: HeadGroup, channels: int, dtype: torch.dtype, unit: int |
         channels: Channels of a head.
         dtype: Dtype of what is stored in 16 bit.
         unit: Tokens of a unit of the layer, where other groups of its heads need larger units.
+
+    Returns:
+        The layout.
 
     Raises:
         ValueError: Heads of so many channels cannot be stored in these formats.

@@ -360,6 +360,9 @@ class PackedImpl(AttentionImpl):
 
         Returns:
             `output`.
+
+        Raises:
+            NotImplementedError: vLLM asks for a quantized output.
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError(

@@ -71,7 +71,11 @@ def _execute(run: Run, folder: Path, report: Report) -> dict[str, Any]:
 
 
 def start_event(run: Run) -> dict[str, Any]:
-    """Return the event of a run that starts."""
+    """Return the event of a run that starts.
+
+    Args:
+        run: The run.
+    """
     return {"event": "run", "run": run.id, "name": run.name, "state": "started"}
 
 

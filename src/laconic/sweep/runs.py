@@ -50,15 +50,23 @@ class Run:
 
     @property
     def name(self) -> str:
-        """StudyAxis values of the run, in one line."""
+        """Axis values of the run, in one line."""
         return describe(self.values)
 
     def artifact(self, folder: Path) -> Path:
-        """Return the folder of the run's artifact, within the folder of the sweep."""
+        """Return the folder of the run's artifact.
+
+        Args:
+            folder: Folder of the sweep.
+        """
         return folder / "runs" / self.id
 
     def result(self, folder: Path) -> Path:
-        """Return the file of the run's result, within the folder of the sweep."""
+        """Return the file of the run's result.
+
+        Args:
+            folder: Folder of the sweep.
+        """
         return folder / "results" / f"{self.id}.json"
 
 
@@ -105,14 +113,25 @@ def plan_runs(study: Study, *, yes: bool = False, trust: Trust = UNTRUSTED) -> l
 
 
 def texts_of(stage: Stage) -> tuple[TextSource | Protect, ...]:
-    """Return the text sets that a stage reads in addition to the calibration set."""
+    """Return the text sets that a stage reads in addition to the calibration set.
+
+    Args:
+        stage: The stage.
+    """
     if isinstance(stage, TrainingStage):
         return stage.data
     return (stage.protect,) if isinstance(stage, PruningStage) and stage.protect else ()
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """Describe axis values in one line; keys are shortened to their last part where that is unambiguous."""
+    """Describe axis values in one line; keys are shortened to their last part where that is unambiguous.
+
+    Args:
+        values: Labels of the axis values, by recipe key.
+
+    Returns:
+        Pairs `key=value`, separated by commas; `the base` without values.
+    """
     lasts = [key.rpartition(".")[2] for key in values]
     short = {key: last if lasts.count(last) == 1 else key for key, last in zip(values, lasts, strict=True)}
     return ", ".join(f"{short[key]}={value}" for key, value in values.items()) or "the base"

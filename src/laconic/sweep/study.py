@@ -76,7 +76,11 @@ class StudyAxis(Config):
         return [(_label(v), v) for v in self.values]
 
     def applies(self, recipe: Mapping[str, Any]) -> bool:
-        """Return whether a recipe meets the condition `when`."""
+        """Return whether a recipe meets the condition `when`.
+
+        Args:
+            recipe: Keys and values of a recipe, not validated.
+        """
         return all(_value_at(recipe, key) in (v if isinstance(v, list) else [v]) for key, v in self.when.items())
 
 

@@ -83,7 +83,11 @@ def rows_of(runs: Sequence[Run], results: Mapping[str, Mapping[str, Any]]) -> li
 
 
 def has_column_types(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether the values of all rows have the types of their columns."""
+    """Return whether the values of all rows have the types of their columns.
+
+    Args:
+        rows: Rows of `rows_of`.
+    """
     try:
         for name, dtype in (_RUN | _MEASURED).items():
             pa.array([row[name] for row in rows], dtype)
