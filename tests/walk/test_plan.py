@@ -77,7 +77,7 @@ def test_an_allocation_is_checked_as_stages_are(llama: Path, tmp_path: Path, mon
     eight = scheme("W8A16")
     with pytest.raises(ValueError, match=r"linears that read one input must share a scheme, since engines fuse them"):
         with_schemes(plan, {QKV[0]: eight})
-    with pytest.raises(ValueError, match=r"group_size 48 does not divide the 64 inputs of model.layers.1.self_attn.q"):
+    with pytest.raises(ValueError, match=r"group_size 48 does not divide the 64 inputs of model.layers.1.self_attn.k"):
         with_schemes(plan, dict.fromkeys(QKV, scheme("W4A16", group_size=48)))
     with pytest.raises(ValueError, match=r"no stage quantizes lm_head; give a stage targets that include it"):
         with_schemes(plan, {"lm_head": eight})

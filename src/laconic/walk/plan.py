@@ -288,7 +288,7 @@ def with_schemes(plan: Plan, schemes: Mapping[str, Scheme]) -> Plan:
     pruned: dict[str, str] = {}
     for number, (stage, names) in enumerate(zip(plan.stages, plan.targets, strict=True), plan.first):
         if isinstance(stage, QuantizingStage):
-            for name in names & schemes.keys():
+            for name in sorted(names & schemes.keys()):
                 stage.check_scheme(schemes[name])
                 check_fits(name, plan.linears[name], schemes[name])
                 check_unpruned(stage, number, name, schemes[name], pruned)
