@@ -24,7 +24,12 @@ PHASES = ("prefill", "decode")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to time, and the sizes of its linears."""
+    """A model to time, and the sizes of its linears.
+
+    Attributes:
+        model: The model.
+        counts: Weights, nonzero weights and bytes of its linears.
+    """
 
     model: PreTrainedModel
     counts: LinearCounts

@@ -12,7 +12,21 @@ _Positive = Annotated[FiniteFloat, Field(gt=0)]
 
 
 class EvaluationResult(BaseModel):
-    """Keys of a result of `laconic eval text --baseline` that reports need."""
+    """Keys of a result of `laconic eval text --baseline` that reports need.
+
+    Attributes:
+        baseline: Folder or name of the original.
+        text: The text.
+        windows: Number of windows.
+        context_length: Tokens per window.
+        dtype: Dtype of the computation.
+        command: The command line.
+        kl_mean: Mean KL divergence from the original, in nats per token.
+        perplexity: Perplexity of the artifact.
+        baseline_perplexity: Perplexity of the original.
+        file_bytes: Bytes of the weight files.
+        baseline_file_bytes: Bytes of the original's weight files.
+    """
 
     baseline: str
     text: str
@@ -28,7 +42,21 @@ class EvaluationResult(BaseModel):
 
 
 class StudyEvaluation(BaseModel):
-    """Keys of one evaluation of a study; perplexity and KL of a broken artifact may be infinite or NaN."""
+    """Keys of one evaluation of a study; perplexity and KL of a broken artifact may be infinite or NaN.
+
+    Attributes:
+        text: The text.
+        windows: Number of windows.
+        context_length: Tokens per window.
+        perplexity: Perplexity of the artifact.
+        file_bytes: Bytes of the weight files.
+        bits_per_weight: Bits per weight of the whole model.
+        baseline_perplexity: Perplexity of the original; None without a comparison, as all that follow.
+        baseline_file_bytes: Bytes of the original's weight files.
+        kl_mean: Mean KL divergence from the original, in nats per token.
+        kl_p99: 99th percentile of the same.
+        top1_agreement: Share of tokens where both models rank the same token first.
+    """
 
     text: str
     windows: int
@@ -55,7 +83,17 @@ class _Row(BaseModel):
 
 
 class SpeedResult(BaseModel):
-    """Keys of a result of `laconic bench sparsity --measure models` that reports need."""
+    """Keys of a result of `laconic bench sparsity --measure models` that reports need.
+
+    Attributes:
+        models: Rows of at least two models, the original first.
+        device_name: Name of the device.
+        threads: Number of threads of torch.
+        prompt: Tokens of a prompt.
+        sequences: Number of sequences in a batch.
+        dtype: Dtype of the computation.
+        command: The command line.
+    """
 
     models: list[_Row] = Field(min_length=2)
     device_name: str

@@ -85,7 +85,11 @@ class StudyAxis(Config):
 
 
 class GridSearch(Config):
-    """Search over the full product of all axes."""
+    """Search over the full product of all axes.
+
+    Attributes:
+        kind: `grid`.
+    """
 
     kind: Literal["grid"] = "grid"
 

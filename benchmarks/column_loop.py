@@ -1,11 +1,11 @@
 """Time to quantize one decoder block of Llama-8B with GPTQ, by step, and the paper's loop beside the column loop.
 
-    python benchmarks/sweep.py [--device auto|cpu|cuda] [--small] [--repeat 3]
+    python benchmarks/column_loop.py [--device auto|cpu|cuda] [--small] [--repeat 3]
 
 Four-bit symmetric static groups of 128, quantized in activation order, from 128 samples of 2048 tokens. `--small` takes
 an eighth of every width and a sixty-fourth of the tokens, for a CPU. Times are medians of a few runs after a warm-up,
 in seconds; `times` is the time of the paper's loop divided by that of the column loop, on the same device, shape and
-grids, and `error` is the column loop's tr(E H E^T) divided by the paper's.
+grids, and `error` is tr(E H E^T) of the column loop divided by that of the paper's loop.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCKS = 32
 GROUP = 128
 DAMPENING = 0.01
 INT4 = IntAffine(4, symmetric=True, tiling=Tiling("group", GROUP))
-STEPS = ("hessian", "feedback", "search", "sweep")
+STEPS = ("hessian", "feedback", "search", "column loop")
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def measure(linear: Linear, tokens: int, chunk: int, device: torch.device, repea
         "hessian": seconds(lambda: gram(x, tokens)),
         "feedback": seconds(lambda: factor_hessian(sorted_H, DAMPENING)),
         "search": seconds(lambda: search_range(INT4, W, H.diagonal())),
-        "sweep": seconds(column_loop),
+        "column loop": seconds(column_loop),
     }
     U = inverse_factor(sorted_H, factor.dampening_frac)
     groups = (order // GROUP).tolist()
     start = perf_counter()
     codes = paper_loop(sorted_W, U, INT4, params, groups)
     synchronize(device)
-    times["loop"] = perf_counter() - start
+    times["paper loop"] = perf_counter() - start
 
     def error(codes: Tensor) -> Tensor:
         E = W - INT4.decode(codes[:, order.argsort()], params)
@@ -165,16 +165,17 @@ def main() -> None:
     linears = [linear.shrunk(8) for linear in LLAMA_8B] if arguments.small else LLAMA_8B
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}; {tokens} tokens; seconds")
-    print(f"{'linear':<10}{'rows x columns':>16}" + "".join(f"{c:>10}" for c in (*STEPS, "loop", "times", "error")))
+    titles = (*STEPS, "paper loop", "times", "error")
+    print(f"{'linear':<10}{'rows x columns':>16}" + "".join(f"{title:>12}" for title in titles))
     block = dict.fromkeys(STEPS, 0.0)
     for linear in linears:
         result = measure(linear, tokens, chunk, device, arguments.repeat)
         block = {step: block[step] + result[step] for step in STEPS}
-        cells = "".join(f"{result[step]:>10.4f}" for step in (*STEPS, "loop"))
-        times = f"{result['loop'] / result['sweep']:>10.1f}{result['error']:>10.4f}"
+        cells = "".join(f"{result[step]:>12.4f}" for step in (*STEPS, "paper loop"))
+        times = f"{result['paper loop'] / result['column loop']:>12.1f}{result['error']:>12.4f}"
         print(f"{linear.name:<10}{f'{linear.rows} x {linear.columns}':>16}{cells}{times}", flush=True)
     total = sum(block.values())
-    print(f"{'block':<26}" + "".join(f"{block[step]:>10.4f}" for step in STEPS))
+    print(f"{'block':<26}" + "".join(f"{block[step]:>12.4f}" for step in STEPS))
     print(f"all steps: {total:.3f} s per block, {BLOCKS * total:.1f} s for {BLOCKS} blocks, forward passes not counted")
 
 
