@@ -36,9 +36,6 @@ PENDING = {
     "data",
     "checkpoint",
     "structure",
-    "solvers",
-    "kernels",
-    "formats",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -94,10 +91,9 @@ def classes_of(modules: list[ast.Module]) -> dict[str, Class]:
     return classes
 
 
-def overrides(name: str, owner: str, classes: dict[str, Class], has_docstring: bool) -> bool:
+def overrides(function: Function, owner: str, classes: dict[str, Class]) -> bool:
     """Return whether a method of class `owner` takes its documentation from a base or from a protocol."""
     names, visited = list(classes[owner].bases), {owner}
-    names += [protocol for protocol, c in classes.items() if "Protocol" in c.bases]  # these are met by shape alone
     while names:
         base = names.pop()
         if base in visited:
@@ -105,12 +101,14 @@ def overrides(name: str, owner: str, classes: dict[str, Class], has_docstring: b
         visited.add(base)
         if base in classes:
             names += classes[base].bases
-            method = classes[base].methods.get(name)
+            method = classes[base].methods.get(function.name)
             if method and ast.get_docstring(method):
                 return True
-        elif base not in ("Protocol", "ABC", "Generic", "NamedTuple") and not has_docstring:
+        elif base not in ("Protocol", "ABC", "Generic", "NamedTuple") and not ast.get_docstring(function):
             return True
-    return False
+    # Protocols are met by shape alone: by a method with the same name and arguments.
+    met = (c.methods.get(function.name) for c in classes.values() if "Protocol" in c.bases)
+    return any(m and argument_names(m, True) == argument_names(function, True) for m in met)
 
 
 def problem_of(function: Function, is_method: bool) -> str:
@@ -166,7 +164,7 @@ def is_checked(function: Function | ast.ClassDef, owner: str, classes: dict[str,
         return False
     if EXEMPT & {last_name(decorator) for decorator in function.decorator_list}:
         return False
-    return not owner or not overrides(function.name, owner, classes, bool(ast.get_docstring(function)))
+    return not owner or not overrides(function, owner, classes)
 
 
 def main(rooms: tuple[str, ...]) -> int:

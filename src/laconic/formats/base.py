@@ -17,7 +17,7 @@ NO_PARAMS: Params = MappingProxyType({})
 
 
 class Format(ABC):
-    """How a matrix is stored: codes and parameters, their names in a file, their description in config.json.
+    """A way to store a matrix: codes and parameters, their names in a file, their description in config.json.
 
     A format knows nothing of models or of how a value was chosen. Codes need not have the matrix's shape. Formats are
     frozen dataclasses: equal formats store alike. A new one is one file and one preset in `formats.schemes`.
@@ -45,7 +45,7 @@ class Format(ABC):
 
     @property
     def granularity(self) -> str:
-        """Which weights share parameters, for people: `channel`, `group 128`; empty where there is nothing to say."""
+        """Name of the weights that share parameters, for people: `channel`, `group 128`; empty if there is none."""
         return ""
 
     @property
@@ -67,11 +67,11 @@ class Format(ABC):
         """Check that a linear can be stored.
 
         Args:
-            name: of the linear, for the message.
-            shape: (out, in) of its weight.
+            name: Name of the linear, for the message.
+            shape: Shape (out, in) of its weight.
 
         Raises:
-            ValueError: if the shape does not fit; the message names the fix.
+            ValueError: The shape does not fit; the message names the fix.
         """
 
     @abstractmethod
@@ -80,7 +80,7 @@ class Format(ABC):
 
         Args:
             w: (out, in), any float dtype.
-            dtype: of parameters that the format leaves open, usually the model's.
+            dtype: Dtype of parameters that the format leaves open, usually the model's.
 
         Returns:
             The parameters as they will be stored.
@@ -88,37 +88,71 @@ class Format(ABC):
 
     @abstractmethod
     def encode(self, w: Tensor, params: Params) -> Tensor:
-        """Return the nearest codes of `w` (out, in) under `params`."""
+        """Return the nearest codes of a matrix.
+
+        Args:
+            w: (out, in), any float dtype.
+            params: Parameters as `fit` returns them.
+
+        Returns:
+            Codes in the shape and dtype that the format defines.
+        """
 
     @abstractmethod
     def decode(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """Return the values (out, in) float32 that codes stand for."""
+        """Return the values that codes stand for.
+
+        Args:
+            codes: Codes as `encode` returns them.
+            params: Parameters as `fit` returns them.
+            shape: Shape (out, in) of the matrix.
+
+        Returns:
+            (out, in) float32.
+        """
 
     @abstractmethod
     def empty(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Params]:
-        """Return codes and parameters of a matrix of this shape as tensors on the meta device."""
+        """Return codes and parameters of a matrix as tensors on the meta device.
+
+        Args:
+            shape: Shape (out, in) of the matrix.
+            dtype: Dtype of parameters that the format leaves open, usually the model's.
+        """
 
     @abstractmethod
     def to_tensors(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
-        """Return the tensors to write, by their name within the linear (`weight_packed`, `weight_scale`, ...)."""
+        """Return the tensors to write, by their name within the linear (`weight_packed`, `weight_scale`, ...).
+
+        Args:
+            codes: Codes as `encode` returns them.
+            params: Parameters as `fit` returns them.
+        """
 
     @abstractmethod
     def from_tensors(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Params]:
         """Return codes and parameters from the tensors of a file: the inverse of `to_tensors`.
 
         Args:
-            tensors: of one linear, by name; those that belong to other parts of it are ignored.
-            shape: (out, in) of the weight.
+            tensors: Tensors of one linear, by name; those that belong to other parts of it are ignored.
+            shape: Shape (out, in) of the weight.
         """
 
     @abstractmethod
     def cut_rows(
         self, codes: Tensor, params: Params, shape: tuple[int, int], start: int, stop: int
     ) -> tuple[Tensor, Params]:
-        """Return codes and parameters of the rows [start, stop) of a matrix of this shape.
+        """Return codes and parameters of the rows [start, stop) of a matrix.
+
+        Args:
+            codes: Codes of the whole matrix.
+            params: Its parameters.
+            shape: Its shape (out, in).
+            start: First row.
+            stop: Row after the last.
 
         Raises:
-            ValueError: if something that shares parameters or a code would be cut.
+            ValueError: Weights on both sides of the cut share parameters or a code.
         """
 
     @abstractmethod
@@ -131,23 +165,23 @@ class Format(ABC):
         """Return the format that an entry describes, or None if it describes another kind.
 
         Args:
-            config: keys of an entry, `format` (the layout) among them; absent keys have compressed-tensors' defaults.
+            config: Keys of an entry, `format` (the layout) among them; absent keys have compressed-tensors' defaults.
 
         Raises:
-            ValueError: if it is a variation of this kind that cannot be read.
+            ValueError: It is a variation of this kind that cannot be read.
         """
 
     def vary(self, preset: str, *, group_size: int | None, symmetric: bool | None, strategy: str | None) -> Format:
         """Return the format with the keys that a recipe may change.
 
         Args:
-            preset: name of the scheme, for messages.
-            group_size: columns that share a scale; -1 for the whole row.
-            symmetric: whether there is no zero point.
+            preset: Name of the scheme, for messages.
+            group_size: Columns that share a scale; -1 for the whole row.
+            symmetric: Whether there is no zero point.
             strategy: `tensor`, `channel` or `group`.
 
         Raises:
-            ValueError: if the format cannot be varied so; the message names the fix.
+            ValueError: The format cannot be varied so; the message names the fix.
         """
         for key, value in (("group_size", group_size), ("symmetric", symmetric), ("strategy", strategy)):
             if value is not None:

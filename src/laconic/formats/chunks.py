@@ -18,11 +18,15 @@ def chunk_elements(t: Tensor) -> int:
     from small chunks; there they only bound the memory of temporaries.
 
     Args:
-        t: the tensor, on its device.
+        t: The tensor, on its device.
     """
     return _GPU_ELEMENTS if t.is_cuda else _CPU_ELEMENTS
 
 
 def chunk_rows(t: Tensor) -> int:
-    """Return the number of rows of a chunk, at least one; a row is all that lies along the first dimension."""
+    """Return the number of rows of a chunk, at least one; a row is all that lies along the first dimension.
+
+    Args:
+        t: The tensor, of one or more dimensions, on its device.
+    """
     return max(1, chunk_elements(t) * len(t) // max(1, t.numel()))

@@ -27,7 +27,14 @@ _GROUPS_OF_16, _GROUPS_OF_32 = Tiling("group", 16), Tiling("group", 32)
 
 
 def encode_e2m1(x: Tensor) -> Tensor:
-    """Return the nearest code (uint8) of each value; half way, the one whose mantissa is even; past 6, that of 6."""
+    """Return the nearest code of each value; half way, the one whose mantissa is even; past 6, that of 6.
+
+    Args:
+        x: Values divided by their scale, any shape and float dtype.
+
+    Returns:
+        Codes 0 to 15, uint8, in the shape of x.
+    """
     m = x.abs()
     # Steps are .5 up to 2, 1 up to 4, 2 up to 6, and each stretch begins on an even code: count the steps in each.
     steps = (2 * m).clamp_(max=4).round_()
@@ -37,7 +44,14 @@ def encode_e2m1(x: Tensor) -> Tensor:
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
-    """Return the value (float32) of each code."""
+    """Return the value of each code.
+
+    Args:
+        codes: Codes 0 to 15, any shape and integer dtype.
+
+    Returns:
+        Values in units of the scale, float32, in the shape of the codes.
+    """
     return _values(codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 
@@ -47,12 +61,26 @@ def _values(device: torch.device) -> Tensor:
 
 
 def pack_fp4(codes: Tensor) -> Tensor:
-    """Pack (rows, n) codes, n even, into (rows, n / 2) uint8: the first of two codes in the low half of the byte."""
+    """Pack two codes into a byte, the first of them in its low half.
+
+    Args:
+        codes: (rows, n) uint8, codes 0 to 15; n is even.
+
+    Returns:
+        (rows, n / 2) uint8.
+    """
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
 def unpack_fp4(packed: Tensor) -> Tensor:
-    """Unpack codes: the inverse of `pack_fp4`."""
+    """Unpack codes: the inverse of `pack_fp4`.
+
+    Args:
+        packed: (rows, n / 2) uint8.
+
+    Returns:
+        (rows, n) uint8, codes 0 to 15.
+    """
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 

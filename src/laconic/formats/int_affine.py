@@ -162,6 +162,13 @@ def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Round scales to their stored dtype: never to zero or infinity, nor to what float32 cannot divide by.
 
     Subnormal numbers of half precision are used: the scales of small weights at 8 bits reach down to them.
+
+    Args:
+        scale: Scales, any shape and float dtype; those that are not positive, or NaN, become 1.
+        dtype: Float dtype in which they are stored.
+
+    Returns:
+        Scales in that dtype, in the shape of `scale`.
     """
     info = torch.finfo(dtype)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))

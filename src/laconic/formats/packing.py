@@ -19,7 +19,7 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
 
     Args:
         codes: (rows, n) int8, in [-2^(bits-1), 2^(bits-1) - 1].
-        num_bits: 2 to 8.
+        num_bits: Bits of a code, 2 to 8.
 
     Returns:
         (rows, ceil(n * bits / 32)) int32.
@@ -44,14 +44,14 @@ def unpack(packed: Tensor, num_bits: int, n: int) -> Tensor:
 
     Args:
         packed: (rows, words) int32.
-        num_bits: 2 to 8.
-        n: codes of a row.
+        num_bits: Bits of a code, 2 to 8.
+        n: Number of codes of a row.
 
     Returns:
         (rows, n) int8.
 
     Raises:
-        ValueError: if a row of n codes does not take so many words.
+        ValueError: A row of n codes does not take so many words.
     """
     if packed.shape[-1] != _words(n, num_bits):
         raise ValueError(f"{packed.shape[-1]} words do not hold {n} codes of {num_bits} bits")

@@ -56,7 +56,14 @@ class Transforms:
     output: Tensor | None = None
 
     def apply(self, w: Tensor) -> Tensor:
-        """Return T_out w T_in, float32. w: (out, in)."""
+        """Return T_out w T_in.
+
+        Args:
+            w: (out, in) float32.
+
+        Returns:
+            (out, in) float32; `w` itself without transforms.
+        """
         if self.input is not None:
             w = w * self.input.float() if self.input.dim() == 1 else w @ self.input.float()
         if self.output is not None:
@@ -66,8 +73,12 @@ class Transforms:
     def cut_rows(self, start: int, stop: int) -> Transforms:
         """Return the transforms of the rows [start, stop).
 
+        Args:
+            start: First row.
+            stop: Row after the last.
+
         Raises:
-            ValueError: if a matrix mixes the rows.
+            ValueError: A matrix mixes the rows.
         """
         if self.output is not None and self.output.dim() == 2:
             raise ValueError("rows that a matrix transforms together cannot be cut")
@@ -81,13 +92,13 @@ class Quantized:
     """A weight as it will be stored. The codes are the truth: nothing is rounded again after this.
 
     Attributes:
-        format: how codes and parameters are stored.
-        codes: as `format` defines them.
-        params: parameters by name, in their stored dtypes.
-        shape: (out, in) of the weight.
-        outliers: input columns in 16 bit.
-        low_rank: a product in 16 bit.
-        transforms: of the channels.
+        format: Format of the codes and parameters.
+        codes: Codes, in the shape and dtype that the format defines.
+        params: Parameters by name, in their stored dtypes.
+        shape: Shape (out, in) of the weight.
+        outliers: Input columns in 16 bit; None for none.
+        low_rank: A product in 16 bit; None for none.
+        transforms: Transforms of the channels; None for none.
     """
 
     format: Format
@@ -100,11 +111,21 @@ class Quantized:
 
     @classmethod
     def scalar(cls, fmt: ScalarFormat, codes: Tensor, params: Params) -> Quantized:
-        """Return a weight of which every element has a code of its own. codes: (out, in)."""
+        """Return a weight of which every element has a code.
+
+        Args:
+            fmt: Format of the codes.
+            codes: (out, in), in the format's `code_dtype`.
+            params: Parameters as the format stores them.
+        """
         return cls(fmt, codes, params, (codes.shape[0], codes.shape[1]))
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight (out, in): computed in float32, returned in `dtype`."""
+        """Return the weight (out, in), computed in float32.
+
+        Args:
+            dtype: Dtype of the result.
+        """
         w = self.format.decode(self.codes, self.params, self.shape)
         if self.outliers is not None:
             w[:, self.outliers.indices.long()] = self.outliers.weight.float()
@@ -115,10 +136,14 @@ class Quantized:
         return w.to(dtype)
 
     def rows(self, start: int, stop: int) -> Quantized:
-        """Return the rows [start, stop) as a weight of their own.
+        """Return the rows [start, stop) as a quantized weight.
+
+        Args:
+            start: First row.
+            stop: Row after the last.
 
         Raises:
-            ValueError: if something that shares parameters or a code would be cut.
+            ValueError: Weights on both sides of the cut share parameters or a code, or a transform mixes the rows.
         """
         codes, params = self.format.cut_rows(self.codes, self.params, self.shape, start, stop)
         outliers, low_rank = self.outliers, self.low_rank
@@ -149,9 +174,9 @@ class Quantized:
         """Return the weight that a linear's tensors in a file stand for: the inverse of `to_tensors`.
 
         Args:
-            fmt: its format.
-            tensors: by their name within the linear.
-            shape: (out, in) of the weight.
+            fmt: Format of the codes.
+            tensors: Tensors by their name within the linear.
+            shape: Shape (out, in) of the weight.
         """
         outliers = low_rank = transforms = None
         if "outlier_indices" in tensors:
@@ -165,5 +190,14 @@ class Quantized:
 
 
 def quantize(fmt: Format, w: Tensor, params: Params) -> Quantized:
-    """Round a weight (out, in) to the nearest codes under `params`."""
+    """Round a weight to the nearest codes.
+
+    Args:
+        fmt: Format of the codes.
+        w: (out, in), any float dtype.
+        params: Parameters as the format stores them.
+
+    Returns:
+        The quantized weight, without side tensors.
+    """
     return Quantized(fmt, fmt.encode(w, params), params, (w.shape[0], w.shape[1]))

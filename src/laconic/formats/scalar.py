@@ -24,7 +24,7 @@ class ScalarFormat(Format):
 
         @property
         def tiling(self) -> Tiling:
-            """Which weights share their parameters."""
+            """Sets of weights that share their parameters."""
 
     @property
     @abstractmethod
@@ -33,12 +33,12 @@ class ScalarFormat(Format):
 
     @property
     def headroom(self) -> float:
-        """How far a range may usefully reach past the largest value, as a multiple of it; 1 where steps are even."""
+        """Upper end of the ranges worth trying, as a multiple of the largest value; 1 if steps are even."""
         return 1.0
 
     @property
     def widest_step(self) -> float:
-        """The widest distance between two neighbouring values, in units (`unit`)."""
+        """Widest distance between two neighbouring values, in units (`unit`)."""
         return 1.0
 
     @property
@@ -60,18 +60,29 @@ class ScalarFormat(Format):
             )
 
     def shared(self, lo: Tensor, hi: Tensor) -> Params:
-        """Return the parameters that a whole tensor has one of, shape (1,), from the ranges of its tiles."""
+        """Return the parameters that a whole tensor has one of, from the ranges of its tiles; by default none.
+
+        Args:
+            lo: Lowest value of each tile.
+            hi: Highest value of each tile.
+
+        Returns:
+            Parameters by name, each (1,).
+        """
         return NO_PARAMS
 
     @abstractmethod
     def from_range(self, lo: Tensor, hi: Tensor, dtype: torch.dtype, shared: Params = NO_PARAMS) -> Params:
-        """Return the parameters of tiles whose grids cover [lo, hi], beside the shared ones.
+        """Return the parameters of tiles whose grids cover [lo, hi], without the shared ones.
 
         Args:
-            lo: lowest value of each tile.
-            hi: highest value of each tile.
-            dtype: in which parameters are stored, where the format leaves that open.
-            shared: parameters of the whole tensor (`shared`).
+            lo: Lowest value of each tile.
+            hi: Highest value of each tile.
+            dtype: Dtype of parameters that the format leaves open.
+            shared: Parameters of the whole tensor (`shared`).
+
+        Returns:
+            Parameters by name, each in the shape of `lo`.
         """
 
     def for_activations(self) -> ScalarFormat:
@@ -79,23 +90,58 @@ class ScalarFormat(Format):
         return self
 
     def retiled(self, tiling: Tiling) -> ScalarFormat | None:
-        """Return the format with another tiling, or None if its tiling is fixed."""
+        """Return the format with another tiling, or None if its tiling is fixed.
+
+        Args:
+            tiling: The new tiling.
+        """
         return None
 
     def unit(self, params: Params) -> Tensor:
-        """Return what the values of codes are multiplied by, float32."""
+        """Return the factors of the values of codes: the scales, except in formats with scales of two levels.
+
+        Args:
+            params: Parameters, each in the shape of the tiles without their last dimension, or (1,).
+
+        Returns:
+            Factors in the shape of the scale, float32.
+        """
         return params["scale"].float()
 
     @abstractmethod
     def encode_tiles(self, tiles: Tensor, params: Params) -> Tensor:
-        """Return codes (`code_dtype`) of `tiles` (..., n) under parameters of shape (...) or (1,)."""
+        """Return the nearest codes of tiles.
+
+        Args:
+            tiles: (..., n) float32, elements that share parameters along the last dimension.
+            params: Parameters, each of shape (...) or (1,).
+
+        Returns:
+            (..., n) codes in `code_dtype`.
+        """
 
     @abstractmethod
     def decode_tiles(self, codes: Tensor, params: Params) -> Tensor:
-        """Return values (float32) of codes (..., n) under parameters of shape (...) or (1,)."""
+        """Return the values that codes of tiles stand for.
+
+        Args:
+            codes: (..., n), as of `encode_tiles`.
+            params: Parameters, each of shape (...) or (1,).
+
+        Returns:
+            (..., n) float32.
+        """
 
     def snap_tiles(self, tiles: Tensor, params: Params) -> Tensor:
-        """Return `tiles` encoded and decoded again, in new memory."""
+        """Return tiles encoded and decoded again, in new memory.
+
+        Args:
+            tiles: (..., n) float32, elements that share parameters along the last dimension.
+            params: Parameters, each of shape (...) or (1,).
+
+        Returns:
+            (..., n) float32.
+        """
         return self.decode_tiles(self.encode_tiles(tiles, params), params)
 
     def fit(self, w: Tensor, dtype: torch.dtype = torch.float32, shared: Params | None = None) -> Params:
@@ -103,8 +149,14 @@ class ScalarFormat(Format):
 
         Args:
             w: (out, in), any float dtype.
-            dtype: in which parameters are stored.
-            shared: those of the whole tensor, where `w` is a part of one.
+            dtype: Dtype of parameters that the format leaves open.
+            shared: Parameters of the whole tensor, if `w` is a part of one; None computes them from `w`.
+
+        Returns:
+            Parameters as they will be stored: each in the tiling's `param_shape`, shared ones (1,).
+
+        Raises:
+            ValueError: The group size does not divide `in`.
         """
         tiles = self.tiling.split(w.float())
         lo, hi = tiles.amin(-1), tiles.amax(-1)
@@ -112,7 +164,11 @@ class ScalarFormat(Format):
         return {**self.from_range(lo, hi, dtype, shared), **shared}
 
     def fit_shared(self, w: Tensor) -> Params:
-        """Return the parameters that the whole of `w` (out, in) has one of."""
+        """Return the parameters that a whole tensor has one of, by name, each (1,).
+
+        Args:
+            w: The whole matrix (out, in), any float dtype.
+        """
         tiles = self.tiling.split(w.float())
         return self.shared(tiles.amin(-1), tiles.amax(-1))
 
@@ -143,7 +199,14 @@ class ScalarFormat(Format):
 
 
 def tiling_from_config(config: Mapping[str, Any]) -> Tiling:
-    """Return the tiling that an entry of config.json describes (`strategy`, `group_size`, `block_structure`)."""
+    """Return the tiling that an entry of config.json describes.
+
+    Args:
+        config: Keys of the entry: `strategy`, and `group_size` or `block_structure` where the strategy needs one.
+
+    Raises:
+        ValueError: The strategy is unknown, or the size that it needs is absent or less than 1.
+    """
     strategy, block = config["strategy"], config.get("block_structure")
     return Tiling(
         strategy,
@@ -156,14 +219,14 @@ def vary_tiling(tiling: Tiling, preset: str, group_size: int | None, strategy: s
     """Return the tiling with the keys that a recipe may change.
 
     Args:
-        tiling: of the preset.
-        preset: its name, for messages.
-        group_size: columns that share a scale; -1 for the whole row.
+        tiling: Tiling of the preset.
+        preset: Name of the preset, for messages.
+        group_size: Columns that share a scale; -1 for the whole row.
         strategy: `tensor`, `channel` or `group`.
-        grouped: whether the format may have groups; those that have none may have one scale for the whole tensor.
+        grouped: Whether the format may have groups; those that have none may have one scale for the whole tensor.
 
     Raises:
-        ValueError: if the keys contradict each other or the preset.
+        ValueError: The keys contradict each other or the preset.
     """
     if group_size is not None and strategy not in (None, "channel" if group_size == -1 else "group"):
         raise ValueError(f"group_size {group_size} contradicts strategy '{strategy}'")

@@ -21,10 +21,10 @@ from laconic.formats.tiling import CHANNEL, TENSOR, TOKEN, Tiling
 
 @dataclass(frozen=True)
 class Activations:
-    """How a linear's input is quantized.
+    """Quantization of a linear's input.
 
     Attributes:
-        format: of the codes.
+        format: Format of the codes.
         dynamic: True for parameters from each input itself, False for parameters from calibration; `local` takes only
             those of a whole tensor from calibration.
     """
@@ -38,12 +38,12 @@ class Activations:
         return self.dynamic is not True
 
     def calibrate(self, lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Params:
-        """Return the parameters that are the same for every input, each (1,).
+        """Return the parameters that all inputs share, each (1,).
 
         Args:
             lo: 0-dim, the smallest value of all calibration inputs.
-            hi: 0-dim, the largest.
-            dtype: in which they are stored.
+            hi: 0-dim, the largest value.
+            dtype: Dtype in which they are stored.
         """
         lo, hi = lo.reshape(1), hi.reshape(1)
         match self.dynamic:
@@ -57,17 +57,17 @@ class Activations:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one linear is stored and computed.
+    """Storage and arithmetic of one linear.
 
     Attributes:
-        name: the preset that it came from.
-        weights: format of the weight.
-        input_activations: of the input; None for 16 bit.
-        engine: the first engine that runs it; `laconic` for our own arithmetic, which is simulated.
-        outlier_columns: number of input columns in 16 bit beside the codes; None while calibration has not set it.
-        rank: of the 16-bit product that is added to the codes.
-        input_transform: dimensions of the transform of input channels: 0 none, 1 a vector, 2 a matrix.
-        output_transform: the same of output channels.
+        name: Name of the preset that it comes from.
+        weights: Format of the weight.
+        input_activations: Quantization of the input; None for 16 bit.
+        engine: The first engine that runs it; `laconic` for our own arithmetic, which is simulated.
+        outlier_columns: Number of input columns in 16 bit beside the codes; None until calibration sets it.
+        rank: Rank of the 16-bit product that is added to the codes.
+        input_transform: Dimensions of the transform of input channels: 0 none, 1 a vector, 2 a matrix.
+        output_transform: Dimensions of the transform of output channels.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Scheme:
 
     @property
     def plain(self) -> Scheme:
-        """The scheme without side tensors, whose sizes depend on the linear."""
+        """Copy of the scheme without side tensors, whose sizes depend on the linear."""
         return replace(self, outlier_columns=0, rank=0, input_transform=0, output_transform=0)
 
     @property
@@ -182,17 +182,17 @@ def scheme(
     strategy: str | None = None,
     dynamic: bool | None = None,
 ) -> Scheme:
-    """Return a preset, varied.
+    """Return a preset with the keys that a recipe may change.
 
     Args:
-        name: of the preset.
-        group_size: columns that share a scale; -1 for one scale a channel.
-        symmetric: whether the weights' grid has no zero point.
-        strategy: of the weights: `tensor`, `channel` or `group`.
-        dynamic: whether activations are scaled by each input, or by calibration.
+        name: Name of the preset.
+        group_size: Columns that share a scale; -1 for one scale a channel.
+        symmetric: Whether the weights' grid has no zero point.
+        strategy: Strategy of the weights: `tensor`, `channel` or `group`.
+        dynamic: Whether activations are scaled by each input, or by calibration.
 
     Raises:
-        ValueError: for an unknown name or a variation that the preset cannot take.
+        ValueError: The name is unknown, or the preset cannot be varied so.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown scheme '{name}': choose one of {', '.join(PRESETS)}")

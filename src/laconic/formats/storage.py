@@ -22,8 +22,8 @@ def scheme_of_shapes(scheme: Scheme, shapes: Mapping[str, tuple[int, ...]]) -> S
     """Return the scheme with the side tensors that a finished file has.
 
     Args:
-        scheme: as planned, perhaps with an open number of outlier columns.
-        shapes: of a linear's tensors, by their name within it.
+        scheme: Planned scheme, whose number of outlier columns may be open.
+        shapes: Shapes of a linear's tensors, by their name within it.
     """
     (columns,) = shapes.get("outlier_indices", (0,))
     return replace(
@@ -37,9 +37,17 @@ def scheme_of_shapes(scheme: Scheme, shapes: Mapping[str, tuple[int, ...]]) -> S
 
 @cache
 def stored_shapes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> Mapping[str, Tensor]:
-    """Return meta tensors of the shapes and dtypes that a weight (out, in) has in a file.
+    """Return a weight's tensors in a file, by their name within the linear, on the meta device.
 
     Outlier columns whose number is still open are left out.
+
+    Args:
+        scheme: Scheme of the linear.
+        shape: Shape (out, in) of the weight.
+        dtype: Dtype of the model.
+
+    Raises:
+        ValueError: The scheme's group size does not divide `in`.
     """
     codes, params = scheme.weights.empty(shape, dtype)
     (rows, columns), k, rank = shape, scheme.outlier_columns, scheme.rank
@@ -58,7 +66,16 @@ def stored_shapes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) ->
 
 
 def stored_bytes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """Return the bytes on disk of a weight (out, in)."""
+    """Return the bytes on disk of a weight.
+
+    Args:
+        scheme: Scheme of the linear; outlier columns whose number is open are not counted.
+        shape: Shape (out, in) of the weight.
+        dtype: Dtype of the model.
+
+    Raises:
+        ValueError: The scheme's group size does not divide `in`.
+    """
     return sum(t.numel() * t.element_size() for t in stored_shapes(scheme, shape, dtype).values())
 
 

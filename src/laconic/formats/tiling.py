@@ -41,10 +41,13 @@ class Tiling:
             raise ValueError("block_structure goes with strategy 'block', and only with it")
 
     def param_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of a parameter of a matrix of shape (out, in).
+        """Return the shape of a parameter of a matrix.
+
+        Args:
+            shape: Shape (out, in) of the matrix.
 
         Raises:
-            ValueError: if group_size does not divide `in`.
+            ValueError: The group size does not divide `in`.
         """
         rows, cols = shape
         match self.strategy:
@@ -63,7 +66,19 @@ class Tiling:
                 return (-(-rows // height), -(-cols // width))
 
     def split(self, w: Tensor) -> Tensor:
-        """Lay out (out, in) as (*param_shape, n); a block that reaches over the edge is padded with zeros."""
+        """Lay out a matrix so that elements that share parameters lie along the last dimension.
+
+        A block that reaches over the edge is padded with zeros.
+
+        Args:
+            w: (out, in), any dtype.
+
+        Returns:
+            (*param_shape, n).
+
+        Raises:
+            ValueError: The group size does not divide `in`.
+        """
         shape = self.param_shape(tuple(w.shape))
         if self.strategy != "block":
             return w.reshape(*shape, -1)
@@ -75,7 +90,15 @@ class Tiling:
         return w.reshape(shape[0], height, shape[1], width).transpose(1, 2).reshape(*shape, height * width)
 
     def join(self, tiles: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Lay out (*param_shape, n) as (out, in); the padding of `split` is cut off."""
+        """Lay out tiles as a matrix: the inverse of `split`; its padding is cut off.
+
+        Args:
+            tiles: (*param_shape, n), any dtype.
+            shape: Shape (out, in) of the matrix.
+
+        Returns:
+            (out, in).
+        """
         if self.strategy != "block":
             return tiles.reshape(shape)
         assert self.block_structure is not None
@@ -85,10 +108,16 @@ class Tiling:
         return whole[: shape[0], : shape[1]].contiguous()
 
     def cut_params(self, param: Tensor, start: int, stop: int, rows: int) -> Tensor:
-        """Return the parameters of rows [start, stop) of a matrix of `rows` rows.
+        """Return the parameters of the rows [start, stop) of a matrix.
+
+        Args:
+            param: Parameter of the whole matrix, in its `param_shape`, or (1,).
+            start: First row.
+            stop: Row after the last.
+            rows: Number of rows of the whole matrix.
 
         Raises:
-            ValueError: if a block would be cut.
+            ValueError: A block would be cut.
         """
         if param.dim() == 1:  # one for the whole tensor
             return param.clone()
@@ -109,5 +138,9 @@ TENSOR = Tiling("tensor")
 
 
 def groups_for(columns: int) -> str:
-    """Return the group sizes that rows of so many columns can have: the largest usual ones, and -1, the whole row."""
+    """Return the group sizes that rows can have, for messages: the two largest usual ones, and -1, the whole row.
+
+    Args:
+        columns: Number of columns of a row.
+    """
     return ", ".join(str(g) for g in [*[g for g in (128, 64, 32, 16, 8) if columns % g == 0][:2], -1])

@@ -31,6 +31,13 @@ def block_sparse_linear_torch(x: Tensor, W: BlockSparseWeight) -> Tensor:
     """Compute `block_sparse_linear` in plain torch: the reference implementation, used on a CPU.
 
     A block row is one dense product with the channels of x that its blocks read.
+
+    Args:
+        x: (tokens, in), in the dtype of the weight's values.
+        W: Weight (out, in).
+
+    Returns:
+        (tokens, out) in the same dtype.
     """
     _, columns, rows = W.values.shape
     tokens, width = x.shape

@@ -37,7 +37,19 @@ def affine_columns(
 def affine_columns_torch(
     W: Tensor, X: Tensor, A: Tensor, scale: Tensor, zero_point: Tensor | None, code_range: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Compute `affine_columns` in plain torch: the reference implementation, used on a CPU."""
+    """Compute `affine_columns` in plain torch: the reference implementation, used on a CPU.
+
+    Args:
+        W: (n, rows) float32, the values to approximate.
+        X: (n, rows) float32, W with the compensation of the errors of all earlier units added.
+        A: (n, n) float32, strictly lower triangular.
+        scale: (n, rows) float32.
+        zero_point: (n, rows) float32, or None for symmetric grids.
+        code_range: Smallest and largest code.
+
+    Returns:
+        Codes (n, rows) int8 and errors E (n, rows) float32.
+    """
     n, (qmin, qmax) = W.shape[0], code_range
     codes, E = torch.empty_like(W), torch.empty_like(W)
     # The overhead of a call exceeds its arithmetic here, so results are written directly into the output tensors.

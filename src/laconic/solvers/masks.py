@@ -49,6 +49,12 @@ class MaskStructure:
 def parse_mask_structure(text: str) -> MaskStructure:
     """Parse `unstructured`, `N:M` (2:4: two of four inputs remain) or `RxC` (tiles of R rows and C columns).
 
+    Args:
+        text: `mask_structure` of a recipe.
+
+    Returns:
+        The structure.
+
     Raises:
         ValueError: The text is none of these.
     """
@@ -80,7 +86,15 @@ class StackedLinear:
 
 
 def single_linear(weight: Tensor, sparsity: float) -> list[StackedLinear]:
-    """Describe a matrix (out, in) as a stack of one linear."""
+    """Describe a matrix as a stack of one linear.
+
+    Args:
+        weight: (out, in).
+        sparsity: Share of weights to prune.
+
+    Returns:
+        A list of that linear, without protected rows or columns.
+    """
     return [StackedLinear(slice(0, len(weight)), sparsity)]
 
 

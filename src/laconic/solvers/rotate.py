@@ -64,7 +64,10 @@ def rotate(x: Tensor, rotation_HCC: Tensor) -> Tensor:
 
     Args:
         x: (batch, heads, [queries of a head,] tokens, channels).
-        rotation_HCC: R, of each head or the same for all.
+        rotation_HCC: Rotation R of each head; (1, C, C) for one that all heads share.
+
+    Returns:
+        A new tensor of the shape of x.
     """
     rotated: Tensor = x @ (rotation_HCC if x.dim() == 4 else rotation_HCC[:, None])
     return rotated
