@@ -35,7 +35,6 @@ PENDING = {
     "kv",
     "data",
     "checkpoint",
-    "structure",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

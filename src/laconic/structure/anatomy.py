@@ -63,7 +63,11 @@ class Anatomy:
     routers: frozenset[str] = frozenset()
 
     def block_name(self, i: int) -> str:
-        """Return the full name of block i."""
+        """Return the full name of block i.
+
+        Args:
+            i: Index of the block, from 0.
+        """
         return f"{self.blocks}.{i}"
 
 
@@ -88,7 +92,14 @@ class BlockCall:
         return first
 
     def to(self, device: torch.device | str) -> BlockCall:
-        """Copy the call with its tensors on a device."""
+        """Copy the call with its tensors on a device.
+
+        Args:
+            device: The device.
+
+        Returns:
+            A new call; tensors that are on the device already are shared.
+        """
         move = lambda x: x.to(device) if isinstance(x, Tensor) else x  # noqa: E731
         return BlockCall(tree_map(move, self.args), tree_map(move, self.kwargs))
 
@@ -98,6 +109,9 @@ def dissect(model: PreTrainedModel) -> Anatomy:
 
     Args:
         model: A model; its parameters may be on the meta device (`checkpoint.source.build_skeleton`).
+
+    Returns:
+        The parts of the model, with the names that they have in it.
 
     Raises:
         ValueError: The model has no decoder blocks with linears, or its blocks cannot be traced.
@@ -179,7 +193,15 @@ def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) ->
 
 
 def block_signature(block: nn.Module, taps: Sequence[Tap]) -> Any:
-    """Make a hashable key that is equal for blocks of the same modules, shapes and taps."""
+    """Make a hashable key that is equal for blocks of the same modules, shapes and taps.
+
+    Args:
+        block: The block.
+        taps: Its taps.
+
+    Returns:
+        A hashable key: the taps, and name, class and shape of each module.
+    """
     return taps, tuple((name, type(m), m.extra_repr()) for name, m in block.named_modules())
 
 
@@ -213,19 +235,37 @@ def compute_head_input(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor)
 
 
 def linear_at(module: nn.Module, name: str) -> nn.Linear:
-    """Return the linear of this name in a module."""
+    """Return a linear by its name.
+
+    Args:
+        module: The module that contains it.
+        name: Name of the linear within the module.
+    """
     linear = module.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     return linear
 
 
 def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linears inside a module, by name."""
+    """Return the linears inside a module, by name.
+
+    Args:
+        module: The module; if it is a linear, its name is empty.
+    """
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
 def zero_embeddings(model: PreTrainedModel, samples: int, tokens: int) -> Tensor:
-    """Make embeddings (samples, tokens, hidden) of zeros, in the dtype of the model."""
+    """Make embeddings of zeros.
+
+    Args:
+        model: The model, for their width and dtype.
+        samples: Number of samples.
+        tokens: Number of tokens of each.
+
+    Returns:
+        (samples, tokens, hidden), in the dtype of the model, on the CPU.
+    """
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)
     return torch.zeros(samples, tokens, embeddings.shape[1], dtype=model.dtype)
@@ -268,6 +308,12 @@ def _trace(block: nn.Module, call: BlockCall, hidden: Tensor) -> tuple[tuple[Tap
 
 def find_blocks(model: nn.Module) -> str:
     """Find the name of the list of decoder blocks: the longest ModuleList of modules that contain linears.
+
+    Args:
+        model: The model; its parameters may be on the meta device.
+
+    Returns:
+        Full name of the ModuleList (`model.layers`).
 
     Raises:
         ValueError: There is none.

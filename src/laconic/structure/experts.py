@@ -183,7 +183,14 @@ def enclosing_experts(module: nn.Module, linear: str) -> str | None:
 
 
 def routers_of(module: nn.Module) -> set[str]:
-    """Find modules beside experts that weigh them or a shared expert, by name; engines keep them uncompressed."""
+    """Find modules beside experts that weigh them or a shared expert, by name; engines keep them uncompressed.
+
+    Args:
+        module: A module that contains `Experts`, at any depth.
+
+    Returns:
+        Names within the module.
+    """
     routers = set()
     for path, experts in module.named_modules():
         if isinstance(experts, Experts):

@@ -64,6 +64,9 @@ def find_heads(taps: Sequence[Tap], shapes: Mapping[str, tuple[int, int]], confi
         shapes: Shape (out, in) of each linear, by name within the block.
         config: Config of the model.
 
+    Returns:
+        The heads of the first tap whose linears are queries, keys and values, and of the linear after it.
+
     Raises:
         ValueError: Queries, keys and values are not separate linears of the shapes that the config describes.
     """

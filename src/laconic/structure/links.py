@@ -89,7 +89,14 @@ def fold(block: nn.Module, link: Link, s: Tensor) -> Tensor:
 
 
 def linked_channels(link: Link) -> Tensor:
-    """Return the output channels of the source that feed the readers, each once, ascending."""
+    """Return the output channels of the source that feed the readers, each once, ascending.
+
+    Args:
+        link: A link whose source is a linear.
+
+    Returns:
+        (n,) int64.
+    """
     assert link.channels is not None
     channels: Tensor = torch.unique(link.channels)
     return channels
@@ -119,6 +126,9 @@ def links_without(links: Mapping[Tap, Link], quantized: Set[str]) -> Mapping[Tap
     Args:
         links: Links of a block by tap.
         quantized: Names of quantized linears within the block.
+
+    Returns:
+        The remaining links by tap.
     """
     return {tap: link for tap, link in links.items() if quantized.isdisjoint((link.source, *link.readers))}
 
@@ -129,6 +139,12 @@ def find_links(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Mapping[Tap, L
     Args:
         model: The model; its parameters may be on the meta device.
         anatomy: Its blocks and taps.
+
+    Returns:
+        For each block, links by tap; taps without a link are absent.
+
+    Raises:
+        ValueError: The model does not call its blocks one after another.
     """
     hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=zero_embeddings(model, 1, 4))
     blocks = model.get_submodule(anatomy.blocks)
@@ -188,7 +204,14 @@ def _experts_links(
 
 
 def copy_with_random_weights(block: nn.Module) -> nn.Module:
-    """Copy a block with random matrices, and norms whose weights are one."""
+    """Copy a block with random matrices and biases, and norms whose weights are one.
+
+    Args:
+        block: The block; its parameters may be on the meta device.
+
+    Returns:
+        A copy with the same dtypes, its parameters on the CPU and without gradients; the same in every call.
+    """
     block = copy.deepcopy(block)
     noise = torch.randn(65537, generator=torch.Generator().manual_seed(0))
     for module in block.modules():
@@ -327,7 +350,11 @@ def _divide_norm(norm: nn.Module, s: Tensor, link: Link) -> None:
 
 
 def head_widths(model: PreTrainedModel) -> list[int]:
-    """Return the numbers of channels that a head may have by the config."""
+    """Return the numbers of channels that a head may have by the config: `head_dim`, and width by number of heads.
+
+    Args:
+        model: The model.
+    """
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     head_dim = getattr(config, "head_dim", None)

@@ -18,6 +18,13 @@ class LaconicModelConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build the config of the stock model's kind with widths by block.
 
+        Args:
+            config_dict: Contents of config.json.
+            **kwargs: Arguments of the stock config's `from_dict`.
+
+        Returns:
+            What the stock config's `from_dict` returns: the config, and unused arguments if they are asked for.
+
         Raises:
             ValueError: The keys name no stock model type that transformers knows, or no widths.
         """

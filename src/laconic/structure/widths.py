@@ -52,7 +52,14 @@ class BlockConfig:
 
 @cache
 def config_class(base: str) -> type[PretrainedConfig]:
-    """Make the config class of a stock model type with widths by block, and register its model with transformers."""
+    """Make the config class of a stock model type with widths by block, and register its model with transformers.
+
+    Args:
+        base: `model_type` of the stock model, one that transformers knows.
+
+    Returns:
+        A subclass of the stock config, one for each type.
+    """
     stock = CONFIG_MAPPING[base]
     kind = type(f"{_PREFIX}{stock.__name__}", (stock,), {"model_type": MODEL_TYPE, "__module__": __name__})
     if stock in AutoModelForCausalLM._model_mapping:
@@ -71,6 +78,9 @@ def make_config(raw: Mapping[str, Any]) -> PretrainedConfig:
 
     Args:
         raw: Contents of config.json.
+
+    Returns:
+        The config, of the class that transformers has for its `model_type`.
 
     Raises:
         ValueError: transformers rejects the contents.
@@ -129,7 +139,14 @@ def build_block(kind: type[nn.Module], config: Any, widths: Mapping[str, int], i
 
 
 def block_configs(config: Any) -> list[Any]:
-    """Make the config of each block's attention; one for all blocks where they do not differ."""
+    """Make the config of each block's attention.
+
+    Args:
+        config: Config of the model.
+
+    Returns:
+        One config for each block; a single one if the model has no widths by block.
+    """
     widths: Sequence[Mapping[str, int]] = getattr(config, WIDTHS, None) or ({},)
     return [BlockConfig(config, {key.rpartition(".")[2]: width for key, width in block.items()}) for block in widths]
 
