@@ -171,6 +171,20 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, content: bytes, expec
     assert complaint(file).startswith(f"{file}{expected}")
 
 
+def test_a_file_with_a_wrong_key_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    for recipe in (a_recipe(groupsize=32), {"recipe": a_recipe(groupsize=32)}):
+        file.write_text(yaml.safe_dump(recipe))
+        assert complaint(file) == f"{file}: unknown key 'stages.0.groupsize'; did you mean 'group_size'?"
+
+
+def test_only_the_recipe_of_an_artifact_may_have_the_old_name_of_a_key(tmp_path: Path) -> None:
+    file, recipe = tmp_path / "recipe.yaml", a_recipe(asymmetric=0.5)
+    file.write_text(yaml.safe_dump({"recipe": recipe, "source": {}}))
+    assert load_recipe(file) == load_recipe(a_recipe(asymmetric_calibration=0.5))
+    assert complaint(recipe) == "stages.0: 'asymmetric' is now called 'asymmetric_calibration'; rename the key"
+
+
 def test_a_missing_file_and_an_unknown_name_get_a_hint() -> None:
     assert complaint("gone.yaml").startswith("no recipe file 'gone.yaml'; check the path, or name one of: ")
     assert complaint("gptq-w4a61") == "no recipe 'gptq-w4a61'; did you mean 'gptq-w4a16'?"

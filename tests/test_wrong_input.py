@@ -35,7 +35,10 @@ def model(llama: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(laconic: Laconic, llama: Path, tmp_path: Path) -> Refused:
-    """Compress in earnest and on trial; both are refused alike, and change nothing. Returns what was said."""
+    """Compress in earnest and on trial; both are refused alike, and change nothing.
+
+    Returns what was said, without the name of the recipe's file, with which it begins if the recipe itself is wrong.
+    """
 
     def run(*stages: dict[str, Any], model: Path | str = llama, flags: tuple[str, ...] = (), **keys: Any) -> str:
         keys = {"output": str(tmp_path / "out")} | keys
@@ -44,7 +47,7 @@ def refused(laconic: Laconic, llama: Path, tmp_path: Path) -> Refused:
         on_trial, in_earnest = (laconic("compress", recipe, *flags, *more).complaint for more in (["--dry-run"], []))
         assert contents(tmp_path) == before
         assert on_trial == in_earnest
-        return in_earnest
+        return in_earnest.removeprefix(f"{recipe}: ")
 
     return run
 

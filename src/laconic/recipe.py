@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from laconic.config import Config
 from laconic.methods import METHODS
-from laconic.stages.stage import Stage
+from laconic.stages.stage import Stage, method_name
 
 # Path to a value in nested mappings and lists, as pydantic reports it.
 Location = tuple[int | str, ...]
@@ -78,14 +78,14 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[st
     """Load and validate a recipe.
 
     Args:
-        source: Name of a gallery recipe, a YAML file, or the keys of a recipe.
+        source: Name of a gallery recipe, a YAML file (also the `recipe.yaml` of an artifact), or the keys of a recipe.
         overrides: Changes of keys, each `key.path=value` with the value in YAML.
 
     Returns:
         The recipe.
 
     Raises:
-        ValueError: The recipe is invalid; one line names the key and the fix.
+        ValueError: The recipe is invalid; one line names its file, the key and the fix.
     """
     if isinstance(source, Recipe):
         source = source.model_dump(mode="json")
@@ -95,7 +95,8 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[st
     try:
         return Recipe.model_validate(data)
     except ValidationError as e:
-        raise ValueError(explain_error(e)) from e
+        place = "" if isinstance(source, dict) else f"{source}: "
+        raise ValueError(place + explain_error(e)) from e
 
 
 def gallery() -> dict[str, Path]:
@@ -106,6 +107,9 @@ def gallery() -> dict[str, Path]:
 
 def read_recipe(source: str | Path) -> dict[str, Any]:
     """Read the keys of a gallery recipe or of a file, without validating them.
+
+    The `recipe.yaml` of an artifact has the recipe under the key `recipe`, with the keys of the version that wrote it;
+    keys that were renamed since are returned under their new names.
 
     Args:
         source: Name of a gallery recipe, or a .yaml or .yml file.
@@ -131,7 +135,25 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
     data = parse_yaml(path.read_bytes(), f"{path} is not valid YAML")
     if not isinstance(data, dict):
         raise ValueError(f"{path} is not a recipe: it needs a list of 'stages'")
+    if isinstance(data.get("recipe"), dict) and "stages" not in data:
+        return _with_new_names(data["recipe"])
     return data
+
+
+def _with_new_names(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe of an artifact with the new names of the keys of stages that were renamed."""
+    stages = recipe.get("stages")
+    if not isinstance(stages, list):
+        return recipe
+    new_names = {method_name(kind): kind.renamed for kind in METHODS}
+
+    def with_new_names(stage: Any) -> Any:
+        if not isinstance(stage, dict):
+            return stage
+        names = new_names.get(str(stage.get("method")), {})
+        return {names.get(key, key): value for key, value in stage.items()}
+
+    return {**recipe, "stages": [with_new_names(stage) for stage in stages]}
 
 
 def parse_yaml(text: str | bytes, message: str) -> Any:

@@ -271,6 +271,16 @@ def test_card_prints_what_it_found(laconic: Laconic, artifact: Path, texts: Path
     assert all(Path(name).is_file() for name in told["cards"])
 
 
+def test_a_recipe_recorded_before_a_key_was_renamed_is_read(laconic: Laconic, artifact: Path) -> None:
+    file = artifact / "recipe.yaml"
+    file.write_text(file.read_text().replace("asymmetric_calibration: 0.0", "asymmetric: 0.0"))
+    assert "asymmetric: 0.0" in file.read_text()
+    for arguments in (["card", artifact], ["push", artifact, "owner/tiny", "--dry-run"]):
+        ran = laconic(*arguments)
+        assert ran.code == 0, ran.err
+    assert "asymmetric_calibration: 0.0" in (artifact / "README.md").read_text()
+
+
 def test_wrong_input_is_one_line(laconic: Laconic, artifact: Path, llama: Path, tmp_path: Path) -> None:
     assert "is not a Laconic artifact" in laconic("card", llama).complaint
     assert "is not a Laconic artifact" in laconic("card", tmp_path / "nothing").complaint

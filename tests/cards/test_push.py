@@ -194,3 +194,9 @@ def test_offline_and_out_of_reach(laconic: Laconic, artifact: Path, hub: Hub, mo
 @pytest.mark.parametrize("name", ["a/b/c", "owner/ti ny", "..", ""])
 def test_names_that_no_repository_has(laconic: Laconic, artifact: Path, hub: Hub, name: str) -> None:
     assert "is not a valid repository name; write it as OWNER/NAME" in laconic("push", artifact, name).complaint
+
+
+def test_a_name_without_an_owner_is_refused(laconic: Laconic, artifact: Path, hub: Hub) -> None:
+    assert laconic("push", artifact, "tiny", "--dry-run").complaint.startswith(
+        "'tiny' names no owner; write it as OWNER/tiny"
+    )

@@ -182,6 +182,14 @@ def test_a_model_with_a_recipe_and_a_recipe_with_a_model_are_the_same(
     assert weights(tmp_path / "out") == weights(tmp_path / "other") == weights(called)
 
 
+def test_the_recipe_of_an_artifact_makes_it_again(laconic: Laconic, artifact: Path, tmp_path: Path) -> None:
+    recorded = artifact / "recipe.yaml"
+    assert laconic("validate", recorded).out == f"{recorded}: valid, 1 stage(s): rtn\n"
+    ran = laconic("compress", recorded, "-o", tmp_path / "again")
+    assert ran.code == 0, ran.err
+    assert weights(tmp_path / "again") == weights(artifact)
+
+
 def test_a_seed_is_all_that_chance_depends_on(laconic: Laconic, recipe: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert laconic("compress", recipe, "--set", f"seed={seed}", "-o", tmp_path / name).code == 0

@@ -86,6 +86,28 @@ class Twin(LinearStage):
         return Outcome(task.weight)
 
 
+class Needy(LinearStage):
+    """Its needs are none."""
+
+    method: Literal["needy"] = "needy"
+
+    @property
+    def needs(self) -> Any:
+        return {"activations"}
+
+    def compress(self, task: LinearTask) -> Outcome:
+        return Outcome(task.weight)
+
+
+class Deaf(LinearStage):
+    """It takes no task."""
+
+    method: Literal["deaf"] = "deaf"
+
+    def compress(self) -> Outcome:  # type: ignore[override]
+        raise NotImplementedError
+
+
 class Scopeless(Stage):
     """It is of no scope."""
 
@@ -100,10 +122,20 @@ class Scopeless(Stage):
         (Misled, r"Misled.example is no valid instance \(strenght: Extra inputs are not permitted\)"),
         (Twin, "method 'rtn' is Rtn's already; choose another name"),
         (Scopeless, "Scopeless lacks a scope; derive it from LinearStage, BlockStage, ModelStage or CacheStage"),
+        (Needy, r"Needy.needs is a set; return a laconic.stages.stage.Needs"),
+        (Deaf, r"Deaf.compress\(\) has other parameters than its base: write compress\(self, task\)"),
     ],
 )
 def test_what_a_class_lacks_is_told_by_name(kind: type[Stage], lack: str) -> None:
     with pytest.raises(TypeError, match=rf"^methods/test_methods.py: {lack}"):
+        check_methods((*METHODS, kind))
+
+
+@pytest.mark.parametrize(
+    "kind", ["rtn", lambda task: task, METHODS[0](scheme="W8A16")], ids=["text", "lambda", "stage"]
+)
+def test_what_is_no_class_is_told(kind: Any) -> None:
+    with pytest.raises(TypeError, match="is no class; put the class of a method into METHODS"):
         check_methods((*METHODS, kind))
 
 

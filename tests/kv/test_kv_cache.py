@@ -268,8 +268,8 @@ def test_a_plain_model_in_two_lines(model: PreTrainedModel) -> None:
     ("method", "options", "told"),
     [
         ("kivy", {}, "no cache method 'kivy'"),
-        ("kivi", {"k_bits": 9}, "kivi.k_bits"),
-        ("kivi", {"bits": 2}, "kivi.bits"),
+        ("kivi", {"k_bits": 9}, "^k_bits should be less than or equal to 8, not 9$"),
+        ("kivi", {"bits": 2}, "^unknown key 'bits'; did you mean 'v_bits'.$"),
         ("kivi", {"group_size": 12}, "does not divide"),
         ("kvquant", {}, "is calibrated"),
         ("kivi", {"residual_length": -1}, "residual_length"),

@@ -94,8 +94,7 @@ def push(
     check_repo_id(repo_id)
     with _hub_errors(repo_id, revision):
         api = HfApi()
-        # The Hub completes a name without an owner.
-        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.create_commit(
@@ -114,12 +113,16 @@ def check_repo_id(repo_id: str) -> None:
         repo_id: The name.
 
     Raises:
-        ValueError: It is not a valid name.
+        ValueError: It is not a valid name, or has no owner.
     """
     try:
         validate_repo_id(repo_id)
     except ValueError as e:
         raise ValueError(f"'{repo_id}' is not a valid repository name; write it as OWNER/NAME ({first_line(e)})") from e
+    if "/" not in repo_id:
+        raise ValueError(
+            f"'{repo_id}' names no owner; write it as OWNER/{repo_id}, OWNER being your user name or organization"
+        )
 
 
 def _is_pickle(file: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from laconic.artifact.artifact import Artifact
 from laconic.artifact.size import measure_size
+from laconic.artifact.workspace import RECIPE, read_identity
 from laconic.cards.data_card import data_card
 from laconic.cards.facts import FOLDER, decode, describe_base, describe_set, digest, read_facts, write_facts
 from laconic.cards.model_card import CardInputs, card_body, card_metadata
@@ -20,7 +21,7 @@ from laconic.checkpoint.atomic import write_text
 from laconic.checkpoint.source import Source, load_tokenizer, open_source
 from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.data.text import HUB_TEXTS
-from laconic.recipe import Recipe, load_recipe
+from laconic.recipe import Recipe, load_recipe, read_recipe
 
 README, DATA = "README.md", "data.md"
 
@@ -145,20 +146,20 @@ def recipe_of(folder: Path) -> Recipe:
         folder: Folder of the artifact.
 
     Raises:
-        ValueError: The folder is not an artifact.
+        ValueError: The folder is not an artifact, or its recipe is invalid.
     """
-    identity = Artifact(folder).recipe if folder.is_dir() else None
-    if not isinstance(identity, dict) or "recipe" not in identity:
+    identity = read_identity(folder) if folder.is_dir() else None
+    if identity is None or (identity and "recipe" not in identity):
         raise ValueError(
             f"{folder} is not a Laconic artifact, since it has no recipe.yaml; make one with 'laconic compress'"
         )
-    return load_recipe(identity["recipe"])
+    return load_recipe(folder / RECIPE)
 
 
 def _write(folder: Path, facts: dict[str, Any], trust: Trust, name: str | None = None) -> list[str]:
     """Write both cards; a README.md without the marks of Laconic stays unchanged."""
     artifact, size = Artifact.open_with_results(folder)[0], measure_size(folder, trust=trust)
-    results, recipe = artifact.results, (artifact.recipe or {})["recipe"]
+    results, recipe = artifact.results, read_recipe(folder / RECIPE)
     name = name or folder.resolve().name
     inputs = CardInputs(name, facts, recipe, artifact.config, size, results)
     metadata = card_metadata(inputs)

@@ -20,7 +20,6 @@ from laconic.formats.chunks import chunk_rows
 from laconic.stages.block import Block, BlockStage, stacked
 from laconic.stages.linear import Outcome
 from laconic.stages.quantizing import QuantizingStage
-from laconic.stages.renamed import refuse_renamed
 from laconic.stages.stage import Needs
 from laconic.train.block_tuning import SignSGD, block_output, freeze_where, tune, unstack
 
@@ -41,6 +40,7 @@ class AutoRound(QuantizingStage, BlockStage):
     """
 
     example: ClassVar = {"scheme": "W4A16", "group_size": 32, "iters": 3, "batch_size": 2}
+    renamed: ClassVar = {"asymmetric": "asymmetric_calibration"}
 
     method: Literal["autoround"] = "autoround"
     iters: int = Field(200, ge=1)
@@ -48,8 +48,6 @@ class AutoRound(QuantizingStage, BlockStage):
     lr: float | None = Field(None, gt=0)
     clip: bool = True
     asymmetric_calibration: bool = True
-
-    _renamed = refuse_renamed(asymmetric="asymmetric_calibration")
 
     @property
     def needs(self) -> Needs:

@@ -24,7 +24,6 @@ from laconic.solvers.search import search_range
 from laconic.stages.linear import LinearStage, LinearTask, Outcome
 from laconic.stages.pruning import Masking
 from laconic.stages.quantizing import QuantizingStage
-from laconic.stages.renamed import refuse_renamed
 from laconic.stages.stage import Needs
 
 
@@ -47,6 +46,7 @@ class Gptq(QuantizingStage, Masking, LinearStage):
     """
 
     example: ClassVar = {"scheme": "W4A16", "group_size": 32}
+    renamed: ClassVar = {"asymmetric": "asymmetric_calibration"}
 
     method: Literal["gptq"] = "gptq"
     actorder: Literal["weight"] | None = "weight"
@@ -55,8 +55,6 @@ class Gptq(QuantizingStage, Masking, LinearStage):
     true_sequential: bool = True
     asymmetric_calibration: float = Field(0.0, ge=0, le=1)
     block_size: int = Field(128, ge=1)
-
-    _renamed = refuse_renamed(asymmetric="asymmetric_calibration")
 
     def check_scheme(self, scheme: Scheme) -> None:
         super().check_scheme(scheme)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from laconic.stages.stage import Stage, example_of
+from laconic.stages.stage import Needs, Stage, example_of
 
 
-def check_methods(kinds: Iterable[type[Stage]]) -> None:
+def check_methods(kinds: Iterable[Any]) -> None:
     """Check the registry.
 
     Args:
@@ -31,7 +31,10 @@ def check_methods(kinds: Iterable[type[Stage]]) -> None:
         names[name] = kind
 
 
-def _problems(kind: type[Stage]) -> Iterable[str]:
+def _problems(kind: Any) -> Iterable[str]:
+    if not isinstance(kind, type):
+        yield f"{kind!r} is no class; put the class of a method into METHODS"
+        return
     if not issubclass(kind, Stage):
         yield f"{kind.__name__} is no stage; derive it from a class of laconic.stages"
         return
@@ -46,15 +49,41 @@ def _problems(kind: type[Stage]) -> Iterable[str]:
         yield f"{kind.__name__}'s module lacks a docstring, whose first line `laconic ls` shows"
     if not vars(kind).get("__doc__"):
         yield f"{kind.__name__} lacks a docstring"
+    for name, parameters in _contract(kind).items():
+        if not _takes(getattr(kind, name), parameters):
+            yield f"{kind.__name__}.{name}() has other parameters than its base: write {name}({', '.join(parameters)})"
     try:
-        kind.model_validate(example_of(kind, "text.txt"))
+        example = kind.model_validate(example_of(kind, "text.txt"))
     except ValidationError as e:
         error = e.errors(include_url=False)[0]
         where = ".".join(map(str, error["loc"]))
         yield f"{kind.__name__}.example is no valid instance ({where}: {error['msg']})"
+        return
+    if not isinstance(example.needs, Needs):
+        yield f"{kind.__name__}.needs is a {type(example.needs).__name__}; return a laconic.stages.stage.Needs"
 
 
-def _where(kind: type[Stage]) -> str:
+def _contract(kind: type[Stage]) -> dict[str, list[str]]:
+    """Return the parameters of each function that the bases of a class leave to it, by the function's name."""
+    functions = {
+        name: vars(base)[name]
+        for base in kind.__mro__
+        for name in getattr(base, "__abstractmethods__", ())
+        if name in vars(base)
+    }
+    return {name: list(inspect.signature(function).parameters) for name, function in functions.items()}
+
+
+def _takes(function: Any, parameters: list[str]) -> bool:
+    """Return whether a function can be called with so many positional arguments."""
+    try:
+        inspect.signature(function).bind(*parameters)
+    except TypeError:
+        return False
+    return True
+
+
+def _where(kind: Any) -> str:
     module = inspect.getmodule(kind)
     file = getattr(module, "__file__", None)
-    return f"methods/{Path(file).name}" if file else kind.__module__
+    return f"methods/{Path(file).name}" if file else getattr(kind, "__module__", "methods")

@@ -13,6 +13,7 @@ from laconic.kv.cache import KvCache
 from laconic.kv.scheme import KvScheme
 from laconic.kv.shape import kv_shape
 from laconic.methods import METHODS
+from laconic.recipe import explain_error
 from laconic.stages.cache import CacheStage
 
 
@@ -54,9 +55,7 @@ def kv_scheme(config: Any, stage: Mapping[str, Any]) -> KvScheme:
     try:
         validated = kind.model_validate(dict(stage))
     except ValidationError as e:
-        problem = e.errors(include_url=False)[0]
-        where = ".".join(map(str, (stage["method"], *problem["loc"])))
-        raise ValueError(f"{where}: {problem['msg']}") from e
+        raise ValueError(explain_error(e, "cache", lambda _: list(kind.model_fields))) from e
     if validated.needs.calibration:
         raise ValueError(
             f"{validated.method} is calibrated; make an artifact by 'laconic compress', and open or eval that"

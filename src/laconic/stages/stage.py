@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from laconic.config import Config
 
 Scope = Literal["linear", "block", "model", "cache"]
@@ -61,8 +63,18 @@ class Stage(Config):
     scope: ClassVar[Scope]
     example: ClassVar[Mapping[str, Any]] = {}
     """Options of a small instance, for a model of two blocks and 64 channels; TEXT stands for a text file."""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """New name of each renamed key: the old one is an error, except in the recipe of an artifact."""
 
     method: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_renamed(cls, data: Any) -> Any:
+        for old, new in cls.renamed.items():
+            if isinstance(data, dict) and old in data:
+                raise ValueError(f"'{old}' is now called '{new}'; rename the key")
+        return data
 
     @property
     def needs(self) -> Needs:
