@@ -33,8 +33,6 @@ PENDING = {
     "artifact",
     "runtime",
     "kv",
-    "data",
-    "checkpoint",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -17,6 +17,9 @@ from safetensors import SafetensorError
 def check_writable(file: Path) -> None:
     """Check that a file can be written at a path.
 
+    Args:
+        file: The path; its folder need not exist.
+
     Raises:
         ValueError: The path is a folder, or lies where the user may not write.
     """
@@ -28,12 +31,30 @@ def check_writable(file: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file atomically, in UTF-8."""
+    """Write a text file atomically, in UTF-8.
+
+    Args:
+        file: Path of the file.
+        text: Its contents.
+
+    Raises:
+        ValueError: The disk is full.
+        OSError: The file cannot be written for another reason.
+    """
     write_file(file, lambda to: to.write_text(text, encoding="utf-8"))
 
 
 def copy_file(file: Path, to: Path) -> None:
-    """Copy a file atomically."""
+    """Copy a file atomically.
+
+    Args:
+        file: File to copy.
+        to: Path of the copy.
+
+    Raises:
+        ValueError: The disk is full.
+        OSError: The file cannot be read, or the copy cannot be written for another reason.
+    """
     write_file(to, lambda writing: shutil.copyfile(file, writing))
 
 
@@ -88,7 +109,11 @@ def wrap_disk_errors(file: Path) -> Iterator[None]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush the entries of a folder (renames, deletions) to disk."""
+    """Flush the entries of a folder (renames, deletions) to disk.
+
+    Args:
+        folder: The folder.
+    """
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

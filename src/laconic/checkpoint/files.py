@@ -103,7 +103,14 @@ class Checkpoint:
 
 @contextmanager
 def wrap_read_errors(file: Path) -> Iterator[None]:
-    """Turn errors of reading a weight file into a ValueError that names the file and the fix."""
+    """Turn errors of reading a weight file into a ValueError that names the file and the fix.
+
+    Args:
+        file: The file that is read inside the context.
+
+    Raises:
+        ValueError: safetensors or the operating system cannot read the file.
+    """
     try:
         yield
     except (SafetensorError, OSError) as e:
@@ -116,6 +123,9 @@ def open_checkpoint(folder: Path, *, trust: Trust = UNTRUSTED) -> Checkpoint:
     Args:
         folder: The folder.
         trust: What the files may do; `pytorch_model*.bin` is read (by torch, with weights_only) if pickles may be.
+
+    Returns:
+        The checkpoint, with the tensors' names in the files.
 
     Raises:
         ValueError: Files are missing, truncated or outside the folder, or weights are pickles and not allowed.
@@ -138,12 +148,28 @@ def open_checkpoint(folder: Path, *, trust: Trust = UNTRUSTED) -> Checkpoint:
 
 
 def open_shard(file: Path) -> Checkpoint:
-    """Locate every tensor in one safetensors file."""
+    """Locate every tensor in one safetensors file.
+
+    Args:
+        file: The file.
+
+    Returns:
+        A checkpoint of this file alone.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
     return Checkpoint(file.parent, _header(file))
 
 
 def read_json(file: Path) -> Any:
     """Read a JSON file.
+
+    Args:
+        file: The file, in UTF-8.
+
+    Returns:
+        The decoded value.
 
     Raises:
         ValueError: The file is missing or not valid JSON; the message names it.
@@ -213,12 +239,23 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an exception's message, or its type if the message is empty."""
+    """Return the first line of an exception's message, or its type if the message is empty.
+
+    Args:
+        error: The exception.
+    """
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def count_elements(shape: tuple[int, ...]) -> int:
-    """Count the elements of a tensor of this shape."""
+    """Count the elements of a tensor.
+
+    Args:
+        shape: Its shape.
+
+    Returns:
+        Their number.
+    """
     return math.prod(shape)
 
 

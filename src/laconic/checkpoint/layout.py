@@ -27,7 +27,11 @@ class TransposedLinear(nn.Linear):
 
 
 def unwrap_conv1d(model: nn.Module) -> None:
-    """Replace every Conv1D of a model by a linear; a Conv1D is a linear with a transposed weight."""
+    """Replace every Conv1D of a model by a linear; a Conv1D is a linear with a transposed weight.
+
+    Args:
+        model: The model, changed in place; it is built without weights, and none are copied.
+    """
     for path, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             inputs, outputs = module.weight.shape
@@ -44,6 +48,9 @@ def arrange(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
     Args:
         checkpoint: Checkpoint with the names of its files.
         model: The model, with a linear for every matrix (`source.build_skeleton`).
+
+    Returns:
+        The checkpoint with locations by the model's names, and `paths` filled.
     """
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
     modules, prefix = dict(model.named_modules()), model.base_model_prefix
@@ -112,6 +119,9 @@ def engine_names(checkpoint: Checkpoint, model: PreTrainedModel, linears: Iterab
         checkpoint: The arranged checkpoint.
         model: The model.
         linears: Names of linears in the model.
+
+    Returns:
+        Names for engines by the names in the model.
     """
     prefix = f"{model.base_model_prefix}."
     names = {}

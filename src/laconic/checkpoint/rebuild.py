@@ -55,6 +55,9 @@ def build_empty_model(raw: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedM
         raw: Contents of config.json.
         dtype: Dtype of the parameters.
 
+    Returns:
+        The model in evaluation mode, with real buffers.
+
     Raises:
         ValueError: transformers rejects the config.
     """
@@ -65,5 +68,9 @@ def build_empty_model(raw: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedM
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, tied ones under each of their names."""
+    """Return parameters and buffers by name, tied ones under each of their names.
+
+    Args:
+        model: The model.
+    """
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}

@@ -51,6 +51,9 @@ def open_source(name: str, *, trust: Trust = UNTRUSTED) -> Source:
         name: A local folder, or a Hub name (downloaded, or taken from the cache when offline).
         trust: What the files of the model may do.
 
+    Returns:
+        The model's folder, config and checkpoint; no weights are loaded.
+
     Raises:
         ValueError: It is not a 16- or 32-bit model that can be opened safely.
     """
@@ -76,6 +79,9 @@ def read_config(folder: Path, *, trust: Trust = UNTRUSTED) -> tuple[dict[str, An
         folder: The model folder.
         trust: What the files of the model may do.
 
+    Returns:
+        Contents of config.json, and the config that transformers makes of them.
+
     Raises:
         ValueError: It does not describe a model, or the model has code of its own that may not be run.
     """
@@ -99,6 +105,9 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust: Trust
         config: Configuration of the model.
         dtype: Dtype of the parameters.
         trust: What the files of the model may do.
+
+    Returns:
+        The model in evaluation mode.
 
     Raises:
         ValueError: transformers has no causal language model of this configuration, or its experts cannot be
@@ -130,7 +139,15 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust: Trust
 
 
 def arrange_source(source: Source, model: PreTrainedModel) -> Source:
-    """Map the checkpoint of a source to the names and shapes of a skeleton's parameters."""
+    """Map the checkpoint of a source to the names and shapes of a skeleton's parameters.
+
+    Args:
+        source: The source, its checkpoint with the names of files.
+        model: Its skeleton.
+
+    Returns:
+        The source with the arranged checkpoint (`layout.arrange`).
+    """
     return replace(source, checkpoint=arrange(source.checkpoint, model))
 
 
@@ -166,6 +183,9 @@ def materialise(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: 
         prefix: Name of the module in the checkpoint, with a final dot; empty for the whole model.
         checkpoint: The arranged checkpoint.
         device: Device of the module afterwards.
+
+    Raises:
+        ValueError: A tensor is missing, cannot be read, holds NaN or infinity, or has another shape.
     """
     # Tied parameters have one of their names in the file, and stay one parameter.
     missing = {p: names for p, names in _parameters(module).items() if p.is_meta}
@@ -201,6 +221,13 @@ def _check_shape(name: str, shape: tuple[int, ...], expected: nn.Parameter) -> N
 
 def load_tokenizer(folder: Path, *, trust: Trust = UNTRUSTED) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder.
+
+    Args:
+        folder: The model folder.
+        trust: What the files of the model may do.
+
+    Returns:
+        The tokenizer.
 
     Raises:
         ValueError: There is none, or it cannot be opened.
@@ -240,6 +267,9 @@ def model_folder(name: str, *, trust: Trust = UNTRUSTED) -> Path:
         name: A local folder, or a Hub name (owner/model).
         trust: What the files of the model may do; pickle weights are downloaded only if they may be read.
 
+    Returns:
+        The local folder.
+
     Raises:
         ValueError: There is neither a folder nor a repository of this name.
     """
@@ -257,6 +287,9 @@ def model_folder(name: str, *, trust: Trust = UNTRUSTED) -> Path:
 
 def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """Return the 16- or 32-bit float dtype of most weights of a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint.
 
     Raises:
         ValueError: No weight has one.

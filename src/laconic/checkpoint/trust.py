@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Trust:
-    """What the files of a model may do. By default nothing but be read as data.
+    """Permissions of a model's files. By default they are only read as data.
 
     Attributes:
         remote_code: Run Python code that comes with the model (`auto_map` in config.json).

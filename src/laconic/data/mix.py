@@ -118,7 +118,11 @@ class Mix:
         return order
 
     def at(self, place: tuple[int, int]) -> Example:
-        """Return the sequence at an entry of the order."""
+        """Return the sequence at an entry of the order.
+
+        Args:
+            place: Numbers of the source and of the sequence within it.
+        """
         return self.parts[place[0]][place[1]]
 
     @property
@@ -155,6 +159,9 @@ def read_mix(
         held_out_samples: Largest number of held-out sequences of all sources together.
         seed: Seed of the choice of held-out sequences and of the order.
 
+    Returns:
+        The mix; sequences without a token to predict are dropped.
+
     Raises:
         ValueError: A dataset cannot be read, or is too small.
     """
@@ -189,6 +196,9 @@ def read_mix(
 
 def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Pad sequences on the right to the longest, with token 0 outside the loss mask.
+
+    Args:
+        examples: The sequences, one or more.
 
     Returns:
         ids (n, longest) int64 and loss_mask (n, longest) bool.

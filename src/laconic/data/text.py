@@ -32,7 +32,7 @@ def read_documents(dataset: str, *, split: str = "train", config: str | None = N
         config: Configuration of a Hub dataset.
 
     Returns:
-        Documents: a string, or a list of chat messages.
+        An iterator over documents: each a string, or a list of chat messages.
 
     Raises:
         ValueError: The dataset cannot be read, or has neither column.
@@ -50,7 +50,7 @@ def read_rows(dataset: str, *, split: str = "train", config: str | None = None) 
         config: Configuration of a Hub dataset.
 
     Returns:
-        Rows, each with a description of its location for messages.
+        An iterator over rows, each with a description of its location for messages.
 
     Raises:
         ValueError: The dataset cannot be read.
@@ -162,7 +162,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, document: Any) -> list[int]:
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that the tokenizer puts before every text: [BOS] for most, nothing for some."""
+    """Return the tokens that the tokenizer puts before every text: [BOS] for most, nothing for some.
+
+    Args:
+        tokenizer: The tokenizer.
+    """
     ids = tokenizer("", verbose=False).input_ids
     return list(ids[:1]) if ids and ids[0] == tokenizer.bos_token_id else []
 
@@ -176,6 +180,12 @@ def concatenate_tokens(
         documents: Strings or lists of chat messages.
         tokenizer: The tokenizer.
         prefix: Its `bos_prefix`; windows begin with it, not documents.
+
+    Yields:
+        Token ids.
+
+    Raises:
+        ValueError: The chat template rejects a document.
     """
     for document in documents:
         ids = encode(tokenizer, document)
