@@ -25,7 +25,7 @@ class Energy:
     Attributes:
         joules: Energy of all calls.
         runs: Number of calls.
-        source: What reported it, `NVML`, `nvidia-smi` or `RAPL`.
+        source: Source of the figure: `NVML`, `nvidia-smi` or `RAPL`.
     """
 
     joules: float

@@ -60,7 +60,7 @@ def bench_sparsity(
     Args:
         models: Folders, artifacts among them. Or one preset (`shapes.PRESETS`), or with `options.scaled_to` one model
             to scale: these have random weights, and are compared with copies that are pruned.
-        options: What to measure, and how.
+        options: Options of the benchmark.
         report: Called with the name of each measurement before it starts.
 
     Returns:

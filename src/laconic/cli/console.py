@@ -167,7 +167,7 @@ def print_plan(plan: CompressionPlan, as_json: bool) -> None:
 
 
 def print_warnings(plan: CompressionPlan) -> None:
-    """Print on stderr what is allowed, but may surprise.
+    """Print the warnings of a plan on stderr.
 
     Args:
         plan: The plan.
@@ -177,7 +177,7 @@ def print_warnings(plan: CompressionPlan) -> None:
 
 
 def calibration_notes(log: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield what an artifact's log says about calibration that the user may want to act on.
+    """Yield notes on calibration from an artifact's log that the user may want to act on.
 
     Args:
         log: Events of the artifact's `log.jsonl`.

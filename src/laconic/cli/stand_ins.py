@@ -1,4 +1,4 @@
-"""Stand-ins for torch and its like, for commands that need only what laconic's modules declare.
+"""Stand-ins for torch and other large libraries, for commands that need only the declarations in Laconic's modules.
 
 `laconic validate` and `laconic ls` read the options of the methods and the presets of the schemes, which are declared
 in the same files as the mathematics. Importing these files takes a fraction of a second, and importing the libraries
@@ -50,14 +50,14 @@ class NeedsLibrary(BaseException):
 
 
 def declarations(modules: Sequence[str], read: Callable[[], Result]) -> Result:
-    """Call a function on what modules declare, without importing the libraries that they compute with.
+    """Call a function on the declarations of modules, without importing the libraries that they compute with.
 
     Args:
         modules: Modules to import first.
         read: Returns plain values from these modules, which it imports once more.
 
     Returns:
-        What `read` returns; it is called once more, with the libraries themselves, if stand-ins do not suffice.
+        The result of `read`; it is called once more, with the libraries themselves, if stand-ins do not suffice.
 
     Raises:
         ValueError: `read` raises it, for what a user got wrong.

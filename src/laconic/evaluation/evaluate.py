@@ -13,7 +13,7 @@ def evaluate(model: str | Path, options: EvalOptions | None = None) -> dict[str,
 
     Args:
         model: Folder of an artifact or of any model, or a name on the Hub.
-        options: What to measure, by the type of the object. None: perplexity on WikiText-2.
+        options: Options of the measurement; their type says which. None: perplexity on WikiText-2.
 
     Returns:
         The result, as it is saved.

@@ -66,7 +66,7 @@ def evaluate_long(
 
     Args:
         model: Folder of an artifact or of any model, or a name on the Hub.
-        options: What to measure, and how.
+        options: Options of the measurement.
         report: Called with the name of each measurement before it starts.
 
     Returns:

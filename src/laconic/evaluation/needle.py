@@ -193,7 +193,7 @@ def find_needles(
         hay: Token ids of the text.
         caches: The caches.
         lengths: Context lengths.
-        options: How needles are placed and read.
+        options: Options of placing and reading needles.
 
     Returns:
         By cache, one cell per length and depth.

@@ -92,7 +92,7 @@ def read_scores(results: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[Sc
     """Read every metric of every task.
 
     Args:
-        results: What lm-eval's `simple_evaluate` returned.
+        results: Result of lm-eval's `simple_evaluate`.
         tasks: lm-eval's tasks by name.
 
     Returns:
@@ -119,7 +119,7 @@ def read_groups(results: Mapping[str, Any], groups: Mapping[str, Any], scores: S
     Tasks are strata: the error of a group comes from the documents of its tasks, not from the choice of the tasks.
 
     Args:
-        results: What lm-eval's `simple_evaluate` returned.
+        results: Result of lm-eval's `simple_evaluate`.
         groups: lm-eval's groups by name.
         scores: The scores of their tasks.
 

@@ -14,7 +14,7 @@ def read_predictions(results: Mapping[str, Any], tasks: Mapping[str, Any]) -> di
     Tasks with a document of several right choices, or of none, are left out.
 
     Args:
-        results: What lm-eval's `simple_evaluate` returned.
+        results: Result of lm-eval's `simple_evaluate`.
         tasks: lm-eval's tasks by name.
 
     Returns:

@@ -38,7 +38,7 @@ class PagedLayer:
         dtype: Dtype of what is stored in 16 bit.
         rotations: Rotations of keys and values before they are rounded.
         rotary: Rotary embedding of every position, where keys are stored before it.
-        sinks: How many of a text's first tokens are exact.
+        sinks: Number of first tokens of a text that are stored exactly.
         page_tokens: Tokens of a page, where it has a tail.
     """
 
@@ -142,7 +142,7 @@ class PagedLayer:
             positions_BT: (B, T) positions; read only where keys are stored before their rotary embedding.
 
         Returns:
-            Slots (B, H, T, `slot_bytes`) and what units share (B, H, U, `shared_bytes`), uint8.
+            Slots (B, H, T, `slot_bytes`) and bytes that units share (B, H, U, `shared_bytes`), uint8.
         """
         keys, values = keys_BHTC, values_BHTC
         if self.rotary is not None:
@@ -164,13 +164,13 @@ class PagedLayer:
         """Invert `encode`, but for rotations.
 
         Args:
-            slots_BHTX: Slots.
-            shared_BHUX: What units share.
-            positions: (B or 1, T).
+            slots_BHTX: (B, H, T, `slot_bytes`) uint8 slots.
+            shared_BHUX: (B, H, U, `shared_bytes`) uint8 bytes that units share.
+            positions: (B or 1, T) positions.
 
         Returns:
-            Keys and values, (B, H, T, C) float32; keys still rotated where `rotates_queries`, and values where there
-            are `rotations`.
+            Keys and values, (B, H, T, C) float32; keys are still rotated if `rotates_queries`, and values if there are
+            `rotations`.
         """
         decoded = []
         for g, (group, layout) in enumerate(zip(self.groups, self.layouts, strict=True)):
@@ -240,10 +240,10 @@ class SequenceBatch:
     """Sequences of one step that have the same number of new tokens.
 
     Attributes:
-        table_BP: Numbers of the pages of each sequence.
-        lengths_B: Tokens of each sequence, new ones included.
+        table_BP: (B, P) numbers of the pages of each sequence.
+        lengths_B: (B,) tokens of each sequence, new ones included.
         longest: Largest length, or an upper bound of it.
-        tokens_BN: Which tokens of the step the new tokens are.
+        tokens_BN: (B, N) indices of the new tokens among all tokens of the step.
     """
 
     table_BP: Tensor
@@ -264,7 +264,7 @@ class Scoring:
 
     Attributes:
         scale: Factor of the products of queries and keys.
-        window: How many tokens a token attends to, itself included (None: all).
+        window: Number of tokens that a token attends to, itself included. None: all.
         softcap: Bound of the scores, by tanh; 0 for none.
         slopes: ALiBi's slope of each query head.
     """

@@ -23,9 +23,9 @@ class UnitTokens:
     """Exact keys and values of the units that the new tokens are in, earlier tokens of the first unit included.
 
     Attributes:
-        keys_BHUMC: Keys.
-        values_BHUMC: Values.
-        index_BN: Where in these, counted along U M, each new token is.
+        keys_BHUMC: (B, H, U, M, C) keys, float32.
+        values_BHUMC: (B, H, U, M, C) values, float32.
+        index_BN: (B, N) index of each new token in these, counted along U M.
     """
 
     keys_BHUMC: Tensor
@@ -69,10 +69,10 @@ def write_tokens(
 
     Args:
         layer: Layout of the pages.
-        cache: Pages; written to.
+        cache: Pages, (pages, H, tokens of a page, X) uint8; written to.
         batch: The sequences.
-        keys_BNHC: Keys of their new tokens.
-        values_BNHC: Values.
+        keys_BNHC: (B, N, H, C) keys of their new tokens.
+        values_BNHC: (B, N, H, C) values of their new tokens.
     """
     positions_BN = batch.positions_BN
     page_tokens = cache.shape[2]
@@ -90,10 +90,10 @@ def write_units(
 
     Args:
         layer: Layout of the pages.
-        cache: Pages; written to.
+        cache: Pages, (pages, H, tokens of a page, X) uint8; written to.
         batch: The sequences.
-        keys_BNHC: Keys of their new tokens.
-        values_BNHC: Values.
+        keys_BNHC: (B, N, H, C) keys of their new tokens.
+        values_BNHC: (B, N, H, C) values of their new tokens.
 
     Returns:
         The units, for attention: a token attends to its own unit exactly.

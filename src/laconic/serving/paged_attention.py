@@ -43,8 +43,8 @@ def paged_attention(
         cache: Pages.
         batch: The sequences.
         tokens: Queries (B, N, Q, C), keys (B, N, H, C) and values (B, N, H, C) of the new tokens.
-        scoring: How scores are computed.
-        units: What `write_units` returned, where tokens are stored in units.
+        scoring: Settings of the scores.
+        units: Result of `write_units`, where tokens are stored in units.
 
     Returns:
         (B, N, Q, C) float32.
@@ -77,7 +77,7 @@ class _DecodedTokens:
 
 
 class _RunningSoftmax:
-    """A softmax over a token and the tokens before it that takes in these piece by piece, so that memory is bounded.
+    """Online softmax over each new token and the tokens before it, which are added piece by piece to bound memory.
 
     Attributes:
         top: Largest score so far, (B, H, R, N, 1).
@@ -96,11 +96,11 @@ class _RunningSoftmax:
     def add(
         self, products: Tensor, distance: Tensor, visible: Tensor, weighted_sum: Callable[[Tensor], Tensor]
     ) -> None:
-        """Take in some tokens.
+        """Add some tokens.
 
         Args:
             products: Products of queries and keys, (B, H, R, N, tokens).
-            distance: How far behind each new token they are, (B, N, tokens).
+            distance: Number of tokens from each of them to each new token, (B, N, tokens).
             visible: Whether the new token attends to them, (B, N, tokens).
             weighted_sum: Weighs their values: (B, H, R, N, tokens) -> (B, H, R, N, C).
         """
@@ -116,7 +116,7 @@ class _RunningSoftmax:
         self.out = self.out * rescale + weighted_sum(shares)
 
     def merged_with(self, out: Tensor, log_sum: Tensor) -> Tensor:
-        """Return the attention over what was taken in and over other tokens.
+        """Return the attention over the added tokens and over other tokens.
 
         Args:
             out: Attention over the other tokens, (B, H, R, N, C).
@@ -130,7 +130,7 @@ class _RunningSoftmax:
 def _add_units(
     softmax: _RunningSoftmax, layer: PagedLayer, batch: SequenceBatch, q_BHRNC: Tensor, units: UnitTokens
 ) -> None:
-    """Take in the exact earlier tokens of each new token's own unit."""
+    """Add the exact earlier tokens of each new token's own unit."""
     positions_BN = batch.positions_BN
     place_BN = positions_BN - positions_BN // layer.unit * layer.unit
     distance_BNM = place_BN[:, :, None] - torch.arange(layer.unit, device=positions_BN.device)
@@ -145,7 +145,7 @@ def _add_units(
 def _add_tokens(
     softmax: _RunningSoftmax, layer: PagedLayer, batch: SequenceBatch, q_BHRNC: Tensor, decoded: _DecodedTokens
 ) -> None:
-    """Take in decoded tokens; those of a new token's own unit, and later ones, are not visible."""
+    """Add decoded tokens; those of a new token's own unit, and later ones, are not visible."""
     positions_BN, positions_T = batch.positions_BN, decoded.positions_T
     unit_start_BN = positions_BN // layer.unit * layer.unit
     products = torch.einsum("bhrnc,bhtc->bhrnt", q_BHRNC, decoded.keys_BHTC)
@@ -157,7 +157,7 @@ def _add_tokens(
 def _add_pages(
     softmax: _RunningSoftmax, layer: PagedLayer, cache: Tensor, batch: SequenceBatch, q_BHRNC: Tensor
 ) -> None:
-    """Take in all pages, several at a time."""
+    """Add the tokens of all pages, several at a time."""
     page_tokens, first = cache.shape[2], 0
     if softmax.scoring.window is not None:
         first = max(0, int(batch.positions_BN[:, 0].min()) + 1 - softmax.scoring.window) // page_tokens

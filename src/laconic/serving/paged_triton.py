@@ -56,7 +56,7 @@ def paged_history(
         cache: Pages, (pages, H, tokens of a page, X) uint8; strides and the bytes of fields are even.
         batch: The sequences.
         q_BHRNC: Queries, float32, rotated as keys are.
-        scoring: How scores are computed.
+        scoring: Settings of the scores.
         splits: Runs of tokens of a head that are programs of their own; as many as fill a GPU if None.
 
     Returns:

@@ -61,11 +61,11 @@ class SlotLayout:
         """Pack stored tensors into bytes.
 
         Args:
-            keys: What `encode_kv` returned, (B, H, T, ...) each.
-            values: Likewise.
+            keys: Result of `encode_kv` for keys, (B, H, T, ...) each.
+            values: Result of `encode_kv` for values, likewise.
 
         Returns:
-            Slots (B, H, T, `nbytes`) and what units share (B, H, U, `shared_nbytes`), uint8.
+            Slots (B, H, T, `nbytes`) and bytes that units share (B, H, U, `shared_nbytes`), uint8.
         """
         stored = {"keys": keys, "values": values}
         lead = stored[self.fields[0].side][self.fields[0].name].shape[:3]

@@ -254,7 +254,7 @@ def _rotary_tables(hf_config: Any, length: int) -> dict[str | None, RotaryTable]
 
 
 class BatchBuilder(AttentionMetadataBuilder):
-    """Groups the requests of a step by their number of new tokens."""
+    """Builder of batches: it groups the requests of a step by their number of new tokens."""
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -353,7 +353,7 @@ class PackedImpl(AttentionImpl):
             key: (tokens, key-value heads, channels).
             value: (tokens, key-value heads, channels).
             kv_cache: (pages, key-value heads, tokens of a page, bytes) uint8; written to.
-            attn_metadata: What `BatchBuilder` built; None while vLLM measures the memory of a step.
+            attn_metadata: Result of `BatchBuilder`; None while vLLM measures the memory of a step.
             output: (tokens, query heads, channels); written to.
             output_scale: Not supported.
             output_block_scale: Not supported.
