@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from laconic.checkpoint.extra import names_outside
 from laconic.checkpoint.files import count_elements, linear_quantization_config, open_checkpoint
 from laconic.checkpoint.layout import arrange, engine_names
 from laconic.checkpoint.source import build_skeleton, main_dtype, read_config
@@ -13,15 +14,13 @@ from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.runtime.quant_config import is_readable, schemes_of
 from laconic.structure.anatomy import linears_of
 
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
-
 
 @dataclass(frozen=True)
 class Size:
     """Size of a checkpoint.
 
     Attributes:
-        parameters: Parameters of the dense model, a tied weight counted once.
+        parameters: Parameters of the dense model and extra tensors of its files, a tied weight counted once.
         tensor_bytes: Bytes of all stored tensors.
         bits_per_weight: Stored bits (with scales, zero points, embeddings and head) per parameter.
         file_bytes: Bytes of the weight files.
@@ -47,16 +46,17 @@ def measure_size(folder: Path, *, trust: Trust = UNTRUSTED) -> Size:
     """
     checkpoint = open_checkpoint(folder, trust=trust)
     raw, config = read_config(folder, trust=trust)
-    stored = checkpoint.tensors
-    tensor_bytes = sum(count_elements(s.shape) * _BYTES.get(s.dtype, 1) for s in stored.values())
     quantization = linear_quantization_config(raw)
     if quantization:
         del config.quantization_config
     model = build_skeleton(config, main_dtype(checkpoint), trust=trust)
     linears = linears_of(model)
-    names = engine_names(arrange(checkpoint, model), model, linears)
+    arranged = arrange(checkpoint, model)
+    names = engine_names(arranged, model, linears)
     schemes = schemes_of(quantization, names) if quantization and is_readable(quantization) else {}
-    parameters = sum(p.numel() for p in model.parameters())
+    tensor_bytes = sum(s.nbytes for s in arranged.tensors.values())
+    extra = sum(count_elements(arranged.tensors[n].shape) for n in names_outside(arranged, model))
+    parameters = extra + sum(p.numel() for p in model.parameters())
     quantized = sum(linears[n].weight.numel() for n in schemes)
     return Size(
         parameters,

@@ -21,6 +21,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Bytes of an element, by the name of its dtype in safetensors.
+_ITEMSIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int8: "I8"}
 
 
@@ -46,6 +48,11 @@ class StoredTensor:
     index: int | None = None
     rows: tuple[int, int] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return count_elements(self.shape) * _ITEMSIZES.get(self.dtype, 1)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -66,18 +73,21 @@ class Checkpoint:
         """Whether any of its files is a pickle."""
         return any(stored.file.suffix == ".bin" for stored in self.tensors.values())
 
-    def load(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    def load(
+        self, names: Iterable[str], device: torch.device | str = "cpu", *, finite: bool = True
+    ) -> dict[str, Tensor]:
         """Load tensors, file by file.
 
         Args:
             names: Names of the tensors.
             device: Device to load them on.
+            finite: Whether NaN and infinity are rejected.
 
         Returns:
             The tensors by name, in the dtype of the file.
 
         Raises:
-            ValueError: A tensor is missing, cannot be read, or holds NaN or infinity.
+            ValueError: A tensor is missing, cannot be read, or holds NaN or infinity where it may not.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
@@ -88,7 +98,7 @@ class Checkpoint:
         for file, file_names in by_file.items():
             with _opened(file, device) as get:
                 out.update((name, get(self.tensors[name])) for name in file_names)
-        for name, tensor in out.items():
+        for name, tensor in out.items() if finite else ():
             if tensor.is_floating_point() and tensor.element_size() > 1 and not torch.isfinite(tensor).all():
                 raise ValueError(
                     f"tensor '{name}' in {self.tensors[name].file} holds NaN or infinity; the checkpoint is damaged"

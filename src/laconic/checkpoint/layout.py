@@ -43,7 +43,8 @@ def unwrap_conv1d(model: nn.Module) -> None:
 def arrange(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
     """Map a checkpoint to the names and shapes of a model's parameters.
 
-    Tensors of no module of the model keep their names; those that transformers ignores while loading are left out.
+    Tensors of no module of the model keep their names. Left out are former buffers of a module, which transformers
+    computes now and ignores in files.
 
     Args:
         checkpoint: Checkpoint with the names of its files.
@@ -69,8 +70,7 @@ def arrange(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
                 tensors[f"{path}.{linear}.weight"] = piece
                 paths[f"{path}.{linear}"] = f"{key.rpartition('.')[0]}.{linear}"
         elif module is None:
-            if not any(p.search(key) for p in ignored):
-                tensors[key] = stored
+            tensors[key] = stored
         elif leaf in module.state_dict() or not any(p.search(key) for p in ignored):
             transposed = isinstance(module, TransposedLinear) and leaf == "weight"
             tensors[name] = replace(stored, shape=stored.shape[::-1], transposed=True) if transposed else stored

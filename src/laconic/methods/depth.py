@@ -84,7 +84,7 @@ class Depth(ModelStage):
             for i, v in enumerate(influence)
         ]
         result = {"method": self.method, **parameter_counts(model, shortened), "dropped": dropped}
-        return ModelOutcome(shortened, config, events, {"pruning": result})
+        return ModelOutcome(shortened, config, events, {"pruning": result}, kept)
 
     def _count(self, blocks: int) -> int:
         """Return the number of blocks to drop.

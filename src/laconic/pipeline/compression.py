@@ -154,8 +154,7 @@ def _run_step(pipeline: Pipeline, number: int, before: Path | None, overwrite: b
         # The step before may have changed the shape: links, taps and sizes are found anew in its checkpoint.
         planned = plan_walk(walk.recipe, open_source(str(before), trust=pipeline.trust), step.first, pipeline.trust)
         walk = replace(planned, domains=walk.domains)
-    shards = len(walk.plan.anatomy.taps) + 1
-    with Workspace(step.output, step.identity, shards, overwrite=overwrite) as workspace:
+    with Workspace(step.output, step.identity, walk.shards, overwrite=overwrite) as workspace:
         run_walk(walk, pipeline.windows, workspace, before=before, report=report, describe=describe)
 
 

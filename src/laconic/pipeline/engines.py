@@ -18,7 +18,11 @@ from laconic.walk.plan import Plan
 
 
 def quantization_config(
-    schemes: Mapping[str, Scheme], linears: Sequence[str], model: PreTrainedModel, checkpoint: Checkpoint
+    schemes: Mapping[str, Scheme],
+    linears: Sequence[str],
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    extra: Sequence[str] = (),
 ) -> Callable[[Mapping[str, Scheme]], dict[str, Any]]:
     """Prepare the quantization_config of an artifact, under all names by which engines may know its linears.
 
@@ -27,6 +31,7 @@ def quantization_config(
         linears: full names of all linears, routers included.
         model: a skeleton.
         checkpoint: the source's, arranged.
+        extra: names or patterns of linears that are not part of the text model.
 
     Returns:
         A function of the schemes as they were written, which may be called when the skeleton has changed.
@@ -47,7 +52,7 @@ def quantization_config(
                 known = dict.fromkeys([*(n for n in known if not re.match(pattern[3:], n)), pattern])
             else:
                 by_name[pattern] = scheme
-        config = to_config(by_name, known)
+        config = to_config(by_name, [*known, *(n for n in extra if n not in known)])
         # transformers opens these only when it decodes them while loading, which it does for one scheme only.
         return config | ({"dequantize": True} if unusual else {})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from laconic.artifact.artifact import Artifact
 from laconic.artifact.workspace import Workspace, partial_folder, scratch_folder
+from laconic.checkpoint.extra import extra_linears, extra_names, extra_shards, load_extra, renumber_blocks
 from laconic.checkpoint.files import DTYPES, Checkpoint, open_checkpoint, read_json
 from laconic.checkpoint.layout import arrange, to_file_layout
 from laconic.checkpoint.source import build_skeleton, main_dtype, read_config
@@ -69,8 +70,7 @@ def run_model_step(
         if outcome.model is None:
             workspace.copy_weights(folder)
         else:
-            schemes = _write_model(workspace, outcome.model, pipeline, folder)
-            config |= schemes
+            config |= _write_model(workspace, outcome.model, outcome.kept_blocks, pipeline, folder)
         workspace.write_log([dict(e) for e in outcome.events])
         _save_results(workspace.folder, outcome)
         artifact = Artifact(workspace.folder)
@@ -118,12 +118,17 @@ def _save_results(folder: Path, outcome: ModelOutcome) -> None:
 
 
 @torch.no_grad()
-def _write_model(workspace: Workspace, model: PreTrainedModel, pipeline: Pipeline, folder: Path) -> dict[str, Any]:
+def _write_model(
+    workspace: Workspace, model: PreTrainedModel, kept: Sequence[int] | None, pipeline: Pipeline, folder: Path
+) -> dict[str, Any]:
     """Write a model, a shard a block and one for the rest, in the dtypes of the source. Codes are written as they are.
+
+    Extra tensors of the source follow in shards of their own.
 
     Args:
         workspace: to write to.
         model: the model.
+        kept: numbers of the blocks that it has of the checkpoint's; None for all of them.
         pipeline: names the original, whose files are laid out as an unquantized model's.
         folder: the checkpoint that the model was made from.
 
@@ -138,7 +143,9 @@ def _write_model(workspace: Workspace, model: PreTrainedModel, pipeline: Pipelin
     remaining = {n: s for n, s in checkpoint.tensors.items() if n in present or s.index is None}
     checkpoint = replace(checkpoint, tensors=remaining)
     count = len(list(model.get_submodule(blocks).children()))
-    workspace.shards = count + 1
+    extra = extra_names(checkpoint, skeleton)
+    of_extra = extra_shards(checkpoint, extra)
+    workspace.shards = count + 1 + len(of_extra)
     shards: list[dict[str, Tensor]] = [{} for _ in range(count + 1)]
     for name, tensor in _stored(model, checkpoint).items():
         number = name.removeprefix(f"{blocks}.").partition(".")[0] if name.startswith(f"{blocks}.") else count
@@ -148,15 +155,24 @@ def _write_model(workspace: Workspace, model: PreTrainedModel, pipeline: Pipelin
             tensor = tensor.to(DTYPES.get(source.dtype, dtype) if source else dtype)
         shards[int(number)][name] = tensor
     schemes = {n: linear.scheme for n, linear in quantized.items()}
-    config = _quantization(schemes, skeleton, checkpoint) if schemes else {}
+    config = _quantization(schemes, skeleton, checkpoint, extra) if schemes else {}
     for i, tensors in enumerate(shards):
         workspace.write_shard(i, to_file_layout(checkpoint, tensors), [])
+    names_of_blocks = (blocks, blocks.removeprefix(f"{skeleton.base_model_prefix}."))
+    before = len(list(skeleton.get_submodule(blocks).children()))
+    for i, names in enumerate(of_extra, count + 1):
+        tensors = load_extra(checkpoint, names)
+        if kept is not None:
+            tensors = renumber_blocks(tensors, names_of_blocks, kept, before)
+        workspace.write_shard(i, tensors, [])
     return config
 
 
-def _quantization(schemes: Mapping[str, Scheme], skeleton: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Any]:
-    linears = [*linears_of(skeleton), *sorted(dissect(skeleton).routers)]
-    return {"quantization_config": quantization_config(schemes, linears, skeleton, checkpoint)(schemes)}
+def _quantization(
+    schemes: Mapping[str, Scheme], skeleton: PreTrainedModel, checkpoint: Checkpoint, extra: Sequence[str]
+) -> dict[str, Any]:
+    linears, ignored = [*linears_of(skeleton), *sorted(dissect(skeleton).routers)], extra_linears(checkpoint, extra)
+    return {"quantization_config": quantization_config(schemes, linears, skeleton, checkpoint, ignored)(schemes)}
 
 
 def _layout(folder: Path, trust: Trust) -> tuple[PreTrainedModel, Checkpoint]:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from laconic.artifact.workspace import check_identity, differing_keys, read_identity
-from laconic.checkpoint.source import Source, build_skeleton
+from laconic.checkpoint.extra import describe_extra, extra_names
+from laconic.checkpoint.source import Source, arrange_source, build_skeleton
 from laconic.checkpoint.trust import Trust
 from laconic.pipeline.calibration import calibration_ids, device_of
 from laconic.pipeline.order import ModelState, check_order
@@ -61,6 +63,7 @@ class Pipeline:
         output: the folder of the artifact.
         trust: what the files of the model may do.
         shared: whether steps but the last are kept for other recipes.
+        extra_tensors: what the checkpoint has beside its text model, in words; empty if it has nothing.
     """
 
     recipe: Recipe
@@ -70,6 +73,7 @@ class Pipeline:
     output: Path
     trust: Trust
     shared: bool = False
+    extra_tensors: str = ""
 
     @property
     def is_one_walk(self) -> bool:
@@ -142,7 +146,13 @@ def build_pipeline(
             identity |= {"protect": domains} if domains else {}
         _check_folder(folder, identity, last=last, overwrite=overwrite)
         steps.append(Step(first, stages, walk, folder, identity))
-    return Pipeline(recipe, source, tuple(steps), windows, output, trust, bool(shared))
+    return Pipeline(recipe, source, tuple(steps), windows, output, trust, bool(shared), _extra_tensors(source, model))
+
+
+def _extra_tensors(source: Source, model: PreTrainedModel) -> str:
+    checkpoint = arrange_source(source, model).checkpoint
+    names = extra_names(checkpoint, model)
+    return describe_extra(checkpoint, names, model) if names else ""
 
 
 def _calibration_reason(groups: Sequence[tuple[int, tuple[Stage, ...]]], walks: Sequence[Walk | None]) -> str | None:

@@ -187,6 +187,10 @@ def _warnings(pipeline: Pipeline) -> Iterator[str]:
     if windows is not None and calibration is not None and len(windows) < calibration.num_calibration_samples:
         asked = calibration.num_calibration_samples
         yield f"the calibration text fills {len(windows)} of {asked} samples; using those"
+    if pipeline.extra_tensors:
+        reshapes = any(isinstance(s, ModelStage) and s.reshapes for step in pipeline.steps for s in step.stages)
+        smaller = " (they may not fit the smaller model)" if reshapes else ""
+        yield f"{pipeline.extra_tensors} go into the artifact unchanged{smaller}"
     reshaped = False
     for step in pipeline.steps:
         if step.walk:

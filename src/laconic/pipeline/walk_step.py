@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from laconic.artifact.artifact import Artifact
 from laconic.artifact.workspace import Workspace
+from laconic.checkpoint.extra import extra_linears, extra_names, extra_shards
 from laconic.checkpoint.files import KV_CONFIG, read_json
 from laconic.checkpoint.layout import engine_names
 from laconic.checkpoint.source import Source, arrange_source, build_skeleton, check_complete
@@ -44,6 +45,7 @@ class Walk:
         source: the checkpoint that it reads, arranged as the model's parameters.
         model: a skeleton of it.
         plan: which stage treats which linear, and how each is stored.
+        extra: names of tensors that are not part of the text model and are written unchanged.
         domains: token ids of the texts on which stages choose the heads that they protect, by the stage's number.
     """
 
@@ -51,7 +53,13 @@ class Walk:
     source: Source
     model: PreTrainedModel
     plan: Plan
+    extra: Sequence[str] = ()
     domains: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def shards(self) -> int:
+        """Number of shards: one for each block, one for what is outside of them, and those of extra tensors."""
+        return len(self.plan.anatomy.taps) + 1 + len(extra_shards(self.source.checkpoint, self.extra))
 
     def forecast(self, windows: Tensor | None) -> Forecast:
         """Predict the size of the artifact and the peak memory.
@@ -63,7 +71,7 @@ class Walk:
             Sizes in bytes, predicted from shapes.
         """
         samples, length = windows.shape if windows is not None and self.plan.calibrates else (0, 0)
-        return predict(self.plan, self.source, samples, length)
+        return predict(self.plan, self.source, samples, length, self.extra)
 
 
 def plan_walk(recipe: Recipe, source: Source, first: int, trust: Trust) -> Walk:
@@ -86,7 +94,7 @@ def plan_walk(recipe: Recipe, source: Source, first: int, trust: Trust) -> Walk:
     check_complete(model, source.checkpoint)
     plan = make_plan(model, dissect(model), recipe.stages, first)
     check_experts(plan, bool(recipe.calibration and recipe.calibration.moe_calibrate_all_experts))
-    return Walk(recipe, source, model, plan)
+    return Walk(recipe, source, model, plan, extra_names(source.checkpoint, model))
 
 
 def check_texts(walk: Walk, source: Source, windows: Tensor | None, trust: Trust) -> tuple[Walk, dict[int, str]]:
@@ -142,7 +150,8 @@ def run_walk(
     windows = windows if plan.calibrates else None
     settings = walk_settings(recipe, windows)
     linears = [*plan.linears, *sorted(plan.anatomy.routers)]
-    to_config = quantization_config(plan.schemes, linears, walk.model, source.checkpoint)
+    extra = extra_linears(source.checkpoint, walk.extra)
+    to_config = quantization_config(plan.schemes, linears, walk.model, source.checkpoint, extra)
     resumed = sum(workspace.is_finished(i) for i in range(workspace.shards))
     stream(
         source,
@@ -152,6 +161,7 @@ def run_walk(
         workspace=workspace,
         settings=settings,
         report=report,
+        extra=extra_shards(source.checkpoint, walk.extra),
         domains=walk.domains,
     )
     schemes = _written_schemes(walk, workspace)

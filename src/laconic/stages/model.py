@@ -56,12 +56,14 @@ class ModelOutcome:
         config: keys of config.json that changed; a value of None removes the key.
         events: for the log.
         results: for `results/`, by name.
+        kept_blocks: numbers of the decoder blocks that remain; None for all of them.
     """
 
     model: PreTrainedModel | None
     config: Mapping[str, Any] = field(default_factory=dict)
     events: Sequence[Mapping[str, Any]] = ()
     results: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    kept_blocks: Sequence[int] | None = None
 
 
 class ModelStage(Stage):

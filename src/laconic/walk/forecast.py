@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ class Forecast:
     covered: float
 
 
-def forecast(plan: Plan, source: Source, samples: int, length: int) -> Forecast:
+def forecast(plan: Plan, source: Source, samples: int, length: int, extra: Collection[str] = ()) -> Forecast:
     """Predict size and memory from shapes alone.
 
     Args:
@@ -44,6 +44,7 @@ def forecast(plan: Plan, source: Source, samples: int, length: int) -> Forecast:
         source: the checkpoint.
         samples: of the calibration set; 0 if there is none.
         length: tokens of a sample.
+        extra: names of tensors that are not part of the text model.
 
     Returns:
         Sizes and peak memory in bytes; what only calibration decides, such as columns in 16 bit, does not count.
@@ -58,16 +59,16 @@ def forecast(plan: Plan, source: Source, samples: int, length: int) -> Forecast:
         else:
             after += size * itemsize
     quantized = sum(rows * columns for n, (rows, columns) in plan.linears.items() if n in plan.schemes)
-    peak = _peak_bytes(plan, source, sizes, samples * length)
+    peak = _peak_bytes(plan, source, sizes, samples * length, extra)
     return Forecast(sum(sizes.values()) * itemsize, after, peak, quantized / max(1, sum(sizes.values())))
 
 
-def _peak_bytes(plan: Plan, source: Source, sizes: dict[str, int], tokens: int) -> int:
+def _peak_bytes(plan: Plan, source: Source, sizes: dict[str, int], tokens: int, extra: Collection[str]) -> int:
     """Return the peak memory. sizes: elements of the checkpoint's tensors, by name. tokens: of the calibration set."""
     itemsize, streams = _ITEMSIZE[source.dtype], 1 + plan.two_streams
     prefix = f"{plan.anatomy.blocks}."
     block = sum(s for n, s in sizes.items() if n.startswith(f"{prefix}0.")) * itemsize
-    outside = sum(s for n, s in sizes.items() if not n.startswith(prefix)) * itemsize
+    outside = sum(s for n, s in sizes.items() if not n.startswith(prefix) and n not in extra) * itemsize
     largest_tap = max((_tap_elements(plan, taps) for taps in plan.anatomy.taps), default=0)
     hidden = getattr(source.config.get_text_config(), "hidden_size", 0)
     activations = tokens * hidden * itemsize * streams if plan.calibrates else 0

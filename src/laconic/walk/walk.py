@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from laconic.artifact.workspace import Workspace
 from laconic.calibrate.attention import capture_attention
 from laconic.calibrate.observe import advance_stream
+from laconic.checkpoint.extra import load_extra
 from laconic.checkpoint.files import open_shard
 from laconic.checkpoint.layout import arrange, to_file_layout
 from laconic.checkpoint.source import Source, materialise
@@ -48,6 +49,7 @@ def walk(
     workspace: Workspace,
     settings: Settings,
     report: Report,
+    extra: Sequence[Sequence[str]] = (),
     domains: Mapping[int, Tensor] | None = None,
 ) -> None:
     """Compress a model block by block into a workspace.
@@ -60,10 +62,11 @@ def walk(
         workspace: receives the shards.
         settings: where to compute, and in how much memory.
         report: called with events of progress.
+        extra: names of tensors that are written unchanged, by shard (`checkpoint.extra`).
         domains: token ids (samples, tokens) of the texts on which stages choose the heads that they protect, by the
             number of the stage in the plan.
     """
-    walker = _Walker(source, model, plan, workspace, settings, report)
+    walker = _Walker(source, model, plan, workspace, settings, report, frozenset(n for names in extra for n in names))
     names = [plan.anatomy.block_name(i) for i in range(len(plan.anatomy.taps))]
     if plan.surveys or domains:
         walker = replace(walker, plan=with_survey(plan, walker.survey(names, windows, domains or {})))
@@ -75,6 +78,9 @@ def walk(
     if not workspace.is_finished(len(names)):
         with record_span("outside of blocks"):
             walker.outside(len(names), flow)
+    for i, extra_tensors in enumerate(extra, len(names) + 1):
+        if not workspace.is_finished(i):
+            workspace.write_shard(i, load_extra(source.checkpoint, extra_tensors), [])
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class _Walker:
     workspace: Workspace
     settings: Settings
     report: Report
+    extra: frozenset[str]
 
     def embed(self, windows: Tensor) -> Flow:
         folder = self.workspace.folder
@@ -161,7 +168,7 @@ class _Walker:
         anatomy, checkpoint = self.plan.anatomy, self.source.checkpoint
         prefix = f"{anatomy.blocks}."
         head_targeted = any(anatomy.head in names for names in self.plan.targets)
-        names = [n for n in checkpoint.tensors if not n.startswith(prefix)]
+        names = [n for n in checkpoint.tensors if not n.startswith(prefix) and n not in self.extra]
         tensors = checkpoint.load([n for n in names if not (head_targeted and n.startswith(f"{anatomy.head}."))])
         events: list[dict[str, Any]] = []
         if head_targeted:
