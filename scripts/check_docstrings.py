@@ -7,8 +7,9 @@ method of a public class, that takes an argument needs an `Args:` section with e
 something, `Returns:` or `Yields:`, unless the docstring's first word is "Return" or "Yield".
 
 Exempt are private names, arguments that begin with an underscore, nested functions, properties, dunder methods,
-overloads, Typer commands (their options have help texts), pydantic validators, and methods that override: a documented
-method of a base class or protocol of the package, or, without a docstring of their own, a method of a library's class.
+overloads, Typer commands (their options have help texts), Triton functions (comments in the signature, or the module's
+docstring, describe their arguments in groups), pydantic validators, and methods that override: a documented method of a
+base class or protocol of the package, or, without a docstring of their own, a method of a library's class.
 """
 
 from __future__ import annotations
@@ -30,14 +31,11 @@ PENDING = {
     "train",
     "stages",
     "calibrate",
-    "artifact",
-    "runtime",
-    "kv",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 EXEMPT = {
-    *("property", "cached_property", "setter", "overload", "override", "command", "callback"),
+    *("property", "cached_property", "setter", "overload", "override", "command", "callback", "jit"),
     *("field_validator", "model_validator", "field_serializer", "model_serializer", "validator"),
 }
 NOTHING = re.compile(r"(None|NoReturn|Never|(Async)?(Iterator|Iterable|Generator)\[None\b.*)?")

@@ -41,6 +41,13 @@ class Size:
 def measure_size(folder: Path, *, trust: Trust = UNTRUSTED) -> Size:
     """Measure the size of a checkpoint folder.
 
+    Args:
+        folder: The folder.
+        trust: What its files may do.
+
+    Returns:
+        Its size; `schemes` is empty if the model is not quantized, or in a way that Laconic cannot read.
+
     Raises:
         ValueError: It cannot be read.
     """

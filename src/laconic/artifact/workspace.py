@@ -87,11 +87,19 @@ class Workspace:
                 shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
 
     def shard(self, i: int) -> Path:
-        """Return the file of shard i."""
+        """Return the file of shard i.
+
+        Args:
+            i: Number of the shard, from 0.
+        """
         return self.folder / f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors"
 
     def is_finished(self, i: int) -> bool:
-        """Return whether shard i is finished."""
+        """Return whether shard i is finished.
+
+        Args:
+            i: Number of the shard, from 0.
+        """
         return self.shard(i).exists()
 
     def write_shard(self, i: int, tensors: Mapping[str, Tensor], events: list[dict[str, Any]]) -> None:
@@ -100,9 +108,13 @@ class Workspace:
         The log is written first: events of a shard count only once the shard exists.
 
         Args:
-            i: Number of the shard.
+            i: Number of the shard, from 0.
             tensors: Its tensors by the names of files.
             events: Events of its block, for the log.
+
+        Raises:
+            ValueError: The disk is full.
+            OSError: The file cannot be written for another reason.
         """
         log = [e for e in read_log(self.folder) if e.get("shard") != i] + [{**e, "shard": i} for e in events]
         write_text(self.folder / LOG, "".join(json.dumps(e) + "\n" for e in log))
@@ -117,7 +129,11 @@ class Workspace:
         return folder
 
     def copy_weights(self, source: Path) -> None:
-        """Copy the weight files of a model folder."""
+        """Copy the weight files of a model folder, and their index.
+
+        Args:
+            source: The model folder.
+        """
         for file in [*source.glob("*.safetensors"), *source.glob(INDEX)]:
             copy_file(file, self.folder / file.name)
 
@@ -134,18 +150,29 @@ class Workspace:
         """Write the cache's calibration of block i; `finish` deletes it. Call it before the block's shard is written.
 
         Args:
-            i: Number of the block.
+            i: Number of the block, from 0.
             tensors: Calibration tensors by name.
         """
         contiguous = {n: t.detach().cpu().contiguous() for n, t in sorted(tensors.items())}
         write_file(self.folder / f"{_CALIBRATION}-{i + 1:05d}", lambda file: save_file(contiguous, file))
 
     def read_calibration(self, blocks: int) -> list[dict[str, Tensor]]:
-        """Read the cache's calibration of every block."""
+        """Read the cache's calibration of every block.
+
+        Args:
+            blocks: Number of blocks, each with a calibration that is written.
+
+        Returns:
+            Tensors of each block, by name.
+        """
         return [load_file(self.folder / f"{_CALIBRATION}-{i + 1:05d}") for i in range(blocks)]
 
     def write_cache(self, fixed: Mapping[str, Tensor]) -> None:
-        """Write the calibrated tensors of the cache."""
+        """Write the calibrated tensors of the cache.
+
+        Args:
+            fixed: Tensors by their name in the file.
+        """
         write_file(self.folder / KV_CACHE, lambda file: save_file(dict(fixed), file, metadata={"format": "pt"}))
 
     def read_survey(self) -> list[dict[str, Any]] | None:
@@ -240,12 +267,20 @@ class Workspace:
 
 
 def partial_folder(output: Path) -> Path:
-    """Return the folder in which an unfinished artifact is written."""
+    """Return the folder in which an unfinished artifact is written.
+
+    Args:
+        output: Folder of the finished artifact.
+    """
     return output.with_name(output.name + ".partial")
 
 
 def scratch_folder(folder: Path) -> Path:
-    """Return the folder in which a stage that works in `folder` stores the state it needs to resume."""
+    """Return the folder in which a stage stores the state that it needs to resume; it need not exist.
+
+    Args:
+        folder: Folder in which the stage works.
+    """
     return folder / _SCRATCH
 
 
@@ -296,7 +331,17 @@ def check_identity(output: Path, identity: Mapping[str, Any], *, overwrite: bool
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Read the events of an artifact, in order; none if it has no log."""
+    """Read the events of an artifact, in order.
+
+    Args:
+        folder: Folder of an artifact, or of unfinished work.
+
+    Returns:
+        The events; none if there is no log.
+
+    Raises:
+        ValueError: A line of the log is not valid JSON.
+    """
     file = folder / LOG
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
@@ -313,8 +358,11 @@ def _copy_folders(source: Path, target: Path) -> None:
 def read_identity(folder: Path) -> dict[str, Any] | None:
     """Read the recipe and source model of an artifact or of unfinished work.
 
+    Args:
+        folder: Folder of the artifact or of the work.
+
     Returns:
-        None if the folder has no recipe; an empty dict if it cannot be read.
+        Recipe and source model as written; None if the folder has no recipe; an empty dict if it cannot be read.
     """
     try:
         begun = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
@@ -331,7 +379,15 @@ def _foreign(folder: Path) -> Iterator[Path]:
 
 
 def differing_keys(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
-    """List the keys in which two identities differ, those of the recipe as the user writes them."""
+    """List the keys in which two identities differ, for messages; those of the recipe as the user writes them.
+
+    Args:
+        begun: Identity of the work.
+        identity: Identity of this run.
+
+    Returns:
+        Dotted keys, sorted and joined by commas.
+    """
     old, new = _leaves(begun), _leaves(identity)
     return ", ".join(sorted(k.removeprefix("recipe.") for k in {*old, *new} if old.get(k) != new.get(k)))
 

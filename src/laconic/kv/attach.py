@@ -1,4 +1,4 @@
-"""Quantized caches for a model: made, used by `generate` by default, and given the positions of tokens."""
+"""Quantized caches for a model: their construction, their use by `generate`, and the positions of their tokens."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ def make_cache(model: PreTrainedModel, scheme: KvScheme, static: StaticByLayer |
 
     Args:
         model: Model that will use the cache.
-        scheme: How it is stored.
+        scheme: Scheme of the cache.
         static: Static parameters from calibration, where the scheme needs them.
+
+    Returns:
+        The cache; a hook on the model's decoder gives it positions and padding in each forward pass.
 
     Raises:
         ValueError: The model cannot have such a cache, or the scheme was calibrated on another model.
@@ -48,11 +51,11 @@ def make_cache(model: PreTrainedModel, scheme: KvScheme, static: StaticByLayer |
 
 
 def use_by_default(model: PreTrainedModel, scheme: KvScheme, static: StaticByLayer | None) -> None:
-    """Make `generate` use such a cache where it is given none.
+    """Make `generate` use such a cache if it gets no other.
 
     Args:
         model: Model whose `generate` is changed.
-        scheme: How the cache is stored.
+        scheme: Scheme of the cache.
         static: Static parameters from calibration, where the scheme needs them.
 
     Raises:
@@ -65,7 +68,7 @@ def use_by_default(model: PreTrainedModel, scheme: KvScheme, static: StaticByLay
 
 @contextmanager
 def generating_with(model: PreTrainedModel, new_cache: Callable[[], Cache], *, chunk: int) -> Iterator[None]:
-    """Make `generate` use a cache where it is given none, and read prompts in chunks.
+    """Make `generate` use a cache if it gets no other, and read prompts in chunks, while the context lasts.
 
     Args:
         model: Model whose `generate` is changed.
@@ -101,7 +104,14 @@ def _make_in_generate(model: PreTrainedModel, new_cache: Callable[[], Cache]) ->
 
 
 def fingerprint(embeddings: Tensor) -> str:
-    """Identify a model by its embeddings (vocabulary, width), which compression leaves alone."""
+    """Identify a model by its embeddings, which compression leaves unchanged.
+
+    Args:
+        embeddings: (vocabulary, width), any float dtype.
+
+    Returns:
+        16 hexadecimal digits: a hash of the shape and of 256 evenly spaced values in bfloat16.
+    """
     flat = embeddings.detach().flatten()
     sample = flat[torch.linspace(0, flat.numel() - 1, 256, device=flat.device, dtype=torch.float64).long()]
     content = sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()

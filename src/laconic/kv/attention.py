@@ -23,7 +23,7 @@ def kv_attention(q_BQNC: Tensor, history: PackedHistory, scaling: float | None =
 
     Args:
         q_BQNC: Queries of the new tokens.
-        history: What they attend to; a new token attends to itself and to earlier tokens.
+        history: Tokens that they attend to; a new token attends to itself and to earlier tokens.
         scaling: Factor of the logits, C^-1/2 if None.
 
     Returns:
@@ -39,7 +39,16 @@ def kv_attention(q_BQNC: Tensor, history: PackedHistory, scaling: float | None =
 
 
 def kv_attention_torch(q_BQNC: Tensor, history: PackedHistory, scaling: float | None = None) -> Tensor:
-    """Compute `kv_attention` in plain torch and float32: the reference."""
+    """Compute `kv_attention` in plain torch and float32: the reference.
+
+    Args:
+        q_BQNC: Queries of the new tokens.
+        history: Tokens that they attend to.
+        scaling: Factor of the logits, C^-1/2 if None.
+
+    Returns:
+        (B, Q, N, C) in the dtype of the queries.
+    """
     batch, heads, new, channels = q_BQNC.shape
     (key_window, value_window), sinks = history.window, history.sinks
     first_B = q_BQNC.new_zeros(batch, dtype=torch.long) if history.first_B is None else history.first_B.long()

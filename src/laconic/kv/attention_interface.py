@@ -33,6 +33,9 @@ def read_packed(model: PreTrainedModel) -> bool:
     It can where the kernel runs, the model goes through transformers' attention interface by `sdpa`, and its masks hide
     nothing but padding and tokens out of a sliding window.
 
+    Args:
+        model: The model; its config is changed if it can.
+
     Returns:
         Whether it can.
     """
@@ -59,7 +62,7 @@ def attention_forward(
         module: The model's attention.
         query: (B, Q, N, C).
         key: (B, H, T, C); a lazy tensor is read packed where the kernel computes the same.
-        value: Likewise.
+        value: (B, H, T, C), lazy if the key is.
         attention_mask: Mask of `sdpa`.
         **kwargs: Other arguments of `sdpa`.
 
@@ -75,7 +78,7 @@ def attention_forward(
 
 
 def _kernel_computes(layer: LayerHistory, query: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the pass is a softmax over all earlier tokens but padding and those out of a sliding window."""
+    """Return whether the pass is a softmax over all earlier tokens but padding and those out of a sliding window."""
     new = query.shape[2]
     return (
         new == layer.new
@@ -94,8 +97,8 @@ def layer_attention(layer: LayerHistory, q_BQNC: Tensor, scaling: float | None) 
     """Compute attention of the newest tokens over one layer's cache.
 
     Args:
-        layer: What they attend to.
-        q_BQNC: Their queries.
+        layer: Tokens that they attend to.
+        q_BQNC: Queries of the newest tokens.
         scaling: Factor of the logits, C^-1/2 if None.
 
     Returns:

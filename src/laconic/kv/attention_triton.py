@@ -53,9 +53,9 @@ def kv_attention_triton(
 
     Args:
         q_BQNC: Queries of the new tokens.
-        history: What they attend to.
+        history: Tokens that they attend to.
         scaling: Factor of the logits, C^-1/2 if None.
-        launch: How work is cut; the default if None.
+        launch: Division of the kernel's work; the default if None.
         splits: Splits of the packed tokens of a head; as many as fill the GPU if None.
 
     Returns:
@@ -100,7 +100,7 @@ def kv_attention_triton(
 
 @dataclass(frozen=True)
 class _SplitPlan:
-    """How the tokens of a history are split into programs: splits of sinks, of the window and of packed tokens.
+    """Division of a history's tokens into programs: splits of sinks, of the window and of packed tokens.
 
     Attributes:
         splits: All splits.

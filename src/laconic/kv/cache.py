@@ -22,10 +22,10 @@ class KvCache(Cache):
     """The cache of one batch.
 
     Args:
-        scheme: How it is stored.
+        scheme: Scheme of the cache.
         positions: Positions of the tokens of its rows.
-        static: Static parameters, where the scheme is calibrated.
-        windows: Of each layer, how many tokens a token attends to (None: all); all if None.
+        static: Static parameters of each layer, where the scheme is calibrated.
+        windows: Number of tokens that a token attends to in each layer (None: all); None for all in every layer.
         lazy: Whether the model's attention reads packed tokens, so that it gets lazy tensors.
     """
 
@@ -48,14 +48,18 @@ class KvCache(Cache):
         self.scheme, self.positions = scheme, positions
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeysValues:
-        """Take in a layer's new tokens, and return keys and values of all tokens that they may attend to.
+        """Add a layer's new tokens, and return keys and values of all tokens that they may attend to.
 
         Args:
             key_states: (batch, key-value heads, new tokens, channels).
-            value_states: Likewise.
+            value_states: (batch, key-value heads, new tokens, channels).
             layer_idx: Number of the layer.
-            *args: Passed on to transformers.
-            **kwargs: Passed on to transformers.
+            *args: Other arguments of transformers' method.
+            **kwargs: Other arguments of transformers' method.
+
+        Returns:
+            Keys and values, each (batch, key-value heads, visible tokens, channels) in the model's dtype; lazy tensors
+            where the kernel reads them.
 
         Raises:
             ValueError: The tokens are of a layer that the cache does not have, or of another batch.
@@ -74,13 +78,14 @@ class KvCache(Cache):
         return visible
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; encoded tokens of a group that is cut into go back to the window, decoded.
+        """Remove the last tokens; encoded tokens of a group that is cut into go back to the window, decoded.
 
         Args:
-            tokens_to_remove: Their number, negative.
+            tokens_to_remove: Their number, negative, as transformers counts them.
 
         Raises:
             ValueError: The number is positive, or the cache has fewer tokens.
+            RuntimeError: A sliding window would need tokens that are already removed.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the tokens to forget as a number below zero")
@@ -92,30 +97,42 @@ class KvCache(Cache):
         self.positions.crop(self.get_seq_length())
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens."""
         super().reset()  # type: ignore[no-untyped-call]
         self.positions.crop(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep the rows in this order."""
+        """Reorder the rows of the batch.
+
+        Args:
+            beam_idx: (rows,) int64, the present row of each new one.
+        """
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.positions.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
+        """Repeat every row of the batch.
+
+        Args:
+            repeats: Number of copies of a row, side by side.
+        """
         super().batch_repeat_interleave(repeats)
         self.positions.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows alone."""
+        """Keep some rows of the batch alone.
+
+        Args:
+            indices: (n,) int64, the rows.
+        """
         super().batch_select_indices(indices)
         self.positions.select(indices)
 
     def stored_bytes(self) -> int:
-        """Return the bytes of all that is kept: codes, ranges, outliers, sinks, the window and positions."""
+        """Return the bytes of all stored tensors: codes, ranges, outliers, sinks, the window and positions."""
         return self.positions.nbytes + sum(t.nbytes for layer in self.quantized_layers for t in layer.tensors())
 
     def effective_bits(self) -> float:
-        """Return the bits of all that is kept per number of keys and values."""
+        """Return the bits of all stored tensors per number of keys and values."""
         numbers = sum(2 * layer.length_kept * layer.numbers_per_token for layer in self.quantized_layers)
         return 8 * self.stored_bytes() / max(1, numbers)

@@ -20,10 +20,10 @@ def read_kv_scheme(folder: Path, config: Mapping[str, Any]) -> tuple[KvScheme, S
 
     Args:
         folder: Folder of the artifact.
-        config: Its config.json.
+        config: Contents of its config.json.
 
     Returns:
-        The scheme, and the static parameters of each layer, if it needs any; None where the artifact has no scheme.
+        The scheme, and the static parameters of each layer, if it needs any; None if the artifact has no scheme.
 
     Raises:
         ValueError: They cannot be read.
@@ -65,8 +65,11 @@ def by_layer(tensors: Mapping[str, Tensor], layers: int) -> StaticByLayer:
     """Sort tensors named `LAYER.keys.GROUP.scale` and so on by layer, and there by `keys.GROUP`.
 
     Args:
-        tensors: Tensors of the file.
-        layers: Layers of the model.
+        tensors: Tensors of the file, by name.
+        layers: Number of layers of the model.
+
+    Returns:
+        For each layer, parameters by name (`scale`, ...) by `keys.GROUP` or `values.GROUP`.
 
     Raises:
         ValueError: A name has another form.

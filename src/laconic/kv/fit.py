@@ -28,9 +28,10 @@ def fit_static(fmt: KvFormat, x_BHTC: Tensor, weight: Tensor, *, correction: Cor
 
     Args:
         fmt: Format to fit.
-        x_BHTC: Numbers that it is to store.
+        x_BHTC: Numbers of the calibration set.
         weight: Cost of a squared error of each number, broadcasting over x.
-        correction: How levels are corrected, see `_correct_levels`.
+        correction: Correction of the levels: `slope` stretches them so that stored numbers have slope 1 on true ones,
+            `q_norm` restores mean and standard deviation (KVQuant, arXiv 2401.18079, section 3.6), `none` leaves them.
 
     Returns:
         `scale` and `offset`, (H, C) or (1, 1), and `levels` (L,), float32; empty where nothing is static.

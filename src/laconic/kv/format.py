@@ -1,8 +1,7 @@
-"""How keys and values are stored in a cache: a format for keys and one for values, of each group of heads.
+"""Storage of keys and values in a cache: a format for keys and one for values, of each group of heads.
 
-What is stored of a tensor x_BHTC is a mapping of tensors that all have the batch first and run along time in their
-third dimension (in tokens, or in groups of tokens), so that a cache can join, cut, select and count them without
-knowing what they are.
+A tensor x_BHTC is stored as a mapping of tensors that all have the batch first and run along time in their third
+dimension (in tokens, or in groups of tokens), so that a cache can join, cut, select and count them whatever they are.
 
 Axes: B sequences, H key-value heads, T tokens, C channels, G groups of numbers that share a range, K outliers of a
 token, X bytes.
@@ -34,9 +33,9 @@ class KvFormat:
 
     Attributes:
         num_bits: Bits of a code; 16 stores numbers as they are.
-        axis: Which numbers share a range: `token`, neighbouring channels of one token; `channel`, one channel of
+        axis: Numbers that share a range: `token`, neighbouring channels of one token; `channel`, one channel of
             neighbouring tokens.
-        group_size: How many numbers share a range; None for a static range from calibration.
+        group_size: Size of a group of numbers that share a range; None for a static range from calibration.
         datatype: `int`, evenly spaced codes; `table`, levels in [-1, 1] chosen by calibration; `float`, FP8 E4M3.
         symmetric: Whether ranges are symmetric about zero, and stored without an offset.
         outlier_ratio: Share of a token's channels, the farthest from the middle of their range, that are stored in 16
@@ -78,14 +77,22 @@ class KvFormat:
         return 1.0 if self.datatype == "table" else 2 ** (self.num_bits - 1) - 1
 
     def outliers(self, channels: int) -> int:
-        """Return how many of a token's channels are stored as outliers."""
+        """Return the number of a token's channels that are stored as outliers.
+
+        Args:
+            channels: Channels of a head.
+        """
         return max(1, round(self.outlier_ratio * channels)) if self.outlier_ratio and self.num_bits < 16 else 0
 
     def check(self, channels: int) -> None:
-        """Check that heads of this many channels can be stored in the format.
+        """Check that a head can be stored in the format.
+
+        Args:
+            channels: Channels of a head.
 
         Raises:
-            ValueError: They cannot.
+            ValueError: Codes do not fill whole bytes, the group size does not divide the channels, or there are too
+                many channels for outliers.
         """
         if self.num_bits == 16:
             return
@@ -112,12 +119,15 @@ def encode_kv(
         fmt: Their format.
         x_BHTC: Numbers of any float dtype; T is a multiple of `fmt.tokens_at_once`.
         static: Static parameters, where `fmt.calibrated`.
-        dtype: Dtype of what is stored in 16 bit.
+        dtype: Dtype of outliers, and of numbers of 16 bits.
 
     Returns:
         `codes` (B, H, T, X) uint8; `scale` and, unless symmetric, `offset`, float16, (B, H, G, C) for ranges of
         channels and (B, H, T, G) for ranges of tokens; `outlier_index` uint8 and `outlier_value` in `dtype`,
         (B, H, T, K). For 16 bits, only `plain`, in `dtype`.
+
+    Raises:
+        ValueError: Codes of a token do not fill whole bytes.
     """
     if fmt.num_bits == 16:
         return {"plain": x_BHTC.to(dtype)}
@@ -155,6 +165,12 @@ def normalize(fmt: KvFormat, x_BHTC: Tensor, static: StaticParams | None = None)
 
 def decode_kv(fmt: KvFormat, stored: Stored, channels: int, static: StaticParams | None = None) -> Tensor:
     """Invert `encode_kv`.
+
+    Args:
+        fmt: Their format.
+        stored: Result of `encode_kv`, or a part of it along T.
+        channels: Channels of a head.
+        static: Static parameters, where `fmt.calibrated`.
 
     Returns:
         (B, H, T, C) float32; for 16 bits, in the dtype that is stored.

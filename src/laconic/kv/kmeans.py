@@ -9,7 +9,7 @@ from torch import Tensor
 def kmeans_levels(x: Tensor, count: int, weight: Tensor | None = None, *, steps: int = 40) -> Tensor:
     """Find levels with a small sum(weight * (x - nearest level)^2), by Lloyd's steps from weighted quantiles.
 
-    Deterministic.
+    The result is deterministic.
 
     Args:
         x: Numbers, (n,) float32.

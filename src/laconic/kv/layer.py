@@ -89,7 +89,15 @@ class KvCacheLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take shapes, dtype and device from the first tokens."""
+        """Take shapes, dtype and device from the first tokens.
+
+        Args:
+            key_states: (B, H, N, C).
+            value_states: (B, H, N, C).
+
+        Raises:
+            ValueError: The formats cannot store heads of this many channels.
+        """
         self.dtype, self.device = key_states.dtype, key_states.device
         self.channels, self.heads = key_states.shape[-1], key_states.shape[1]
         self.static = {name: {n: t.to(self.device) for n, t in params.items()} for name, params in self.static.items()}
@@ -105,7 +113,17 @@ class KvCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> KeysValues:
-        """Take in new tokens (B, H, N, C), and return keys and values of all tokens that they may attend to."""
+        """Add new tokens, and return keys and values of all tokens that they may attend to.
+
+        Args:
+            key_states: (B, H, N, C).
+            value_states: (B, H, N, C).
+            *args: Unused; transformers passes them to every layer.
+            **kwargs: Unused; transformers passes them to every layer.
+
+        Returns:
+            Keys and values, each (B, H, T, C) in the model's dtype; lazy tensors where the kernel reads them.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
@@ -277,14 +295,18 @@ class KvCacheLayer(CacheLayerMixin):
     # --- what transformers asks of a layer ---
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return length and offset of the keys that attention gets."""
+        """Return length and offset of the keys that attention gets.
+
+        Args:
+            query_length: Number of new tokens.
+        """
         if self.sliding_window is None:
             return self.length + query_length, 0
         window = self.sliding_window
         return min(self.length, window - 1) + query_length, max(self.length - window + 1, 0)
 
     def get_seq_length(self) -> int:
-        """Return the number of tokens taken in."""
+        """Return the number of tokens, those that have left a sliding window included."""
         return self.length
 
     def get_max_length(self) -> int:
@@ -292,7 +314,14 @@ class KvCacheLayer(CacheLayerMixin):
         return -1 if self.sliding_window is None else self.sliding_window
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens (a negative number, as transformers counts them)."""
+        """Remove the last tokens.
+
+        Args:
+            tokens_to_remove: Their number; transformers gives it below zero.
+
+        Raises:
+            RuntimeError: A sliding window would need tokens that are already removed.
+        """
         count = abs(tokens_to_remove)
         if not count or not self.is_initialized:
             return
@@ -316,21 +345,33 @@ class KvCacheLayer(CacheLayerMixin):
         self.encoded = whole
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens."""
         self._clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep the rows in this order."""
+        """Reorder the rows of the batch.
+
+        Args:
+            beam_idx: (rows,) int64, the present row of each new one.
+        """
         if self.is_initialized:
             self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
+        """Repeat every row of the batch.
+
+        Args:
+            repeats: Number of copies of a row, side by side.
+        """
         if self.is_initialized:
             self._map(lambda t: t.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows alone."""
+        """Keep some rows of the batch alone.
+
+        Args:
+            indices: (n,) int64, the rows.
+        """
         if self.is_initialized:
             self._map(lambda t: t[indices.to(t.device), ...])
 
@@ -355,13 +396,13 @@ class KvCacheLayer(CacheLayerMixin):
     # --- sizes ---
 
     def tensors(self) -> list[Tensor]:
-        """Return all tensors that the layer keeps."""
+        """Return all tensors that the layer stores."""
         encoded = [t for pair in self.stored for stored in pair for t in stored.values()]
         return [*encoded, *(self.sinks or ()), *([] if self.keys is None else [self.keys, self.values])]
 
     @property
     def length_kept(self) -> int:
-        """Number of tokens kept."""
+        """Number of tokens in the layer."""
         return self.length - self.offset
 
     @property

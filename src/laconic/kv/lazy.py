@@ -17,7 +17,7 @@ from laconic.kv.packed import KeysValues, LayerHistory
 
 
 class LazyHistory:
-    """What attention may read in one forward pass, packed and decoded.
+    """Keys and values that attention may read in one forward pass, packed and decoded.
 
     Args:
         layer: The packed history.

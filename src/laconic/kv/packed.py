@@ -1,4 +1,4 @@
-"""What attention reads of a quantized cache, and which formats the kernel reads as they are stored.
+"""Parts of a quantized cache that attention reads, and the formats that the kernel reads as they are stored.
 
 Axes: B sequences, H key-value heads, T packed tokens, W tokens of the recent window, S sinks, C channels.
 """
@@ -39,7 +39,7 @@ class PackedTokens:
 
     Attributes:
         fmt: Their format.
-        stored: What `encode_kv` returned.
+        stored: Result of `encode_kv`.
         static: Static parameters, where the format has any.
     """
 
@@ -55,13 +55,13 @@ class PackedTokens:
 
 @dataclass(frozen=True)
 class PackedHistory:
-    """All that the newest tokens attend to, in this order: packed tokens, then the recent window.
+    """All tokens that the newest ones attend to, in this order: packed tokens, then the recent window.
 
     Attributes:
         keys: Packed keys, of (B, H, T, C).
-        values: Packed values, likewise.
+        values: Packed values, of (B, H, T, C).
         window: Recent tokens in 16 bit, the new ones last, (B, H, W, C).
-        sinks: What replaces the first packed tokens that each row attends to, (B, H, S, C); None for none.
+        sinks: Tokens in 16 bit in place of the first packed ones that each row attends to, (B, H, S, C); None for none.
         first_B: Column of the first token that each row attends to, counted from the first packed one; None where all
             rows attend to all tokens.
         angles: Rotary angles of the packed tokens, where keys are stored before their rotary embedding.
@@ -115,20 +115,34 @@ class LayerHistory:
 
 @lru_cache
 def kernel_runs_on(device: torch.device) -> bool:
-    """Whether the Triton kernel runs on a device: a GPU, or any by Triton's interpreter (TRITON_INTERPRET=1)."""
+    """Return whether the Triton kernel runs on a device: a GPU, or any by Triton's interpreter (TRITON_INTERPRET=1).
+
+    Args:
+        device: The device.
+    """
     return find_spec("triton") is not None and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def kernel_reads_scheme(scheme: KvScheme, channels: int) -> bool:
-    """Whether the kernel reads every layer of a cache, whose heads have this many channels."""
+    """Return whether the kernel reads every layer of a cache.
+
+    Args:
+        scheme: Scheme of the cache.
+        channels: Channels of a head.
+    """
     return all(kernel_reads_layer(scheme, layer, channels) for layer in scheme.layers)
 
 
 def kernel_reads_layer(scheme: KvScheme, layer: Sequence[HeadGroup], channels: int) -> bool:
-    """Whether the kernel reads a layer of a scheme.
+    """Return whether the kernel reads a layer of a scheme.
 
     Keys that were rotated (`rotation`) before their rotary embedding cannot be read: elsewhere queries are rotated
     instead of keys, but here the embedding comes between.
+
+    Args:
+        scheme: Scheme of the cache.
+        layer: Groups of heads of the layer.
+        channels: Channels of a head.
     """
     if scheme.pre_rope and (scheme.rotation or channels < 2 * _MIN_SIDE):
         return False
@@ -136,7 +150,12 @@ def kernel_reads_layer(scheme: KvScheme, layer: Sequence[HeadGroup], channels: i
 
 
 def kernel_reads(fmt: KvFormat, channels: int) -> bool:
-    """Whether the kernel reads a format, of heads of this many channels."""
+    """Return whether the kernel reads a format.
+
+    Args:
+        fmt: The format.
+        channels: Channels of a head.
+    """
     if fmt.num_bits not in _KERNEL_BITS or fmt.outliers(channels) > _MAX_OUTLIERS or channels & (channels - 1):
         return False
     if segment(fmt, channels) < _MIN_SIDE:
@@ -150,6 +169,10 @@ def segment(fmt: KvFormat, channels: int) -> int:
     """Return the size of a segment: neighbouring channels in one field of neighbouring bytes, in every bit plane.
 
     Where ranges are of tokens, the channels of a segment also share one.
+
+    Args:
+        fmt: The format.
+        channels: Channels of a head.
     """
     shared = fmt.group_size if fmt.axis == "token" and fmt.group_size else channels
     return min(field_size(channels, fmt.num_bits), shared)

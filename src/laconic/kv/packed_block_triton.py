@@ -8,6 +8,13 @@ Tiles and constants are those of `kv.attend_packed_triton`, without K_ or V_. Ot
     t_stride, c_stride          strides of ranges by token (or group of tokens) and by channel
     n, here, start              tokens of the block, whether each exists, and the first of them
     x                           numbers of the words of a tile
+    q_rows, row_mask            pointers to the first channel of each row's query, and whether the row exists
+    queries, query_sums, top    results of `load_queries`
+    cos, sin, angle             rotary angles of packed keys (None: none), and the index of the sequence's first
+    codes, outliers             pointers to the head's codes and outliers
+    c                           a channel for each token
+    acc, lifts                  sums so far: of weighted values, tiles (words, rows); of weighted offsets, (rows,)
+    p, p_sum, rescale           weights of a block's tokens, (tokens, rows), their sum, and the factor of earlier sums
 """
 
 # mypy: disable-error-code="assignment,var-annotated"

@@ -12,7 +12,11 @@ from torch import Tensor
 
 
 def planes(num_bits: int) -> list[tuple[int, int]]:
-    """Return (width, lowest bit) of each plane: `num_bits` as a sum of 4, 2 and 1 (8 as two planes of 4)."""
+    """Return (width, lowest bit) of each plane: `num_bits` as a sum of 4, 2 and 1 (8 as two planes of 4).
+
+    Args:
+        num_bits: Bits of a code, 1 to 8.
+    """
     widths_and_lows, low = [], 0
     while low < num_bits:
         width = next(p for p in (4, 2, 1) if p <= num_bits - low)
@@ -22,17 +26,30 @@ def planes(num_bits: int) -> list[tuple[int, int]]:
 
 
 def plane_widths(num_bits: int) -> list[int]:
-    """Return the bits of each plane, as they lie in memory: codes of 8 bits are bytes, and not cut."""
+    """Return the bits of each plane, as they lie in memory: codes of 8 bits are bytes, and not cut.
+
+    Args:
+        num_bits: Bits of a code, 1 to 8.
+    """
     return [8] if num_bits == 8 else [width for width, _ in planes(num_bits)]
 
 
 def field_size(n: int, num_bits: int) -> int:
-    """Return how many neighbouring codes, of n, lie in one field of neighbouring bytes of every plane."""
+    """Return the number of neighbouring codes that lie in one field of neighbouring bytes, in every plane.
+
+    Args:
+        n: Number of codes.
+        num_bits: Bits of a code, 1 to 8.
+    """
     return n * min(plane_widths(num_bits)) // 8
 
 
 def packed_size(n: int, num_bits: int) -> int:
     """Return the number of bytes of n codes.
+
+    Args:
+        n: Number of codes.
+        num_bits: Bits of a code, 1 to 8.
 
     Raises:
         ValueError: A plane does not fill whole bytes.
@@ -47,7 +64,7 @@ def pack_planes(codes: Tensor, num_bits: int) -> Tensor:
 
     Args:
         codes: (..., n) of any integer dtype, in [0, 2^num_bits).
-        num_bits: 1 to 8.
+        num_bits: Bits of a code, 1 to 8.
 
     Returns:
         (..., n num_bits / 8) uint8.
@@ -70,7 +87,16 @@ def pack_planes(codes: Tensor, num_bits: int) -> Tensor:
 
 
 def unpack_planes(packed: Tensor, num_bits: int, n: int) -> Tensor:
-    """Invert `pack_planes`: (..., bytes) uint8 -> (..., n) uint8."""
+    """Invert `pack_planes`.
+
+    Args:
+        packed: (..., n num_bits / 8) uint8.
+        num_bits: Bits of a code, 1 to 8.
+        n: Number of codes.
+
+    Returns:
+        (..., n) uint8.
+    """
     if num_bits == 8:
         return packed
     codes: Tensor | None = None

@@ -9,6 +9,15 @@ channels J, J + WORD_BYTES, and so on, of a segment. Constants:
     WORD_BYTES   bytes of a word; a segment is SEGMENT / WORD_BYTES words
     TYPE         datatype of the format: int, table or float
     ASSEMBLER    whether to use inline assembler, which the interpreter does not have
+
+Arguments of all functions:
+
+    codes        pointer to the first word of a head
+    n, mask      tokens, and whether each exists
+    x            numbers of the words of a tile, 0 to WORDS - 1
+    words        tiles of `load_words`
+    S, J         number of the segment, and of the byte of its words
+    levels       pointer to the levels of a table; None for other types
 """
 
 # mypy: disable-error-code="assignment"

@@ -44,7 +44,7 @@ class TokenPositions:
         return sum(t.nbytes for t in (self.positions, self.padding) if t is not None)
 
     def begin_pass(self, cached: int, new: int, positions: Tensor | None, mask: Tensor | None) -> None:
-        """Note the positions and the padding of a forward pass that begins.
+        """Store the positions and the padding of a forward pass that begins.
 
         Args:
             cached: Tokens in the cache so far.
@@ -75,14 +75,22 @@ class TokenPositions:
             self.positions = torch.cat([p.to(new_BT.device).expand(rows, -1) for p in (self.positions, new_BT)], 1)
 
     def crop(self, tokens: int) -> None:
-        """Forget all but the first tokens."""
+        """Remove all but the first tokens.
+
+        Args:
+            tokens: Number of tokens that stay.
+        """
         if tokens == 0:
             self.positions = self.padding = None
         elif self.positions is not None:
             self.positions = self.positions[:, :tokens]
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order."""
+        """Keep some rows of the batch, in a new order.
+
+        Args:
+            rows: (n,) int64, the rows.
+        """
         if self.positions is not None and len(self.positions) > 1:
             self.positions = self.positions[rows.to(self.positions.device)]
         if self.padding is not None:
@@ -90,7 +98,11 @@ class TokenPositions:
         self._angles.clear()
 
     def repeat(self, times: int) -> None:
-        """Repeat every row."""
+        """Repeat every row of the batch.
+
+        Args:
+            times: Number of copies of a row, side by side.
+        """
         if self.positions is not None and len(self.positions) > 1:
             self.positions = self.positions.repeat_interleave(times, 0)
         if self.padding is not None:
@@ -98,21 +110,57 @@ class TokenPositions:
         self._angles.clear()
 
     def first_columns(self, rows: int, device: torch.device) -> Tensor:
-        """Return the column of every row's first token, (B,) int64."""
+        """Return the column of every row's first token, (B,) int64.
+
+        Args:
+            rows: Number of rows B.
+            device: Device of the result.
+        """
         return torch.zeros(rows, dtype=torch.long, device=device) if self.padding is None else self.padding.to(device)
 
     def apply_rotary(self, keys_BHTC: Tensor, start: int, layer: int) -> Tensor:
-        """Put the rotary embedding on keys of the columns from `start` on."""
+        """Apply the rotary embedding to keys.
+
+        Args:
+            keys_BHTC: Keys without it, of neighbouring columns.
+            start: Column of the first of them.
+            layer: Number of the layer.
+
+        Returns:
+            (B, H, T, C).
+
+        Raises:
+            ValueError: The model gives this cache no positions.
+        """
         return apply_rotary(keys_BHTC, *self._cos_sin(start, keys_BHTC.shape[2], keys_BHTC.device, layer))
 
     def remove_rotary(self, keys_BHTC: Tensor, start: int, layer: int) -> Tensor:
-        """Invert `apply_rotary`, whatever factor the embedding scales by."""
+        """Invert `apply_rotary`, also where the embedding scales by a factor.
+
+        Args:
+            keys_BHTC: Keys of neighbouring columns.
+            start: Column of the first of them.
+            layer: Number of the layer.
+
+        Returns:
+            (B, H, T, C).
+
+        Raises:
+            ValueError: The model gives this cache no positions.
+        """
         return remove_rotary(keys_BHTC, *self._cos_sin(start, keys_BHTC.shape[2], keys_BHTC.device, layer))
 
     def angles(self, start: int, tokens: int, device: torch.device, layer: int) -> RotaryAngles:
-        """Return cosines and sines of the columns from `start` on, of the first half of the channels that rotate.
+        """Return cosines and sines for the first half of the channels that rotate; the second half has the same.
 
-        The second half has the same angles.
+        Args:
+            start: First column.
+            tokens: Number of columns T.
+            device: Device of the result.
+            layer: Number of the layer.
+
+        Raises:
+            ValueError: The model gives this cache no positions.
         """
         key = ("half", self._layer_type(layer), start, tokens)
         if key not in self._angles:

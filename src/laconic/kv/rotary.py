@@ -1,4 +1,4 @@
-"""Rotary position embeddings of keys: put on, removed, and found in a model.
+"""Rotary position embeddings of keys: how they are applied and removed, and which embedding a model has.
 
 Channels are rotated in pairs, the first half of those that take part against the second half.
 """
@@ -29,14 +29,32 @@ class RotaryEmbedding:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first channels of x, as many as there are angles; the others stay as they are."""
+    """Rotate the first channels of a tensor, as many as there are angles; the others stay as they are.
+
+    Args:
+        x: (..., tokens, channels).
+        cos: Cosines, (..., tokens, channels that rotate), broadcasting over x.
+        sin: Sines, in the shape of the cosines.
+
+    Returns:
+        A new tensor of the shape of x.
+    """
     n = cos.shape[-1]
     first, rest = x[..., :n], x[..., n:]
     return torch.cat([first * cos + _rotate_half(first) * sin, rest], -1)
 
 
 def remove_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Invert `apply_rotary`, whatever factor the embedding scales by."""
+    """Invert `apply_rotary`, also where the embedding scales by a factor.
+
+    Args:
+        x: (..., tokens, channels).
+        cos: Cosines, (..., tokens, channels that rotate), broadcasting over x.
+        sin: Sines, in the shape of the cosines.
+
+    Returns:
+        A new tensor of the shape of x.
+    """
     n = cos.shape[-1]
     first, rest = x[..., :n], x[..., n:]
     first = (first * cos - _rotate_half(first) * sin) / (cos.square() + sin.square())
@@ -46,8 +64,11 @@ def remove_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotary_of(model: PreTrainedModel) -> RotaryEmbedding:
     """Return a model's rotary embedding.
 
+    Args:
+        model: The model.
+
     Raises:
-        ValueError: The model has none, or one that cannot be removed from keys and put back.
+        ValueError: The model has none, or one that cannot be removed from keys and applied again.
     """
     decoder = model.get_decoder()
     module = getattr(decoder, "rotary_emb", None)
@@ -64,7 +85,7 @@ def rotary_of(model: PreTrainedModel) -> RotaryEmbedding:
 
 
 def _rotates_halves(decoder: nn.Module) -> bool:
-    """Whether the model's own function rotates the first half of channels against the second, as `apply_rotary`."""
+    """Return whether the model rotates the first half of channels against the second, as `apply_rotary` does."""
     model_function = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
     if model_function is None:
         return False

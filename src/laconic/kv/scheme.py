@@ -34,13 +34,13 @@ LayerScheme = tuple[HeadGroup, ...]
 
 @dataclass(frozen=True)
 class KvScheme:
-    """How the key-value cache of a whole model is stored.
+    """Storage of a whole model's key-value cache.
 
     Attributes:
         method: Name of the method that chose it.
         layers: Groups of heads of each decoder layer.
-        residual_length: At least so many of the most recent tokens are kept in 16 bit.
-        sinks: So many of a sequence's first tokens are kept in 16 bit.
+        residual_length: Smallest number of most recent tokens in 16 bit.
+        sinks: Number of a sequence's first tokens in 16 bit.
         rotation: Rotation of the channels of keys and values before they are rounded.
         pre_rope: Whether keys are stored as they were before their rotary embedding.
         fingerprint: Fingerprint of the model on which it was calibrated (`kv.attach.fingerprint`).
@@ -97,15 +97,21 @@ class KvScheme:
                 group.values.check(channels)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the scheme as JSON holds it."""
+        """Return the scheme as a dict for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> KvScheme:
         """Invert `to_dict`.
 
+        Args:
+            data: The dict, as JSON decodes it.
+
+        Returns:
+            The scheme.
+
         Raises:
-            ValueError: Something is missing or unknown.
+            ValueError: A key is missing or unknown, or a value is out of range.
         """
         try:
             layers = tuple(tuple(_head_group(g) for g in layer) for layer in data["layers"])
@@ -123,14 +129,21 @@ def uniform(method: str, keys: KvFormat, values: KvFormat, layers: int, **option
         method: Name of the method.
         keys: Format of all keys.
         values: Format of all values.
-        layers: Decoder layers.
+        layers: Number of decoder layers.
         **options: Other fields of `KvScheme`.
+
+    Returns:
+        The scheme.
     """
     return KvScheme(method, ((HeadGroup(keys, values),),) * layers, **options)
 
 
 def tokens_at_once(layer: Sequence[HeadGroup]) -> int:
-    """Return how many tokens a layer encodes together."""
+    """Return the number of tokens that a layer encodes together.
+
+    Args:
+        layer: Groups of heads of the layer.
+    """
     return math.lcm(*(f.tokens_at_once for group in layer for f in (group.keys, group.values)))
 
 

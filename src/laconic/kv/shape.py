@@ -20,11 +20,11 @@ class KvShape:
     """The shape of a model's cache.
 
     Attributes:
-        layers: Decoder layers.
+        layers: Number of decoder layers.
         heads: Key-value heads of a layer.
         channels: Channels of a head.
-        windows: Of each layer, how many tokens a token attends to (None: all).
-        context: Most tokens of a text, where the config has it.
+        windows: Number of tokens that a token attends to in each layer (None: all).
+        context: Largest number of tokens of a text; None if the config does not have it.
     """
 
     layers: int

@@ -15,13 +15,13 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How the work of a kernel is cut.
+    """Division of a kernel's work.
 
     Attributes:
         block_tokens: Tokens of a block, at most: those that a program reads at once.
         warps: Warps of a program.
         stages: Blocks that are loaded ahead.
-        programs: Programs that each multiprocessor should get.
+        programs: Programs for each multiprocessor.
     """
 
     block_tokens: int = 64

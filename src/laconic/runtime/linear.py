@@ -18,7 +18,20 @@ from laconic.runtime.products import integer_linear, simulated_linear
 
 
 class QLinear(nn.Module):
-    """A linear whose parameters are the stored tensors of one quantized weight, under their stored names."""
+    """A linear whose parameters are the stored tensors of one quantized weight, under their stored names.
+
+    Attributes:
+        names: Names of the weight's stored tensors.
+        calibrated: Names of the input's parameters from calibration, each stored as `input_NAME`.
+        dense: The decoded weight (out, in) after `unpack`, otherwise None.
+
+    Args:
+        in_features: Number of inputs.
+        out_features: Number of outputs.
+        bias: Whether it has a bias, (out,).
+        scheme: Scheme of the weight and of its input.
+        dtype: Dtype of the bias and of parameters that the format leaves open.
+    """
 
     dense: Tensor | None
 
@@ -46,7 +59,11 @@ class QLinear(nn.Module):
         return Quantized.from_tensors(self.scheme.weights, stored, (self.out_features, self.in_features))
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """Return the decoded weight, (out, in)."""
+        """Return the decoded weight, (out, in).
+
+        Args:
+            dtype: Dtype of the result.
+        """
         return self.quantized().decode(dtype)
 
     def unpack(self) -> None:
@@ -112,7 +129,17 @@ def _default_device() -> torch.device:
 
 
 def replace_linear(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype) -> QLinear:
-    """Replace the linear `name` of a model by a QLinear of the same shape, its tensors not set yet."""
+    """Replace a linear of a model by a QLinear of the same shape, its tensors not set yet.
+
+    Args:
+        model: The model, changed in place.
+        name: Name of the linear.
+        scheme: Scheme of its weight and input.
+        dtype: Dtype of the bias and of parameters that the format leaves open.
+
+    Returns:
+        The QLinear, on the default device.
+    """
     old = model.get_submodule(name)
     assert isinstance(old, nn.Linear)
     new = QLinear(old.in_features, old.out_features, bias=old.bias is not None, scheme=scheme, dtype=dtype)

@@ -26,10 +26,10 @@ def round_activations(x: Tensor, acts: Activations, calibrated: Params, exempt: 
     """Round an input to the activation format and back (simulated).
 
     Args:
-        x: (..., in).
-        acts: the activation format.
-        calibrated: parameters from calibration (`Activations.calibrate`).
-        exempt: (k,) indices of columns that are not rounded, and do not count for the scale.
+        x: (..., in), any float dtype.
+        acts: Format of activations.
+        calibrated: Parameters from calibration (`Activations.calibrate`).
+        exempt: (k,) indices of columns that are not rounded and do not count for the scale; None for none.
 
     Returns:
         (..., in) float32.
@@ -55,12 +55,12 @@ def simulated_linear(
     """Compute a linear with a decoded weight, in float32 if activations are rounded.
 
     Args:
-        x: (..., in).
+        x: (..., in), any float dtype.
         weight: (out, in), decoded.
-        acts: how x is rounded; None for no rounding.
-        calibrated: parameters of x from calibration.
-        exempt: (k,) indices of columns of x that are not rounded.
-        bias: (out,).
+        acts: Quantization of x; None for no rounding.
+        calibrated: Parameters of x from calibration.
+        exempt: (k,) indices of columns of x that are not rounded; None for none.
+        bias: (out,), or None.
 
     Returns:
         (..., out) in x's dtype.
@@ -84,13 +84,13 @@ def integer_linear(
     """Compute a linear as an int8 product, with a second product in 16 bit for the outlier columns.
 
     Args:
-        x: (..., in).
-        codes: (out, in) int8, of the weight.
-        scale: of the weight, (1,) or (out, 1).
-        acts: how x is rounded to int8.
-        calibrated: parameters of x from calibration.
-        outliers: input columns in 16 bit.
-        bias: (out,).
+        x: (..., in), any float dtype.
+        codes: (out, in) int8, codes of the weight.
+        scale: Scale of the weight, (1,) or (out, 1).
+        acts: Quantization of x to int8.
+        calibrated: Parameters of x from calibration.
+        outliers: Input columns in 16 bit; None for none.
+        bias: (out,), or None.
 
     Returns:
         (..., out) in x's dtype.
@@ -134,7 +134,15 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def exact_float_product(a: Tensor, b: Tensor) -> Tensor:
-    """Compute `int8_product` in float32, in chunks of columns that are short enough to be exact."""
+    """Compute `int8_product` in float32, in chunks of columns that are short enough to be exact.
+
+    Args:
+        a: (m, k) int8.
+        b: (n, k) int8.
+
+    Returns:
+        (m, n) int32.
+    """
     y = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
     for a_chunk, b_chunk in zip(a.split(_EXACT_COLUMNS, 1), b.split(_EXACT_COLUMNS, 1), strict=True):
         y += (a_chunk.float() @ b_chunk.float().T).to(torch.int32)

@@ -139,7 +139,11 @@ def schemes_of(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str,
 
 
 def is_readable(config: Mapping[str, Any]) -> bool:
-    """Return whether `laconic.load` reads models with this quantization_config."""
+    """Return whether `laconic.load` reads models with this quantization_config.
+
+    Args:
+        config: The quantization_config.
+    """
     return config.get("quant_method") in (COMPRESSED_TENSORS, NATIVE)
 
 
