@@ -45,6 +45,9 @@ def write_cards(
 
     Returns:
         Remarks, one line each, about parts of a README.md that stay as the user wrote them.
+
+    Raises:
+        ValueError: The tokenizer, or the facts of earlier cards, cannot be read.
     """
     identity = Artifact(folder).recipe or {}
     calibration = identity.get("calibration") or {}

@@ -89,6 +89,9 @@ def help_model_step(pipeline: Pipeline, step: Step, before: Path | None, report:
         step: that of the stage.
         before: the folder that the step before has written; None for the original model.
         report: called with events of progress.
+
+    Raises:
+        ValueError: if the stage cannot treat the model.
     """
     stage, partial = _stage(step), partial_folder(step.output)
     torch.manual_seed(pipeline.recipe.seed)

@@ -162,6 +162,9 @@ class TrainingStage(ModelStage):
 
         Returns:
             The model, on `run.load_device`.
+
+        Raises:
+            ValueError: if the checkpoint, or a file that training begins from, cannot be read.
         """
 
     @abstractmethod

@@ -34,6 +34,9 @@ def head_importance(
 
     Returns:
         Energy of each query head relative to that of the residual stream after the block.
+
+    Raises:
+        ValueError: if the activations hold NaN or infinity.
     """
     with Passes(block, taps, call, stream, device, resume=False) as passes:
         H = observe(passes, [heads.tap], gram=True, advance=True)[heads.tap].H

@@ -56,6 +56,9 @@ def survey_block(
 
     Returns:
         The figures of each stage of the plan; empty for stages that need no survey.
+
+    Raises:
+        ValueError: if the activations hold NaN or infinity.
     """
     name, taps = plan.anatomy.block_name(i), plan.anatomy.taps[i]
     gram = any(isinstance(s, PruningStage) and s.allocation == "search" for s in plan.stages)

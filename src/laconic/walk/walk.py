@@ -65,6 +65,9 @@ def walk(
         extra: names of tensors that are written unchanged, by shard (`checkpoint.extra`).
         domains: token ids (samples, tokens) of the texts on which stages choose the heads that they protect, by the
             number of the stage in the plan.
+
+    Raises:
+        ValueError: if a stage cannot treat a block, activations hold NaN or infinity, or the disk has no space for them.
     """
     walker = _Walker(source, model, plan, workspace, settings, report, frozenset(n for names in extra for n in names))
     names = [plan.anatomy.block_name(i) for i in range(len(plan.anatomy.taps))]
