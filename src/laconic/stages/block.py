@@ -164,7 +164,11 @@ class Block:
         return stacks(self.module, {n: self.schemes[n] for n in self.targets(tap)}, together=self.stacks_linears)
 
     def format(self, linear: str) -> ScalarFormat:
-        """Return the scalar format of a targeted linear."""
+        """Return the scalar format of a targeted linear.
+
+        Args:
+            linear: its name within the block.
+        """
         scheme = self.schemes[linear]
         assert scheme is not None
         return as_scalar(scheme.weights)

@@ -35,7 +35,7 @@ _SIDES = ("keys", "values")
 _ROTATION = "turn"
 
 Calibration = Mapping[str, Tensor]
-"""What `CacheStage.calibrate` returns for one layer."""
+"""Result of `CacheStage.calibrate` for one layer."""
 
 
 class CacheStage(Stage):

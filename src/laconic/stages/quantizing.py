@@ -96,7 +96,11 @@ class QuantizingStage(WeightStage):
         )
 
     def scheme_for(self, shape: tuple[int, int]) -> Scheme:
-        """Return the scheme that the stage proposes for a linear of shape (out, in), side tensors included."""
+        """Return the scheme that the stage proposes for a linear, side tensors included.
+
+        Args:
+            shape: (out, in) of the linear.
+        """
         return replace(self.proposed_scheme, outlier_columns=self.count_outliers(shape[1]), rank=self.low_rank)
 
     @property
@@ -105,7 +109,11 @@ class QuantizingStage(WeightStage):
         return self.scheme_for((2, 2))
 
     def count_outliers(self, columns: int) -> int | None:
-        """Return how many of so many input columns stay in 16 bit; None if that depends on the calibration set."""
+        """Return how many input columns of a linear stay in 16 bit; None if that depends on the calibration set.
+
+        Args:
+            columns: number of its input columns.
+        """
         return min(columns - 1, max(1, round(self.outlier_ratio * columns))) if self.outlier_ratio else 0
 
     def outlier_columns(self, scheme: Scheme, moments: Moments | None) -> Tensor:
@@ -132,6 +140,9 @@ class QuantizingStage(WeightStage):
         """Return the real weight (out, in) that rounding should come close to.
 
         Beside columns that are not rounded, `compress` gets this weight, and moments without cross moments.
+
+        Args:
+            task: the linears, with the moments of their input.
         """
         return task.weight
 

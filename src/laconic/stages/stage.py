@@ -15,7 +15,7 @@ Scope = Literal["linear", "block", "model", "cache"]
 
 @dataclass(frozen=True)
 class Needs:
-    """What a stage must be given before it can work.
+    """Data that a stage must be given before it can work.
 
     Attributes:
         activations: calibration activations, or calibration text where the model is treated as a whole.
@@ -78,7 +78,7 @@ class Stage(Config):
 
     @property
     def needs(self) -> Needs:
-        """What the method must be given; the plan adds what the schemes of its linears need."""
+        """Data that the method must be given; the plan adds what the schemes of its linears need."""
         return Needs()
 
     @property
@@ -101,7 +101,11 @@ def example_of(kind: type[Stage], text: str) -> dict[str, Any]:
 
 
 def method_name(kind: type[Stage]) -> str:
-    """Return the name by which recipes call a stage class."""
+    """Return the name by which recipes call a stage class.
+
+    Args:
+        kind: the stage class.
+    """
     return str(kind.model_fields["method"].default)
 
 

@@ -92,7 +92,12 @@ def may_advance(plan: Plan, i: int) -> bool:
 
 
 def output_is_read(plan: Plan, i: int) -> bool:
-    """Return whether the output of block i is needed: by the next block, or by a stage that observes the head."""
+    """Return whether the output of block i is needed: by the next block, or by a stage that observes the head.
+
+    Args:
+        plan: of the walk.
+        i: number of the block.
+    """
     head = plan.anatomy.head
     observed = any(needs.observation and head in names for needs, names in zip(plan.needs, plan.targets, strict=True))
     return i + 1 < len(plan.anatomy.taps) or observed

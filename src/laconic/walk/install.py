@@ -19,7 +19,7 @@ from laconic.structure.anatomy import linear_at
 
 @dataclass(frozen=True)
 class Target:
-    """Where installed tensors live.
+    """Dtype and device of installed tensors.
 
     Attributes:
         dtype: of the parameters of codes, as stored.

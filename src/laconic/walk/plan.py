@@ -37,7 +37,7 @@ from laconic.walk.checks import (
 
 @dataclass(frozen=True)
 class BlockWork:
-    """What one stage does in one block.
+    """Work of one stage in one block.
 
     Attributes:
         stage: the stage.
@@ -54,7 +54,7 @@ class BlockWork:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which stage treats which linear, and how each will be stored.
+    """Assignment of stages to linears, and the scheme in which each linear will be stored.
 
     `schemes` is the only source of how a linear is stored, side tensors and static activations included: a change of
     it between planning and the walk changes what is observed, what methods get, and what is written.
@@ -86,7 +86,7 @@ class Plan:
 
     @cached_property
     def needs(self) -> tuple[Needs, ...]:
-        """What each stage must be given, the needs of its linears' schemes included."""
+        """Data that each stage must be given, with what the schemes of its linears need."""
         return tuple(
             needs_with_schemes(stage.needs, {self.schemes[n] for n in names}) if stage.quantizes else stage.needs
             for stage, names in zip(self.stages, self.targets, strict=True)
@@ -104,7 +104,7 @@ class Plan:
 
     @property
     def calibration_reason(self) -> str:
-        """What needs calibration data, for messages; requires `calibrates`."""
+        """First stage, or part of one, that needs calibration data, for messages; requires `calibrates`."""
         for stage, needs in zip(self.stages, self.needs, strict=True):
             if needs.calibration:
                 return needs.reason or stage.method
@@ -144,7 +144,11 @@ class Plan:
         return name.removeprefix(f"{self.anatomy.blocks}.").partition(".")[0]
 
     def work(self, i: int) -> list[BlockWork]:
-        """Return what the stages do in block i, those that treat none of its linears left out."""
+        """Return the work of the stages in a block, without stages that treat none of its linears.
+
+        Args:
+            i: number of the block.
+        """
         prefix = f"{self.anatomy.block_name(i)}."
         present = {n for tap in self.anatomy.taps[i] for n in tap.linears}
         work = []
@@ -178,6 +182,9 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage],
         anatomy: of the model.
         stages: of one walk.
         first: number of the first of them in the recipe.
+
+    Returns:
+        The plan, with the schemes that the stages propose.
 
     Raises:
         ValueError: if a target matches nothing, a group size does not divide, a linear would be quantized twice,

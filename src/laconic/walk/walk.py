@@ -67,7 +67,7 @@ def walk(
             number of the stage in the plan.
 
     Raises:
-        ValueError: if a stage cannot treat a block, activations hold NaN or infinity, or the disk has no space for them.
+        ValueError: if a stage cannot treat a block, activations hold NaN or infinity, or the disk has no space.
     """
     walker = _Walker(source, model, plan, workspace, settings, report, frozenset(n for names in extra for n in names))
     names = [plan.anatomy.block_name(i) for i in range(len(plan.anatomy.taps))]
