@@ -21,14 +21,13 @@ from torch import Tensor
 
 from laconic.artifact.locks import lock_folder
 from laconic.checkpoint.atomic import copy_file, fsync_folder, wrap_disk_errors, write_file, write_text
-from laconic.checkpoint.files import INDEX, KV_CACHE
+from laconic.checkpoint.files import ADAPTER_CONFIG, INDEX, KV_CACHE, SMALL_FILES
 
 RECIPE, LOG, SURVEY = "recipe.yaml", "log.jsonl", "survey.json"
 _REPLACED, _CALIBRATION, _SCRATCH = ".replaced", "calibration", "scratch"
-_COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 # A user may have edited the model card: it is kept when the weights are overwritten.
 _KEPT_FROM_OUTPUT = ("README.md", "cards/facts.json")
-_NOT_COPIED = {"config.json", INDEX, SURVEY, "training_log.json"}
+_NOT_COPIED = {"config.json", INDEX, SURVEY, "training_log.json", ADAPTER_CONFIG}
 
 
 class Workspace:
@@ -221,10 +220,12 @@ class Workspace:
             _copy_folders(carried, self.folder)
         if self.shards:
             self._write_index()
-        for pattern in _COPIED:
+        for pattern in SMALL_FILES:
             for file in source.glob(pattern):
                 if file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
-                    copy_file(file, self.folder / file.name)
+                    to = self.folder / file.relative_to(source)
+                    to.parent.mkdir(exist_ok=True)
+                    copy_file(file, to)
         for name in _KEPT_FROM_OUTPUT:
             if (file := self.output / name).is_file():
                 (self.folder / name).parent.mkdir(exist_ok=True)

@@ -20,6 +20,23 @@ from laconic.checkpoint.trust import UNTRUSTED, Trust
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+# Files of a model folder beside its weights: configs, tokenizers, chat templates, code, licences.
+SMALL_FILES = (
+    "*.json",
+    "*.txt",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.py",
+    "*.model",
+    "*.model.v*",
+    "*.tiktoken",
+    "*.spm",
+    "*.bpe",
+    "*.vocab",
+    "LICENSE*",
+    "NOTICE*",
+)
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Bytes of an element, by the name of its dtype in safetensors.
 _ITEMSIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}

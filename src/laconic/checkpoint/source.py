@@ -19,7 +19,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from laconic.checkpoint.files import DTYPES, KV_CONFIG, Checkpoint, first_line, open_checkpoint, read_json
+from laconic.checkpoint.files import (
+    ADAPTER_CONFIG,
+    DTYPES,
+    KV_CONFIG,
+    SMALL_FILES,
+    Checkpoint,
+    first_line,
+    open_checkpoint,
+    read_json,
+)
 from laconic.checkpoint.layout import arrange, unwrap_conv1d
 from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.structure.experts import unstack_experts
@@ -58,6 +67,7 @@ def open_source(name: str, *, trust: Trust = UNTRUSTED) -> Source:
         ValueError: It is not a 16- or 32-bit model that can be opened safely.
     """
     folder = model_folder(name, trust=trust)
+    _check_no_adapter(folder)
     raw, config = read_config(folder, trust=trust)
     if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
@@ -70,6 +80,23 @@ def open_source(name: str, *, trust: Trust = UNTRUSTED) -> Source:
         )
     checkpoint = open_checkpoint(folder, trust=trust)
     return Source(name, folder, config, checkpoint, main_dtype(checkpoint))
+
+
+def _check_no_adapter(folder: Path) -> None:
+    """Check that a folder holds no adapter, which transformers would apply to the weights when it opens the folder."""
+    if not (folder / ADAPTER_CONFIG).is_file() or not any(folder.glob("adapter_model.*")):
+        return
+    if not (folder / "config.json").exists():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise ValueError(
+            f"{folder} holds an adapter of '{base}' and no model; merge them with peft "
+            "(PeftModel.from_pretrained(model, folder).merge_and_unload()), save the result, and compress that"
+        )
+    raise ValueError(
+        f"{folder} holds an adapter ({ADAPTER_CONFIG}) that transformers applies to its weights; move the adapter's "
+        "files to another folder, and merge them with peft (PeftModel.from_pretrained(model, "
+        "folder).merge_and_unload()) or compress without them"
+    )
 
 
 def read_config(folder: Path, *, trust: Trust = UNTRUSTED) -> tuple[dict[str, Any], PretrainedConfig]:
@@ -278,7 +305,7 @@ def model_folder(name: str, *, trust: Trust = UNTRUSTED) -> Path:
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"no model folder '{name}'; give a folder with config.json, or a Hub name like owner/model")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
+    patterns = [*SMALL_FILES, "*.safetensors", "README.md"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns + (["*.bin"] if trust.pickle else [])))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
