@@ -43,7 +43,7 @@ def measure_size(folder: Path, *, trust: Trust = UNTRUSTED) -> Size:
 
     Args:
         folder: The folder.
-        trust: What its files may do.
+        trust: Permissions of its files.
 
     Returns:
         Its size; `schemes` is empty if the model is not quantized, or in a way that Laconic cannot read.

@@ -34,7 +34,7 @@ class SparsityOptions:
         rounds: Largest number of rounds of one measurement.
         seconds: Time after which no round of a measurement begins.
         device: `auto`, `cpu` or `cuda`.
-        trust: What the files of the models may do.
+        trust: Permissions of the models' files.
     """
 
     baseline: str | None = None

@@ -75,7 +75,7 @@ def profile_generation(
         tokens: Number of new tokens.
         batch: Number of prompts.
         nvtx: Whether to name ranges for Nsight instead of writing a trace.
-        trust: What the files of the model may do.
+        trust: Permissions of the model's files.
 
     Raises:
         ValueError: Prompt and new tokens exceed the model's context.

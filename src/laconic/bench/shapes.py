@@ -47,7 +47,7 @@ def config_of(name: str, *, trust: Trust = UNTRUSTED) -> PretrainedConfig:
 
     Args:
         name: A preset, a folder, or a name on the Hub.
-        trust: What the files of the model may do.
+        trust: Permissions of the model's files.
 
     Raises:
         ValueError: The name is neither a preset nor a model.
@@ -67,7 +67,7 @@ def linear_shapes(config: PretrainedConfig, *, trust: Trust = UNTRUSTED) -> dict
 
     Args:
         config: Config of the model, of which no weights are needed.
-        trust: What the files of the model may do.
+        trust: Permissions of the model's files.
     """
     model = build_skeleton(config, torch.bfloat16, trust=trust)
     anatomy = dissect(model)

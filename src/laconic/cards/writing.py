@@ -41,7 +41,7 @@ def write_cards(
         recipe: The recipe as the user wrote it, including what it declares of its texts.
         source: The original model.
         name: Name of the artifact, if it differs from the name of the folder.
-        trust: What the files of the model may do.
+        trust: Permissions of the model's files.
 
     Returns:
         Remarks, one line each, about parts of a README.md that stay as the user wrote them.
@@ -69,7 +69,7 @@ def refresh_cards(folder: Path, *, trust: Trust = UNTRUSTED) -> list[str]:
 
     Args:
         folder: Folder of the artifact.
-        trust: What the files of the model may do.
+        trust: Permissions of the model's files.
 
     Returns:
         Remarks, as `write_cards`.
@@ -101,7 +101,7 @@ def check_against(
         evaluations: Evaluation sets: files (.txt, .jsonl, .json, .parquet), folders of them, wikitext2, c4, or data
             sets of the Hub.
         n: Words per n-gram.
-        trust: What the files of the model may do.
+        trust: Permissions of the model's files.
 
     Returns:
         One mapping per text set and evaluation set: the counts of `Overlap`, or the reason under `unchecked`.

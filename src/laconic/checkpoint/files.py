@@ -149,7 +149,7 @@ def open_checkpoint(folder: Path, *, trust: Trust = UNTRUSTED) -> Checkpoint:
 
     Args:
         folder: The folder.
-        trust: What the files may do; `pytorch_model*.bin` is read (by torch, with weights_only) if pickles may be.
+        trust: Permissions of its files; `pytorch_model*.bin` is read (by torch, with weights_only) if pickles may be.
 
     Returns:
         The checkpoint, with the tensors' names in the files.

@@ -82,7 +82,7 @@ def to_file_layout(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dic
     """Give tensors of a model the names and the layout of its source's files; the inverse of `arrange`.
 
     Tensors that are unchanged get the source's dtype, and so its bytes. The experts of a layer are stacked again if all
-    are dense; otherwise each is a tensor of its own.
+    are dense; otherwise each is a separate tensor.
 
     Args:
         checkpoint: The arranged checkpoint of the source.

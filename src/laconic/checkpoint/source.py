@@ -58,7 +58,7 @@ def open_source(name: str, *, trust: Trust = UNTRUSTED) -> Source:
 
     Args:
         name: A local folder, or a Hub name (downloaded, or taken from the cache when offline).
-        trust: What the files of the model may do.
+        trust: Permissions of the model's files.
 
     Returns:
         The model's folder, config and checkpoint; no weights are loaded.
@@ -104,13 +104,13 @@ def read_config(folder: Path, *, trust: Trust = UNTRUSTED) -> tuple[dict[str, An
 
     Args:
         folder: The model folder.
-        trust: What the files of the model may do.
+        trust: Permissions of the model's files.
 
     Returns:
         Contents of config.json, and the config that transformers makes of them.
 
     Raises:
-        ValueError: It does not describe a model, or the model has code of its own that may not be run.
+        ValueError: It does not describe a model, or the model has Python code that may not be run.
     """
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):
@@ -126,12 +126,12 @@ def read_config(folder: Path, *, trust: Trust = UNTRUSTED) -> tuple[dict[str, An
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust: Trust = UNTRUSTED) -> PreTrainedModel:
     """Build a model with parameters on the meta device (no memory) and real buffers (rotary tables).
 
-    Every matrix is a linear of its own; experts are unstacked, and Conv1D modules replaced.
+    Every matrix has its own linear: experts are unstacked, and Conv1D modules replaced.
 
     Args:
         config: Configuration of the model.
         dtype: Dtype of the parameters.
-        trust: What the files of the model may do.
+        trust: Permissions of the model's files.
 
     Returns:
         The model in evaluation mode.
@@ -251,7 +251,7 @@ def load_tokenizer(folder: Path, *, trust: Trust = UNTRUSTED) -> PreTrainedToken
 
     Args:
         folder: The model folder.
-        trust: What the files of the model may do.
+        trust: Permissions of the model's files.
 
     Returns:
         The tokenizer.
@@ -292,7 +292,7 @@ def model_folder(name: str, *, trust: Trust = UNTRUSTED) -> Path:
 
     Args:
         name: A local folder, or a Hub name (owner/model).
-        trust: What the files of the model may do; pickle weights are downloaded only if they may be read.
+        trust: Permissions of the model's files; pickle weights are downloaded only if they may be read.
 
     Returns:
         The local folder.

@@ -1,4 +1,4 @@
-"""What a model's files may do when they are opened; chosen by the user, and passed down as one object."""
+"""Permissions of a model's files when they are opened; chosen by the user, and passed down as one object."""
 
 from __future__ import annotations
 

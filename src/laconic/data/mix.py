@@ -31,7 +31,7 @@ class TextSource(Config):
         weight: Share of the sequences, relative to the weights of the other sources.
         split: Split of a Hub dataset.
         config: Configuration of a Hub dataset.
-        answers_only: Of conversations, learn only what the assistant says.
+        answers_only: Whether only the assistant's messages of a conversation are learned.
         limit: Largest number of sequences to use.
         license: License of the dataset, for the data card.
         source: Origin of the dataset, for the data card.

@@ -28,7 +28,7 @@ class TextOptions:
         windows: Largest number of windows. None: all that the text fills.
         dtype: `float32`, `bfloat16` or `float16`. None: the dtype of the checkpoint.
         device: `auto`, `cpu` or `cuda`.
-        trust: What the files of the models may do.
+        trust: Permissions of the models' files.
         generate: Number of openings of the text that both models continue.
     """
 
@@ -53,7 +53,7 @@ class DomainOptions:
         windows: Largest number of windows of each text. None: all that the text fills.
         dtype: `float32`, `bfloat16` or `float16`. None: the dtype of the checkpoint.
         device: `auto`, `cpu` or `cuda`.
-        trust: What the files of the models may do.
+        trust: Permissions of the models' files.
     """
 
     domains: Mapping[str, str]
@@ -86,7 +86,7 @@ class TaskOptions:
             is truncated at its beginning.
         dtype: `float32`, `bfloat16` or `float16`. None: the dtype of the checkpoint.
         device: `auto`, `cpu` or `cuda`.
-        trust: What the files of the models may do.
+        trust: Permissions of the models' files.
         kv: At most one cache, in the form of a recipe's stage, with which the artifact generates in place of its own.
         quiet: Whether to hide lm-eval's progress bars.
     """
@@ -159,7 +159,7 @@ class LongOptions:
         seed: Seed of the needles.
         dtype: `float32`, `bfloat16` or `float16`. None: the dtype of the checkpoint.
         device: `auto`, `cpu` or `cuda`.
-        trust: What the files of the models may do.
+        trust: Permissions of the models' files.
     """
 
     kv: Sequence[str] = ()

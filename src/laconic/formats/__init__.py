@@ -1,4 +1,4 @@
-"""How numbers are stored: formats, and the quantized weights that are made of them.
+"""Formats of numbers, and the quantized weights that are stored in them.
 
 `Format` is the contract of all formats, `ScalarFormat` that of grids with one code a weight; `Quantized` is a weight as
 it will be stored. Schemes (`formats.schemes`) name the combinations that users choose from.

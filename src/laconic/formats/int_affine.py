@@ -25,12 +25,12 @@ class IntAffine(ScalarFormat):
     """An evenly spaced grid.
 
     Attributes:
-        num_bits: 2 to 8.
-        symmetric: whether there is no zero point.
-        tiling: which weights share a scale.
-        narrow: whether a symmetric grid's highest code is the largest magnitude, which is how engines quantize
+        num_bits: Bits of a code, 2 to 8.
+        symmetric: Whether there is no zero point.
+        tiling: Sets of weights that share a scale.
+        narrow: Whether a symmetric grid's highest code is the largest magnitude, which is how engines quantize
             activations; the lowest code is left to values beyond the observed range.
-        packed: whether codes are written densely in int32 words (`pack-quantized`), or one a byte (`int-quantized`),
+        packed: Whether codes are written densely in int32 words (`pack-quantized`), or one a byte (`int-quantized`),
             as kernels that multiply integers read them.
     """
 

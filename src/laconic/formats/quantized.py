@@ -1,4 +1,4 @@
-"""A quantized weight: codes, parameters, and the 16-bit side tensors that its value is made of.
+"""A quantized weight: codes, parameters, and 16-bit side tensors.
 
 The decoded weight is W = T_out (C + L R) T_in, with C the decoded codes in which outlier columns replace theirs, L R a
 low-rank product, and T_out, T_in optional transforms of the output and input channels: a vector of signs or scales, or

@@ -1,7 +1,7 @@
-"""Scalar formats: every weight has a code of its own, and tiles of weights share a scale.
+"""Scalar formats: every weight has a code, and tiles of weights share a scale.
 
-They work on *tiles* (`formats.tiling`): the elements that share parameters lie along the last dimension. What only the
-range searches and the column-by-column solvers need is here, and not in the contract of all formats.
+They work on *tiles* (`formats.tiling`): the elements that share parameters lie along the last dimension. Operations
+that only the range searches and the column-by-column solvers need are here, not in the contract of all formats.
 """
 
 from __future__ import annotations
@@ -242,13 +242,13 @@ def vary_tiling(tiling: Tiling, preset: str, group_size: int | None, strategy: s
 
 
 def as_scalar(fmt: Format) -> ScalarFormat:
-    """Return a format as what methods need that choose a code for each weight.
+    """Return a format as a scalar one, for methods that choose a code for each weight.
 
     Args:
-        fmt: the format of a weight.
+        fmt: Format of a weight.
 
     Raises:
-        ValueError: if its codes are not of single weights.
+        ValueError: It is not scalar.
     """
     if not isinstance(fmt, ScalarFormat):
         raise ValueError(f"{fmt.title} has no code for each weight; use a scheme of integers or floats")

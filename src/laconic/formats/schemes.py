@@ -1,4 +1,4 @@
-"""Schemes: in which formats weights and input activations of a linear are kept (W4A16, W8A8, FP8, ...).
+"""Schemes: the formats of weights and input activations of a linear (W4A16, W8A8, FP8, ...).
 
 The presets are the names that the field uses; `scheme` varies one by the keys that a recipe may give.
 """

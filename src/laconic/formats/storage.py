@@ -1,7 +1,7 @@
 """Shapes and sizes of a quantized weight in a file, for a scheme.
 
 Codes and parameters have the names that their format gives them (`Format.to_tensors`). The 16-bit side tensors beside
-them have names of our own: outlier_indices (k,) int32, outlier_weight (out, k); low_rank_left (out, r), low_rank_right
+them have Laconic's names: outlier_indices (k,) int32, outlier_weight (out, k); low_rank_left (out, r), low_rank_right
 (r, in); input_transform (in,) or (in, in); output_transform (out,) or (out, out).
 """
 

@@ -22,8 +22,8 @@ class Tiling:
 
     Attributes:
         strategy: `tensor`, `channel` (one scale a row), `group`, `block`; `token` is `channel` of activations.
-        group_size: columns in a group.
-        block_structure: (rows, columns) of a block.
+        group_size: Columns of a group; None for other strategies.
+        block_structure: (rows, columns) of a block; None for other strategies.
     """
 
     strategy: Strategy

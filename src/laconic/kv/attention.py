@@ -17,7 +17,7 @@ from laconic.kv.positions import RotaryAngles
 
 
 def kv_attention(q_BQNC: Tensor, history: PackedHistory, scaling: float | None = None) -> Tensor:
-    """Compute attention of the newest tokens of each sequence over all that is cached of it.
+    """Compute attention of the newest tokens of each sequence over all its cached tokens.
 
     A Triton kernel reads the packed tokens as they are stored where it can; elsewhere they are decoded.
 

@@ -62,7 +62,7 @@ def _missing_tensor(scheme: KvScheme, static: StaticByLayer) -> str | None:
 
 
 def by_layer(tensors: Mapping[str, Tensor], layers: int) -> StaticByLayer:
-    """Sort tensors named `LAYER.keys.GROUP.scale` and so on by layer, and there by `keys.GROUP`.
+    """Group tensors named `LAYER.keys.GROUP.scale` and so on by layer, and within it by `keys.GROUP`.
 
     Args:
         tensors: Tensors of the file, by name.

@@ -53,7 +53,7 @@ def fit_static(fmt: KvFormat, x_BHTC: Tensor, weight: Tensor, *, correction: Cor
 
 
 def _correct_levels(levels_L: Tensor, x: Tensor, weight: Tensor, correction: Correction) -> Tensor:
-    """Undo that k-means levels, being means, have less spread than their numbers, so that products with them shrink.
+    """Correct the spread of k-means levels: they are means, so that rounded numbers vary less and products shrink.
 
     With D the share of the variance lost by rounding, the least-squares line of a stored number on the true one has
     slope 1 - D for k-means levels, and sqrt(1 - D) after Q-Norm.

@@ -145,7 +145,7 @@ def encode_kv(
 
 
 def normalize(fmt: KvFormat, x_BHTC: Tensor, static: StaticParams | None = None) -> tuple[Tensor, Tensor]:
-    """Express numbers in units of their ranges, as they meet the levels of a table.
+    """Express numbers in units of their ranges, in which the levels of a table are.
 
     Args:
         fmt: Their format.
@@ -262,7 +262,7 @@ def _split_outliers(fmt: KvFormat, x_BHTC: Tensor, static: StaticParams | None) 
 
 
 def _middle_and_spread(fmt: KvFormat, x_BHTC: Tensor, static: StaticParams | None) -> tuple[Tensor, Tensor]:
-    """Return from where, and in what unit, a number's distance is measured: those of its channel, or of its token."""
+    """Return the origin and the unit of the distances that choose outliers: those of a channel, or of a token."""
     if fmt.group_size is None:
         ranges = _static_ranges(static)
         scale, offset = _expand_ranges(fmt, x_BHTC.shape, ranges)

@@ -40,6 +40,15 @@ StoredPair = tuple[Stored, Stored]
 class KvCacheLayer(CacheLayerMixin):
     """Keys and values of one layer.
 
+    Attributes:
+        keys: Keys of the recent window, (B, H, W, C).
+        values: Values of the recent window.
+        stored: Encoded keys and values of each group of heads.
+        encoded: Number of encoded tokens.
+        offset: Column of the first token in the layer; earlier ones have left the sliding window.
+        length: Number of tokens, those that have left the sliding window included.
+        sinks: First tokens of every row in 16 bit.
+
     Args:
         scheme: Scheme of the cache.
         number: Number of the layer.
@@ -47,15 +56,6 @@ class KvCacheLayer(CacheLayerMixin):
         static: Static parameters of `keys.G` and `values.G`, G the number of the group of heads, and rotations.
         sliding_window: Number of tokens that a token attends to; None for all.
         lazy: Whether the model's attention reads packed tokens, so that it gets lazy tensors.
-
-    Attributes:
-        keys: Keys of the recent window, (B, H, W, C).
-        values: Values of the recent window.
-        stored: Encoded keys and values of each group of heads.
-        encoded: Number of encoded tokens.
-        offset: Column of the first token that is still kept.
-        length: Tokens taken in, forgotten ones included.
-        sinks: First tokens of every row in 16 bit.
     """
 
     is_croppable = True
@@ -145,10 +145,10 @@ class KvCacheLayer(CacheLayerMixin):
         self._forget_out_of_window()
         return visible
 
-    # --- what attention gets ---
+    # --- history that attention reads ---
 
     def _history(self, new: int) -> LayerHistory:
-        """Return what the last `new` tokens attend to, packed."""
+        """Return the tokens that the last `new` tokens attend to, packed."""
         groups = []
         for g, (group, (keys, values)) in enumerate(zip(self.groups, self.stored, strict=True)):
             packed_keys = PackedTokens(group.keys, keys, self.static.get(f"keys.{g}"))
@@ -173,7 +173,7 @@ class KvCacheLayer(CacheLayerMixin):
     def _first_visible(self) -> Tensor | None:
         """Return the first column that the newest token of each row attends to, (B,), counted from `offset`.
 
-        None where every row attends to all tokens kept.
+        None where every row attends to all tokens in the layer.
         """
         out_of_window = 0 if self.sliding_window is None else self.length - self.sliding_window
         if self.positions.padding is None and out_of_window <= self.offset:
@@ -212,7 +212,7 @@ class KvCacheLayer(CacheLayerMixin):
         self.encoded += count
 
     def _forget_out_of_window(self) -> None:
-        """Drop, in whole units, the tokens that no later token can attend to."""
+        """Remove, in whole units, the tokens that no later token can attend to."""
         if self.sliding_window is None:
             return
         invisible = (self.length - self.sliding_window + 1 - self.offset) // self.unit * self.unit
@@ -248,7 +248,7 @@ class KvCacheLayer(CacheLayerMixin):
         return x_BHTC
 
     def _to_stored_form(self, keys: Tensor, values: Tensor) -> KeysValues:
-        """Remove the rotary embedding of keys, and rotate keys and values, where the scheme says so."""
+        """Remove the rotary embedding of keys, and rotate keys and values, as the scheme requires."""
         start = self.offset + self.encoded
         if self.scheme.pre_rope:
             keys = self.positions.remove_rotary(keys.float(), start, self.number)
@@ -292,7 +292,7 @@ class KvCacheLayer(CacheLayerMixin):
         first_B = self.positions.first_columns(self.keys.shape[0], self.keys.device)
         return first_B[:, None] + torch.arange(count, device=self.keys.device)
 
-    # --- what transformers asks of a layer ---
+    # --- interface of transformers ---
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return length and offset of the keys that attention gets.
@@ -338,7 +338,7 @@ class KvCacheLayer(CacheLayerMixin):
             return
         left = self.encoded - (count - in_window)
         whole = left // self.unit * self.unit
-        # Tokens of a unit that the crop cuts into go back to the window.
+        # A unit is encoded as a whole: if the crop cuts into one, the rest of its tokens go back to the window.
         keys, values = self._decode()
         self.keys, self.values = keys[:, :, whole:left].clone(), values[:, :, whole:left].clone()
         self.stored = [_cut(pair, self.encoded, 0, whole) for pair in self.stored] if whole else []

@@ -1,7 +1,7 @@
-"""Keys and values that are decoded only when something computes with them.
+"""Keys and values that are decoded at the first operation that reads them.
 
 A cache returns them to attention. Our attention function (`kv.attention_interface`) reads the packed tokens behind
-them; anything else sees plain tensors, decoded at the first operation, so no model has to say how it attends.
+them; for all other code they are plain tensors, so that a model needs no change.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LazyTensor(Tensor):
 
     @staticmethod
     def __new__(cls, history: LazyHistory, which: int, tokens: int, like: Tensor) -> LazyTensor:
-        """Make a tensor of so many tokens, with the other sizes, dtype and device of the new tokens `like`."""
+        """Make a tensor of `tokens` tokens, with the other sizes, dtype and device of the new tokens `like`."""
         shape = (*like.shape[:2], tokens, like.shape[3])
         lazy: LazyTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         lazy.history, lazy.which = history, which

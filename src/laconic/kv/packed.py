@@ -77,7 +77,13 @@ class PackedHistory:
 
 @dataclass(frozen=True)
 class PackedGroup:
-    """Packed keys and values of a group of a layer's heads; `heads` are all of them if None."""
+    """Packed keys and values of a group of a layer's heads.
+
+    Attributes:
+        heads: Key-value heads of the group; None for all of the layer.
+        keys: Their packed keys.
+        values: Their packed values.
+    """
 
     heads: tuple[int, ...] | None
     keys: PackedTokens
@@ -89,13 +95,13 @@ class LayerHistory:
     """One layer's cache as one forward pass attends to it; later passes leave it unchanged.
 
     Attributes:
-        heads: Key-value heads of the layer.
-        new: New tokens of the pass.
+        heads: Number of key-value heads of the layer.
+        new: Number of new tokens of the pass.
         groups: Packed tokens of each group of heads, rotated where there are `rotations`.
         window: Recent tokens of all heads in 16 bit, not rotated.
         sinks: First tokens of all heads in 16 bit, not rotated.
-        first_B: As of `PackedHistory`.
-        angles: As of `PackedHistory`.
+        first_B: Column of the first token that each row attends to; see `PackedHistory`.
+        angles: Rotary angles of the packed tokens; see `PackedHistory`.
         rotations: Rotations of keys and values.
         sliding: Whether the layer has a sliding window.
         only_padding: Whether the mask hides padding and nothing else.

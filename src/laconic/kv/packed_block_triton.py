@@ -107,8 +107,8 @@ def rotary_block_logits(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Compute the logits of a block, (tokens, rows), without outliers and the factor of queries.
 
-    Keys are stored before their rotary embedding: each is rotated by its own angle before it meets its query, so it is
-    decoded here.
+    Keys are stored before their rotary embedding: each is decoded here and rotated by its token's angle before the
+    product with the query.
     """
     WORDS: tl.constexpr = SEGMENT // WORD_BYTES
     logits = tl.zeros((BLOCK, ROWS), tl.float32)
@@ -157,7 +157,7 @@ def outlier_excess(  # type: ignore[no-untyped-def]
     LOW: tl.constexpr, HIGH: tl.constexpr, CHANNELS: tl.constexpr, TYPE: tl.constexpr, BY_TOKEN: tl.constexpr,
     GROUP: tl.constexpr, ZERO: tl.constexpr, OUTLIERS: tl.constexpr,
 ):  # fmt: skip
-    """Compute by how much outlier J of each token, in channel c, exceeds the number of its code: (tokens,) float32."""
+    """Compute the difference of outlier J of each token, in channel c, from its decoded code: (tokens,) float32."""
     if BY_TOKEN:
         at = at + n * t_stride + c // GROUP
     else:

@@ -1,6 +1,6 @@
-"""Positions of the tokens in a cache, and how much padding precedes the tokens of each row.
+"""Positions of the tokens in a cache, and the padding before the tokens of each row.
 
-A cache gets keys with their rotary embedding on, and no positions. A hook on the model (`kv.attach`) calls
+A cache gets keys with their rotary embedding applied, and no positions. A hook on the model (`kv.attach`) calls
 `TokenPositions.begin_pass` at the beginning of each forward pass.
 
 Axes: B rows of the batch, H key-value heads, T tokens, C channels. A *column* is a place along T, padding included.
@@ -52,7 +52,7 @@ class TokenPositions:
             positions: Positions of the new tokens, (B or 1, new); counted on from `cached` if None.
             mask: Attention mask, zero for padding: (B, cached + new); of four dimensions where a model makes its own.
         """
-        # A new text forgets the padding of the one before; its own is read from the mask below.
+        # The padding of an earlier text must not remain; that of a new one is read from the mask below.
         self.crop(cached)
         self._angles.clear()
         # While all tokens so far are padding, more padding may follow.

@@ -1,4 +1,4 @@
-"""Rotary position embeddings of keys: how they are applied and removed, and which embedding a model has.
+"""Rotary position embeddings of keys: applying them, removing them, and finding that of a model.
 
 Channels are rotated in pairs, the first half of those that take part against the second half.
 """

@@ -128,7 +128,7 @@ def plan(
         output: Folder of the artifact, in place of the recipe's. Nothing is written there.
         overrides: Changes of the recipe, each `key.path=value`.
         overwrite: Whether the output may exist already.
-        trust: What the files of the model may do.
+        trust: Permissions of the model's files.
 
     Returns:
         The plan, which `print` shows as a table.

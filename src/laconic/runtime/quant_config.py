@@ -43,8 +43,8 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
     """Return the quantization_config of a model.
 
     Args:
-        schemes: by full name of each quantized linear, or by a pattern (`re:`) of many.
-        linears: every linear, or a pattern of many that are not quantized.
+        schemes: Scheme by full name of each quantized linear, or by a pattern (`re:`) of many.
+        linears: Full name of every linear, or a pattern of many that are not quantized.
     """
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
@@ -76,7 +76,7 @@ def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str
 
 
 def _group(scheme: Scheme, names: Sequence[str], rule: bool, groups: int) -> dict[str, Any]:
-    """Return an entry of `config_groups`. rule: whether it holds for all linears that no other entry names."""
+    """Return an entry of `config_groups`; with `rule` it holds for all linears that no other entry names."""
     acts = scheme.input_activations
     return {
         "targets": ["Linear", *(n for n in names if _is_pattern(n) and groups > 1)] if rule else names,
@@ -99,11 +99,11 @@ def schemes_from_config(config: Mapping[str, Any], linears: Iterable[str]) -> di
     """Return the scheme of every quantized linear: the inverse of `to_config`, for artifacts of other tools too.
 
     Args:
-        config: the quantization_config.
-        linears: full names of all linears.
+        config: The quantization_config.
+        linears: Full names of all linears.
 
     Raises:
-        ValueError: if the config describes something that no format here reads.
+        ValueError: The config describes something that no format here reads.
     """
     groups: Mapping[str, Mapping[str, Any]] = config.get("config_groups") or {}
     native = {key: g for key, g in groups.items() if isinstance(g, Mapping) and not _is_standard(g)}
@@ -130,8 +130,11 @@ def schemes_of(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str,
     """Return the scheme of every quantized linear of a model whose linears engines may know by another name.
 
     Args:
-        config: the quantization_config.
-        names: the name of each linear in engines, by its full name in the model.
+        config: The quantization_config.
+        names: Name of each linear in engines, by its full name in the model.
+
+    Raises:
+        ValueError: The config describes something that no format here reads.
     """
     by_engine_name = schemes_from_config(config, dict.fromkeys(names.values()))
     by_name = schemes_from_config(config, names)

@@ -35,7 +35,7 @@ def load(
         device: Device of the model.
         dtype: Dtype to compute in. None: the dtype of the checkpoint.
         packed: Whether to keep only the codes and decode them in every forward pass, instead of decoding them once.
-        trust: What the files of the model may do.
+        trust: Permissions of the model's files.
 
     Returns:
         The model, as transformers has it, with a `QLinear` for each quantized linear.

@@ -140,7 +140,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
 def observation_rounds(taps: Sequence[Tap]) -> list[list[Tap]]:
     """Group taps for sequential calibration of a block: the taps of a group are observed in one pass.
 
-    Every tap is a group of its own, except that the same tap of all experts of a layer forms one group, since no expert
+    Every tap is a group by itself, except that the same tap of all experts of a layer forms one group, since no expert
     reads another's output.
 
     Args:

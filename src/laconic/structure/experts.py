@@ -37,11 +37,7 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """Experts of a layer, each with linears of its own.
-
-    Args:
-        stacked: The module of transformers that holds the stacked experts.
-        names: Names of an expert's linears.
+    """Experts of a layer, with separate linears for each expert.
 
     Attributes:
         num_experts: Number of experts.
@@ -49,6 +45,10 @@ class Experts(nn.ModuleList):
         names: Names of an expert's linears.
         every_token: Whether hooks of an expert's linears see every token, not only those routed to it. The output of
             the layer is the same, bit for bit.
+
+    Args:
+        stacked: The module of transformers that holds the stacked experts.
+        names: Names of an expert's linears.
     """
 
     def __init__(self, stacked: nn.Module, names: Projections) -> None:

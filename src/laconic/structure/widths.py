@@ -1,9 +1,8 @@
 """Models whose blocks differ in width, which the config of a stock model cannot describe.
 
 In config.json, `model_type` is `laconic`, `laconic_base` is the stock model's type, and `laconic_widths` has for each
-block the config keys that have a value of their own there. No architecture is named: the stock model is built, and then
-each of its blocks is rebuilt from the config it would have alone. transformers opens such a model after
-`import laconic`.
+block the config keys whose values differ there. No architecture is named: the stock model is built, and then each of
+its blocks is rebuilt from the config that it would have alone. transformers opens such a model after `import laconic`.
 
 In some models the attention is by its class as wide as the residual stream. There a key applies to a submodule of the
 block alone (`self_attn.hidden_size`): the submodule is built from a config with this key, and its linears are then
@@ -152,7 +151,7 @@ def block_configs(config: Any) -> list[Any]:
 
 
 def _widen_to_stream(submodule: nn.Module, stock: nn.Module) -> None:
-    """Give each linear the residual width of the stock submodule on the side that meets the residual stream."""
+    """Set each linear to the stock submodule's residual width on the side that reads or writes the residual stream."""
     linears = [(name, m) for name, m in submodule.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     for name, linear in linears:
         (inputs, outputs), (stock_inputs, stock_outputs) = _features(linear), _features(stock.get_submodule(name))

@@ -27,7 +27,7 @@ def measure(
         evaluation: What to measure.
         baseline: The original model to compare with; None for no comparison. With `evaluation.chunk` the baseline is
             always the artifact's own weights with a 16-bit cache.
-        trust: What the files of the models may do.
+        trust: Permissions of the models' files.
 
     Returns:
         The result, with the keys of a result of `laconic eval`.

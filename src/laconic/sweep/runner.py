@@ -42,7 +42,7 @@ def sweep(
         folder: Folder for artifacts (`runs/`), results (`results/`) and the table.
         address: Address of a Ray cluster; None for a Ray of this machine, if Ray is installed.
         yes: Accept more than 500 runs.
-        trust: What the files of the models may do.
+        trust: Permissions of the models' files.
         report: Called with events: `sweep` (runs, done); `run` (run, name, state `started`, `done` or `failed`, seconds
             or error); and the events of `compress`, each with its run, for runs in this process.
 
@@ -85,7 +85,7 @@ def dry_run(study: Study, folder: str | Path, *, yes: bool = False, trust: Trust
         study: The study.
         folder: Folder of the sweep.
         yes: Accept more than 500 runs.
-        trust: What the files of the models may do.
+        trust: Permissions of the models' files.
 
     Returns:
         One mapping per run: run, name, values, state (`done`, `failed before`, `to do`), seconds (of a run that is

@@ -38,7 +38,7 @@ class Run:
         recipe: The recipe to compress by.
         evaluations: What to measure of the artifact.
         baseline: Whether to compare with the original model.
-        trust: What the files of the model may do.
+        trust: Permissions of the model's files.
     """
 
     id: str
@@ -76,7 +76,7 @@ def plan_runs(study: Study, *, yes: bool = False, trust: Trust = UNTRUSTED) -> l
     Args:
         study: The study.
         yes: Accept more than `MAX_RUNS` runs.
-        trust: What the files of the models may do.
+        trust: Permissions of the models' files.
 
     Returns:
         The runs, in the order of the study's points.
