@@ -2,9 +2,9 @@
 
     python scripts/check_docstrings.py [ROOM ...]
 
-A room is a folder or a module of src/laconic; without one, all are checked. A public function, or
-method of a public class, that takes an argument needs an `Args:` section with every argument and, if it returns
-something, `Returns:` or `Yields:`, unless the docstring's first word is "Return" or "Yield".
+A room is a folder or a module of src/laconic; without one, all are checked. A public function, or method of a public
+class, that takes an argument needs an `Args:` section with every argument and, if it returns something, `Returns:` or
+`Yields:`, unless the docstring's first word is "Return" or "Yield".
 
 Exempt are private names, arguments that begin with an underscore, nested functions, properties, dunder methods,
 overloads, Typer commands (their options have help texts), Triton functions (comments in the signature, or the module's
