@@ -49,6 +49,7 @@ QUICK = {
     "validate gptq-w4a16 --set stages.0.scheme=W4A61": 2,
     "ls": 0,
     "--help": 0,
+    "--version": 0,
     "compress --help": 0,
     "eval --help": 0,
     "bench sparsity --help": 0,

@@ -258,6 +258,7 @@ def test_a_recipe_without_a_model_or_an_output(laconic: Laconic, llama: Path, tm
         (["eval", "m", "--dtype", "int8"], "--dtype int8 is not one of float32, bfloat16, float16"),
         (["eval", "gone"], "no model folder 'gone'; give a folder with config.json, or a Hub name like owner/model"),
         (["inspect", "gone"], "no model folder 'gone'; give a folder with config.json, or a Hub name like owner/model"),
+        (["eval", "/etc"], "/etc/config.json is missing; is /etc a Hugging Face model folder?"),
         (["inspect", "gone/model"], "'gone/model' is no local folder and could not be fetched from the Hub; check "),
         (["report", "gone"], "gone is no artifact: it has no config.json"),
     ],

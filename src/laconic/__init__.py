@@ -1,4 +1,9 @@
-"""Laconic: the same model, said in fewer bits."""
+"""Laconic compresses large language models: from a Hugging Face model and a recipe to a smaller checkpoint.
+
+Attributes:
+    METHODS: Classes of all compression methods.
+    __version__: Version of the package.
+"""
 
 from __future__ import annotations
 

@@ -84,6 +84,10 @@ def test_an_interruption_is_130_and_says_how_to_go_on(
     assert ran.err == "interrupted; run the same command again to resume\n"
 
 
+def test_version(laconic: Laconic) -> None:
+    assert laconic("--version").out == f"laconic {library.__version__}\n"
+
+
 def test_help_is_0_and_no_command_is_2(laconic: Laconic) -> None:
     assert laconic("--help").code == 0
     assert laconic("compress", "--help").code == 0
@@ -257,6 +261,13 @@ def test_the_memory_foretold_is_of_the_size_that_is_taken(llama: Path, tmp_path:
     floor, told = compress(llama)["peak_memory_bytes"], compress(large)
     taken = told["peak_memory_bytes"] - floor
     assert taken / 3 < told["forecast"]["peak_bytes"] < taken * 3
+
+
+def test_a_report_that_cannot_be_written_leaves_no_folder(artifact: Path, laconic: Laconic, tmp_path: Path) -> None:
+    for flags in ([], ["--json"]):
+        page = tmp_path / "nope" / ("x" * 300 + ".html")
+        assert "name too long" in laconic("report", artifact, "-o", page, *flags).complaint
+        assert not (tmp_path / "nope").exists()
 
 
 def test_a_report_does_not_take_the_place_of_another_file(artifact: Path, text: Path, laconic: Laconic) -> None:

@@ -485,7 +485,7 @@ GOOD = multiple_choice(1)[0]
         (GOOD | {"label": "A"}, "needs 'label', a number"),
         ({"question": "Why?", "label": 0}, "needs 'choices', a list"),
         (GOOD | {"choices": ["yes", ""]}, "has an answer that is not a text, or is empty"),
-        (["a"], "is not a JSON object"),
+        (["a"], "is not a JSON object; write one object per line"),
     ],
     ids=str,
 )

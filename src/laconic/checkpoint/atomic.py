@@ -6,8 +6,9 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,13 @@ def write_file(file: Path, write: Callable[[Path], Any]) -> None:
     partial = file.with_name(file.name + ".writing")
     with wrap_disk_errors(file):
         try:
+            # safetensors replaces the file by one that only its owner may read; this one has the mode of the umask.
+            partial.unlink(missing_ok=True)
+            partial.touch()
+            mode = partial.stat().st_mode
             write(partial)
+            if partial.stat().st_mode != mode:
+                partial.chmod(stat.S_IMODE(mode))
             with partial.open("rb+") as f:
                 os.fsync(f.fileno())
         except Exception:
@@ -80,6 +87,27 @@ def write_file(file: Path, write: Callable[[Path], Any]) -> None:
             raise
         partial.rename(file)
         fsync_folder(file.parent)
+
+
+@contextmanager
+def created_folder(file: Path) -> Iterator[None]:
+    """Create the folder of a file for the time in which it is written; after an error it is removed again.
+
+    Args:
+        file: The file that is written inside the context.
+
+    Yields:
+        Nothing. After an error, those folders that were created and are empty are removed.
+    """
+    missing = [folder for folder in file.absolute().parents if not folder.exists()]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -302,6 +302,8 @@ def model_folder(name: str, *, trust: Trust = UNTRUSTED) -> Path:
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(f"{path / 'config.json'} is missing; is {path} a Hugging Face model folder?")
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"no model folder '{name}'; give a folder with config.json, or a Hub name like owner/model")

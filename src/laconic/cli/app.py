@@ -12,11 +12,12 @@ import os
 import signal
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
 from laconic.cli.bench import bench
-from laconic.cli.console import err
+from laconic.cli.console import err, out
 from laconic.cli.evaluate import evaluate
 from laconic.cli.profile import profile
 from laconic.cli.publishing import card, push
@@ -30,6 +31,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress Hugging Face language models, and measure what it costs.",
 )
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from laconic import __version__
+
+        out.print(f"laconic {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
 app.add_typer(evaluate, name="eval")
 app.add_typer(bench, name="bench")
 app.add_typer(profile, name="profile")

@@ -35,7 +35,7 @@ def draw_reliability(result: dict[str, Any], file: Path | None) -> None:
     """
     if file is None:
         return
-    from laconic.checkpoint.atomic import write_text
+    from laconic.checkpoint.atomic import created_folder, write_text
     from laconic.evaluation.file_names import slug
     from laconic.report.chart import standalone
     from laconic.report.reliability import reliability_diagrams
@@ -44,10 +44,10 @@ def draw_reliability(result: dict[str, Any], file: Path | None) -> None:
     if not diagrams:
         note = "note: no task of several choices was measured, so --reliability has nothing to draw"
         err.print(note, highlight=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for name, picture in diagrams:
-        place = file if len(diagrams) == 1 else file.with_stem(f"{file.stem}-{slug([name])}")
-        write_text(place, standalone(picture))
+    with created_folder(file):
+        for name, picture in diagrams:
+            place = file if len(diagrams) == 1 else file.with_stem(f"{file.stem}-{slug([name])}")
+            write_text(place, standalone(picture))
 
 
 def draw_heat_map(result: dict[str, Any], file: Path | None) -> None:
@@ -59,7 +59,8 @@ def draw_heat_map(result: dict[str, Any], file: Path | None) -> None:
     """
     if file is None:
         return
+    from laconic.checkpoint.atomic import created_folder, write_text
     from laconic.report.heat_map import heat_map
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(heat_map(result))
+    with created_folder(file):
+        write_text(file, heat_map(result))

@@ -121,7 +121,8 @@ def open_hub(names: Sequence[str]) -> OpenTasks:
     for pattern in names:
         matches = manager.match_tasks([pattern])
         if not matches:
-            raise ValueError(f"lm-eval has no task '{pattern}'{suggest(pattern, manager.all_tasks)}")
+            hint = suggest(pattern, manager.all_tasks) or "; list its tasks with 'lm-eval ls tasks'"
+            raise ValueError(f"lm-eval has no task '{pattern}'{hint}")
         for name in matches:
             try:
                 loaded = manager.load(name)

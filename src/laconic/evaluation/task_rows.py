@@ -76,9 +76,9 @@ def read_rows(file: Path) -> list[tuple[str, Row]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as e:
-            raise ValueError(f"{place} is not JSON: {e}") from e
+            raise ValueError(f"{place} is not JSON: {e}; write one object per line") from e
         if not isinstance(row, dict):
-            raise ValueError(f"{place} is not a JSON object")
+            raise ValueError(f"{place} is not a JSON object; write one object per line")
         rows.append((place, row))
     return rows
 
@@ -166,13 +166,13 @@ def _winogrande(row: Row) -> Fields:
 
 def _mmlu(row: Row) -> Fields:
     if len(row["choices"]) != 4:
-        raise ValueError("needs four choices")
+        raise ValueError(f"has {len(row['choices'])} 'choices'; give four")
     return {"question": row["question"], "choices": row["choices"], "answer": row["label"], "subject": row["subject"]}
 
 
 def _boolq(row: Row) -> Fields:
     if row["label"] not in (0, 1):
-        raise ValueError(f"has label {row['label']}, which is neither 0 (no) nor 1 (yes)")
+        raise ValueError(f"has label {row['label']}; give 0 (no) or 1 (yes)")
     return {name: row[name] for name in _YES_NO}
 
 
@@ -184,7 +184,7 @@ def _lambada(row: Row) -> Fields:
 
 def _two_choices(row: Row) -> tuple[str, str]:
     if len(row["choices"]) != 2:
-        raise ValueError("needs two choices")
+        raise ValueError(f"has {len(row['choices'])} 'choices'; give two")
     return row["choices"][0], row["choices"][1]
 
 

@@ -75,7 +75,7 @@ class Fp8(ScalarFormat):
         if config["type"] != "float" or config["num_bits"] == 4:
             return None
         if config["num_bits"] != 8:
-            raise ValueError(f"cannot read {config['num_bits']}-bit floats")
+            raise ValueError(f"cannot read {config['num_bits']}-bit floats; open the model with transformers or vLLM")
         return cls(tiling_from_config(config))
 
     def vary(self, preset: str, *, group_size: int | None, symmetric: bool | None, strategy: str | None) -> Fp8:

@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from laconic.checkpoint.atomic import write_text
+from laconic.checkpoint.atomic import created_folder, write_text
 
 Rows = list[dict[str, str]]
 
@@ -39,15 +39,17 @@ def write_bench(result: Mapping[str, Any], file: Path) -> None:
         result: Result of `laconic bench sparsity`.
         file: A .json file gets the whole result; any other file gets Markdown tables with settings and command.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".json":
-        write_text(file, json.dumps(result, indent=2) + "\n")
-        return
+    text = json.dumps(result, indent=2) if file.suffix == ".json" else _bench_markdown(result)
+    with created_folder(file):
+        write_text(file, text + "\n")
+
+
+def _bench_markdown(result: Mapping[str, Any]) -> str:
     parts = [bench_caption(result), f"```\n{result['command']}\n```"]
     for title, rows in titled_rows(result):
         parts += [f"**{title}**", markdown(rows)]
     parts.append("\n".join(f"- {line}" for line in result["summary"]))
-    write_text(file, "\n\n".join(parts) + "\n")
+    return "\n\n".join(parts)
 
 
 def titled_rows(result: Mapping[str, Any]) -> list[tuple[str, Rows]]:

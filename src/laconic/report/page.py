@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from laconic.checkpoint.atomic import write_text
+from laconic.checkpoint.atomic import created_folder, write_text
 from laconic.report.bench_table import markdown
 from laconic.report.criteria import checklist
 from laconic.report.entries import ReportEntry
@@ -46,9 +46,9 @@ def write_page(entries: Sequence[ReportEntry], file: Path) -> list[Path]:
         file.with_suffix(".md"): _markdown(entries),
         file.with_suffix(".csv"): as_csv(entries),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for path, text in contents.items():
-        write_text(path, text)
+    with created_folder(file):
+        for path, text in contents.items():
+            write_text(path, text)
     return list(contents)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from laconic.checkpoint.atomic import write_text
+from laconic.checkpoint.atomic import created_folder, write_text
 from laconic.report.bench_table import markdown
 from laconic.report.chart import Axis, Mark, Series, chart
 from laconic.report.page import check_page, environment
@@ -44,13 +44,16 @@ def write_pareto(points: Sequence[ParetoPoint], settings: Mapping[str, Any], fil
             commands=settings["commands"],
         )
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    table, numbers = file.with_suffix(".md"), file.with_suffix(".csv")
-    write_text(file, html)
     commands = "```\n" + "\n".join(settings["commands"]) + "\n```"
-    write_text(table, f"{markdown(rows)}\n\n{pareto_caption(settings)}.\n\n{commands}\n")
-    write_text(numbers, as_csv(points))
-    return [file, table, numbers]
+    contents = {
+        file: html,
+        file.with_suffix(".md"): f"{markdown(rows)}\n\n{pareto_caption(settings)}.\n\n{commands}\n",
+        file.with_suffix(".csv"): as_csv(points),
+    }
+    with created_folder(file):
+        for path, text in contents.items():
+            write_text(path, text)
+    return list(contents)
 
 
 def pareto_table(points: Sequence[ParetoPoint], settings: Mapping[str, Any]) -> Table:

@@ -23,6 +23,9 @@ from laconic.formats.schemes import PRESETS, Activations, Scheme, known_formats
 COMPRESSED_TENSORS = "compressed-tensors"
 NATIVE = "laconic"
 
+# The fix for models that other tools quantized in a way that we do not read.
+_ELSEWHERE = "open it with transformers or vLLM, or compress the original model with laconic"
+
 # Types of numbers that compressed-tensors can describe.
 _STANDARD_TYPES = ("int", "float")
 
@@ -161,18 +164,26 @@ def _is_pattern(name: str) -> bool:
 def _parse(config: Mapping[str, Any]) -> QuantizationConfig:
     sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
     if config.get("kv_cache_scheme") or config.get("transform_config") or sparsity != "dense":
-        raise ValueError("cannot read a model with a quantized KV cache, with transforms or with sparse weights")
+        raise ValueError(
+            f"cannot read a model with a quantized KV cache, with transforms or with sparse weights; {_ELSEWHERE}"
+        )
     fields = {k: v for k, v in config.items() if k in QuantizationConfig.model_fields}
     try:
         return QuantizationConfig.model_validate(fields)
     except ValidationError as e:
-        raise ValueError(f"cannot read the quantization_config: {e.errors()[0]['msg']}") from e
+        raise ValueError(
+            f"cannot read the quantization_config in config.json ({e.errors()[0]['msg']}); compress the original model "
+            "with laconic"
+        ) from e
 
 
 def _scheme(group: QuantizationScheme, config: QuantizationConfig) -> Scheme:
     inputs = group.input_activations
     if group.weights is None or group.output_activations or (inputs and not (inputs.symmetric or inputs.dynamic)):
-        raise ValueError("cannot read linears whose outputs are rounded, or inputs alone, or inputs from a zero point")
+        raise ValueError(
+            "cannot read linears with quantized outputs, with quantized inputs alone, or with inputs that have a zero "
+            f"point; {_ELSEWHERE}"
+        )
     native = config.quant_method == NATIVE
     storage = group.format or config.format
     if storage == "mixed-precision":
@@ -186,7 +197,7 @@ def _scheme(group: QuantizationScheme, config: QuantizationConfig) -> Scheme:
     name = _name(weights, acts)
     engine = PRESETS[name].engine if name in PRESETS else "laconic" if native else "vllm"
     if (group.format or config.format) not in ("mixed-precision", weights.storage):
-        raise ValueError(f"cannot read weights of {name} stored as '{group.format or config.format}'")
+        raise ValueError(f"cannot read weights of {name} stored as '{group.format or config.format}'; {_ELSEWHERE}")
     return Scheme(name, weights, acts, engine)
 
 
@@ -202,8 +213,8 @@ def _format(entry: Mapping[str, Any]) -> Format:
             return fmt
     bits, type_ = entry.get("num_bits"), entry.get("type")
     if type_ == "float" and bits == 4:
-        raise ValueError("cannot read 4-bit floats that are neither MXFP4 nor NVFP4")
-    raise ValueError(f"cannot read weights of type '{type_}'; this version of laconic has no such format")
+        raise ValueError(f"cannot read 4-bit floats that are neither MXFP4 nor NVFP4; {_ELSEWHERE}")
+    raise ValueError(f"cannot read weights of type '{type_}', which this version of laconic lacks; update laconic")
 
 
 def _name(weights: Format, acts: Activations | None) -> str:

@@ -51,7 +51,8 @@ def load(
     if quantization:
         if not is_readable(quantization):
             raise ValueError(
-                f"{folder} is quantized by '{quantization.get('quant_method')}', which Laconic cannot read"
+                f"{folder} is quantized by '{quantization.get('quant_method')}', which Laconic cannot read; open it "
+                "with transformers or vLLM"
             )
         del config.quantization_config
     model = build_skeleton(config, dtype, trust=trust)

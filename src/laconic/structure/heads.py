@@ -80,4 +80,7 @@ def find_heads(taps: Sequence[Tap], shapes: Mapping[str, tuple[int, int]], confi
         follows = len(after.linears) == 1 and shapes[after.linears[0]][1] == count * size
         if outs == sorted([count * size, groups * size, groups * size]) and follows:
             return Heads(count, groups, size, rows, after.linears[0], after)
-    raise ValueError(f"the heads of '{config.model_type}' cannot be told apart: it has no linears of queries alone")
+    raise ValueError(
+        f"the heads of '{config.model_type}' cannot be told apart: it has no linears of queries alone; leave "
+        "protect out"
+    )

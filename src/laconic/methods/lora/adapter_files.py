@@ -91,7 +91,10 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
     config = read_json(folder / _CONFIG)
     numbers = [config.get(key) for key in ("r", "lora_alpha")] if isinstance(config, dict) else [None]
     if not all(isinstance(n, int | float) and n > 0 for n in numbers):
-        raise ValueError(f"{folder / _CONFIG} does not say 'r' and 'lora_alpha' of an adapter; name another folder")
+        raise ValueError(
+            f"{folder / _CONFIG} does not say 'r' and 'lora_alpha' of an adapter, two numbers above 0; save the "
+            "adapter again with peft, or name another folder"
+        )
     with wrap_read_errors(file):
         tensors = load_file(file)
     state = {n.removeprefix(_PREFIX).removesuffix(".weight"): t for n, t in tensors.items()}
