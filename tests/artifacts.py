@@ -66,6 +66,11 @@ def original(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
 
 
+def linear_events(artifact: Artifact) -> list[dict[str, Any]]:
+    """What the log says of each linear."""
+    return [e for e in artifact.log if e["event"] == "linear"]
+
+
 def quantized_linears(model: PreTrainedModel) -> dict[str, QLinear]:
     """The linears of an artifact's model that hold codes, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}

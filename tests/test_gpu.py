@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import laconic
-from artifacts import Stage, gptq, logits, original, press, quantized_linears, rtn, same_bytes, tokens
+from artifacts import Stage, gptq, linear_events, logits, original, press, quantized_linears, rtn, same_bytes, tokens
 from laconic.bench.energy import measure_energy
 from laconic.bench.semi_structured import Product, cuda_capability, cusparselt, cutlass
 from laconic.bench.timing import time_interleaved
@@ -45,7 +45,7 @@ def test_methods_that_look_at_data_come_as_near_as_on_the_cpu(
 ) -> None:
     """Sums in another order choose some codes otherwise, and none that matters."""
     made = {d: press(llama, tmp_path / d, stage, text=text, device=d) for d in ("cuda", "cpu")}
-    errors = [sum(e.get("output_error", e["weight_error"]) for e in made[d].log) for d in ("cuda", "cpu")]
+    errors = [sum(e.get("output_error", e["weight_error"]) for e in linear_events(made[d])) for d in ("cuda", "cpu")]
     assert errors[0] > 0
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
     expected = logits(original(llama))

@@ -100,7 +100,7 @@ def test_set_leaves_the_callers_mapping_alone() -> None:
         (a_recipe(scheme="w8a8"), "stages.0.scheme: unknown scheme 'w8a8': did you mean 'W8A8'?"),
         (a_recipe(dampening_frac=3), "stages.0.dampening_frac should be less than or equal to 1, not 3"),
         (a_recipe(dampening_frac=float("nan")), "stages.0.dampening_frac should be less than or equal to 1, not .nan"),
-        (a_recipe(group_size="many"), "stages.0.group_size should be a valid integer, not many"),
+        (a_recipe(group_size="many"), "stages.0.group_size: should be a valid integer, or 'auto', not many"),
         (a_recipe(group_size=0), "stages.0: group_size must be at least 1 (or -1 for one per channel), not 0"),
         (a_recipe(strategy="row"), "stages.0.strategy should be 'tensor', 'channel' or 'group', not row"),
         (a_recipe(dynamic=True), "stages.0: W4A16 keeps activations in 16 bit: leave 'dynamic' out"),

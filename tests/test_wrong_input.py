@@ -64,7 +64,8 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
     [
         (
             [GPTQ | {"group_size": 48}],
-            f"group_size 48 does not divide the 64 inputs of {Q}; use 64, 32, -1, or ignore it",
+            f"group_size 48 does not divide the 64 inputs of {Q}; "
+            "use group_size: auto, one of 64, 32, -1, or ignore it",
         ),
         (
             [{"method": "rtn", "scheme": "FP8_BLOCK"}],

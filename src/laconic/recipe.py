@@ -64,6 +64,8 @@ class Recipe(Config):
         output: Folder of the artifact; None if the command line names it.
         seed: Seed of every random choice.
         device: Device on which blocks are compressed.
+        tensor_parallel: Number of GPUs over which an engine will split the artifact's linears
+            (`--tensor-parallel-size` of vLLM); what would be cut is refused.
     """
 
     model: str | None = None
@@ -72,6 +74,7 @@ class Recipe(Config):
     output: str | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensor_parallel: int = Field(1, ge=1)
 
 
 def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[str] | None = None) -> Recipe:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import laconic
-from artifacts import Stage, inputs, logits, original, press, tensors, windows
+from artifacts import Stage, inputs, linear_events, logits, original, press, tensors, windows
 from laconic.evaluation.fidelity import measure
 from laconic.formats import LowRank, Outliers, quantize, schemes
 from laconic.formats.int_affine import IntAffine
@@ -140,7 +140,7 @@ def test_scaling_helps_where_some_activations_are_loud(clip: bool, loud: Path, t
     awq = press(loud, tmp_path / "awq", keys | {"method": "awq", "clip": clip}, text=text)
     rtn = press(loud, tmp_path / "rtn", keys | {"method": "rtn"}, text=text)
     assert kl(loud, awq.path, text) < 0.7 * kl(loud, rtn.path, text)
-    assert any(event["ratio"] > 0 for event in awq.log)
+    assert any(event["ratio"] > 0 for event in linear_events(awq))
 
 
 def test_awq_changes_no_untargeted_function(text: Path, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_tuning_lowers_the_error_of_every_block_and_of_the_model(
     stage: Stage, llama: Path, text: Path, tmp_path: Path
 ) -> None:
     tuned = press(llama, tmp_path / "tuned", stage, text=text)
-    assert all(event["loss_after"] < event["loss_before"] for event in tuned.log)
+    assert all(event["loss_after"] < event["loss_before"] for event in linear_events(tuned))
     plain = {"method": "rtn"} | {k: stage[k] for k in ("scheme", "group_size")}
     rtn = press(llama, tmp_path / "rtn", plain, text=text)
     assert kl(llama, tuned.path, text) < kl(llama, rtn.path, text)
@@ -232,7 +232,7 @@ def test_tuning_sees_through_what_an_earlier_stage_rounded(
         "targets": "re:.*(gate|up)_proj",
     }
     artifact = press(llama, tmp_path / "tuned", before, stage, text=text)
-    tuned = [event for event in artifact.log if event["method"] == method]
+    tuned = [event for event in linear_events(artifact) if event["method"] == method]
     assert all(event["loss_after"] < event["loss_before"] for event in tuned)
 
 
@@ -276,7 +276,7 @@ def test_groups_under_which_alphas_are_compared_divide_the_inputs(llama: Path, t
         press(llama, tmp_path / "refused", stage, text=text)
     assert not list(tmp_path.iterdir())
     artifact = press(llama, tmp_path / "grouped", stage | {"group_size": 32}, text=text)
-    assert all(0 <= event["alpha"] <= 1 for event in artifact.log)
+    assert all(0 <= event["alpha"] <= 1 for event in linear_events(artifact))
     press(llama, tmp_path / "given", stage | {"alpha": 0.5}, text=text)
     with pytest.raises(ValueError, match="W8A8 has no groups"):
         press(llama, tmp_path / "x", stage | {"scheme": "W8A8", "group_size": 32}, text=text)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import laconic
-from artifacts import Stage, inputs, press, quantized_linears, same_bytes, tensors, windows
+from artifacts import Stage, inputs, linear_events, press, quantized_linears, same_bytes, tensors, windows
 from laconic import Artifact
 from laconic.formats import Quantized
 from laconic.methods import METHODS
@@ -181,7 +181,7 @@ def test_untargeted_weights_are_left_as_they_were(stage: Stage, llama: Path, tex
 
 def test_the_file_decodes_to_what_was_chosen(artifact: Artifact, again: tuple[Artifact, list[Tensor]]) -> None:
     made, chosen = again
-    found = linears_in(made.path, [e["linear"] for e in artifact.log])
+    found = linears_in(made.path, [e["linear"] for e in linear_events(artifact)])
     assert torch.equal(torch.cat([w.flatten() for w in found]), torch.cat([w.flatten() for w in chosen]))
 
 
@@ -193,11 +193,11 @@ def linears_in(folder: Path, names: list[str]) -> list[Tensor]:
 
 
 def test_the_log_tells_the_errors_that_the_file_has(artifact: Artifact, llama: Path, text: Path) -> None:
-    names = [e["linear"] for e in artifact.log]
+    names = [e["linear"] for e in linear_events(artifact)]
     before, after = linears_in(llama, names), linears_in(artifact.path, names)
     # A linear was observed after the ones before it were compressed, as it is in the finished model.
     seen = inputs(laconic.load(artifact.path), windows(llama, text), names)
-    for event, W, Q in zip(artifact.log, before, after, strict=True):
+    for event, W, Q in zip(linear_events(artifact), before, after, strict=True):
         if event["method"] in ("awq", "smoothquant"):
             continue  # What they round is not the weight as it was, but scaled.
         E, X = (W - Q).double(), seen[event["linear"]]

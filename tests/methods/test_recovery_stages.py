@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import laconic
-from artifacts import Stage, logits, original, press, rtn, same_bytes, tensors, tokens
+from artifacts import Stage, linear_events, logits, original, press, rtn, same_bytes, tensors, tokens
 from laconic.checkpoint.source import load_tokenizer
 from laconic.data.mix import TextSource, collate, read_mix
 from laconic.methods.lora.adapter_files import read_adapter
@@ -136,7 +136,7 @@ def test_beside_codes_adapters_are_kept(
     assert (artifact.path / "adapter" / "adapter_config.json").exists()
     losses = [m["loss"] for m in artifact.results[f"training-{method}"]["held_out"]]
     assert losses[-1] < 0.97 * losses[0]
-    assert {e["method"] for e in artifact.log} == {"rtn"}
+    assert {e["method"] for e in linear_events(artifact)} == {"rtn"}
 
 
 def test_recovered_and_then_quantized(pruned: Path, texts: list[dict[str, Any]], tmp_path: Path) -> None:

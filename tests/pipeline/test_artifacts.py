@@ -10,7 +10,19 @@ import pytest
 import torch
 
 import laconic
-from artifacts import Stage, gptq, inputs, original, press, quantized_linears, rtn, same_bytes, tensors, windows
+from artifacts import (
+    Stage,
+    gptq,
+    inputs,
+    linear_events,
+    original,
+    press,
+    quantized_linears,
+    rtn,
+    same_bytes,
+    tensors,
+    windows,
+)
 from laconic import Artifact
 from tiny import make_model
 
@@ -36,7 +48,7 @@ def test_how_many_samples_run_at_once_hardly_matters(
     batch_size: int, llama: Path, text: Path, tmp_path: Path, four_bits: Artifact
 ) -> None:
     other = press(llama, tmp_path / "other", W4, text=text, batch_size=batch_size)
-    for ours, theirs in zip(other.log, four_bits.log, strict=True):
+    for ours, theirs in zip(linear_events(other), linear_events(four_bits), strict=True):
         assert ours["tokens"] == theirs["tokens"] == 8 * 32
         assert ours["output_error"] == pytest.approx(theirs["output_error"], rel=0.05)
 
@@ -47,7 +59,7 @@ def test_stages_on_disjoint_linears_each_do_their_own(llama: Path, text: Path, t
     )
     for name, linear in quantized_linears(laconic.load(artifact.path)).items():
         assert linear.scheme.name == ("W8A16" if "self_attn" in name else "W3A16")
-    told = {e["linear"]: (e["method"], e["scheme"]) for e in artifact.log}
+    told = {e["linear"]: (e["method"], e["scheme"]) for e in linear_events(artifact)}
     assert told == {
         n: ("rtn", "W8A16") if "self_attn" in n else ("gptq", "W3A16")
         for n in quantized_linears(laconic.load(artifact.path))

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import laconic
-from artifacts import Stage, gptq, logits, original, press, quantized_linears, rtn, with_decoded_weights
+from artifacts import Stage, gptq, linear_events, logits, original, press, quantized_linears, rtn, with_decoded_weights
 from laconic import Artifact
 from laconic.recipe import load_recipe
 from tiny import make_model
@@ -43,7 +43,7 @@ def mixed(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_every_linear_has_the_scheme_that_the_recipe_means(mixed: Artifact) -> None:
     found = {name: linear.scheme.name for name, linear in quantized_linears(laconic.load(mixed.path)).items()}
     assert found == {name: scheme for name, scheme in MEANT.items() if scheme}
-    assert {e["linear"]: e["scheme"] for e in mixed.log} == found
+    assert {e["linear"]: e["scheme"] for e in linear_events(mixed)} == found
 
 
 def test_the_config_names_the_exceptions_and_leaves_the_rest_to_the_class(mixed: Artifact) -> None:

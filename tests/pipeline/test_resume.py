@@ -21,6 +21,7 @@ import pytest
 from safetensors import SafetensorError
 
 import laconic.artifact.workspace as writer
+from artifacts import linear_events
 from commands import Laconic
 from interruptions import Killed, contents, is_whole
 from laconic.artifact.workspace import Workspace, partial_folder
@@ -76,7 +77,7 @@ def test_a_kill_in_every_block_changes_nothing(
     assert artifact.results["compress"]["resumed_shards"] == 2
     assert contents(out) == expected
     assert is_whole(out)
-    assert [(e["linear"], e["shard"]) for e in artifact.log] == [
+    assert [(e["linear"], e["shard"]) for e in linear_events(artifact)] == [
         *((f"model.layers.{i}.{n}", i) for i in range(2) for n in LINEARS),
         ("lm_head", 2),
     ]

@@ -16,6 +16,7 @@ import laconic
 from artifacts import (
     gptq,
     inputs,
+    linear_events,
     logits,
     original,
     press,
@@ -122,7 +123,7 @@ def test_an_expert_without_tokens_is_named(arch: str, text: Path, tmp_path: Path
         with pytest.raises(ValueError, match=said):
             press(folder, tmp_path / f"without {number}", stage, **few)
     artifact = press(folder, tmp_path / "all", gptq("W4A16", group_size=32), **few, **ALL)
-    assert {e["tokens"] for e in artifact.log} == {4}
+    assert {e["tokens"] for e in linear_events(artifact)} == {4}
     assert torch.equal(logits(laconic.load(artifact.path)), logits(with_decoded_weights(folder, artifact.path)))
     # A method that needs no data asks for none.
     press(folder, tmp_path / "rtn", rtn("W4A16", group_size=32), text=text)
@@ -208,7 +209,7 @@ def test_matching_the_original_needs_the_same_tokens(arch: str, text: Path, tmp_
     with pytest.raises(ValueError, match=r"experts read other tokens; set calibration\.moe_calibrate_all_experts"):
         press(folder, tmp_path / "out", stage, text=text)
     artifact = press(folder, tmp_path / "out", stage, text=text, **ALL)
-    assert {e["tokens"] for e in artifact.log} == {8 * 32}
+    assert {e["tokens"] for e in linear_events(artifact)} == {8 * 32}
     attention_only = stage | {"ignore": "re:.*experts.*"}
     assert len(quantized_linears(laconic.load(press(folder, tmp_path / "b", attention_only, text=text).path))) == 8
 

@@ -176,6 +176,15 @@ def print_warnings(plan: CompressionPlan) -> None:
         err.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
 
 
+def plan_notes(log: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield what the plan of an artifact decided that the user may not expect, from its log."""
+    from laconic.formats.tiling import AUTO_GROUP_SIZES
+
+    for event in (e for e in log if e.get("event") == "group_sizes"):
+        if {size["group_size"] for size in event["sizes"]} != {AUTO_GROUP_SIZES[0]}:
+            yield event["message"]
+
+
 def calibration_notes(log: list[dict[str, Any]]) -> Iterator[str]:
     """Yield notes on calibration from an artifact's log that the user may want to act on.
 

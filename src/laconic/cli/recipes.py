@@ -16,6 +16,7 @@ from laconic.cli.console import (
     calibration_notes,
     err,
     out,
+    plan_notes,
     print_json,
     print_plan,
     print_warnings,
@@ -71,7 +72,7 @@ def compress(
         return
     _draw_training(artifact.path / "results")
     result = artifact.results["compress"]
-    for note in [*calibration_notes(artifact.log), *progress.notes]:
+    for note in [*plan_notes(artifact.log), *calibration_notes(artifact.log), *progress.notes]:
         err.print(f"note: {note}", highlight=False, soft_wrap=True)
     if json_:
         print_json({"output": str(artifact.path), "forecast": plan.forecast and asdict(plan.forecast), **result})

@@ -56,7 +56,7 @@ class ScalarFormat(Format):
         if size and shape[1] % size:
             raise ValueError(
                 f"group_size {size} does not divide the {shape[1]} inputs of {name}; "
-                f"use {groups_for(shape[1])}, or ignore it"
+                f"use group_size: auto, one of {groups_for(shape[1])}, or ignore it"
             )
 
     def shared(self, lo: Tensor, hi: Tensor) -> Params:

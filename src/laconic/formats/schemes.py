@@ -16,7 +16,7 @@ from laconic.formats.floats import Fp8
 from laconic.formats.fp4 import MxFp4, NvFp4
 from laconic.formats.int_affine import IntAffine
 from laconic.formats.scalar import ScalarFormat, as_scalar
-from laconic.formats.tiling import CHANNEL, TENSOR, TOKEN, Tiling
+from laconic.formats.tiling import AUTO_GROUP_SIZES, CHANNEL, TENSOR, TOKEN, Tiling
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def known_formats() -> tuple[type[Format], ...]:
 def scheme(
     name: str,
     *,
-    group_size: int | None = None,
+    group_size: int | Literal["auto"] | None = None,
     symmetric: bool | None = None,
     strategy: str | None = None,
     dynamic: bool | None = None,
@@ -186,7 +186,8 @@ def scheme(
 
     Args:
         name: Name of the preset.
-        group_size: Columns that share a scale; -1 for one scale a channel.
+        group_size: Columns that share a scale; -1 for one scale a channel; `auto` for the largest of
+            `AUTO_GROUP_SIZES`, which `regroup` replaces by the size for a linear.
         symmetric: Whether the weights' grid has no zero point.
         strategy: Strategy of the weights: `tensor`, `channel` or `group`.
         dynamic: Whether activations are scaled by each input, or by calibration.
@@ -199,10 +200,21 @@ def scheme(
     base = PRESETS[name]
     if strategy not in (None, "tensor", "channel", "group"):
         raise ValueError(f"strategy '{strategy}' is not one of tensor, channel, group")
+    if group_size == "auto":
+        if strategy not in (None, "group"):
+            raise ValueError(f"group_size auto contradicts strategy '{strategy}'")
+        group_size = AUTO_GROUP_SIZES[0]
     weights = base.weights.vary(name, group_size=group_size, symmetric=symmetric, strategy=strategy)
     if not weights.symmetric and base.input_activations is not None:
         raise ValueError(f"{name} computes in integers and needs symmetric weights")
     return replace(base, weights=weights, input_activations=_vary_activations(base, dynamic))
+
+
+def regroup(scheme: Scheme, tiling: Tiling) -> Scheme:
+    """Return a scheme of groups with another tiling of its weights, as `group_size: auto` chooses it for a linear."""
+    weights = as_scalar(scheme.weights).retiled(tiling)
+    assert weights is not None
+    return replace(scheme, weights=weights)
 
 
 def _vary_activations(base: Scheme, dynamic: bool | None) -> Activations | None:

@@ -132,9 +132,22 @@ class Tiling:
                 return param[start:stop]
 
 
+# Sizes among which `group_size: auto` chooses: those that every kernel of vLLM for packed integers takes.
+AUTO_GROUP_SIZES = (128, 64, 32)
+
 CHANNEL = Tiling("channel")
 TOKEN = Tiling("token")
 TENSOR = Tiling("tensor")
+
+
+def auto_tiling(columns: int) -> Tiling:
+    """Return the tiling that `group_size: auto` stands for: the largest group that divides, else one scale a channel.
+
+    Args:
+        columns: number that a group must divide, the inputs of a linear or those of one tensor-parallel shard of it.
+    """
+    size = next((g for g in AUTO_GROUP_SIZES if columns % g == 0), None)
+    return Tiling("group", size) if size else CHANNEL
 
 
 def groups_for(columns: int) -> str:

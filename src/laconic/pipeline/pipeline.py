@@ -126,6 +126,8 @@ def build_pipeline(
     texts: list[Mapping[str, str]] = []
     for first, stages in groups:
         state = check_order(first, stages[0], state, source, model)
+        if isinstance(stages[0], ModelStage):
+            _check_parallel(first, stages[0], recipe.tensor_parallel)
         walk = None
         if not isinstance(stages[0], ModelStage):
             walk = plan_walk(recipe.model_copy(update={"stages": stages}), source, first, trust)
@@ -163,6 +165,13 @@ def _calibration_reason(groups: Sequence[tuple[int, tuple[Stage, ...]]], walks: 
         if walk is None and stages[0].needs.calibration:
             return stages[0].needs.reason or stages[0].method
     return None
+
+
+def _check_parallel(number: int, stage: ModelStage, gpus: int) -> None:
+    try:
+        stage.check_parallel(gpus)
+    except ValueError as e:
+        raise ValueError(f"stages.{number} ({stage.method}): {e}") from e
 
 
 def _check_folder(folder: Path, identity: dict[str, Any], *, last: bool, overwrite: bool) -> None:

@@ -60,6 +60,7 @@ class CompressionPlan:
         schemes: Number of linears that the last walk quantizes, by name of the scheme.
         calibration: Number of calibration samples and their length in tokens; None where no stage needs any.
         forecast: Size of the artifact and peak memory in bytes, of the last walk; None where there is no walk.
+        notes: What the last walk decides without being asked: group sizes, and what stays in 16 bit.
         warnings: What is allowed, but may surprise.
     """
 
@@ -70,6 +71,7 @@ class CompressionPlan:
     schemes: Mapping[str, int]
     calibration: tuple[int, int] | None
     forecast: Forecast | None
+    notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
     def rows(self) -> list[tuple[str, str]]:
@@ -82,6 +84,7 @@ class CompressionPlan:
                 rows += [(f"stage {stage.number}", str(stage)) for stage in step.stages]
         if self.blocks:
             rows.append(("schemes", ", ".join(f"{n} x {s}" for s, n in self.schemes.items()) or "none"))
+        rows += [("note", note) for note in self.notes]
         samples = "none needed" if self.calibration is None else "{} x {} tokens".format(*self.calibration)
         rows.append(("calibration", samples))
         if self.forecast:
@@ -98,6 +101,8 @@ class CompressionPlan:
             values = {**asdict(self.forecast), "schemes": dict(self.schemes), "blocks": self.blocks}
         if not self._is_one_walk:
             values["steps"] = [[stage.method for stage in step.stages] for step in self.steps]
+        if self.notes:
+            values["notes"] = list(self.notes)
         return values | {"output": str(self.output)}
 
     @property
@@ -158,6 +163,7 @@ def describe_plan(pipeline: Pipeline) -> CompressionPlan:
         schemes=Counter(scheme.name for scheme in last.plan.schemes.values()) if last else {},
         calibration=None if windows is None else (windows.shape[0], windows.shape[1]),
         forecast=pipeline.forecast,
+        notes=tuple(event["message"] for event in last.remarks) if last else (),
         warnings=tuple(dict.fromkeys(_warnings(pipeline))),
     )
 
@@ -205,7 +211,9 @@ def _warnings(pipeline: Pipeline) -> Iterator[str]:
 
 def _walk_warnings(walk: Walk) -> Iterator[str]:
     from laconic.pipeline.engines import closed_to_transformers
+    from laconic.walk.remarks import unmatched_patterns
 
+    yield from unmatched_patterns(walk.plan, walk.model)
     unserved = sorted({s.name for s in walk.plan.schemes.values() if s.engine == "transformers"})
     if unserved:
         yield f"vLLM has no kernel for {', '.join(unserved)}; transformers opens it"

@@ -28,9 +28,11 @@ from laconic.pipeline.provenance import account, sha256
 from laconic.recipe import Recipe
 from laconic.runtime.quant_config import NATIVE
 from laconic.structure.anatomy import dissect
+from laconic.walk.deployment import Deployment
 from laconic.walk.forecast import Forecast
 from laconic.walk.forecast import forecast as predict
 from laconic.walk.plan import Plan, check_experts, make_plan
+from laconic.walk.remarks import remarks
 from laconic.walk.walk import walk as stream
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -73,6 +75,11 @@ class Walk:
         samples, length = windows.shape if windows is not None and self.plan.calibrates else (0, 0)
         return predict(self.plan, self.source, samples, length, self.extra)
 
+    @property
+    def remarks(self) -> list[dict[str, Any]]:
+        """What the plan decides without being asked, as events for the log, each with a `message`."""
+        return remarks(self.plan, self.model, self.source.checkpoint)
+
 
 def plan_walk(recipe: Recipe, source: Source, first: int, trust: Trust) -> Walk:
     """Plan a walk, and check everything that shapes tell.
@@ -92,7 +99,7 @@ def plan_walk(recipe: Recipe, source: Source, first: int, trust: Trust) -> Walk:
     model = build_skeleton(source.config, source.dtype, trust=trust)
     source = arrange_source(source, model)
     check_complete(model, source.checkpoint)
-    plan = make_plan(model, dissect(model), recipe.stages, first)
+    plan = make_plan(model, dissect(model), recipe.stages, first, Deployment(recipe.tensor_parallel))
     check_experts(plan, bool(recipe.calibration and recipe.calibration.moe_calibrate_all_experts))
     return Walk(recipe, source, model, plan, extra_names(source.checkpoint, model))
 
@@ -153,6 +160,7 @@ def run_walk(
     extra = extra_linears(source.checkpoint, walk.extra)
     to_config = quantization_config(plan.schemes, linears, walk.model, source.checkpoint, extra)
     resumed = sum(workspace.is_finished(i) for i in range(workspace.shards))
+    workspace.write_log(walk.remarks)
     stream(
         source,
         walk.model,

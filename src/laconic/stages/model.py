@@ -107,6 +107,16 @@ class ModelStage(Stage):
         """
         return {}
 
+    def check_parallel(self, gpus: int) -> None:
+        """Check that engines can split the widths that the stage leaves over GPUs.
+
+        Args:
+            gpus: their number.
+
+        Raises:
+            ValueError: if they cannot; the message names the fix.
+        """
+
     def warnings(self, source: Source) -> Iterator[str]:
         """Yield what a user should know that is no error.
 

@@ -6,17 +6,32 @@ from collections.abc import Iterable
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from laconic.formats import Format, ScalarFormat, schemes
 from laconic.formats.schemes import Scheme
+from laconic.formats.tiling import auto_tiling
 from laconic.solvers.moments import Moments
 from laconic.stages.linear import LinearTask, WeightStage
 from laconic.stages.stage import Needs
+
+
+def _size_or_auto(value: Any) -> Any:
+    if value in (None, "auto"):
+        return value
+    try:
+        return _INTEGER.validate_python(value)
+    except ValidationError:
+        raise ValueError(f"should be a valid integer, or 'auto', not {value}") from None
+
+
+_INTEGER = TypeAdapter(int)
+GroupSize = Annotated[int | Literal["auto"], BeforeValidator(_size_or_auto)]
+"""Columns that share a scale, -1 for one scale a channel, or `auto`."""
 
 
 class QuantizingStage(WeightStage):
@@ -27,7 +42,8 @@ class QuantizingStage(WeightStage):
 
     Attributes:
         scheme: name of a preset; the next four keys vary it.
-        group_size: columns that share a scale; -1 for one scale a channel.
+        group_size: columns that share a scale; -1 for one scale a channel; `auto` for the largest of 128, 64 and 32
+            that divides the inputs of a linear, else one scale a channel.
         symmetric: whether the weights' grid has no zero point.
         strategy: of the weights' scales.
         dynamic: whether activations are scaled by each input, or by calibration.
@@ -39,7 +55,7 @@ class QuantizingStage(WeightStage):
     """Kinds of format that the method can choose codes for."""
 
     scheme: str
-    group_size: int | None = None
+    group_size: GroupSize | None = None
     symmetric: bool | None = None
     strategy: Literal["tensor", "channel", "group"] | None = None
     dynamic: bool | None = None
@@ -86,7 +102,7 @@ class QuantizingStage(WeightStage):
 
     @cached_property
     def proposed_scheme(self) -> Scheme:
-        """The scheme that the keys describe, without side tensors."""
+        """The scheme that the keys describe, without side tensors; with `group_size: auto`, of the largest groups."""
         return schemes.scheme(
             self.scheme,
             group_size=self.group_size,
@@ -101,7 +117,8 @@ class QuantizingStage(WeightStage):
         Args:
             shape: (out, in) of the linear.
         """
-        return replace(self.proposed_scheme, outlier_columns=self.count_outliers(shape[1]), rank=self.low_rank)
+        scheme = replace(self.proposed_scheme, outlier_columns=self.count_outliers(shape[1]), rank=self.low_rank)
+        return schemes.regroup(scheme, auto_tiling(shape[1])) if self.group_size == "auto" else scheme
 
     @property
     def _nominal_scheme(self) -> Scheme:

@@ -33,6 +33,7 @@ from laconic.walk.checks import (
     check_unpruned,
     protected_heads,
 )
+from laconic.walk.deployment import UNDIVIDED, Deployment, check_deployment, propose_schemes
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,13 @@ class Plan:
         return self.schemes[name] if stage.quantizes else None
 
 
-def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage], first: int = 0) -> Plan:
+def make_plan(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    stages: Sequence[Stage],
+    first: int = 0,
+    deployment: Deployment = UNDIVIDED,
+) -> Plan:
     """Match the stages' targets with the model's linears, and check that everything can be done.
 
     Args:
@@ -182,13 +189,15 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage],
         anatomy: of the model.
         stages: of one walk.
         first: number of the first of them in the recipe.
+        deployment: how the artifact will be served.
 
     Returns:
         The plan, with the schemes that the stages propose.
 
     Raises:
         ValueError: if a target matches nothing, a group size does not divide, a linear would be quantized twice,
-            linears that engines fuse would differ, a tied head is targeted, or the model cannot have such a cache.
+            linears that engines fuse would differ, a tied head is targeted, the model cannot have such a cache, or
+            it cannot be split over the GPUs.
     """
     weight_stages, cache = _separate_cache(model, stages, first)
     shapes = {n: (m.out_features, m.in_features) for n, m in linears_of(model).items()}
@@ -202,7 +211,7 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage],
         )
         check_head(stage, number, names, anatomy)
         if isinstance(stage, QuantizingStage):
-            proposed = {n: stage.scheme_for(shapes[n]) for n in names}
+            proposed = propose_schemes(stage, names, anatomy=anatomy, shapes=shapes, deployment=deployment)
             _check_proposed(stage, number, proposed, schemes=schemes, shapes=shapes, pruned=pruned)
             schemes |= proposed
         else:
@@ -218,6 +227,7 @@ def make_plan(model: PreTrainedModel, anatomy: Anatomy, stages: Sequence[Stage],
             pruned |= dict.fromkeys(names, stage.method)
         targets.append(frozenset(names))
     check_fused(anatomy, schemes)
+    check_deployment(deployment, model, anatomy, schemes, shapes)
     if anatomy.head in schemes:
         schemes[anatomy.head] = schemes.pop(anatomy.head)
     links = find_links(model, anatomy) if any(s.needs.links for s in weight_stages) else ()

@@ -134,6 +134,19 @@ class LlmPruner(ModelStage):
         self.narrowing.find_targets(model, dissect(model), read_json(source.folder / "config.json"))
         return {}
 
+    def check_parallel(self, gpus: int) -> None:
+        if gpus == 1:
+            return
+        if "attention" in self.groups and (self.heads is None or self.heads % gpus):
+            raise ValueError(
+                f"tensor_parallel {gpus} needs the same number of heads on every GPU; set heads to a multiple of {gpus}"
+            )
+        if {"mlp", "hidden"} & {*self.groups} and (self.multiple_of is None or self.multiple_of % gpus):
+            raise ValueError(
+                f"tensor_parallel {gpus} needs widths that it divides; set multiple_of to a multiple of {gpus}, and of "
+                f"{32 * gpus} for groups of 32"
+            )
+
     def apply(self, task: ModelTask) -> ModelOutcome:
         raw = read_json(task.folder / "config.json")
         model = load(task.folder, device=task.device, dtype=_DTYPES[self.dtype], trust=task.trust)
