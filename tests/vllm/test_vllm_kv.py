@@ -230,16 +230,21 @@ def test_what_pages_cannot_hold_is_refused_with_what_to_change(
     assert change in found["error"]
 
 
-def test_platforms_with_several_backends_choose_ours_for_packed_caches(tmp_path: Path) -> None:
+def test_a_packed_cache_gets_our_backend_or_is_refused(tmp_path: Path) -> None:
+    """Also after a model without one: vLLM remembers its choice, whichever model it was for."""
     packed, plain = artifact(tmp_path / "packed", one(token(4))), artifact(tmp_path / "plain", None)
     found = tmp_path / "found.json"
     script = Path(__file__).with_name("choose_backend.py")
     command = [PYTHON, str(script), str(packed.folder), str(plain.folder), str(found)]
     done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    ours = "laconic.serving.vllm_kv.PackedBackend"
-    assert json.loads(found.read_text()) == [ours, ours, "theirs", "theirs", "theirs", "theirs"]
-    assert "leave out --attention-backend" in done.stdout + done.stderr
+    first, ours, last = json.loads(found.read_text()).values()
+    theirs = ["CPUAttentionBackendImpl", "CPUAttentionBackendImpl"]
+    assert first == last == {"chosen": ["theirs"] * 3, "built": theirs}
+    assert ours["chosen"][:2] == ["PackedBackend"] * 2
+    assert ours["built"][0] == "PackedImpl"
+    for refused in (ours["chosen"][2], ours["built"][1]):
+        assert "leave out --attention-backend" in refused
 
 
 def test_two_bits_fit_five_times_the_tokens(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ of its pages: one slot for each token and head (`serving.slot`). Nothing is kept
 preemption and swapping work as vLLM does them.
 
 On a CPU our backend replaces vLLM's, and forwards every other model to it. On other platforms vLLM chooses among
-several backends; ours is chosen where a model has a packed cache and no other backend was asked for.
+several backends, once for equal arguments; ours is chosen before that, for models with a packed cache. A layer of such
+a model that has another backend all the same is an error.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
+from vllm.v1.attention import selector
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -59,29 +62,61 @@ def register_kv() -> None:
     if current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.CpuBackend")
     else:
-        choose_packed_backend(current_platform)
+        choose_packed_backend(selector)
+    for layer_class in (Attention, MLAAttention):
+        refuse_other_backends(layer_class)
 
 
-def choose_packed_backend(platform: Any) -> None:
-    """Make a vLLM platform choose our backend for models with a packed cache; may be called again.
+def choose_packed_backend(selector: Any) -> None:
+    """Make vLLM choose our backend for models with a packed cache; may be called again.
+
+    vLLM keeps its choice for every set of arguments, and the model is none of them: without this a packed cache gets
+    the backend that a model without one had before it in the same process.
 
     Args:
-        platform: Platform whose `get_attn_backend_cls` is replaced.
+        selector: vLLM's module, whose `_cached_get_attn_backend` is replaced.
     """
-    vllm_choice = platform.get_attn_backend_cls
+    vllm_choice = selector._cached_get_attn_backend
     if getattr(vllm_choice, "laconic", False):
         return
 
-    def choose(selected: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
-        if scheme_of(get_current_vllm_config()) is not None and selected in (None, AttentionBackendEnum.CUSTOM):
-            return _PATH
-        if scheme_of(get_current_vllm_config()) is not None:
-            log.warning("laconic: %s stores keys and values in 16 bit; leave out --attention-backend", selected.name)
-        path: str = vllm_choice(selected, attn_selector_config, num_heads)
-        return path
+    def choose(backend: Any, *args: Any, **kwargs: Any) -> type[AttentionBackend]:
+        if scheme_of(get_current_vllm_config()) is None:
+            vllm_backend: type[AttentionBackend] = vllm_choice(backend, *args, **kwargs)
+            return vllm_backend
+        if backend not in (None, AttentionBackendEnum.CUSTOM):
+            raise _another_backend(backend.name)
+        return PackedBackend
 
     vars(choose)["laconic"] = True
-    platform.get_attn_backend_cls = choose
+    selector._cached_get_attn_backend = choose
+
+
+def refuse_other_backends(layer_class: Any) -> None:
+    """Make a class of vLLM's attention layers refuse to be built for a packed cache without our backend.
+
+    Args:
+        layer_class: Class whose `__init__` is replaced; may be given again.
+    """
+    build = layer_class.__init__
+    if getattr(build, "laconic", False):
+        return
+
+    @functools.wraps(build)
+    def build_checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        if scheme_of(get_current_vllm_config()) is not None and not isinstance(self.impl, PackedImpl):
+            raise _another_backend(self.attn_backend.get_name())
+
+    vars(build_checked)["laconic"] = True
+    layer_class.__init__ = build_checked
+
+
+def _another_backend(name: str) -> ValueError:
+    return ValueError(
+        f"this artifact has a packed cache, and {name} stores keys and values in 16 bit; leave out "
+        f"--attention-backend, or drop {KV_CONFIG} from config.json"
+    )
 
 
 def scheme_of(config: VllmConfig) -> KvScheme | None:
