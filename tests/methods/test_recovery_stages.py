@@ -16,9 +16,10 @@ from torch import Tensor
 
 import laconic
 from artifacts import Stage, linear_events, logits, original, press, rtn, same_bytes, tensors, tokens
+from laconic.artifact.size import measure_size
 from laconic.checkpoint.source import load_tokenizer
 from laconic.data.mix import TextSource, collate, read_mix
-from laconic.methods.lora.adapter_files import read_adapter
+from laconic.runtime.adapters import read_adapter
 from laconic.train import finetune as loop
 from laconic.train.finetune import TrainingArguments
 from laconic.train.losses import language_loss
@@ -122,6 +123,14 @@ def test_kept_adapters_are_pefts_and_leave_the_weights_alone(
     for name in {n.rpartition(".")[0] for n in state}:
         ours.get_submodule(name).weight.data += scale * state[f"{name}.lora_B"] @ state[f"{name}.lora_A"]
     assert torch.allclose(changed, logits(ours, ids), atol=1e-3)
+    # What is loaded and measured is what is served: the adapter is applied, and its bytes count.
+    assert torch.allclose(changed, logits(laconic.load(artifact.path, dtype=torch.float32), ids), atol=1e-5)
+    alone = laconic.load(artifact.path, dtype=torch.float32, adapter=False)
+    assert torch.equal(logits(alone, ids), logits(original(pruned, torch.float32), ids))
+    size, before_size = measure_size(artifact.path), measure_size(pruned)
+    nbytes = sum(t.nbytes for t in state.values())
+    assert (size.adapter_bytes, size.tensor_bytes) == (nbytes, before_size.tensor_bytes + nbytes)
+    assert size.file_bytes > before_size.file_bytes + nbytes
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])
@@ -137,6 +146,17 @@ def test_beside_codes_adapters_are_kept(
     losses = [m["loss"] for m in artifact.results[f"training-{method}"]["held_out"]]
     assert losses[-1] < 0.97 * losses[0]
     assert {e["method"] for e in linear_events(artifact)} == {"rtn"}
+
+
+def test_an_adapter_beside_codes_is_applied_when_they_are_loaded(
+    dense: Path, texts: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = press(dense, tmp_path / "a", rtn("W4A16", group_size=32), recover(texts)).path
+    theirs = original(folder, torch.float32)
+    bare = logits(theirs)  # decodes the weights, without which peft finds none
+    served = logits(peft.PeftModel.from_pretrained(theirs, folder / "adapter"))
+    assert not torch.allclose(served, bare, atol=0.1)
+    assert torch.equal(logits(laconic.load(folder, dtype=torch.float32)), served)
 
 
 def test_recovered_and_then_quantized(pruned: Path, texts: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from server import needs_vllm
 from test_vllm import DEMO, SOURCE, our_logprobs, serve, some_tokens
 
 import laconic
-from laconic.methods.lora.adapter_files import read_adapter
 from tiny import make_model
 from vllm_kernels import FOUR_BITS
 
@@ -62,23 +61,9 @@ def test_an_adapter_kept_beside_its_base_is_served_with_it(tmp_path: Path, schem
     folder = laconic.compress(str(DEMO), {"stages": stages}, tmp_path / "artifact").path
     # The kernel of 4-bit weights computes in half precision.
     served = serve(folder, some_tokens(48, 3), "bfloat16" if scheme else "float32", adapter=folder / "adapter")
-    ours, bare = with_adapter(folder), laconic.load(folder, dtype=torch.float32)
+    ours, bare = (laconic.load(folder, dtype=torch.float32, adapter=adapter) for adapter in (True, False))
     near = far = 0.0
     for ids, written, logprobs in zip(served.prompts, served.tokens, served.logprobs, strict=True):
         near += float((our_logprobs(ours, ids + written)[-len(written) :] - logprobs).abs().mean())
         far += float((our_logprobs(bare, ids + written)[-len(written) :] - logprobs).abs().mean())
     assert near < far / (4 if scheme else 10)
-
-
-def with_adapter(folder: Path) -> torch.nn.Module:
-    """Our reading of an artifact, and what its adapter adds to the output of every linear that has one."""
-    model = laconic.load(folder, dtype=torch.float32)
-    state, scale = read_adapter(folder / "adapter")
-
-    def adding(A: torch.Tensor, B: torch.Tensor) -> Any:
-        return lambda _, args, out: out + scale * (args[0] @ A.T.float()) @ B.T.float()
-
-    for name in {n.rpartition(".")[0] for n in state}:
-        hook = adding(state[f"{name}.lora_A"], state[f"{name}.lora_B"])
-        model.get_submodule(name).register_forward_hook(hook)
-    return model

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from laconic.checkpoint.extra import names_outside
-from laconic.checkpoint.files import count_elements, linear_quantization_config, open_checkpoint
+from laconic.checkpoint.files import count_elements, linear_quantization_config, open_checkpoint, open_shard
 from laconic.checkpoint.layout import arrange, engine_names
 from laconic.checkpoint.source import build_skeleton, main_dtype, read_config
 from laconic.checkpoint.trust import UNTRUSTED, Trust
+from laconic.runtime.adapters import ADAPTER_WEIGHTS, adapter_folders
 from laconic.runtime.quant_config import is_readable, schemes_of
 from laconic.structure.anatomy import linears_of
 
@@ -21,12 +22,13 @@ class Size:
 
     Attributes:
         parameters: Parameters of the dense model and extra tensors of its files, a tied weight counted once.
-        tensor_bytes: Bytes of all stored tensors.
+        tensor_bytes: Bytes of all stored tensors, those of a kept adapter included.
         bits_per_weight: Stored bits (with scales, zero points, embeddings and head) per parameter.
-        file_bytes: Bytes of the weight files.
+        file_bytes: Bytes of the weight files, that of a kept adapter included.
         schemes: Number of linears by scheme.
         covered: Share of parameters that is quantized.
         simulated: Whether any scheme needs arithmetic that no engine has.
+        adapter_bytes: Bytes of the tensors of a kept adapter.
     """
 
     parameters: int
@@ -36,6 +38,7 @@ class Size:
     schemes: dict[str, int]
     covered: float
     simulated: bool
+    adapter_bytes: int = 0
 
 
 def measure_size(folder: Path, *, trust: Trust = UNTRUSTED) -> Size:
@@ -61,7 +64,9 @@ def measure_size(folder: Path, *, trust: Trust = UNTRUSTED) -> Size:
     arranged = arrange(checkpoint, model)
     names = engine_names(arranged, model, linears)
     schemes = schemes_of(quantization, names) if quantization and is_readable(quantization) else {}
-    tensor_bytes = sum(s.nbytes for s in arranged.tensors.values())
+    adapters = [open_shard(place / ADAPTER_WEIGHTS) for place in adapter_folders(folder)]
+    adapter_bytes = sum(s.nbytes for adapter in adapters for s in adapter.tensors.values())
+    tensor_bytes = adapter_bytes + sum(s.nbytes for s in arranged.tensors.values())
     extra = sum(count_elements(arranged.tensors[n].shape) for n in names_outside(arranged, model))
     parameters = extra + sum(p.numel() for p in model.parameters())
     quantized = sum(linears[n].weight.numel() for n in schemes)
@@ -69,8 +74,9 @@ def measure_size(folder: Path, *, trust: Trust = UNTRUSTED) -> Size:
         parameters,
         tensor_bytes,
         8 * tensor_bytes / parameters,
-        checkpoint.nbytes,
+        checkpoint.nbytes + sum(adapter.nbytes for adapter in adapters),
         dict(Counter(s.title for s in schemes.values())),
         quantized / parameters,
         any(s.simulated for s in schemes.values()),
+        adapter_bytes,
     )

@@ -96,6 +96,8 @@ def inspect(
     table.add_row("bits per weight", f"{size.bits_per_weight:.2f} (embeddings, head, scales included)")
     table.add_row("quantized", f"{size.covered:.1%} of parameters")
     table.add_row("schemes", ", ".join(f"{n} x {s}" for s, n in size.schemes.items()) or "none")
+    if size.adapter_bytes:
+        table.add_row("adapter", f"{format_bytes(size.adapter_bytes)} beside the weights")
     table.add_row("arithmetic", "simulated (no engine has it)" if size.simulated else "that of the engine")
     for event in worst:
         kind = "output" if "output_error" in event else "weight"

@@ -71,7 +71,7 @@ class Depth(ModelStage):
     def apply(self, task: ModelTask) -> ModelOutcome:
         assert task.windows is not None
         raw = read_json(task.folder / "config.json")
-        model = load(task.folder, device=task.device, dtype=torch.float32, trust=task.trust)
+        model = load(task.folder, device=task.device, dtype=torch.float32, adapter=False, trust=task.trust)
         name = find_blocks(model)
         blocks = list(model.get_submodule(name).children())
         influence = compute_influence(model, blocks, task.windows, self.batch_size, task.report)

@@ -59,7 +59,7 @@ class Reap(ModelStage):
     def apply(self, task: ModelTask) -> ModelOutcome:
         assert task.windows is not None
         raw = read_json(task.folder / "config.json")
-        model = load(task.folder, device=task.device, dtype=torch.float32, trust=task.trust)
+        model = load(task.folder, device=task.device, dtype=torch.float32, adapter=False, trust=task.trust)
         config = self._keys(raw, model)
         scores = compute_saliency(model, task.windows, self.batch_size, task.report)
         remaining = self._remaining(model)

@@ -13,6 +13,7 @@ from laconic.checkpoint.source import build_skeleton, main_dtype, materialise, m
 from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.kv.attach import use_by_default
 from laconic.kv.files import read_kv_scheme
+from laconic.runtime.adapters import adapter_folders, apply_adapter
 from laconic.runtime.linear import QLinear, replace_linear
 from laconic.runtime.quant_config import is_readable, schemes_of
 from laconic.structure.anatomy import linears_of
@@ -24,17 +25,19 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     packed: bool = False,
+    adapter: bool = True,
     trust: Trust = UNTRUSTED,
 ) -> PreTrainedModel:
     """Open an artifact, another compressed-tensors checkpoint of a format that we have, or a plain model.
 
-    If the artifact has a quantized key-value cache, `generate` uses it.
+    If the artifact has a quantized key-value cache, `generate` uses it. An adapter that it keeps is applied.
 
     Args:
         name: Folder of the model, or its name on the Hub.
         device: Device of the model.
         dtype: Dtype to compute in. None: the dtype of the checkpoint.
         packed: Whether to keep only the codes and decode them in every forward pass, instead of decoding them once.
+        adapter: Whether to apply the adapter that stands beside the weights (`keep_adapters`).
         trust: Permissions of the model's files.
 
     Returns:
@@ -68,6 +71,8 @@ def load(
         for module in model.modules():
             if isinstance(module, QLinear):
                 module.unpack()
+    for adapter_folder in adapter_folders(folder) if adapter else ():
+        apply_adapter(model, adapter_folder)
     if cache := read_kv_scheme(folder, raw):
         use_by_default(model, *cache)
     return model

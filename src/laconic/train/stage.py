@@ -271,6 +271,7 @@ class TrainingStage(ModelStage):
             self.teacher or run.task.original,
             device=run.device,
             dtype=run.dtype,
+            adapter=self.teacher is not None,
             trust=run.task.trust,
         )
         return distillation_loss(teacher)

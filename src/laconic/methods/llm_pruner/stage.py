@@ -149,7 +149,7 @@ class LlmPruner(ModelStage):
 
     def apply(self, task: ModelTask) -> ModelOutcome:
         raw = read_json(task.folder / "config.json")
-        model = load(task.folder, device=task.device, dtype=_DTYPES[self.dtype], trust=task.trust)
+        model = load(task.folder, device=task.device, dtype=_DTYPES[self.dtype], adapter=False, trust=task.trust)
         anatomy = dissect(model)
         if self.hidden:
             return self._prune_hidden(task, model, anatomy, raw)

@@ -7,15 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from laconic.checkpoint.atomic import write_file
-from laconic.checkpoint.files import read_json, wrap_read_errors
-
-ADAPTER = "adapter"
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
+from laconic.runtime.adapters import ADAPTER_PREFIX, ADAPTER_WEIGHTS, read_adapter
 
 
 def check_peft() -> None:
@@ -68,37 +64,9 @@ def write_adapter(
         fan_in_fan_out=transposed,
     )
     folder.mkdir(exist_ok=True)
-    tensors = {f"{_PREFIX}{name}.weight": t.contiguous() for name, t in sorted(state.items())}
-    write_file(folder / _WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    tensors = {f"{ADAPTER_PREFIX}{name}.weight": t.contiguous() for name, t in sorted(state.items())}
+    write_file(folder / ADAPTER_WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     config.save_pretrained(str(folder))
-
-
-def read_adapter(folder: Path) -> tuple[dict[str, Tensor], float]:
-    """Read adapters in peft's format.
-
-    Args:
-        folder: holds `adapter_model.safetensors` and `adapter_config.json`.
-
-    Returns:
-        The state, as `write_adapter` gets it, and the factor alpha / rank.
-
-    Raises:
-        ValueError: if the folder holds none, or its files cannot be read.
-    """
-    file = folder / _WEIGHTS
-    if not file.is_file() or not (folder / _CONFIG).is_file():
-        raise ValueError(f"{folder} holds no LoRA adapter ({_WEIGHTS}, {_CONFIG}); name a folder that does")
-    config = read_json(folder / _CONFIG)
-    numbers = [config.get(key) for key in ("r", "lora_alpha")] if isinstance(config, dict) else [None]
-    if not all(isinstance(n, int | float) and n > 0 for n in numbers):
-        raise ValueError(
-            f"{folder / _CONFIG} does not say 'r' and 'lora_alpha' of an adapter, two numbers above 0; save the "
-            "adapter again with peft, or name another folder"
-        )
-    with wrap_read_errors(file):
-        tensors = load_file(file)
-    state = {n.removeprefix(_PREFIX).removesuffix(".weight"): t for n, t in tensors.items()}
-    return state, float(config["lora_alpha"]) / float(config["r"])
 
 
 def check_adapter(folder: Path, linears: Mapping[str, nn.Linear] | None, rank: int, alpha: int) -> None:

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from laconic.checkpoint.files import open_checkpoint
 from laconic.checkpoint.layout import TransposedLinear, arrange
 from laconic.checkpoint.source import Source, build_skeleton, main_dtype, materialise
-from laconic.methods.lora.adapter_files import ADAPTER, check_adapter, check_peft, read_adapter, write_adapter
+from laconic.methods.lora.adapter_files import check_adapter, check_peft, write_adapter
 from laconic.methods.lora.adapters import add_adapters, merge_adapters
+from laconic.runtime.adapters import ADAPTER, read_adapter
 from laconic.runtime.reading import load
 from laconic.stages.model import ModelOutcome
 from laconic.stages.stage import TEXT
@@ -158,6 +159,7 @@ class AdapterStage(TrainingStage):
             device=run.load_device,
             dtype=run.dtype,
             packed=self.packed,
+            adapter=False,
             trust=run.task.trust,
         )
         self._add_adapters(model, self._names(run), torch.Generator().manual_seed(run.task.seed), masked=False)

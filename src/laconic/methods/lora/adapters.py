@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laconic.methods.lora.nf4 import Nf4, quantize_nf4
+from laconic.runtime.adapters import LoraLinear
 from laconic.runtime.linear import QLinear
 
 Decode = Callable[[torch.dtype], Tensor]
@@ -53,29 +54,18 @@ class Nf4Linear(nn.Module):
         return frozen_product(x.to(dtype), self.decode, bias)
 
 
-class AdaptedLinear(nn.Module):
-    """A frozen linear with an adapter.
+class AdaptedLinear(LoraLinear):
+    """A frozen linear with an adapter that is trained.
 
     Attributes:
-        base: the frozen linear.
-        lora_A: (rank, in) float32.
-        lora_B: (out, rank) float32.
         packed_mask: uint8, one bit per weight, set where the weight may change; None where all may.
     """
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
     packed_mask: Tensor | None
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float, *, masked: bool) -> None:
-        super().__init__()
-        assert isinstance(base, nn.Linear | QLinear)
-        self.base: nn.Module = base
-        device = next(base.parameters()).device
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.scale, self.dropout = alpha / rank, dropout
-        self.lora_A = nn.Parameter(torch.zeros(rank, base.in_features, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
+        super().__init__(base, rank, alpha / rank)
+        self.dropout = dropout
         packed_mask = None
         if masked:
             assert isinstance(base, nn.Linear)
@@ -98,9 +88,7 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         if self.packed_mask is None:
-            low = F.linear(F.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-            out: Tensor = self._frozen(x) + low * self.scale
-            return out
+            return self._frozen(x) + self.adapted(dropped)
         dtype = compute_dtype(x)
         one_product = dropped is x and isinstance(self.base, nn.Linear | Nf4Linear)
         y: Tensor = _MaskedProduct.apply(dropped.to(dtype), self.lora_A, self.lora_B, self, one_product)  # type: ignore[no-untyped-call]
