@@ -17,7 +17,7 @@ METHODS: dict[str, Stages] = {
     "rtn (mse)": [{"method": "rtn", "observer": "mse"}],
     "awq": [{"method": "awq"}],
     "gptq": [{"method": "gptq"}],
-    "gptq (asymmetric)": [{"method": "gptq", "asymmetric_calibration": 1.0}],
+    "gptq (GPTAQ)": [{"method": "gptq", "asymmetric_calibration": 1.0}],
     "autoround": [{"method": "autoround"}],
     "zeroquant": [{"method": "zeroquant"}],
     "smoothquant, rtn": [{"method": "smoothquant"}, {"method": "rtn"}],
@@ -63,7 +63,7 @@ def _weight_methods(scheme: str) -> list[str]:
     if scheme == "W8A16":
         return ["rtn (mse)"]
     tuned = ["autoround"] if "FP4" not in scheme else []
-    return ["rtn (min-max)", "rtn (mse)", "awq", "gptq", "gptq (asymmetric)", *tuned]
+    return ["rtn (min-max)", "rtn (mse)", "awq", "gptq", "gptq (GPTAQ)", *tuned]
 
 
 def _activation_methods(scheme: str) -> list[str]:

@@ -33,7 +33,7 @@ def test_what_stands_outside_of_the_marks_stays() -> None:
     assert "new body" in merged.text
     assert "old body" not in merged.text
     assert front(merged.text) == NEW
-    assert merged.kept == ()
+    assert merged.user_keys == ()
 
 
 def test_metadata_that_a_person_changed_added_or_took_away_stays_so() -> None:
@@ -43,7 +43,7 @@ def test_metadata_that_a_person_changed_added_or_took_away_stays_so() -> None:
     )
     merged = merge(edited, NEW | {"library_name": "transformers"}, "body", [OURS | {"library_name": "transformers"}])
     assert front(merged.text) == NEW | {"license": "apache-2.0", "thumbnail": "mine.png"}
-    assert merged.kept == ("license", "library_name")
+    assert merged.user_keys == ("license", "library_name")
 
 
 def test_whichever_of_the_two_states_a_kill_left_is_known_as_ours() -> None:
@@ -55,7 +55,7 @@ def test_whichever_of_the_two_states_a_kill_left_is_known_as_ours() -> None:
 def test_metadata_of_which_nothing_is_known_is_a_persons() -> None:
     merged = merge(merge(None, OURS, "body", []).text, NEW, "body", [])
     assert front(merged.text) == NEW | {"tags": ["laconic"]}
-    assert merged.kept == ("tags",)
+    assert merged.user_keys == ("tags",)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from laconic.structure.hooks import (
     capture_inputs,
     capture_outputs,
     forward_hooks,
-    forward_pre_hooks,
     gradient_hooks,
     install_forward_pre_hook,
     patched_forwards,
@@ -45,7 +44,8 @@ def test_hooks_are_removed_after_an_error(net: nn.Sequential) -> None:
     def stop(*_: object) -> None:
         raise StopForward
 
-    with suppress(StopForward), forward_pre_hooks([(net[1], stop)]), forward_hooks([(net[0], lambda *_: None)]):
+    pre_hooks, hooks = [(net[1], stop)], [(net[0], lambda *_: None)]
+    with suppress(StopForward), forward_hooks(pre_hooks, before=True), forward_hooks(hooks):
         net(X)
     assert not net[1]._forward_pre_hooks
     assert not net[0]._forward_hooks

@@ -323,10 +323,11 @@ def check_identity(output: Path, identity: Mapping[str, Any], *, overwrite: bool
     Raises:
         ValueError: The work was begun with another recipe, and may not be discarded.
     """
-    begun = read_identity(partial_folder(output))
-    if begun is not None and begun != dict(identity) and not overwrite:
+    previous = read_identity(partial_folder(output))
+    if previous is not None and previous != dict(identity) and not overwrite:
+        keys = differing_keys(previous, identity)
         raise ValueError(
-            f"{partial_folder(output)} was begun with another recipe (different: {differing_keys(begun, identity)}); "
+            f"{partial_folder(output)} was begun with another recipe (different: {keys}); "
             "finish it with that one, choose another output, or pass --overwrite"
         )
 
@@ -366,12 +367,12 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
         Recipe and source model as written; None if the folder has no recipe; an empty dict if it cannot be read.
     """
     try:
-        begun = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+        identity = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (yaml.YAMLError, UnicodeDecodeError):
         return {}
-    return begun if isinstance(begun, dict) else {}
+    return identity if isinstance(identity, dict) else {}
 
 
 def _foreign(folder: Path) -> Iterator[Path]:
@@ -379,17 +380,17 @@ def _foreign(folder: Path) -> Iterator[Path]:
     return (f for f in folder.iterdir() if f.suffix != ".writing")
 
 
-def differing_keys(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+def differing_keys(previous: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
     """List the keys in which two identities differ, for messages; those of the recipe as the user writes them.
 
     Args:
-        begun: Identity of the work.
+        previous: Identity of the work.
         identity: Identity of this run.
 
     Returns:
         Dotted keys, sorted and joined by commas.
     """
-    old, new = _leaves(begun), _leaves(identity)
+    old, new = _leaves(previous), _leaves(identity)
     return ", ".join(sorted(k.removeprefix("recipe.") for k in {*old, *new} if old.get(k) != new.get(k)))
 
 

@@ -16,19 +16,19 @@ _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.S | re.M)
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeResult:
     """Updated text of a README.md.
 
     Attributes:
         text: The new text.
-        kept: Metadata keys that keep a value edited by the user, which differs from Laconic's.
+        user_keys: Metadata keys that keep a value edited by the user, which differs from Laconic's.
     """
 
     text: str
-    kept: tuple[str, ...] = ()
+    user_keys: tuple[str, ...] = ()
 
 
-def merge(old: str | None, metadata: Mapping[str, Any], body: str, written: Sequence[Mapping[str, Any]]) -> Merged:
+def merge(old: str | None, metadata: Mapping[str, Any], body: str, written: Sequence[Mapping[str, Any]]) -> MergeResult:
     """Merge new metadata and a new body into the text of a README.md.
 
     Args:
@@ -46,7 +46,7 @@ def merge(old: str | None, metadata: Mapping[str, Any], body: str, written: Sequ
     """
     marked = f"{BEGIN}\n{body.strip()}\n{END}"
     if old is None:
-        return Merged(f"---\n{_dump(metadata)}---\n\n{marked}\n")
+        return MergeResult(f"---\n{_dump(metadata)}---\n\n{marked}\n")
     if len(_MARKED.findall(old)) != 1:
         raise ValueError(
             "it lacks the marks of Laconic or has them twice, so its text is kept; delete it to get a new one"
@@ -60,11 +60,11 @@ def merge(old: str | None, metadata: Mapping[str, Any], body: str, written: Sequ
                 merged[key] = metadata[key]
             else:
                 merged.pop(key, None)
-    kept = tuple(key for key in metadata if merged.get(key) != metadata[key])
+    user_keys = tuple(key for key in metadata if merged.get(key) != metadata[key])
     rest = _MARKED.sub(lambda _: marked, old[front.end() :] if front else old)
     if front and merged == current:
-        return Merged(front[0] + rest, kept)
-    return Merged(f"---\n{_dump(merged)}---\n{rest}", kept)
+        return MergeResult(front[0] + rest, user_keys)
+    return MergeResult(f"---\n{_dump(merged)}---\n{rest}", user_keys)
 
 
 def _dump(metadata: Mapping[str, Any]) -> str:

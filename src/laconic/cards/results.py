@@ -89,17 +89,17 @@ def _texts(results: Results) -> list[Mapping[str, Any]]:
 def _text_scores(results: Results) -> Iterator[EvalResult]:
     for result in _texts(results):
         text = str(result["text"])
-        known = HUB_TEXTS.get(text, {"dataset": Path(text).name})
+        spec = HUB_TEXTS.get(text, {"dataset": Path(text).name})
         how = {key: result[key] for key in ("context_length", "windows", "dtype")}
         for key, (metric, title) in _TEXT_METRICS.items():
             value = result.get(key)
             if value is not None and math.isfinite(value):
                 yield EvalResult(
                     task_type="text-generation",
-                    dataset_type=known["dataset"],
+                    dataset_type=spec["dataset"],
                     dataset_name=Path(text).name,
-                    dataset_config=known.get("config"),
-                    dataset_split=known.get("split"),
+                    dataset_config=spec.get("config"),
+                    dataset_split=spec.get("split"),
                     metric_type=metric,
                     metric_name=f"{title} ({result['context_length']} tokens)",
                     metric_value=value,

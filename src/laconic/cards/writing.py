@@ -56,8 +56,8 @@ def write_cards(
         tokenizer = load_tokenizer(folder, trust=trust)
         for texts in text_sets:
             entry = describe_set(texts, tokenizer)
-            known = (None, calibration.get("sha256"))
-            entry["changed"] = texts.key == "calibration" and entry.get("sha256") not in known
+            hashes = (None, calibration.get("sha256"))
+            entry["changed"] = texts.key == "calibration" and entry.get("sha256") not in hashes
             sets.append(entry)
     written = read_facts(folder).get("written", [])
     facts = {"base": describe_base(source), "sets": sets, "contamination": [], "written": written}
@@ -119,7 +119,7 @@ def check_against(
     if not text_sets:
         return []
     tokenizer = load_tokenizer(folder, trust=trust)
-    known = {s["key"]: s for s in facts["sets"]}
+    facts_by_key = {s["key"]: s for s in facts["sets"]}
     checks: list[dict[str, Any]] = []
     for texts in text_sets:
         about = {"set": texts.key}
@@ -128,7 +128,7 @@ def check_against(
         except (ValueError, OSError) as e:
             checks += [{**about, "against": name, "unchecked": " ".join(str(e).split())} for name, _ in named]
             continue
-        if digest(ids) != known.get(texts.key, {}).get("sha256", digest(ids)):
+        if digest(ids) != facts_by_key.get(texts.key, {}).get("sha256", digest(ids)):
             reason = "the set has changed since it was used"
             checks += [{**about, "against": name, "unchecked": reason} for name, _ in named]
             continue
@@ -183,8 +183,10 @@ def _write(folder: Path, facts: dict[str, Any], trust: Trust, name: str | None =
         # the next merge still recognizes either as Laconic's own.
         write_facts(folder, {**facts, "written": [*(w for w in written[-1:] if w != metadata), metadata]})
         write_text(file, merged.text)
-        if merged.kept:
-            remarks.append(f"{README} of {name} keeps the metadata that was edited by hand: {', '.join(merged.kept)}")
+        if merged.user_keys:
+            remarks.append(
+                f"{README} of {name} keeps the metadata that was edited by hand: {', '.join(merged.user_keys)}"
+            )
         return remarks
     write_facts(folder, facts)
     return remarks

@@ -262,6 +262,8 @@ def load_tokenizer(folder: Path, *, trust: Trust = UNTRUSTED) -> PreTrainedToken
     if not any(
         (folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     ):
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder / 'config.json'} is missing; is {folder} a Hugging Face model folder?")
         raise ValueError(f"{folder} has no tokenizer (tokenizer.json); copy the original model's tokenizer files there")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
@@ -302,8 +304,6 @@ def model_folder(name: str, *, trust: Trust = UNTRUSTED) -> Path:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ValueError(f"{path / 'config.json'} is missing; is {path} a Hugging Face model folder?")
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"no model folder '{name}'; give a folder with config.json, or a Hub name like owner/model")

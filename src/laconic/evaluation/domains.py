@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from laconic.artifact.artifact import Artifact
-from laconic.evaluation.bootstrap import SEED, describe_intervals
+from laconic.evaluation.bootstrap import describe_intervals
 from laconic.evaluation.fidelity import observe
 from laconic.evaluation.file_names import slug
-from laconic.evaluation.models import name_of_dtype, open_pair
+from laconic.evaluation.models import describe_run, name_of_dtype, open_pair
 from laconic.evaluation.options import DomainOptions
 from laconic.evaluation.text import read_windows, summarize
-from laconic.pipeline.provenance import command_line, versions
 
 
 def parse_domains(arguments: Sequence[str]) -> dict[str, str]:
@@ -81,11 +80,7 @@ def evaluate_domains(model: str | Path, options: DomainOptions) -> dict[str, Any
         "stride": pair.length,
         "dtype": name_of_dtype(pair.model.dtype),
         "intervals": describe_intervals("windows"),
-        "seconds": round(time.monotonic() - start, 2),
-        "device": pair.device,
-        "seed": SEED,
-        "command": command_line(),
-        "versions": versions(),
+        **describe_run(pair, start),
     }
     artifact = Artifact(pair.folder)
     if artifact.recipe is not None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from laconic.checkpoint.source import load_tokenizer, model_folder
+from laconic.evaluation.bootstrap import SEED
 from laconic.evaluation.options import DomainOptions, TextOptions
+from laconic.pipeline.provenance import command_line, versions
 from laconic.runtime.reading import load
 
 
@@ -64,6 +68,22 @@ def open_pair(model: str | Path, options: TextOptions | DomainOptions) -> ModelP
             f"baseline {options.baseline} has another vocabulary than {model}; name the original of this artifact"
         )
     return ModelPair(folder, tokenizer, opened, baseline, length, device)
+
+
+def describe_run(pair: ModelPair, start: float) -> dict[str, Any]:
+    """Return the keys of a result that describe the run: time, device, seed, command and versions.
+
+    Args:
+        pair: The models.
+        start: Start of the run by the monotonic clock, in seconds.
+    """
+    return {
+        "seconds": round(time.monotonic() - start, 2),
+        "device": pair.device,
+        "seed": SEED,
+        "command": command_line(),
+        "versions": versions(),
+    }
 
 
 def device_named(name: str) -> str:

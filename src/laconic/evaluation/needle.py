@@ -221,6 +221,6 @@ def find_needles(
                 texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
                 hits += [is_found(text, prompt.number) for text, prompt in zip(texts, batch, strict=True)]
             for i, depth in enumerate(depths):
-                found = sum(hits[i * o.trials : (i + 1) * o.trials])
-                cells[name].append(Cell(length, depth, found, o.trials))
+                count = sum(hits[i * o.trials : (i + 1) * o.trials])
+                cells[name].append(Cell(length, depth, count, o.trials))
     return cells

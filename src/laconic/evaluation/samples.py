@@ -32,8 +32,8 @@ def write_samples(pair: ModelPair, windows: Tensor, count: int) -> list[dict[str
         raise ValueError(f"--generate {count} is more than the {len(windows)} windows of the text; ask for fewer")
     length = windows.shape[1]
     new_tokens = min(NEW_TOKENS, length // 2)
-    chosen = torch.linspace(0, len(windows) - 1, count).long()
-    prompts = windows[chosen, : min(OPENING_TOKENS, length - new_tokens)]
+    positions = torch.linspace(0, len(windows) - 1, count).long()
+    prompts = windows[positions, : min(OPENING_TOKENS, length - new_tokens)]
     models = {"written": pair.model} | ({"original": pair.baseline} if pair.baseline is not None else {})
     return [
         {"prompt": _decode(pair.tokenizer, prompt)}

@@ -13,13 +13,12 @@ from laconic.artifact.artifact import Artifact
 from laconic.artifact.size import measure_size
 from laconic.checkpoint.source import model_folder
 from laconic.data.text import HUB_TEXTS, evaluation_windows, read_documents
-from laconic.evaluation.bootstrap import SEED, describe_intervals
+from laconic.evaluation.bootstrap import describe_intervals
 from laconic.evaluation.calibration import compare_calibration
 from laconic.evaluation.fidelity import Observation, observe
-from laconic.evaluation.models import ModelPair, name_of_dtype, open_pair
+from laconic.evaluation.models import ModelPair, describe_run, name_of_dtype, open_pair
 from laconic.evaluation.options import TextOptions
 from laconic.evaluation.samples import write_samples
-from laconic.pipeline.provenance import command_line, versions
 
 # Keys that a result of samples has in common with the result of the same run.
 _SHARED_KEYS = ("model", "baseline", "text", "context_length", "dtype", "device", "command", "versions")
@@ -59,11 +58,7 @@ def evaluate_text(model: str | Path, options: TextOptions | None = None) -> dict
         **summarize(observation),
         "intervals": describe_intervals("windows"),
         **asdict(measure_size(pair.folder, trust=options.trust)),
-        "seconds": round(time.monotonic() - start, 2),
-        "device": pair.device,
-        "seed": SEED,
-        "command": command_line(),
-        "versions": versions(),
+        **describe_run(pair, start),
     }
     if options.baseline:
         size = measure_size(model_folder(options.baseline, trust=options.trust), trust=options.trust)

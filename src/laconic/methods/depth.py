@@ -76,15 +76,15 @@ class Depth(ModelStage):
         blocks = list(model.get_submodule(name).children())
         influence = compute_influence(model, blocks, task.windows, self.batch_size, task.report)
         dropped = sorted(influence.argsort(stable=True)[: self._count(len(blocks))].tolist())
-        kept = [i for i in range(len(blocks)) if i not in dropped]
-        config = _shortened(raw, kept)
-        shortened = rebuild_model({**raw, **config}, _renumbered(tensors_of(model), name, kept), torch.float32)
+        remaining = [i for i in range(len(blocks)) if i not in dropped]
+        config = _shortened(raw, remaining)
+        shortened = rebuild_model({**raw, **config}, _renumbered(tensors_of(model), name, remaining), torch.float32)
         events = [
             {"event": "block_influence", "block": i, "influence": float(v), "dropped": i in dropped}
             for i, v in enumerate(influence)
         ]
         result = {"method": self.method, **parameter_counts(model, shortened), "dropped": dropped}
-        return ModelOutcome(shortened, config, events, {"pruning": result}, kept)
+        return ModelOutcome(shortened, config, events, {"pruning": result}, remaining)
 
     def _count(self, blocks: int) -> int:
         """Return the number of blocks to drop.
@@ -140,23 +140,23 @@ def compute_influence(
     return influence
 
 
-def _shortened(raw: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+def _shortened(raw: Mapping[str, Any], remaining: Sequence[int]) -> dict[str, Any]:
     """Return the keys of config.json that change: the number of blocks, and lists with an item per block."""
     config = make_config(raw)
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     count = getattr(config, key)
-    changed: dict[str, Any] = {key: len(kept)}
-    changed |= {k: [v[i] for i in kept] for k, v in raw.items() if isinstance(v, list) and len(v) == count}
+    changed: dict[str, Any] = {key: len(remaining)}
+    changed |= {k: [v[i] for i in remaining] for k, v in raw.items() if isinstance(v, list) and len(v) == count}
     types = getattr(config, "layer_types", None)
-    kept_types = [types[i] for i in kept] if types else None
-    if types and getattr(make_config({**raw, **changed}), "layer_types", None) != kept_types:
-        changed["layer_types"] = kept_types
+    remaining_types = [types[i] for i in remaining] if types else None
+    if types and getattr(make_config({**raw, **changed}), "layer_types", None) != remaining_types:
+        changed["layer_types"] = remaining_types
     return changed
 
 
-def _renumbered(tensors: Mapping[str, Tensor], blocks: str, kept: Sequence[int]) -> dict[str, Tensor]:
-    """Rename tensors for a model of the kept blocks alone."""
-    new_numbers = {old: i for i, old in enumerate(kept)}
+def _renumbered(tensors: Mapping[str, Tensor], blocks: str, remaining: Sequence[int]) -> dict[str, Tensor]:
+    """Rename tensors for a model of the remaining blocks alone."""
+    new_numbers = {old: i for i, old in enumerate(remaining)}
     out = {}
     for name, tensor in tensors.items():
         number, _, rest = name.removeprefix(f"{blocks}.").partition(".")

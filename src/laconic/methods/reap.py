@@ -27,7 +27,7 @@ from laconic.stages.model import (
 )
 from laconic.stages.stage import Needs
 from laconic.structure.experts import Experts, routers_of
-from laconic.structure.hooks import Hook, forward_hooks, forward_pre_hooks
+from laconic.structure.hooks import Hook, forward_hooks
 
 
 class Reap(ModelStage):
@@ -63,14 +63,16 @@ class Reap(ModelStage):
         config = self._keys(raw, model)
         scores = compute_saliency(model, task.windows, self.batch_size, task.report)
         remaining = self._remaining(model)
-        kept = {name: s.argsort(descending=True, stable=True)[:remaining].sort().values for name, s in scores.items()}
-        pruned = rebuild_model({**raw, **config}, _remove_experts(model, kept), torch.float32)
+        numbers = {
+            name: s.argsort(descending=True, stable=True)[:remaining].sort().values for name, s in scores.items()
+        }
+        pruned = rebuild_model({**raw, **config}, _remove_experts(model, numbers), torch.float32)
         events = [
             {
                 "event": "experts",
                 "experts": name,
                 "saliency": [float(v) for v in s],
-                "dropped": sorted({*range(len(s))} - {*kept[name].tolist()}),
+                "dropped": sorted({*range(len(s))} - {*numbers[name].tolist()}),
             }
             for name, s in scores.items()
         ]
@@ -217,15 +219,15 @@ def _accumulating(
                 tokens[name][number] += len(gates)
 
             post_hooks.append((getattr(expert, experts.names.down), add_saliency))
-    with forward_pre_hooks(pre_hooks, with_kwargs=True), forward_hooks(post_hooks):
+    with forward_hooks(pre_hooks, before=True, with_kwargs=True), forward_hooks(post_hooks):
         yield
 
 
-def _remove_experts(model: PreTrainedModel, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _remove_experts(model: PreTrainedModel, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove dropped experts from parameters and buffers, and their entries in the router and other tensors."""
     tensors, layers = tensors_of(model), _layers(model)
     out: dict[str, Tensor] = {}
-    new_numbers = {n: {int(old): i for i, old in enumerate(k)} for n, k in kept.items()}
+    new_numbers = {n: {int(old): i for i, old in enumerate(k)} for n, k in numbers.items()}
     routers = _routers(model)
     for name, tensor in tensors.items():
         path = name.rpartition(".")[0]
@@ -239,5 +241,5 @@ def _remove_experts(model: PreTrainedModel, kept: Mapping[str, Tensor]) -> dict[
         beside = next((n for n in layers if name.startswith(f"{n.rpartition('.')[0]}.")), None)
         owner = routers.get(path) or (beside if tensor.dim() == 1 else None)
         count = len(layers[owner]) if owner else -1
-        out[name] = tensor[kept[owner].to(tensor.device)] if owner and len(tensor) == count else tensor
+        out[name] = tensor[numbers[owner].to(tensor.device)] if owner and len(tensor) == count else tensor
     return out

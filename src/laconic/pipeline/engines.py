@@ -43,16 +43,16 @@ def quantization_config(
 
     def describe(written: Mapping[str, Scheme]) -> dict[str, Any]:
         by_name = {n: s for name, s in written.items() for n in dict.fromkeys((name, names[name]))}
-        known = dict.fromkeys(n for pair in names.items() for n in pair)
+        all_names = dict.fromkeys(n for pair in names.items() for n in pair)
         kinds = {written.get(n) for n in inside}
         if len(kinds) == len(leaves) == 1:
             # One pattern stands for thousands of experts; transformers finds their scheme by it.
             pattern = rf"re:.*\.{next(iter(leaves))}\.\d+\..*"
             if (scheme := kinds.pop()) is None:
-                known = dict.fromkeys([*(n for n in known if not re.match(pattern[3:], n)), pattern])
+                all_names = dict.fromkeys([*(n for n in all_names if not re.match(pattern[3:], n)), pattern])
             else:
                 by_name[pattern] = scheme
-        config = to_config(by_name, [*known, *(n for n in extra if n not in known)])
+        config = to_config(by_name, [*all_names, *(n for n in extra if n not in all_names)])
         # transformers opens these only when it decodes them while loading, which it does for one scheme only.
         return config | ({"dequantize": True} if unusual else {})
 

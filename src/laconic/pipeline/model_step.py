@@ -56,7 +56,7 @@ def run_model_step(
     Raises:
         ValueError: if the stage cannot treat the model.
     """
-    begun = time.monotonic()
+    start = time.monotonic()
     stage, folder = _stage(step), before or pipeline.source.folder
     torch.manual_seed(pipeline.recipe.seed)
     with Workspace(step.output, step.identity, 0, overwrite=overwrite) as workspace:
@@ -75,7 +75,7 @@ def run_model_step(
         _save_results(workspace.folder, outcome)
         artifact = Artifact(workspace.folder)
         artifact.save_result(
-            "compress", account(begun, task.device, pipeline.recipe.seed, earlier=before, simulated=False)
+            "compress", account(start, task.device, pipeline.recipe.seed, earlier=before, simulated=False)
         )
         remaining = {k: v for k, v in config.items() if v is not None or k not in outcome.config}
         workspace.finish(remaining, folder, carried=before, describe=describe)
@@ -191,6 +191,6 @@ def _stored(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor]
     names: dict[Tensor, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         names.setdefault(tensor, []).append(name)
-    known = checkpoint.tensors
-    parameters = {next((n for n in same if n in known), same[0]): t.detach() for t, same in names.items()}
-    return parameters | {n: t for n, t in model.named_buffers() if n in known}
+    tensors = checkpoint.tensors
+    parameters = {next((n for n in same if n in tensors), same[0]): t.detach() for t, same in names.items()}
+    return parameters | {n: t for n, t in model.named_buffers() if n in tensors}

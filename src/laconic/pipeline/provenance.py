@@ -49,12 +49,12 @@ def identify(recipe: Recipe, source: Source, windows: Tensor | None) -> dict[str
 
 
 def account(
-    begun: float, device: torch.device, seed: int, *, earlier: Path | None = None, **more: Any
+    start: float, device: torch.device, seed: int, *, earlier: Path | None = None, **more: Any
 ) -> dict[str, Any]:
     """Return `results/compress.json`: time, memory, device, command and versions.
 
     Args:
-        begun: of this step, by the monotonic clock, in seconds.
+        start: of this step, by the monotonic clock, in seconds.
         device: that computed.
         seed: of the recipe.
         earlier: the artifact of the step before, whose time and memory count too.
@@ -62,7 +62,7 @@ def account(
     """
     before = Artifact(earlier).results["compress"] if earlier else {"seconds": 0.0, "peak_memory_bytes": 0}
     return {
-        "seconds": round(time.monotonic() - begun + before["seconds"], 2),
+        "seconds": round(time.monotonic() - start + before["seconds"], 2),
         "peak_memory_bytes": max(_peak_memory(device), before["peak_memory_bytes"]),
         "device": _device_name(device),
         "threads": torch.get_num_threads(),

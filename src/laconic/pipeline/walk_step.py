@@ -151,7 +151,7 @@ def run_walk(
     Raises:
         ValueError: if a stage cannot treat a block, or the activations hold NaN or infinity.
     """
-    begun = time.monotonic()
+    start = time.monotonic()
     recipe, plan, source = walk.recipe, walk.plan, walk.source
     torch.manual_seed(recipe.seed)
     windows = windows if plan.calibrates else None
@@ -177,7 +177,7 @@ def run_walk(
     Artifact(workspace.folder).save_result(
         "compress",
         account(
-            begun,
+            start,
             settings.device,
             recipe.seed,
             resumed_shards=resumed,

@@ -102,19 +102,19 @@ def ablations(entries: Sequence[ReportEntry]) -> list[str]:
     for text, part, figure in parts[:4]:
         for axis in axes:
             if axis != "seed" and len({str(e.values.get(axis)) for e in part if axis in e.values}) > 1:
-                others = [a for a in axes if a not in (axis, "seed")]
+                other_axes = [a for a in axes if a not in (axis, "seed")]
                 title = f"By {axis}" + (f", on {Path(text).name}" if len(settings) > 1 else "")
-                charts.append(_ablation(title, part, axis, others, figure))
+                charts.append(_ablation(title, part, axis, other_axes, figure))
     return [c for c in charts if c]
 
 
-def _ablation(title: str, entries: Sequence[ReportEntry], axis: str, others: Sequence[str], figure: str) -> str:
+def _ablation(title: str, entries: Sequence[ReportEntry], axis: str, other_axes: Sequence[str], figure: str) -> str:
     within = [e for e in entries if axis in e.values]
     values = list(dict.fromkeys(format_value(e.values[axis]) for e in within))
     numbers = all(isinstance(e.values[axis], int | float) and not isinstance(e.values[axis], bool) for e in within)
     lines: dict[str, dict[str, list[float]]] = {}
     for e in within:
-        line = ", ".join(format_value(e.values[o]) for o in others if o in e.values)
+        line = ", ".join(format_value(e.values[o]) for o in other_axes if o in e.values)
         assert e.quality is not None
         lines.setdefault(line, {}).setdefault(format_value(e.values[axis]), []).append(e.quality[figure])
     position: Callable[[str], float] = float if numbers else values.index

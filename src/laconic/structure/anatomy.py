@@ -24,7 +24,7 @@ from laconic.structure.hooks import (
     StopForward,
     capture_inputs,
     capture_outputs,
-    forward_pre_hooks,
+    forward_hooks,
     patched_forwards,
 )
 
@@ -299,7 +299,7 @@ def _trace(block: nn.Module, call: BlockCall, hidden: Tensor) -> tuple[tuple[Tap
 
         return hook
 
-    hooks = forward_pre_hooks((linear, group_by_input(name)) for name, linear in linears.items())
+    hooks = forward_hooks(((linear, group_by_input(name)) for name, linear in linears.items()), before=True)
     with torch.no_grad(), hooks, capture_outputs({"block": block}) as outputs:
         call.to("meta")(block, hidden.to("meta"))
     taps = tuple(Tap(tuple(names), enclosing_experts(block, names[0])) for _, names in groups)

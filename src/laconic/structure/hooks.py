@@ -25,32 +25,21 @@ class _Handle(Protocol):
 
 
 @contextmanager
-def forward_hooks(hooks: Iterable[tuple[nn.Module, Hook]], *, with_kwargs: bool = False) -> Iterator[None]:
-    """Call each hook after the forward pass of its module.
+def forward_hooks(
+    hooks: Iterable[tuple[nn.Module, Hook]], *, before: bool = False, with_kwargs: bool = False
+) -> Iterator[None]:
+    """Call each hook after the forward pass of its module, or before it.
 
     Args:
         hooks: Pairs of a module and its hook.
+        before: Whether the hooks are forward pre-hooks.
         with_kwargs: Whether hooks get the keyword arguments of the forward pass too.
 
     Yields:
         Nothing; the hooks are removed when the context ends.
     """
-    with _removed_at_exit(module.register_forward_hook(hook, with_kwargs=with_kwargs) for module, hook in hooks):
-        yield
-
-
-@contextmanager
-def forward_pre_hooks(hooks: Iterable[tuple[nn.Module, Hook]], *, with_kwargs: bool = False) -> Iterator[None]:
-    """Call each hook before the forward pass of its module.
-
-    Args:
-        hooks: Pairs of a module and its hook.
-        with_kwargs: Whether hooks get the keyword arguments of the forward pass too.
-
-    Yields:
-        Nothing; the hooks are removed when the context ends.
-    """
-    with _removed_at_exit(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs) for module, hook in hooks):
+    register = nn.Module.register_forward_pre_hook if before else nn.Module.register_forward_hook
+    with _removed_at_exit(register(module, hook, with_kwargs=with_kwargs) for module, hook in hooks):
         yield
 
 
@@ -98,7 +87,7 @@ def capture_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tenso
 
         return hook
 
-    with forward_pre_hooks((module, recorder(name)) for name, module in modules.items()):
+    with forward_hooks(((module, recorder(name)) for name, module in modules.items()), before=True):
         yield inputs
 
 

@@ -60,5 +60,5 @@ def most_important(importance: Sequence[Sequence[float]], share: float) -> list[
         share: of all heads, at least one head.
     """
     ranked = sorted((-value, block, h) for block, values in enumerate(importance) for h, value in enumerate(values))
-    chosen = ranked[: max(1, round(share * len(ranked)))]
-    return [sorted(h for _, b, h in chosen if b == block) for block in range(len(importance))]
+    selection = ranked[: max(1, round(share * len(ranked)))]
+    return [sorted(h for _, b, h in selection if b == block) for block in range(len(importance))]

@@ -107,10 +107,10 @@ def protect_heads(plan: Plan, number: int, importance: Sequence[Sequence[float]]
     stage = plan.stages[number]
     assert isinstance(stage, PruningStage)
     assert stage.protect is not None
-    chosen = most_important(importance, stage.protect.heads)
+    numbers_by_block = most_important(importance, stage.protect.heads)
     return {
         f"{plan.anatomy.block_name(i)}.{n}": {"heads": numbers}
-        for i, (heads, numbers) in enumerate(zip(plan.heads, chosen, strict=True))
+        for i, (heads, numbers) in enumerate(zip(plan.heads, numbers_by_block, strict=True))
         for n in (*heads.rows, heads.output)
         if numbers
     }
