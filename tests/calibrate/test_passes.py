@@ -11,7 +11,8 @@ from torch import nn
 from artifacts import original, tokens
 from laconic.calibrate.passes import Passes
 from laconic.calibrate.stream import Stream
-from laconic.structure.anatomy import Anatomy, BlockCall, capture_calls, dissect
+from laconic.structure.anatomy import Anatomy, dissect
+from laconic.structure.calls import BlockCall, capture_calls
 from tiny import make_model
 
 IDS = tokens(6, 24)

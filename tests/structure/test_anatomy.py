@@ -11,7 +11,8 @@ from transformers import AutoConfig, LlamaModel, PreTrainedModel
 
 from artifacts import original, tokens
 from laconic.checkpoint.source import build_skeleton
-from laconic.structure.anatomy import capture_calls, compute_head_input, dissect
+from laconic.structure.anatomy import compute_head_input, dissect
+from laconic.structure.calls import capture_calls
 from tiny import ARCHITECTURES, make_model
 
 ATTENTION = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)]

@@ -22,7 +22,7 @@ from laconic.calibrate.stream import Stream
 from laconic.kv.format import KvFormat, StaticParams, decode_kv, encode_kv
 from laconic.kv.positions import TokenPositions
 from laconic.solvers.rotate import rotate
-from laconic.structure.anatomy import BlockCall
+from laconic.structure.calls import BlockCall
 
 _NAME = "laconic_capture"
 
@@ -226,7 +226,7 @@ def capture_attention(
     picked = torch.linspace(0, len(stream.hidden) - 1, min(_SAMPLES, len(stream.hidden))).long().unique()
     with _recorded_attention(config) as calls:
         for i in picked.tolist():
-            call(block, stream.hidden[i : i + 1].to(device))
+            call(block, stream.hidden[i : i + 1].to(device), slice(i, i + 1))
     if len(calls) != len(picked):
         raise ValueError(
             f"cannot record the attention of '{config.get_text_config().model_type}', which a calibrated cache needs; "

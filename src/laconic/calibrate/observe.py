@@ -11,7 +11,8 @@ from laconic.calibrate.passes import Passes
 from laconic.calibrate.stream import Stream
 from laconic.runtime.linear import QLinear
 from laconic.solvers.moments import Moments
-from laconic.structure.anatomy import BlockCall, Tap
+from laconic.structure.anatomy import Tap
+from laconic.structure.calls import BlockCall
 
 
 def observe(
@@ -86,5 +87,5 @@ def advance_stream(block: nn.Module, call: BlockCall, stream: Stream, device: to
         stream: hidden states before the block, changed in place.
         device: where to compute.
     """
-    for hidden in stream.batches():
-        hidden.copy_(call(block, hidden.to(device)))
+    for samples, hidden in stream.numbered_batches():
+        hidden.copy_(call(block, hidden.to(device), samples))

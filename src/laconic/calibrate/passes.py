@@ -18,7 +18,8 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from laconic.calibrate.stream import Stream
-from laconic.structure.anatomy import BlockCall, Tap
+from laconic.structure.anatomy import Tap
+from laconic.structure.calls import BlockCall
 from laconic.structure.hooks import patched_forwards
 
 
@@ -28,12 +29,14 @@ class _Pass:
 
     Attributes:
         batch: hidden states before the block, a view into the stream.
+        samples: numbers of the samples of the batch.
         run: the running pass; None before it starts.
         halt: the tap before which the pass halts, and the input of the tap's linears.
         output: hidden states after the block, once the pass has ended.
     """
 
     batch: Tensor
+    samples: slice
     run: greenlet | None = None
     halt: tuple[Tap, Tensor] | None = None
     output: Tensor | None = None
@@ -72,7 +75,7 @@ class Passes:
     _patches: ExitStack = field(init=False, default_factory=ExitStack)
 
     def __post_init__(self) -> None:
-        self._passes = [_Pass(batch) for batch in self.stream.batches()]
+        self._passes = [_Pass(batch, samples) for samples, batch in self.stream.numbered_batches()]
         self._order = {tap: i for i, tap in enumerate(self.taps)}
         self._halt_taps = frozenset(self.taps)
         forwards = [(self.block.get_submodule(tap.linears[0]), self._halting_forward(tap)) for tap in self.taps]
@@ -144,7 +147,7 @@ class Passes:
     def _run_to_halt(self, batch: _Pass) -> None:
         """Start or resume a pass; it runs until it halts at the next tap, or ends."""
         if batch.run is None:
-            batch.run = greenlet(lambda: self.call(self.block, batch.batch.to(self.device)))
+            batch.run = greenlet(lambda: self.call(self.block, batch.batch.to(self.device), batch.samples))
         result: Any = batch.run.switch()
         if batch.run.dead:
             batch.halt, batch.output = None, result

@@ -28,6 +28,11 @@ class Stream:
         """Yield views of `batch` samples each."""
         yield from self.hidden.split(self.batch)
 
+    def numbered_batches(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the numbers of the samples of each batch, and its view."""
+        starts = range(0, len(self.hidden), self.batch)
+        yield from ((slice(i, i + self.batch), batch) for i, batch in zip(starts, self.batches(), strict=True))
+
 
 @dataclass(frozen=True)
 class StreamStorage:

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import build_glob_alternation
 
 from laconic.checkpoint.files import (
     ADAPTER_CONFIG,
@@ -158,11 +159,25 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust: Trust
     causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     if causal and not any(causal):
         raise ValueError(unsupported)
+    _keep_in_float32(model, dtype)
     unwrap_conv1d(model)
     unstack_experts(model)
     model.tie_weights()
     model.eval()
     return model
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the parameters float32 that transformers loads in it whatever the dtype (biases of routers)."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, _, _ = build_glob_alternation(list(plan))
+    for name, parameter in list(model.named_parameters()):
+        if pattern.search(name) and parameter.dtype != torch.float32:
+            path, _, leaf = name.rpartition(".")
+            kept = nn.Parameter(parameter.data.to(torch.float32), requires_grad=parameter.requires_grad)
+            setattr(model.get_submodule(path), leaf, kept)
 
 
 def arrange_source(source: Source, model: PreTrainedModel) -> Source:

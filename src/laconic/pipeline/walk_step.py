@@ -101,6 +101,11 @@ def plan_walk(recipe: Recipe, source: Source, first: int, trust: Trust) -> Walk:
     check_complete(model, source.checkpoint)
     plan = make_plan(model, dissect(model), recipe.stages, first, Deployment(recipe.tensor_parallel))
     check_experts(plan, bool(recipe.calibration and recipe.calibration.moe_calibrate_all_experts))
+    if plan.calibrates and plan.anatomy.obstacle:
+        raise ValueError(
+            f"blocks of '{source.config.model_type}' {plan.anatomy.obstacle}, so that {plan.calibration_reason} cannot "
+            "observe them one by one; use methods without calibration (rtn)"
+        )
     return Walk(recipe, source, model, plan, extra_names(source.checkpoint, model))
 
 

@@ -19,7 +19,8 @@ from laconic.formats.schemes import Activations, Scheme
 from laconic.solvers.moments import non_finite_error
 from laconic.stages.linear import Outcome, WeightStage
 from laconic.stages.stage import Needs, Scope
-from laconic.structure.anatomy import BlockCall, Tap, linear_at
+from laconic.structure.anatomy import Tap, linear_at
+from laconic.structure.calls import BlockCall, Samples
 from laconic.structure.experts import calibrate_all_experts
 from laconic.structure.links import Link, fold
 
@@ -178,24 +179,24 @@ class Block:
         acts = {n: scheme.input_activations if scheme else None for n, scheme in self.schemes.items()}
         return {n: a if a and not a.calibrated else None for n, a in acts.items()}
 
-    def run(self, hidden: Tensor, module: nn.Module | None = None) -> Tensor:
-        """Return the block's output (samples, tokens, hidden), on the block's device.
+    def run(self, samples: Samples, module: nn.Module | None = None) -> Tensor:
+        """Return the block's output (samples, tokens, hidden) for samples of the stream, on the block's device.
 
         Args:
-            hidden: (samples, tokens, hidden), on any device.
+            samples: their numbers.
             module: runs in place of the block, such as a changed copy.
         """
-        return self.call(module or self.module, hidden.to(self.device))
+        return self.call(module or self.module, self.stream.hidden[samples].to(self.device), samples)
 
     def sample(self, tokens: int) -> Tensor:
-        """Return evenly spaced samples of the stream, (samples, tokens, hidden), at least one.
+        """Return the numbers of evenly spaced samples of the stream, at least one.
 
         Args:
             tokens: number of tokens in all samples together, about.
         """
         hidden = self.stream.hidden
         count = max(1, min(len(hidden), tokens // hidden.shape[1]))
-        return hidden[torch.linspace(0, len(hidden) - 1, count).long()]
+        return torch.linspace(0, len(hidden) - 1, count).long()
 
 
 class BlockStage(WeightStage):

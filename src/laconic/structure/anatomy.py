@@ -6,7 +6,6 @@ found by running it on the meta device, where a tensor has an identity but no me
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
+from laconic.structure.calls import BlockCall, capture_calls, copy_to_meta, zero_embeddings
 from laconic.structure.experts import enclosing_experts, routers_of
 from laconic.structure.hooks import (
     Hook,
@@ -26,6 +24,7 @@ from laconic.structure.hooks import (
     capture_outputs,
     forward_hooks,
     patched_forwards,
+    watched_weights,
 )
 
 
@@ -51,16 +50,21 @@ class Anatomy:
         taps: Taps of each block, in order of execution.
         head: Name of the linear that computes logits.
         tied: Whether the head shares its weight with the embeddings.
-        wrapped: Whether a block returns its hidden states in a tuple.
+        outputs: Number of values that a block returns in a tuple; 0 if it returns hidden states alone.
         routers: Full names of modules that weigh experts or a shared expert; they are not compressed.
+        bare: Full names of linears in blocks that are never called, or whose weight the model reads itself (Mamba's
+            `dt_proj`); they cannot hold codes.
+        obstacle: Why blocks cannot be run alone on calibration samples; None where they can.
     """
 
     blocks: str
     taps: tuple[tuple[Tap, ...], ...]
     head: str
     tied: bool
-    wrapped: bool = False
+    outputs: int = 0
     routers: frozenset[str] = frozenset()
+    bare: frozenset[str] = frozenset()
+    obstacle: str | None = None
 
     def block_name(self, i: int) -> str:
         """Return the full name of block i.
@@ -72,36 +76,18 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
-class BlockCall:
-    """Arguments with which the model calls one of its blocks, apart from the hidden states.
-
-    They are the same for every calibration sample, since all samples have one length and no padding.
+class _Trace:
+    """What running one block on the meta device shows.
 
     Attributes:
-        args: Positional arguments after the hidden states.
-        kwargs: Keyword arguments (position embeddings, attention mask).
+        taps: Linears with one input, in order of execution.
+        outputs: Number of values that the block returns in a tuple; 0 if it returns hidden states alone.
+        bare: Linears that are never called, or whose weight is read by other code than their own.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Run the block on hidden states (batch, tokens, hidden), and return those it computes."""
-        out = block(hidden, *self.args, **self.kwargs)
-        first: Tensor = out[0] if isinstance(out, tuple) else out
-        return first
-
-    def to(self, device: torch.device | str) -> BlockCall:
-        """Copy the call with its tensors on a device.
-
-        Args:
-            device: The device.
-
-        Returns:
-            A new call; tensors that are on the device already are shared.
-        """
-        move = lambda x: x.to(device) if isinstance(x, Tensor) else x  # noqa: E731
-        return BlockCall(tree_map(move, self.args), tree_map(move, self.kwargs))
+    taps: tuple[Tap, ...]
+    outputs: int
+    bare: frozenset[str]
 
 
 def dissect(model: PreTrainedModel) -> Anatomy:
@@ -120,10 +106,13 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     blocks = model.get_submodule(name)
     assert isinstance(blocks, nn.ModuleList)
     head = _find_head(model)
+    _check_unshared(model, blocks)
     try:
         # The embedding's weights may not be loaded; zeros replace its output.
-        hidden, calls = capture_calls(model, name, inputs_embeds=zero_embeddings(model, 1, 4))
-        traced = [_trace(block, call, hidden) for block, call in zip(blocks, calls, strict=True)]
+        embedded = zero_embeddings(model, 1, 4)
+        with watched_weights(blocks) as read:
+            hidden, calls = capture_calls(model, name, inputs_embeds=embedded)
+        traces = [_trace(block, call, hidden) for block, call in zip(blocks, calls, strict=True)]
     except ValueError:
         raise
     except Exception as e:
@@ -134,7 +123,16 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     embeddings = model.get_input_embeddings()
     tied = model.get_submodule(head).weight is embeddings.weight
     routers = frozenset(f"{name}.{i}.{router}" for i, block in enumerate(blocks) for router in routers_of(block))
-    return Anatomy(name, tuple(taps for taps, _ in traced), head, tied, any(w for _, w in traced), routers)
+    return Anatomy(
+        name,
+        tuple(trace.taps for trace in traces),
+        head,
+        tied,
+        max(trace.outputs for trace in traces),
+        routers,
+        frozenset(f"{name}.{n}" for n in read | {f"{i}.{n}" for i, trace in enumerate(traces) for n in trace.bare}),
+        _obstacle(hidden, embedded, calls),
+    )
 
 
 def observation_rounds(taps: Sequence[Tap]) -> list[list[Tap]]:
@@ -154,42 +152,6 @@ def observation_rounds(taps: Sequence[Tap]) -> list[list[Tap]]:
         leaves = tuple(n.rpartition(".")[2] for n in tap.linears)
         groups.setdefault((tap.experts, leaves) if tap.experts else tap, []).append(tap)
     return list(groups.values())
-
-
-def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) -> tuple[Tensor, list[BlockCall]]:
-    """Record the arguments with which the model calls its blocks, without running any block.
-
-    Weights outside the blocks that are not loaded (learned positions) are replaced by zeros.
-
-    Args:
-        model: The model.
-        blocks_name: Name of its ModuleList of blocks.
-        **inputs: Inputs of the model: `input_ids`, or `inputs_embeds`.
-
-    Returns:
-        Hidden states as the first block gets them, and one call per block.
-
-    Raises:
-        ValueError: The model does not call its blocks one after another.
-    """
-    blocks = model.get_submodule(blocks_name)
-    assert isinstance(blocks, nn.ModuleList)
-    calls: list[BlockCall] = []
-    first: list[Tensor] = []
-
-    def bypass(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not first:
-            first.append(hidden_states)
-        calls.append(BlockCall(args, kwargs))
-        if len(calls) == len(blocks):
-            raise StopForward
-        return hidden_states
-
-    with torch.no_grad(), suppress(StopForward), patched_forwards((block, bypass) for block in blocks):
-        functional_call(model, _zero_weights(model, blocks_name), kwargs={**inputs, "use_cache": False})
-    if len(calls) != len(blocks):
-        raise ValueError(f"unsupported architecture '{model.config.model_type}': its blocks are not called one by one")
-    return first[0], calls
 
 
 def block_signature(block: nn.Module, taps: Sequence[Tap]) -> Any:
@@ -218,7 +180,7 @@ def compute_head_input(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor)
     """
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    output = (hidden,) if anatomy.wrapped else hidden
+    output = (hidden, *[None] * (anatomy.outputs - 1)) if anatomy.outputs else hidden
 
     def skip_block(*_: Any, **__: Any) -> Any:
         return output
@@ -255,36 +217,9 @@ def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
-def zero_embeddings(model: PreTrainedModel, samples: int, tokens: int) -> Tensor:
-    """Make embeddings of zeros.
-
-    Args:
-        model: The model, for their width and dtype.
-        samples: Number of samples.
-        tokens: Number of tokens of each.
-
-    Returns:
-        (samples, tokens, hidden), in the dtype of the model, on the CPU.
-    """
-    embeddings = model.get_input_embeddings().weight
-    assert isinstance(embeddings, Tensor)
-    return torch.zeros(samples, tokens, embeddings.shape[1], dtype=model.dtype)
-
-
-def _zero_weights(model: PreTrainedModel, blocks: str) -> dict[str, Tensor]:
-    """Make zeros for unloaded parameters outside the blocks, the embeddings and the head."""
-    ends = [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
-    return {
-        n: torch.zeros_like(p, device="cpu")
-        for n, p in model.named_parameters()
-        if p.is_meta and not n.startswith(f"{blocks}.") and not any(p is end for end in ends)
-    }
-
-
-def _trace(block: nn.Module, call: BlockCall, hidden: Tensor) -> tuple[tuple[Tap, ...], bool]:
-    """Find the taps of a block, and whether it returns a tuple."""
-    # On the meta device a tensor has an identity but no memory, so that a block of any size can be traced.
-    block = copy.deepcopy(block).to("meta")
+def _trace(block: nn.Module, call: BlockCall, hidden: Tensor) -> _Trace:
+    """Run a block to find its taps, and the linears that cannot hold codes."""
+    block = copy_to_meta(block)
     linears = linears_of(block)
     # References are held while tracing: the id of a freed tensor would be used again.
     groups: list[tuple[Tensor, list[str]]] = []
@@ -300,10 +235,34 @@ def _trace(block: nn.Module, call: BlockCall, hidden: Tensor) -> tuple[tuple[Tap
         return hook
 
     hooks = forward_hooks(((linear, group_by_input(name)) for name, linear in linears.items()), before=True)
-    with torch.no_grad(), hooks, capture_outputs({"block": block}) as outputs:
+    with torch.no_grad(), watched_weights(block) as read, hooks, capture_outputs({"block": block}) as outputs:
         call.to("meta")(block, hidden.to("meta"))
-    taps = tuple(Tap(tuple(names), enclosing_experts(block, names[0])) for _, names in groups)
-    return taps, isinstance(outputs["block"], tuple)
+    called = [[n for n in dict.fromkeys(names) if n not in read] for _, names in groups]
+    taps = tuple(Tap(tuple(names), enclosing_experts(block, names[0])) for names in called if names)
+    bare = linears.keys() - {n for names in called for n in names}
+    returned = outputs["block"]
+    return _Trace(taps, len(returned) if isinstance(returned, tuple | list) else 0, frozenset(bare))
+
+
+def _obstacle(hidden: Tensor, embedded: Tensor, calls: Sequence[BlockCall]) -> str | None:
+    """Return why blocks cannot be run alone on calibration samples; None where they can."""
+    if any(call.linked for call in calls):
+        return "pass more than hidden states to later blocks"
+    if hidden.dim() != 3 or hidden.shape[:2] != embedded.shape[:2]:
+        return "take more than one hidden state of each token"
+    return None
+
+
+def _check_unshared(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
+    """Raise an error for blocks that share weights, which cannot be compressed one by one."""
+    first: dict[int, int] = {}
+    for i, block in enumerate(blocks):
+        for parameter in block.parameters():
+            if first.setdefault(id(parameter), i) != i:
+                raise ValueError(
+                    f"unsupported architecture '{model.config.model_type}': its blocks {first[id(parameter)]} and {i} "
+                    "share weights"
+                )
 
 
 def find_blocks(model: nn.Module) -> str:

@@ -138,6 +138,49 @@ def patched_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -
 
 
 @contextmanager
+def watched_weights(module: nn.Module) -> Iterator[set[str]]:
+    """Find linears whose weight is read by other code than their own forward pass.
+
+    Args:
+        module: Module that contains the linears; their classes are others while the context lasts.
+
+    Yields:
+        The names of the linears, filled while the context lasts.
+    """
+    read: set[str] = set()
+    linears = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+    classes = {n: type(m) for n, m in linears.items()}
+    try:
+        for name, linear in linears.items():
+            linear.__class__ = _watching(type(linear), name, read)
+        yield read
+    finally:
+        for name, linear in linears.items():
+            linear.__class__ = classes[name]
+
+
+def _watching(kind: type[nn.Linear], name: str, read: set[str]) -> type[nn.Linear]:
+    """Make a class of linears that adds the name to `read` when its weight is read outside of `forward`."""
+    computing = False
+
+    class Watched(kind):  # type: ignore[misc,valid-type]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal computing
+            computing = True
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                computing = False
+
+        def __getattr__(self, attribute: str) -> Any:
+            if attribute == "weight" and not computing:
+                read.add(name)
+            return super().__getattr__(attribute)
+
+    return Watched
+
+
+@contextmanager
 def _removed_at_exit(registrations: Iterable[_Handle]) -> Iterator[None]:
     """Take the handles of hooks as they are registered, and remove all of them when the context ends."""
     handles: list[_Handle] = []

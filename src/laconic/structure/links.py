@@ -18,15 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.structure.anatomy import (
-    Anatomy,
-    BlockCall,
-    Tap,
-    block_signature,
-    capture_calls,
-    linear_at,
-    zero_embeddings,
-)
+from laconic.structure.anatomy import Anatomy, Tap, block_signature, linear_at
+from laconic.structure.calls import BlockCall, capture_calls, zero_embeddings
 from laconic.structure.experts import Experts, routers_of
 from laconic.structure.hooks import Hook, capture_inputs, forward_hooks
 
@@ -154,17 +147,17 @@ def find_links(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Mapping[Tap, L
     for block, call, taps in zip(blocks, calls, anatomy.taps, strict=True):
         signature = block_signature(block, taps)
         if signature not in by_signature:
-            by_signature[signature] = _links_of(block, call, taps, head_widths(model), hidden.shape[-1])
+            by_signature[signature] = _links_of(block, call, taps, head_widths(model), hidden)
         links.append(by_signature[signature])
     return tuple(links)
 
 
 def _links_of(
-    block: nn.Module, call: BlockCall, taps: Sequence[Tap], heads: Sequence[int], width: int
+    block: nn.Module, call: BlockCall, taps: Sequence[Tap], heads: Sequence[int], zeros: Tensor
 ) -> dict[Tap, Link]:
     block = copy_with_random_weights(block)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 4, width, generator=generator).to(next(block.parameters()).dtype)
+    hidden = torch.randn(zeros.shape, generator=generator).to(zeros.dtype)
     links: dict[Tap, Link] = {}
     with torch.no_grad():
         norms, expected = _norms_before(block, call, hidden, taps)
@@ -249,14 +242,9 @@ def _norms_before(
     def links_to(name: str) -> list[Link]:
         # The input may be a view of the norm's output, with all tokens in one dimension.
         sources = [n for n, y in norm_outputs if name in inputs and _share_memory(y, inputs[name])]
-        return [
-            Link(
-                tuple(n for n in (*plain, *routers) if n in inputs and _share_memory(inputs[n], inputs[name])),
-                source,
-                offset=_has_offset(block.get_submodule(source)),
-            )
-            for source in sources
-        ]
+        readers = tuple(n for n in (*plain, *routers) if n in inputs and _share_memory(inputs[n], inputs[name]))
+        offsets = {source: _has_offset(block.get_submodule(source)) for source in sources}
+        return [Link(readers, source, offset=offset) for source, offset in offsets.items() if offset is not None]
 
     by_tap: dict[Tap | str, list[Link]] = {tap: links_to(tap.linears[0]) for tap in taps if not tap.experts}
     return by_tap | {name: links_to(name) for name in mixtures}, expected
@@ -267,13 +255,19 @@ def _share_memory(a: Any, b: Any) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
-def _has_offset(norm: nn.Module) -> bool:
-    """Return whether a norm multiplies by 1 + weight: with a weight of zero its output is not zero."""
+def _has_offset(norm: nn.Module) -> bool | None:
+    """Return whether a norm multiplies by 1 + weight: with a weight of zero its output is not zero.
+
+    None where that cannot be tried, since the norm takes more than one tensor (a gate).
+    """
     zeroed = copy.deepcopy(norm)
     for parameter in zeroed.parameters():
         nn.init.zeros_(parameter)
     weight = norm.get_parameter("weight")
-    return bool(zeroed(torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype)[None]).any())
+    try:
+        return bool(zeroed(torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype)[None]).any())
+    except (TypeError, RuntimeError):
+        return None
 
 
 def _linears_before(block: nn.Module, earlier: Sequence[Tap], tap: Tap, heads: Sequence[int]) -> Iterator[Link]:
@@ -355,7 +349,9 @@ def head_widths(model: PreTrainedModel) -> list[int]:
     Args:
         model: The model.
     """
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    head_dim = getattr(config, "head_dim", None)
-    return list(dict.fromkeys(d for d in (head_dim, heads and config.hidden_size // heads) if d))
+    widths: list[Any] = []
+    text = model.config.get_text_config()
+    for config in text.per_layer_config if text.is_heterogeneous else [text]:
+        heads = getattr(config, "num_attention_heads", None)
+        widths += [getattr(config, "head_dim", None), heads and config.hidden_size // heads]
+    return list(dict.fromkeys(d for d in widths if d))

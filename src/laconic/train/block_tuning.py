@@ -174,8 +174,8 @@ def block_output(block: Block) -> Tensor:
         block: the block and the calibration set before it.
     """
     output = torch.empty_like(block.stream.hidden)
-    for hidden, into in zip(block.stream.batches(), output.split(block.stream.batch), strict=True):
-        into.copy_(block.run(hidden))
+    for samples, _ in block.stream.numbered_batches():
+        output[samples] = block.run(samples).to(output)
     return output
 
 
@@ -194,7 +194,7 @@ def _loss(
     activations: Mapping[str, Activations | None],
 ) -> Tensor:
     with replaced_linears(block.module, weights, activations):
-        output = block.run(block.stream.hidden[batch])
+        output = block.run(batch)
     return F.mse_loss(output.float(), targets[batch].to(output.device).float())
 
 

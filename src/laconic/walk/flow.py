@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from laconic.calibrate.stream import Stream, StreamStorage
 from laconic.checkpoint.source import Source
-from laconic.structure.anatomy import BlockCall, capture_calls
+from laconic.structure.calls import BlockCall, embed_ids, record_calls
 from laconic.walk.memory import available_memory
 from laconic.walk.outside import free_outside, materialise_outside
 from laconic.walk.plan import Plan
@@ -62,14 +62,14 @@ def embed(
     samples, tokens = windows.shape
     device, dtype = settings.device, source.dtype
     materialise_outside(model, plan.anatomy, source, device, embeddings=True)
-    _, calls = capture_calls(model, plan.anatomy.blocks, input_ids=windows[:1].to(device))
+    calls = record_calls(model, plan.anatomy.blocks, windows.to(device), settings.budget)
     width = source.config.get_text_config().hidden_size
     count = 1 + plan.two_streams
     budget = settings.budget / count
     storages = [StreamStorage(budget, folder / f"activations-{i}.writing") for i in range(count + 1)]
     streams = [s.allocate((samples, tokens, width), dtype, settings.batch) for s in storages[:count]]
     for ids, *batches in zip(windows.split(settings.batch), *(s.batches() for s in streams), strict=True):
-        embedded, _ = capture_calls(model, plan.anatomy.blocks, input_ids=ids.to(device))
+        embedded = embed_ids(model, plan.anatomy.blocks, ids.to(device))
         for batch in batches:
             batch.copy_(embedded)
     free_outside(model, plan.anatomy)

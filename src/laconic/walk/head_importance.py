@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from laconic.calibrate.observe import observe
 from laconic.calibrate.passes import Passes
 from laconic.calibrate.stream import Stream
-from laconic.structure.anatomy import BlockCall, Tap, linear_at
+from laconic.structure.anatomy import Tap, linear_at
+from laconic.structure.calls import BlockCall
 from laconic.structure.heads import Heads
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from laconic.calibrate.observe import advance_stream
 from laconic.calibrate.stream import Stream, StreamStorage
-from laconic.structure.anatomy import BlockCall
+from laconic.structure.calls import BlockCall
 
 
 @dataclass

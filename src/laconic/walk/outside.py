@@ -27,9 +27,9 @@ def materialise_outside(
     skipped = None if embeddings else model.get_input_embeddings()
     for name, module in _outside(model, anatomy):
         if module is not skipped:
-            for leaf, _ in list(module.named_parameters(recurse=False)):
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
                 full = f"{name}.{leaf}" if name else leaf
-                tensor = source.checkpoint.load([full])[full].to(device, source.dtype)
+                tensor = source.checkpoint.load([full])[full].to(device, parameter.dtype)
                 setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
             for leaf, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, leaf, buffer.to(device))

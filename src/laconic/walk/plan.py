@@ -201,7 +201,7 @@ def make_plan(
     """
     weight_stages, cache = _separate_cache(model, stages, first)
     shapes = {n: (m.out_features, m.in_features) for n, m in linears_of(model).items()}
-    inside = [n for n in shapes if n.startswith(f"{anatomy.blocks}.") and n not in anatomy.routers]
+    inside = [n for n in shapes if n.startswith(f"{anatomy.blocks}.") and n not in anatomy.routers | anatomy.bare]
     targets: list[frozenset[str]] = []
     schemes: dict[str, Scheme] = {}
     pruned: dict[str, str] = {}

@@ -26,7 +26,8 @@ from laconic.solvers.masks import StackedLinear, single_linear
 from laconic.solvers.moments import Moments
 from laconic.stages.linear import LinearTask
 from laconic.stages.pruning import PruningStage
-from laconic.structure.anatomy import BlockCall, linear_at
+from laconic.structure.anatomy import linear_at
+from laconic.structure.calls import BlockCall
 from laconic.train.block_tuning import replaced_linears
 from laconic.walk.head_importance import most_important
 from laconic.walk.plan import Plan
@@ -174,7 +175,8 @@ def _errors(
     block: nn.Module, linears: Mapping[str, Moments], stage: PruningStage, call: BlockCall, sample: Tensor
 ) -> Figures:
     """Return the error of each linear at each candidate sparsity, the other linears being dense."""
-    expected = call(block, sample).float()
+    samples = slice(0, len(sample))
+    expected = call(block, sample, samples).float()
     size = expected.square().sum(-1).clamp(min=1e-30)
     figures: Figures = {}
     for name, moments in linears.items():
@@ -187,7 +189,7 @@ def _errors(
             errors.append(_output_error(W - pruned, moments))
             at_mean = pruned if share == stage.share else at_mean
         with replaced_linears(block, {name: at_mean}):
-            change = call(block, sample).float() - expected
+            change = call(block, sample, samples).float() - expected
         block_error = float((change.square().sum(-1) / size).mean())
         error_at_mean = errors[_candidates(stage.share).index(stage.share)]
         figures[name] = {"errors": [block_error * e / error_at_mean if error_at_mean else 0.0 for e in errors]}

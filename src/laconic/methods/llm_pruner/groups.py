@@ -27,15 +27,8 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.layout import unwrap_conv1d
-from laconic.structure.anatomy import (
-    Anatomy,
-    BlockCall,
-    Tap,
-    block_signature,
-    capture_calls,
-    linear_at,
-    zero_embeddings,
-)
+from laconic.structure.anatomy import Anatomy, Tap, block_signature, linear_at
+from laconic.structure.calls import BlockCall, capture_calls, zero_embeddings
 from laconic.structure.config_keys import WIDTHS
 from laconic.structure.experts import Experts, unstack_experts_like
 from laconic.structure.links import copy_with_random_weights, head_widths

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.rebuild import build_empty_model
-from laconic.structure.anatomy import capture_calls, find_blocks
+from laconic.structure.anatomy import find_blocks
+from laconic.structure.calls import capture_calls
 from laconic.structure.config_keys import BASE
 from laconic.structure.widths import make_config
 
