@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ class Source:
     Attributes:
         name: Folder or Hub name, as the user gave it.
         folder: Local folder.
+        raw: Contents of config.json (`read_config`).
         config: Configuration, as transformers reads it.
         checkpoint: Its tensors.
         dtype: The dtype of most of its weights.
@@ -49,6 +52,7 @@ class Source:
 
     name: str
     folder: Path
+    raw: Mapping[str, Any]
     config: PretrainedConfig
     checkpoint: Checkpoint
     dtype: torch.dtype
@@ -80,7 +84,7 @@ def open_source(name: str, *, trust: Trust = UNTRUSTED) -> Source:
             "from the model that it was made from"
         )
     checkpoint = open_checkpoint(folder, trust=trust)
-    return Source(name, folder, config, checkpoint, main_dtype(checkpoint))
+    return Source(name, folder, raw, config, checkpoint, main_dtype(checkpoint))
 
 
 def _check_no_adapter(folder: Path) -> None:
@@ -108,7 +112,8 @@ def read_config(folder: Path, *, trust: Trust = UNTRUSTED) -> tuple[dict[str, An
         trust: Permissions of the model's files.
 
     Returns:
-        Contents of config.json, and the config that transformers makes of them.
+        Contents of config.json, and the config that transformers makes of them. In both, `tie_word_embeddings` is false
+        if the checkpoint has a head of its own.
 
     Raises:
         ValueError: It does not describe a model, or the model has Python code that may not be run.
@@ -119,9 +124,43 @@ def read_config(folder: Path, *, trust: Trust = UNTRUSTED) -> tuple[dict[str, An
     if "auto_map" in raw and not trust.remote_code:
         raise ValueError(f"{folder} wants to run its own code (auto_map); pass --trust-remote-code if you trust it")
     try:
-        return raw, AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
     except Exception as e:
         raise ValueError(f"{folder}/config.json does not describe a model transformers knows: {first_line(e)}") from e
+    if _is_tied(config) and _has_own_head(config, folder, trust):
+        raw = {**raw, "tie_word_embeddings": False}
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+    return raw, config
+
+
+def _is_tied(config: PretrainedConfig) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
+def _has_own_head(config: PretrainedConfig, folder: Path, trust: Trust) -> bool:
+    """Return whether the head's weight differs from the embeddings, although the config says that they are tied.
+
+    transformers believes the weights then, and unties the two.
+    """
+    try:
+        checkpoint = open_checkpoint(folder, trust=trust)
+        rows = getattr(config.get_text_config(), "vocab_size", 0)
+        if sum(len(s.shape) == 2 and s.shape[0] == rows for s in checkpoint.tensors.values()) < 2:
+            return False
+        config = copy.deepcopy(config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = build_skeleton(config, torch.bfloat16, trust=trust)
+    except ValueError:
+        return False  # reported where the checkpoint or the model is needed
+    checkpoint = arrange(checkpoint, model)
+    for pair in model.all_tied_weights_keys.items():
+        if all(name in checkpoint.tensors for name in pair):
+            first, second = checkpoint.load(pair, finite=False).values()
+            if first.shape != second.shape or not torch.equal(first, second.to(first.dtype)):
+                return True
+    return False
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust: Trust = UNTRUSTED) -> PreTrainedModel:

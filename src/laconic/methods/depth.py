@@ -13,9 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.checkpoint.files import read_json
 from laconic.checkpoint.rebuild import rebuild_model, tensors_of
-from laconic.checkpoint.source import Source
+from laconic.checkpoint.source import Source, read_config
 from laconic.runtime.reading import load
 from laconic.stages.model import (
     ModelOutcome,
@@ -70,7 +69,7 @@ class Depth(ModelStage):
 
     def apply(self, task: ModelTask) -> ModelOutcome:
         assert task.windows is not None
-        raw = read_json(task.folder / "config.json")
+        raw, _ = read_config(task.folder, trust=task.trust)
         model = load(task.folder, device=task.device, dtype=torch.float32, adapter=False, trust=task.trust)
         name = find_blocks(model)
         blocks = list(model.get_submodule(name).children())

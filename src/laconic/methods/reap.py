@@ -12,9 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.checkpoint.files import read_json
 from laconic.checkpoint.rebuild import build_empty_model, rebuild_model, tensors_of
-from laconic.checkpoint.source import Source
+from laconic.checkpoint.source import Source, read_config
 from laconic.runtime.reading import load
 from laconic.stages.model import (
     ModelOutcome,
@@ -53,12 +52,12 @@ class Reap(ModelStage):
         return True
 
     def check(self, source: Source, model: PreTrainedModel, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
-        self._keys(read_json(source.folder / "config.json"), model)
+        self._keys(source.raw, model)
         return {}
 
     def apply(self, task: ModelTask) -> ModelOutcome:
         assert task.windows is not None
-        raw = read_json(task.folder / "config.json")
+        raw, _ = read_config(task.folder, trust=task.trust)
         model = load(task.folder, device=task.device, dtype=torch.float32, adapter=False, trust=task.trust)
         config = self._keys(raw, model)
         scores = compute_saliency(model, task.windows, self.batch_size, task.report)

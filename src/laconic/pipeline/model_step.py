@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from laconic.artifact.artifact import Artifact
 from laconic.artifact.workspace import Workspace, partial_folder, scratch_folder
 from laconic.checkpoint.extra import extra_linears, extra_names, extra_shards, load_extra, renumber_blocks
-from laconic.checkpoint.files import DTYPES, Checkpoint, open_checkpoint, read_json
+from laconic.checkpoint.files import DTYPES, Checkpoint, open_checkpoint
 from laconic.checkpoint.layout import arrange, to_file_layout
 from laconic.checkpoint.source import build_skeleton, main_dtype, read_config
 from laconic.checkpoint.trust import Trust
@@ -66,7 +66,7 @@ def run_model_step(
                 outcome = stage.apply(task)
         except ValueError as e:
             raise ValueError(f"stages.{step.first} ({stage.method}): {e}") from e
-        config = {**read_json(folder / "config.json"), **outcome.config}
+        config = {**read_config(folder, trust=pipeline.trust)[0], **outcome.config}
         if outcome.model is None:
             workspace.copy_weights(folder)
         else:

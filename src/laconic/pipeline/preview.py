@@ -185,6 +185,7 @@ def _model_step(step: Step) -> PlannedStep:
 
 
 def _warnings(pipeline: Pipeline) -> Iterator[str]:
+    from laconic.checkpoint.files import read_json
     from laconic.stages.model import ModelStage
 
     calibration, windows = pipeline.recipe.calibration, pipeline.windows
@@ -193,6 +194,12 @@ def _warnings(pipeline: Pipeline) -> Iterator[str]:
     if windows is not None and calibration is not None and len(windows) < calibration.num_calibration_samples:
         asked = calibration.num_calibration_samples
         yield f"the calibration text fills {len(windows)} of {asked} samples; using those"
+    written = read_json(pipeline.source.folder / "config.json")
+    if written.get("tie_word_embeddings") != pipeline.source.raw.get("tie_word_embeddings"):
+        yield (
+            "config.json ties the head to the embeddings, but the checkpoint has a head of its own; the head is used, "
+            "as in transformers, and the artifact's config.json says so"
+        )
     if pipeline.extra_tensors:
         reshapes = any(isinstance(s, ModelStage) and s.reshapes for step in pipeline.steps for s in step.stages)
         smaller = " (they may not fit the smaller model)" if reshapes else ""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from laconic.artifact.artifact import Artifact
 from laconic.artifact.workspace import Workspace
 from laconic.checkpoint.extra import extra_linears, extra_names, extra_shards
-from laconic.checkpoint.files import KV_CONFIG, read_json
+from laconic.checkpoint.files import KV_CONFIG
 from laconic.checkpoint.layout import engine_names
 from laconic.checkpoint.source import Source, arrange_source, build_skeleton, check_complete
 from laconic.checkpoint.trust import Trust
@@ -201,7 +201,7 @@ def _config(
     to_config: Callable[[Mapping[str, Scheme]], dict[str, Any]],
 ) -> dict[str, Any]:
     """Return config.json with the quantization of linears and of the cache."""
-    config: dict[str, Any] = read_json(walk.source.folder / "config.json")
+    config = dict(walk.source.raw)
     cache = walk.plan.cache
     if cache:
         config[KV_CONFIG] = _write_cache(walk, workspace)

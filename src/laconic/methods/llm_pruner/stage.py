@@ -13,9 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from laconic.checkpoint.files import read_json
 from laconic.checkpoint.rebuild import rebuild_model, tensors_of
-from laconic.checkpoint.source import Source
+from laconic.checkpoint.source import Source, read_config
 from laconic.methods.llm_pruner.gradients import Gradients, compute_gradients
 from laconic.methods.llm_pruner.groups import Group, Kind, Slice, match_channels, remove_units
 from laconic.methods.llm_pruner.limits import check_sparsity
@@ -128,10 +127,10 @@ class LlmPruner(ModelStage):
 
     def check(self, source: Source, model: PreTrainedModel, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
         if self.hidden:
-            residual_axes(model, read_json(source.folder / "config.json"))
+            residual_axes(model, source.raw)
             check_sparsity(self.sparsity, [self.narrowing.channel_limits(model.config.get_text_config().hidden_size)])
             return {}
-        self.narrowing.find_targets(model, dissect(model), read_json(source.folder / "config.json"))
+        self.narrowing.find_targets(model, dissect(model), source.raw)
         return {}
 
     def check_parallel(self, gpus: int) -> None:
@@ -148,7 +147,7 @@ class LlmPruner(ModelStage):
             )
 
     def apply(self, task: ModelTask) -> ModelOutcome:
-        raw = read_json(task.folder / "config.json")
+        raw, _ = read_config(task.folder, trust=task.trust)
         model = load(task.folder, device=task.device, dtype=_DTYPES[self.dtype], adapter=False, trust=task.trust)
         anatomy = dissect(model)
         if self.hidden:
