@@ -64,6 +64,8 @@ class Recipe(Config):
         output: Folder of the artifact; None if the command line names it.
         seed: Seed of every random choice.
         device: Device on which blocks are compressed.
+        engine: Engine that the artifact is for: `vllm` (GPUs) or `vllm-cpu`, its CPU build, which reads W4A8 with one
+            code a byte.
         tensor_parallel: Number of GPUs over which an engine will split the artifact's linears
             (`--tensor-parallel-size` of vLLM); what would be cut is refused.
     """
@@ -74,6 +76,7 @@ class Recipe(Config):
     output: str | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    engine: Literal["vllm", "vllm-cpu"] = "vllm"
     tensor_parallel: int = Field(1, ge=1)
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from laconic.formats.schemes import PRESETS
+from laconic.formats.support import SUPPORT, engine_table
 from laconic.methods import METHODS
 from laconic.report.catalogue import support_matrix
 
@@ -12,10 +17,19 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_support_matrix_is_the_codes_own() -> None:
-    shown = re.search(r"<!-- matrix -->\n(.*?)\n<!-- /matrix -->", README, re.S)
+@pytest.mark.parametrize(
+    ("page", "marker", "table"),
+    [("README.md", "matrix", support_matrix), ("docs/formats.md", "engines", engine_table)],
+    ids=["README.md", "docs/formats.md"],
+)
+def test_tables_of_schemes_are_the_codes_own(page: str, marker: str, table: Callable[[], str]) -> None:
+    shown = re.search(rf"<!-- {marker} -->\n(.*?)\n<!-- /{marker} -->", (ROOT / page).read_text(), re.S)
     assert shown
-    assert shown[1].strip() == support_matrix(), "run: python scripts/refresh_readme.py"
+    assert shown[1].strip() == table(), "run: python scripts/refresh_readme.py"
+
+
+def test_every_preset_has_a_row_of_evidence() -> None:
+    assert list(SUPPORT) == list(PRESETS)
 
 
 def test_every_method_has_a_page_that_names_its_options() -> None:

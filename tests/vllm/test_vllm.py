@@ -52,12 +52,13 @@ class Served:
     logprobs: list[torch.Tensor]
 
 
-def compressed(tmp_path: Path, *stages: dict[str, Any]) -> Path:
+def compressed(tmp_path: Path, *stages: dict[str, Any], **keys: Any) -> Path:
     text = tmp_path / "calibration.txt"
     text.write_text(SOURCE * 40)
     recipe = {
         "calibration": {"dataset": str(text), "num_calibration_samples": 8, "max_seq_length": 256},
         "stages": list(stages),
+        **keys,
     }
     return laconic.compress(str(DEMO), recipe, tmp_path / "artifact").path
 
@@ -154,7 +155,7 @@ def test_vllms_emulation_of_nvfp4_is_ours(tmp_path: Path) -> None:
 
 def test_w4a8_serves_close_to_our_simulation(tmp_path: Path) -> None:
     """The CPU kernel rounds activations on a grid of its own (with a zero point), so it agrees only roughly."""
-    folder = compressed(tmp_path, {"method": "gptq", "scheme": "W4A8", "group_size": 32})
+    folder = compressed(tmp_path, {"method": "gptq", "scheme": "W4A8", "group_size": 32}, engine="vllm-cpu")
     served = serve(folder, prompts(96, 4), "bfloat16")
     ours = laconic.load(folder, dtype=torch.bfloat16)
     near = [(our_logprobs(ours, i) - p).abs().mean() for i, p in zip(served.prompts, served.logprobs, strict=True)]

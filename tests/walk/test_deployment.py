@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import laconic
-from artifacts import Stage, quantized_linears, recipe, rtn
+from artifacts import Stage, logits, original, quantized_linears, recipe, rtn, tensors
 from laconic.pipeline.compression import prepare
 from laconic.recipe import gallery, load_recipe
 from laconic.walk.deployment import row_parallel
@@ -160,3 +161,17 @@ def test_key_value_heads_are_copied_where_there_are_fewer_than_gpus(tmp_path: Pa
     three = make_model(tmp_path / "three", intermediate_size=512, **SPLIT | odd_heads)
     with pytest.raises(ValueError, match=r"4 neither divides the 3 key-value heads of the model nor is a multiple"):
         planned(three, rtn("W8A8"), tensor_parallel=4)
+
+
+def test_w4a8_is_packed_for_gpus_and_one_code_a_byte_for_cpus(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m", dtype=torch.float32)
+    read = {}
+    for engine, leaf in (("vllm", "weight_packed"), ("vllm-cpu", "weight")):
+        stage = rtn("W4A8", group_size=32)
+        artifact = laconic.compress(str(model), {"stages": [stage], "engine": engine}, tmp_path / engine)
+        assert f"model.layers.0.mlp.down_proj.{leaf}" in tensors(artifact.path)
+        (event,) = [e for e in artifact.log if e["event"] == "layout"]
+        assert event["storage"] == artifact.config["quantization_config"]["format"]
+        read[engine] = [logits(laconic.load(artifact.path)), logits(original(artifact.path))]
+    for packed, wide in zip(read["vllm"], read["vllm-cpu"], strict=True):
+        assert torch.equal(packed, wide)

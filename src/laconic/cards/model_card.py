@@ -14,7 +14,7 @@ from laconic.artifact.size import Size
 from laconic.cards.data_card import license_of
 from laconic.cards.results import Results, commands, model_index, tables
 from laconic.checkpoint.files import KV_CONFIG
-from laconic.formats.schemes import PRESETS
+from laconic.formats.support import ENGINES, support
 from laconic.runtime.quant_config import NATIVE
 
 # Local folders are private, and useless to a reader of the card.
@@ -186,7 +186,6 @@ def _usage(config: Mapping[str, Any], size: Size) -> list[str]:
     method = (config.get("quantization_config") or {}).get("quant_method")
     native = method == NATIVE or config.get("model_type") == "laconic"
     cache = KV_CONFIG in config
-    engines = {PRESETS[s].engine for s in size.schemes if s in PRESETS}
     packages = "transformers accelerate" + (" compressed-tensors" if method and not native else "")
     lines = ["```", f"pip install {packages}" + (" laconic" if native or cache else ""), "```", "", "```python"]
     if native:
@@ -206,8 +205,8 @@ def _usage(config: Mapping[str, Any], size: Size) -> list[str]:
             "generates through it, or vLLM with the plugin that Laconic installs.",
             "",
         ]
-    if engines - {"vllm"} and not native:
-        return [*lines, "vLLM has no kernel for weights with this number of bits, and does not load this model."]
+    if not native and not all(support(s, "vllm").runs for s in size.schemes):
+        return [*lines, f"{ENGINES['vllm']} does not load this model."]
     plugin = ", with Laconic installed, whose plugin reads the format" if native or cache else ""
     return [*lines, f"In vLLM{plugin}:", "", "```", "vllm serve FOLDER_OR_REPO_ID", "```"]
 

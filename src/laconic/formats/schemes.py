@@ -73,7 +73,7 @@ class Scheme:
     name: str
     weights: Format
     input_activations: Activations | None = None
-    engine: Literal["vllm", "transformers", "laconic"] = "vllm"
+    engine: Literal["vllm", "laconic"] = "vllm"
     outlier_columns: int | None = 0
     rank: int = 0
     input_transform: int = 0
@@ -141,11 +141,11 @@ PRESETS: dict[str, Scheme] = {
         Scheme("W8A16", _ints(8, CHANNEL)),
         Scheme("W4A16", _ints(4, _G128)),
         Scheme("W4A16_ASYM", _ints(4, _G128, symmetric=False)),
-        Scheme("W3A16", _ints(3, _G128), engine="transformers"),
-        Scheme("W2A16", _ints(2, _G128), engine="transformers"),
+        Scheme("W3A16", _ints(3, _G128)),
+        Scheme("W2A16", _ints(2, _G128)),
         # Engines that multiply integers read a plain int8 weight.
         Scheme("W8A8", _ints(8, CHANNEL, packed=False), _acts(8)),
-        Scheme("W4A8", _ints(4, _G128, packed=False), _acts(8)),
+        Scheme("W4A8", _ints(4, _G128), _acts(8)),
         Scheme("W7A7", _ints(7, CHANNEL), _acts(7), engine="laconic"),
         Scheme("W6A6", _ints(6, CHANNEL), _acts(6), engine="laconic"),
         Scheme("W4A6", _ints(4, _G128), _acts(6), engine="laconic"),
@@ -208,6 +208,29 @@ def scheme(
     if not weights.symmetric and base.input_activations is not None:
         raise ValueError(f"{name} computes in integers and needs symmetric weights")
     return replace(base, weights=weights, input_activations=_vary_activations(base, dynamic))
+
+
+def layout_depends_on_engine(scheme: Scheme) -> bool:
+    """Return whether vLLM reads a scheme's codes packed on GPUs, and one a byte on CPUs.
+
+    Args:
+        scheme: Scheme of a linear.
+    """
+    weights, acts = scheme.weights, scheme.input_activations
+    four_bits = isinstance(weights, IntAffine) and weights.num_bits == 4
+    return four_bits and acts is not None and acts.format.num_bits == 8 and not scheme.native
+
+
+def for_cpu(scheme: Scheme) -> Scheme:
+    """Return a scheme as vLLM's CPU build reads it.
+
+    Args:
+        scheme: Scheme as vLLM's GPU kernels read it.
+    """
+    if not layout_depends_on_engine(scheme):
+        return scheme
+    assert isinstance(scheme.weights, IntAffine)
+    return replace(scheme, weights=replace(scheme.weights, packed=False))
 
 
 def regroup(scheme: Scheme, tiling: Tiling) -> Scheme:

@@ -217,13 +217,15 @@ def _warnings(pipeline: Pipeline) -> Iterator[str]:
 
 
 def _walk_warnings(walk: Walk) -> Iterator[str]:
+    from laconic.formats.support import ENGINES, support
     from laconic.pipeline.engines import closed_to_transformers
     from laconic.walk.remarks import unmatched_patterns
 
     yield from unmatched_patterns(walk.plan, walk.model)
-    unserved = sorted({s.name for s in walk.plan.schemes.values() if s.engine == "transformers"})
-    if unserved:
-        yield f"vLLM has no kernel for {', '.join(unserved)}; transformers opens it"
+    engine = walk.recipe.engine
+    for name in sorted({s.name for s in walk.plan.schemes.values()}):
+        if not (known := support(name, engine)).runs:
+            yield f"{ENGINES[engine]} does not serve {name} ({known}); transformers opens it"
     simulated = sorted({s.title for s in walk.plan.schemes.values() if s.simulated})
     if simulated:
         yield f"neither vLLM nor transformers runs {', '.join(simulated)}; its arithmetic is simulated by laconic"

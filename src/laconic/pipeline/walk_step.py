@@ -99,7 +99,7 @@ def plan_walk(recipe: Recipe, source: Source, first: int, trust: Trust) -> Walk:
     model = build_skeleton(source.config, source.dtype, trust=trust)
     source = arrange_source(source, model)
     check_complete(model, source.checkpoint)
-    plan = make_plan(model, dissect(model), recipe.stages, first, Deployment(recipe.tensor_parallel))
+    plan = make_plan(model, dissect(model), recipe.stages, first, Deployment(recipe.engine, recipe.tensor_parallel))
     check_experts(plan, bool(recipe.calibration and recipe.calibration.moe_calibrate_all_experts))
     if plan.calibrates and plan.anatomy.obstacle:
         raise ValueError(

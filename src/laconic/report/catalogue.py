@@ -5,14 +5,9 @@ from __future__ import annotations
 import inspect
 
 from laconic.formats.schemes import PRESETS, Scheme
+from laconic.formats.support import tried_in
 from laconic.methods import METHODS
 from laconic.recipe import gallery
-
-_ENGINES = {
-    "vllm": "vLLM, transformers",
-    "transformers": "transformers",
-    "laconic": "vLLM with the Laconic plugin, transformers with `import laconic` (simulated)",
-}
 
 
 def catalogue() -> dict[str, list[dict[str, str]]]:
@@ -31,7 +26,7 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
                 "name": s.name,
                 "weights": _weights(s),
                 "activations": _activations(s),
-                "engines": _ENGINES[s.engine],
+                "tried in": tried_in(s.name),
             }
             for s in PRESETS.values()
         ],

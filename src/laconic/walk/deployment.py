@@ -1,4 +1,4 @@
-"""What an artifact is compressed for: the number of GPUs over which an engine splits each linear.
+"""What an artifact is compressed for: the engine, and the number of GPUs over which it splits each linear.
 
 With tensor parallelism of n GPUs, vLLM splits the rows of linears that read the residual stream (q, k, v, gate, up:
 column-parallel in its words) and the columns of those that write to it (o, down: row-parallel). A scale that would be
@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from laconic.formats import ScalarFormat
 from laconic.formats.int_affine import IntAffine
-from laconic.formats.schemes import Scheme, regroup
+from laconic.formats.schemes import Scheme, for_cpu, regroup
+from laconic.formats.support import EngineName
 from laconic.formats.tiling import auto_tiling, groups_for
 from laconic.stages.quantizing import QuantizingStage
 from laconic.structure.anatomy import Anatomy
@@ -29,9 +30,11 @@ class Deployment:
     """How an artifact will be served.
 
     Attributes:
-        tensor_parallel: number of GPUs that share each linear.
+        engine: Name of the engine, as a recipe has it.
+        tensor_parallel: Number of GPUs that share each linear.
     """
 
+    engine: EngineName = "vllm"
     tensor_parallel: int = 1
 
 
@@ -54,6 +57,8 @@ def propose_schemes(
         deployment: how the artifact will be served.
     """
     proposed = {n: stage.scheme_for(shapes[n]) for n in names}
+    if deployment.engine == "vllm-cpu":
+        proposed = {n: for_cpu(s) for n, s in proposed.items()}
     if stage.group_size != "auto":
         return proposed
     columns = {n: shapes[n][1] for n in names}

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from laconic.checkpoint.files import Checkpoint, count_elements
 from laconic.formats.scalar import as_scalar
+from laconic.formats.schemes import layout_depends_on_engine
 from laconic.stages.quantizing import QuantizingStage
 from laconic.stages.targets import matches
 from laconic.walk.plan import Plan
@@ -30,7 +31,7 @@ def remarks(plan: Plan, model: PreTrainedModel, checkpoint: Checkpoint) -> list[
         model: a skeleton.
         checkpoint: the source's, arranged.
     """
-    return [*_group_sizes(plan), *_kept_weights(plan, model, checkpoint)]
+    return [*_group_sizes(plan), *_layouts(plan), *_kept_weights(plan, model, checkpoint)]
 
 
 def unmatched_patterns(plan: Plan, model: PreTrainedModel) -> Iterator[str]:
@@ -73,6 +74,17 @@ def _group_sizes(plan: Plan) -> Iterator[Event]:
         for s in sizes
     ]
     yield {"event": "group_sizes", "sizes": sizes, "message": f"group_size auto chose {', '.join(words)}"}
+
+
+def _layouts(plan: Plan) -> Iterator[Event]:
+    """Yield one event where the layout of codes depends on the recipe's `engine`."""
+    for scheme in {s.name: s for s in plan.schemes.values()}.values():
+        if layout_depends_on_engine(scheme):
+            words = "vLLM's GPU kernels read it; for its CPU build set engine: vllm-cpu"
+            if scheme.storage != "pack-quantized":
+                words = "vLLM's CPU build reads it; for GPUs leave engine out"
+            message = f"{scheme.name} is written {scheme.storage}, as {words}"
+            yield {"event": "layout", "scheme": scheme.name, "storage": scheme.storage, "message": message}
 
 
 def _size_words(size: int) -> str:
