@@ -18,7 +18,7 @@ STAGE = {"method": "gptq", "scheme": "W4A16"}
 
 KNOWN = (
     "autoround, awq, depth, gptq, kivi, kv_fp8, kv_int8, kv_per_token, kvquant, llm_int8, llm_pruner, lora, magnitude, "
-    "qlora, reap, rtn, smoothquant, sparsegpt, wanda, zeroquant"
+    "qlora, reap, rotate, rtn, smoothquant, sparsegpt, wanda, zeroquant"
 )
 
 

@@ -18,6 +18,7 @@ from laconic.methods.lora.qlora import QLora
 from laconic.methods.magnitude import Magnitude
 from laconic.methods.reap import Reap
 from laconic.methods.registry_check import check_methods
+from laconic.methods.rotate import Rotate
 from laconic.methods.rtn import Rtn
 from laconic.methods.smoothquant import SmoothQuant
 from laconic.methods.sparsegpt import SparseGpt
@@ -32,6 +33,7 @@ METHODS = (
     ZeroQuant,
     LlmInt8,
     SmoothQuant,
+    Rotate,
     Magnitude,
     Wanda,
     SparseGpt,

@@ -1,8 +1,8 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): round with error feedback under the calibration Hessian.
 
 It uses the column loop in LDL form (`solvers.obs`), static groups in activation order, damping with retry, and grids of
-least (Hessian-weighted) squared error. Optional are GPTAQ's objective (Li et al., arXiv 2504.02692), and pruning in the
-same column loop (SparseGPT, arXiv 2301.00774, section 3.5).
+least (Hessian-weighted) squared error. Optional are GPTAQ's objective (Li et al., arXiv 2504.02692), pruning in the
+same column loop (SparseGPT, arXiv 2301.00774, section 3.5), and refinement after it (`solvers.refine`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from laconic.formats.schemes import Scheme
 from laconic.solvers.grid import GridRounder, OnlineGridRounder, order_by_energy, round_with_hessian
 from laconic.solvers.obs import LdlFactor, factor_hessian, run_column_loop
 from laconic.solvers.prune import prune_with_hessian
+from laconic.solvers.refine import refine
 from laconic.solvers.search import search_range
 from laconic.stages.linear import LinearStage, LinearTask, Outcome
 from laconic.stages.pruning import Masking
@@ -40,6 +41,8 @@ class Gptq(QuantizingStage, Masking, LinearStage):
         asymmetric_calibration: match the original model's output from the quantized model's input (GPTAQ), in part
             (0 to 1) or in full.
         block_size: columns after which their feedback to all later columns is computed, as one matrix product.
+        refine: passes after the column loop in which each column is rounded anew with all others fixed, and scales are
+            fitted in closed form; none raises the error of the output.
         sparsity: share of the weights to prune in the same column loop; the remaining weights are rounded, and
             compensate for both errors.
         mask_structure: of the pruning.
@@ -55,6 +58,7 @@ class Gptq(QuantizingStage, Masking, LinearStage):
     true_sequential: bool = True
     asymmetric_calibration: float = Field(0.0, ge=0, le=1)
     block_size: int = Field(128, ge=1)
+    refine: int = Field(0, ge=0)
 
     def check_scheme(self, scheme: Scheme) -> None:
         super().check_scheme(scheme)
@@ -79,6 +83,11 @@ class Gptq(QuantizingStage, Masking, LinearStage):
         factor = factor_hessian(H, self.dampening_frac, order if self.actorder else None)
         loop = _ColumnLoop(task, self._retarget(task, factor.dampening_frac), H, factor, order, W == 0)
         q = self._prune(loop) if self.prunes else self._round(loop)
+        if self.refine:
+            damped = H.clone()
+            damped.diagonal().add_(factor.dampening_frac * H.diagonal().mean())
+            zeros = loop.zeros | (q.decode() == 0) if self.prunes else loop.zeros
+            q = refine(q, loop.target, damped, self.refine, zeros=zeros, block_size=self.block_size)
         return Outcome(q, {"dampening_frac": factor.dampening_frac, "dead_columns": int(dead.sum())})
 
     def target(self, task: LinearTask) -> Tensor:

@@ -64,12 +64,14 @@ def run_model_step(
         try:
             with record_span(stage.method), torch.set_grad_enabled(stage.needs.gradients):
                 outcome = stage.apply(task)
+            if outcome.shards:
+                _write_shards(workspace, outcome.shards, report)
         except ValueError as e:
             raise ValueError(f"stages.{step.first} ({stage.method}): {e}") from e
         config = {**read_config(folder, trust=pipeline.trust)[0], **outcome.config}
-        if outcome.model is None:
+        if outcome.model is None and not outcome.shards:
             workspace.copy_weights(folder)
-        else:
+        elif outcome.model is not None:
             config |= _write_model(workspace, outcome.model, outcome.kept_blocks, pipeline, folder)
         workspace.write_log([dict(e) for e in outcome.events])
         _save_results(workspace.folder, outcome)
@@ -118,6 +120,16 @@ def _task(
 def _save_results(folder: Path, outcome: ModelOutcome) -> None:
     for name, result in outcome.results.items():
         Artifact(folder).save_result(name, result)
+
+
+@torch.no_grad()
+def _write_shards(workspace: Workspace, shards: Sequence[Callable[[], Mapping[str, Tensor]]], report: Report) -> None:
+    """Compute and write the shards that an interrupted run has not finished."""
+    workspace.shards = len(shards)
+    for i, compute in enumerate(shards):
+        if not workspace.is_finished(i):
+            workspace.write_shard(i, compute(), [])
+        report({"event": "work", "done": i + 1, "total": len(shards)})
 
 
 @torch.no_grad()

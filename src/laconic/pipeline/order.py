@@ -19,6 +19,7 @@ class ModelState:
     Attributes:
         quantized: whether linears hold codes.
         reshaped: whether it has another shape than the original.
+        pruned: the stage that made weights zero, for messages.
         adapters: number of the stage that left adapters beside the weights.
         cache: the stage that says how the key-value cache is stored, for messages.
         texts: hashes of texts that stages read beside the calibration set, by key of the recipe.
@@ -26,6 +27,7 @@ class ModelState:
 
     quantized: bool = False
     reshaped: bool = False
+    pruned: str | None = None
     adapters: int | None = None
     cache: str | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -66,6 +68,11 @@ def check_order(number: int, stage: Stage, state: ModelState, source: Source, mo
         )
     if state.quantized and not stage.accepts_codes:
         raise ValueError(f"{label} changes weights, and earlier stages have quantized them; list it before them")
+    if state.pruned and not stage.keeps_zeros:
+        raise ValueError(
+            f"{label} mixes channels, so that weights pruned by {state.pruned} would not stay zero; list it before "
+            "that stage"
+        )
     adapters = stage.leaves_adapters(quantized=state.quantized)
     if state.cache and not adapters:
         raise ValueError(f"{label} changes the model whose cache {state.cache} looks at; list it before that stage")

@@ -132,7 +132,13 @@ def build_pipeline(
         if not isinstance(stages[0], ModelStage):
             walk = plan_walk(recipe.model_copy(update={"stages": stages}), source, first, trust)
             cache = f"stages.{first + len(stages) - 1} ({walk.plan.cache[0].method})" if walk.plan.cache else None
-            state = replace(state, quantized=state.quantized or bool(walk.plan.schemes), cache=cache)
+            masking = (f"stages.{i} ({s.method})" for i, s in enumerate(walk.plan.stages, first) if s.prunes)
+            state = replace(
+                state,
+                quantized=state.quantized or bool(walk.plan.schemes),
+                pruned=state.pruned or next(masking, None),
+                cache=cache,
+            )
         walks.append(walk)
         texts.append(state.texts)
     reason = _calibration_reason(groups, walks)

@@ -77,7 +77,7 @@ class GridRounder:
         self.fmt = fmt
         self._keep = None if zeros is None else ~zeros.T[order]
         # One row of parameters for each column or group, and the row that each step of the loop uses.
-        self._params, self._row = _params_by_column(fmt, params, shape, order)
+        self._params, self._row = params_by_column(fmt, params, shape, order)
 
     @property
     def unit(self) -> int:
@@ -183,10 +183,18 @@ def round_columns(
     return codes, E
 
 
-def _params_by_column(
-    fmt: ScalarFormat, params: Params, shape: tuple[int, ...], order: Tensor
-) -> tuple[Params, Tensor]:
-    """Lay parameters out as (distinct columns, rows), with the index among them of each step of the loop."""
+def params_by_column(fmt: ScalarFormat, params: Params, shape: tuple[int, ...], order: Tensor) -> tuple[Params, Tensor]:
+    """Lay parameters out by column.
+
+    Args:
+        fmt: ScalarFormat of the grids.
+        params: Parameters of the grids, as the format stores them.
+        shape: Shape (out, in) of the weight.
+        order: (in,) indices: the column of the weight at each step.
+
+    Returns:
+        Parameters, each (distinct columns, rows), and for each step the index (in,) of its column among them.
+    """
     rows = shape[0]
     tiling = fmt.tiling
     # A parameter of the whole tensor holds for every tile.

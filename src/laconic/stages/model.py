@@ -57,6 +57,8 @@ class ModelOutcome:
         events: for the log.
         results: for `results/`, by name.
         kept_blocks: numbers of the decoder blocks that remain; None for all of them.
+        shards: in place of `model`, functions that compute the tensors of each weight file by their names in it. They
+            are called one after another, so that the model is never in memory as a whole.
     """
 
     model: PreTrainedModel | None
@@ -64,6 +66,7 @@ class ModelOutcome:
     events: Sequence[Mapping[str, Any]] = ()
     results: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     kept_blocks: Sequence[int] | None = None
+    shards: Sequence[Callable[[], Mapping[str, Tensor]]] = ()
 
 
 class ModelStage(Stage):
@@ -75,6 +78,11 @@ class ModelStage(Stage):
     def reshapes(self) -> bool:
         """Whether linears, heads or blocks have other sizes afterwards."""
         return False
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether weights that earlier stages made zero stay zero."""
+        return True
 
     @property
     def accepts_codes(self) -> bool:

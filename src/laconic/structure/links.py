@@ -243,7 +243,7 @@ def _norms_before(
         # The input may be a view of the norm's output, with all tokens in one dimension.
         sources = [n for n, y in norm_outputs if name in inputs and _share_memory(y, inputs[name])]
         readers = tuple(n for n in (*plain, *routers) if n in inputs and _share_memory(inputs[n], inputs[name]))
-        offsets = {source: _has_offset(block.get_submodule(source)) for source in sources}
+        offsets = {source: has_offset(block.get_submodule(source)) for source in sources}
         return [Link(readers, source, offset=offset) for source, offset in offsets.items() if offset is not None]
 
     by_tap: dict[Tap | str, list[Link]] = {tap: links_to(tap.linears[0]) for tap in taps if not tap.experts}
@@ -255,10 +255,14 @@ def _share_memory(a: Any, b: Any) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
-def _has_offset(norm: nn.Module) -> bool | None:
+def has_offset(norm: nn.Module) -> bool | None:
     """Return whether a norm multiplies by 1 + weight: with a weight of zero its output is not zero.
 
-    None where that cannot be tried, since the norm takes more than one tensor (a gate).
+    Args:
+        norm: The norm, its parameters not on the meta device.
+
+    Returns:
+        None where that cannot be tried, since the norm takes more than one tensor (a gate).
     """
     zeroed = copy.deepcopy(norm)
     for parameter in zeroed.parameters():
