@@ -133,7 +133,10 @@ def _compress(method: str, source: Path, output: Path, text: Path, **keys: Any) 
 
 def _stream(source: Path, folder: Path, text: Path, expected: Tensor, report: Report) -> None:
     """Run blocks alone, on calls that were recorded for calibration, and compare with the whole model."""
-    ours, theirs = laconic.load(source), _open(source, dtype="auto")
+    try:
+        ours, theirs = laconic.load(source), _open(source, dtype="auto")
+    except ValueError as e:
+        raise Refused(str(e)) from e
     dtypes = {n: p.dtype for n, p in theirs.named_parameters()}
     others = [n for n, p in ours.named_parameters() if dtypes.get(n, p.dtype) != p.dtype]
     if others:
@@ -236,8 +239,22 @@ def _check_decoded(source: Path, artifact: Path) -> None:
     if lost:
         raise Differs(f"transformers reports {lost[0]} in the decoded artifact: {sorted(map(str, info[lost[0]]))[:3]}")
     ours = laconic.load(artifact, dtype=torch.float32)
+    _check_copied(source, artifact, decoded)
     _compare(_logits(ours), _logits(model), _EQUAL, "laconic.load and transformers read the artifact differently")
     shutil.rmtree(decoded)
+
+
+def _check_copied(source: Path, artifact: Path, decoded: Path) -> None:
+    """Check that the artifact holds whatever the source does: quantized, or with its bytes."""
+    before, after, values = (
+        {n: t for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
+        for folder in (source, artifact, decoded)
+    )
+    for name, tensor in before.items():
+        if name in after and not (after[name].dtype == tensor.dtype and torch.equal(after[name], tensor)):
+            raise Differs(f"{name} is not quantized, and has other bytes")
+        if name not in values and not any(n.startswith(f"{name.rpartition('.')[0]}.0.") for n in values):
+            raise Differs(f"{name} is lost")
 
 
 def decode_folder(source: Path, artifact: Path, output: Path) -> Path:

@@ -118,15 +118,10 @@ def model_types() -> list[str]:
     return list(dict.fromkeys([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]))
 
 
-def shrunk_config(model_type: str) -> PretrainedConfig:
-    """The config of a tiny model of this type."""
+def shrunk_config(model_type: str, **keys: Any) -> PretrainedConfig:
+    """The config of a tiny model of this type. keys: in place of the shrunk ones."""
     kind = CONFIG_MAPPING[model_type]
-    return kind(**_merged(_shrunk(_default(kind)), _EXCEPTIONS.get(model_type, {})))
-
-
-def _default(kind: type[PretrainedConfig]) -> PretrainedConfig:
-    """The config that transformers makes without any key; its parts too where it makes none by default."""
-    return kind()
+    return kind(**_merged(_merged(_shrunk(kind()), _EXCEPTIONS.get(model_type, {})), keys))
 
 
 def _merged(sizes: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
@@ -199,9 +194,10 @@ def _one_of_each(kinds: list[Any]) -> list[int]:
 
 
 def auto_class(model_type: str) -> Any:
-    """The class by which transformers opens a folder of this type."""
-    causal = CONFIG_MAPPING[model_type] in AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    """The class by which transformers opens a folder of this type: with its towers, if it has any."""
+    kind = CONFIG_MAPPING[model_type]
+    multimodal = kind in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -209,10 +205,10 @@ def build(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreT
     return auto_class(config.model_type).from_config(config, dtype=dtype)
 
 
-def make_shrunk(folder: Path, model_type: str) -> Path:
-    """A tiny model of this type with its tokenizer in `folder`."""
+def make_shrunk(folder: Path, model_type: str, **keys: Any) -> Path:
+    """A tiny model of this type with its tokenizer in `folder`. keys: of its config, in place of the shrunk ones."""
     torch.manual_seed(0)
-    model = build(shrunk_config(model_type))
+    model = build(shrunk_config(model_type, **keys))
     randomise(model)
     model.save_pretrained(folder)
     return make_tokenizer(folder)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -187,7 +188,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust: Trust
     unsupported = f"unsupported architecture '{config.model_type}': it is no causal language model"
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = _auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trust.remote_code
             )
     except Exception as e:
@@ -204,6 +205,17 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust: Trust
     model.tie_weights()
     model.eval()
     return model
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """Return the class by which transformers builds the model: with its towers, where it has any."""
+    multimodal: Mapping[Any, Any] = AutoModelForImageTextToText._model_mapping
+    causal: Mapping[Any, Any] = AutoModelForCausalLM._model_mapping
+    if type(config) not in multimodal or config.is_encoder_decoder:
+        return AutoModelForCausalLM
+    # Some configs have a class for the text part alone too; the checkpoint says of which its tensors are.
+    named = multimodal[type(config)].__name__ in (config.architectures or ())
+    return AutoModelForImageTextToText if named or type(config) not in causal else AutoModelForCausalLM
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:

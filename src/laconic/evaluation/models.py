@@ -63,7 +63,8 @@ def open_pair(model: str | Path, options: TextOptions | DomainOptions) -> ModelP
     baseline = None
     if options.baseline:
         baseline = load(options.baseline, device=device, dtype=dtype, trust=options.trust)
-    if baseline is not None and baseline.config.vocab_size != opened.config.vocab_size:
+    vocabularies = {m.config.get_text_config().vocab_size for m in (opened, baseline) if m is not None}
+    if len(vocabularies) > 1:
         raise ValueError(
             f"baseline {options.baseline} has another vocabulary than {model}; name the original of this artifact"
         )

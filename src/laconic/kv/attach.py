@@ -45,7 +45,11 @@ def make_cache(model: PreTrainedModel, scheme: KvScheme, static: StaticByLayer |
         raise ValueError(f"a cache of '{scheme.method}' is calibrated; make it by 'laconic compress' and open that")
     if scheme.fingerprint and scheme.fingerprint != fingerprint(_embeddings(model)):
         raise ValueError("this cache was calibrated on another model; calibrate it on this one, by 'laconic compress'")
-    install_forward_pre_hook(model.get_decoder(), _begin_pass, with_kwargs=True)
+    decoder = model.get_decoder()
+    if model.base_model is not decoder:
+        # A model with towers gives its text part a mask for each type of layer; its own mask shows the padding.
+        install_forward_pre_hook(model, _note_mask, with_kwargs=True)
+    install_forward_pre_hook(decoder, _begin_pass, with_kwargs=True)
     positions = TokenPositions(rotary_of(model) if scheme.pre_rope else None)
     return KvCache(scheme, positions=positions, static=static, windows=shape.windows, lazy=read_packed(model))
 
@@ -123,11 +127,22 @@ def _embeddings(model: PreTrainedModel) -> Tensor:
     return weight  # type: ignore[no-any-return]
 
 
+def _note_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Give the cache of a forward pass, if it is quantized, the mask of the whole model."""
+    if (cache := _cache_of(kwargs)) is not None:
+        cache.mask = kwargs.get("attention_mask")
+
+
+def _cache_of(kwargs: dict[str, Any]) -> KvCache | None:
+    caches = (kwargs.get("cache"), kwargs.get("past_key_values"))
+    return next((c for c in caches if isinstance(c, KvCache)), None)
+
+
 def _begin_pass(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Give the cache of a forward pass, if it is quantized, the positions and the padding of the new tokens."""
-    caches = (kwargs.get("cache"), kwargs.get("past_key_values"))
-    cache = next((c for c in caches if isinstance(c, KvCache)), None)
-    if cache is not None:
+    if (cache := _cache_of(kwargs)) is not None:
         tokens = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
         positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        if isinstance(mask, dict):
+            mask = cache.mask
         cache.positions.begin_pass(cache.get_seq_length(), tokens.shape[1], positions, mask)

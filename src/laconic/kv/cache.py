@@ -46,6 +46,8 @@ class KvCache(Cache):
         ]
         super().__init__(layers=list(self.quantized_layers))
         self.scheme, self.positions = scheme, positions
+        # Of the whole model, where the text part gets masks by type of layer.
+        self.mask: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeysValues:
         """Add a layer's new tokens, and return keys and values of all tokens that they may attend to.

@@ -7,7 +7,6 @@ found by running it on the meta device, where a tensor has an identity but no me
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.structure.calls import BlockCall, capture_calls, copy_to_meta, zero_embeddings
+from laconic.structure.calls import BlockCall, capture_without_weights, copy_to_meta, run_without_embeddings
 from laconic.structure.experts import enclosing_experts, routers_of
 from laconic.structure.hooks import (
     Hook,
@@ -108,10 +107,8 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     head = _find_head(model)
     _check_unshared(model, blocks)
     try:
-        # The embedding's weights may not be loaded; zeros replace its output.
-        embedded = zero_embeddings(model, 1, 4)
         with watched_weights(blocks) as read:
-            hidden, calls = capture_calls(model, name, inputs_embeds=embedded)
+            hidden, calls = capture_without_weights(model, name)
         traces = [_trace(block, call, hidden) for block, call in zip(blocks, calls, strict=True)]
     except ValueError:
         raise
@@ -131,7 +128,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         max(trace.outputs for trace in traces),
         routers,
         frozenset(f"{name}.{n}" for n in read | {f"{i}.{n}" for i, trace in enumerate(traces) for n in trace.bare}),
-        _obstacle(hidden, embedded, calls),
+        _obstacle(hidden, calls),
     )
 
 
@@ -190,9 +187,8 @@ def compute_head_input(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor)
 
     head = model.get_submodule(anatomy.head)
     skipped = [*((block, skip_block) for block in blocks), (head, skip_head)]
-    blank = zero_embeddings(model, *hidden.shape[:2]).to(hidden.device, hidden.dtype)
-    with capture_inputs({"head": head}) as inputs, patched_forwards(skipped), suppress(StopForward), torch.no_grad():
-        model(inputs_embeds=blank, use_cache=False)
+    with capture_inputs({"head": head}) as inputs, patched_forwards(skipped):
+        run_without_embeddings(model, anatomy.blocks, hidden)
     return inputs["head"]
 
 
@@ -244,11 +240,11 @@ def _trace(block: nn.Module, call: BlockCall, hidden: Tensor) -> _Trace:
     return _Trace(taps, len(returned) if isinstance(returned, tuple | list) else 0, frozenset(bare))
 
 
-def _obstacle(hidden: Tensor, embedded: Tensor, calls: Sequence[BlockCall]) -> str | None:
+def _obstacle(hidden: Tensor, calls: Sequence[BlockCall]) -> str | None:
     """Return why blocks cannot be run alone on calibration samples; None where they can."""
     if any(call.linked for call in calls):
         return "pass more than hidden states to later blocks"
-    if hidden.dim() != 3 or hidden.shape[:2] != embedded.shape[:2]:
+    if hidden.dim() != 3 or hidden.shape[:2] != (1, 4):
         return "take more than one hidden state of each token"
     return None
 
@@ -268,6 +264,8 @@ def _check_unshared(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
 def find_blocks(model: nn.Module) -> str:
     """Find the name of the list of decoder blocks: the longest ModuleList of modules that contain linears.
 
+    Towers for images or sounds are left out, whatever their length.
+
     Args:
         model: The model; its parameters may be on the meta device.
 
@@ -282,6 +280,9 @@ def find_blocks(model: nn.Module) -> str:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(linears_of(child) for child in module)
     }
+    decoder = decoder_name(model)
+    if inside := {n: m for n, m in candidates.items() if n.startswith(f"{decoder}.")}:
+        candidates = inside
     # Lists inside blocks (experts) are not the blocks.
     outer = {n: m for n, m in candidates.items() if not any(n.startswith(f"{o}.") for o in candidates)}
     if not outer:
@@ -289,6 +290,19 @@ def find_blocks(model: nn.Module) -> str:
             f"unsupported architecture '{type(model).__name__}': found no list of decoder blocks with linears"
         )
     return max(outer, key=lambda n: len(outer[n]))
+
+
+def decoder_name(model: nn.Module) -> str:
+    """Return the name of the module that transformers calls the decoder: of a model with towers, the text part.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Full name; empty where there is none.
+    """
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    return next((str(name) for name, module in model.named_modules() if module is decoder), "")
 
 
 def _find_head(model: PreTrainedModel) -> str:

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from laconic.structure.hooks import StopForward, patched_forwards
 
 Samples = slice | Tensor
 """Numbers of calibration samples."""
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,47 @@ def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) ->
     if len(calls) != len(model.get_submodule(blocks_name)):  # type: ignore[arg-type]
         raise ValueError(f"unsupported architecture '{model.config.model_type}': its blocks are not called one by one")
     return hidden, calls
+
+
+def capture_without_weights(model: PreTrainedModel, blocks_name: str) -> tuple[Tensor, list[BlockCall]]:
+    """Record calls of blocks for one sample of four tokens, as `capture_calls` does, of a model without weights.
+
+    Args:
+        model: The model, whose embeddings need not be loaded.
+        blocks_name: Name of its ModuleList of blocks.
+
+    Returns:
+        Hidden states (1, 4, hidden) as the first block gets them, all zero or nearly so, and one call per block.
+
+    Raises:
+        ValueError: The model does not call its blocks one after another.
+    """
+    zeros = zero_embeddings(model, 1, 4)
+    return _with_blank_inputs(zeros, lambda inputs: capture_calls(model, blocks_name, **inputs))
+
+
+def run_without_embeddings(model: PreTrainedModel, blocks_name: str, hidden: Tensor) -> None:
+    """Run a model on blank inputs, with zeros in place of weights outside the blocks that are not loaded.
+
+    Args:
+        model: The model; whoever calls replaces its blocks' forwards.
+        blocks_name: Name of its ModuleList of blocks.
+        hidden: (samples, tokens, hidden), for number, device and dtype of the inputs.
+    """
+
+    def run(inputs: dict[str, Tensor]) -> None:
+        with torch.no_grad(), suppress(StopForward):
+            functional_call(model, _zero_weights(model, blocks_name), kwargs={**inputs, "use_cache": False})
+
+    _with_blank_inputs(zero_embeddings(model, *hidden.shape[:2]).to(hidden.device, hidden.dtype), run)
+
+
+def _with_blank_inputs(zeros: Tensor, run: Callable[[dict[str, Tensor]], _Result]) -> _Result:
+    """Run a model on zeros in place of embeddings, or on token ids where it looks at these."""
+    try:
+        return run({"inputs_embeds": zeros})
+    except (ValueError, TypeError, RuntimeError):
+        return run({"input_ids": torch.zeros(zeros.shape[:2], dtype=torch.long, device=zeros.device)})
 
 
 def embed_ids(model: PreTrainedModel, blocks_name: str, ids: Tensor) -> Tensor:
@@ -315,12 +358,13 @@ def zero_embeddings(model: PreTrainedModel, samples: int, tokens: int) -> Tensor
 
 
 def _zero_weights(model: PreTrainedModel, blocks: str) -> dict[str, Tensor]:
-    """Make zeros for unloaded parameters outside the blocks, the embeddings and the head."""
-    ends = [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    """Make zeros for unloaded parameters outside the blocks."""
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     return {
-        n: torch.zeros_like(p, device="cpu")
+        # One zero for all elements: the weights of embeddings and towers would take gigabytes.
+        n: torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
         for n, p in model.named_parameters()
-        if p.is_meta and not n.startswith(f"{blocks}.") and not any(p is end for end in ends)
+        if p.is_meta and not n.startswith(f"{blocks}.")
     }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laconic.structure.anatomy import Anatomy, Tap, block_signature, linear_at
-from laconic.structure.calls import BlockCall, capture_calls, zero_embeddings
+from laconic.structure.calls import BlockCall, capture_without_weights
 from laconic.structure.experts import Experts, routers_of
 from laconic.structure.hooks import Hook, capture_inputs, forward_hooks
 
@@ -139,7 +139,7 @@ def find_links(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Mapping[Tap, L
     Raises:
         ValueError: The model does not call its blocks one after another.
     """
-    hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=zero_embeddings(model, 1, 4))
+    hidden, calls = capture_without_weights(model, anatomy.blocks)
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
     by_signature: dict[Any, Mapping[Tap, Link]] = {}

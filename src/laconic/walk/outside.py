@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.source import Source
-from laconic.structure.anatomy import Anatomy
+from laconic.structure.anatomy import Anatomy, decoder_name
 
 
 def materialise_outside(
@@ -48,6 +48,10 @@ def free_outside(model: PreTrainedModel, anatomy: Anatomy) -> None:
 
 
 def _outside(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the text part, with what contains it: towers take no part in reading text."""
+    decoder = decoder_name(model)
     for name, module in model.named_modules():
-        if name != anatomy.head and name != anatomy.blocks and not name.startswith(f"{anatomy.blocks}."):
+        if name == anatomy.head or name == anatomy.blocks or name.startswith(f"{anatomy.blocks}."):
+            continue
+        if not decoder or f"{name}.".startswith(f"{decoder}.") or f"{decoder}.".startswith(f"{name}." if name else ""):
             yield name, module

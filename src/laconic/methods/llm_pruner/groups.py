@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from laconic.checkpoint.layout import unwrap_conv1d
 from laconic.structure.anatomy import Anatomy, Tap, block_signature, linear_at
-from laconic.structure.calls import BlockCall, capture_calls, zero_embeddings
+from laconic.structure.calls import BlockCall, capture_without_weights
 from laconic.structure.config_keys import WIDTHS
 from laconic.structure.experts import Experts, unstack_experts_like
 from laconic.structure.links import copy_with_random_weights, head_widths
@@ -127,7 +127,7 @@ def find_groups(
     Returns:
         The groups of each block: at most one of attention, one of the MLP and one of experts.
     """
-    hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=zero_embeddings(model, 1, 4))
+    hidden, calls = capture_without_weights(model, anatomy.blocks)
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
     by_signature: dict[Any, tuple[Group, ...]] = {}
