@@ -18,9 +18,10 @@ from extra_methods import allow_methods
 from interruptions import Killed
 from laconic.methods import METHODS
 from laconic.methods.registry_check import check_methods
+from laconic.stages.block import Block, BlockStage
 from laconic.stages.linear import LinearStage, LinearTask, Outcome
 from laconic.stages.quantizing import QuantizingStage
-from laconic.stages.stage import Stage, example_of, method_name
+from laconic.stages.stage import Needs, Stage, example_of, method_name
 from tiny import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +100,32 @@ class Needy(LinearStage):
         return Outcome(task.weight)
 
 
+class Blind(BlockStage):
+    """It would be given a block without activations."""
+
+    method: Literal["blind"] = "blind"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(links=True)
+
+    def compress(self, block: Block) -> dict[tuple[str, ...], Outcome]:
+        return {}
+
+
+class Aimless(LinearStage):
+    """It quantizes by no scheme."""
+
+    method: Literal["aimless"] = "aimless"
+
+    @property
+    def quantizes(self) -> bool:
+        return True
+
+    def compress(self, task: LinearTask) -> Outcome:
+        return Outcome(task.weight)
+
+
 class Deaf(LinearStage):
     """It takes no task."""
 
@@ -123,6 +150,8 @@ class Scopeless(Stage):
         (Twin, "method 'rtn' is Rtn's already; choose another name"),
         (Scopeless, "Scopeless lacks a scope; derive it from LinearStage, BlockStage, ModelStage or CacheStage"),
         (Needy, r"Needy.needs is a set; return a laconic.stages.stage.Needs"),
+        (Blind, r"Blind.needs lacks activations, which every block stage is given; begin with super\(\).needs"),
+        (Aimless, r"Aimless quantizes, and proposes no scheme; derive it from QuantizingStage"),
         (Deaf, r"Deaf.compress\(\) has other parameters than its base: write compress\(self, task\)"),
     ],
 )

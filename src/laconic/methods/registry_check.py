@@ -9,6 +9,9 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from laconic.stages.block import BlockStage
+from laconic.stages.linear import WeightStage
+from laconic.stages.quantizing import QuantizingStage
 from laconic.stages.stage import Needs, Stage, example_of
 
 
@@ -61,6 +64,11 @@ def _problems(kind: Any) -> Iterable[str]:
         return
     if not isinstance(example.needs, Needs):
         yield f"{kind.__name__}.needs is a {type(example.needs).__name__}; return a laconic.stages.stage.Needs"
+        return
+    if issubclass(kind, BlockStage) and not example.needs.activations:
+        yield f"{kind.__name__}.needs lacks activations, which every block stage is given; begin with super().needs"
+    if isinstance(example, WeightStage) and example.quantizes and not isinstance(example, QuantizingStage):
+        yield f"{kind.__name__} quantizes, and proposes no scheme; derive it from QuantizingStage"
 
 
 def _contract(kind: type[Stage]) -> dict[str, list[str]]:

@@ -67,14 +67,15 @@ class LinearTask:
     @property
     def format(self) -> ScalarFormat:
         """The scalar format of the weights."""
-        assert self.scheme is not None
+        if self.scheme is None:
+            raise TypeError("these linears have no scheme; derive the method from QuantizingStage")
         return as_scalar(self.scheme.weights)
 
     @property
     def hessian(self) -> Tensor:
         """H = E[x x^T] of the input, (in, in) float32."""
-        assert self.moments is not None
-        assert self.moments.H is not None
+        if self.moments is None or self.moments.H is None:
+            raise TypeError("no Hessian was observed; declare second_moments in the method's needs")
         return self.moments.H
 
 

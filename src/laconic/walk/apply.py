@@ -6,6 +6,7 @@ block. Each result replaces its linear at once, so that later linears are observ
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -30,6 +31,7 @@ from laconic.walk.flow import Flow, may_advance
 from laconic.walk.install import Target, install
 from laconic.walk.memory import trim_heap
 from laconic.walk.original import Original
+from laconic.walk.outcomes import check_block_outcomes, check_outcome
 from laconic.walk.outside import materialise_outside
 from laconic.walk.plan import BlockWork, Plan
 from laconic.walk.settings import Settings
@@ -220,7 +222,7 @@ class Applier:
         """Apply a block stage. The last arguments are those of `_block_for`."""
         start = time.monotonic()
         block = self._block_for(current, item, stage, compared_later=compared_later, advance=advance)
-        outcomes = stage.compress(block)
+        outcomes = check_block_outcomes(stage, stage.compress(block), item.schemes)
         moments = self._ranges(item, block) if item.needs.ranges else {}
         seconds = (time.monotonic() - start) / max(1, sum(len(names) for names in outcomes))
         all_tokens = block.stream.hidden.shape[0] * block.stream.hidden.shape[1]
@@ -236,6 +238,7 @@ class Applier:
             stack = Stack(names, item.schemes[names[0]])
             weight, rows = stacked(current.module, names), _rows(current.module, names)
             ranges = moments.get(names[0])
+            outcome = check_outcome(stage, outcome, stack.scheme, (weight.shape[0], weight.shape[1]))
             parts = attach(
                 stage, outcome, scheme=stack.scheme, weight=weight, rows=rows, moments=ranges, dtype=self.source.dtype
             )
@@ -325,14 +328,20 @@ class Applier:
         for name, outcome in outcomes.items():
             before = linear_at(module, name).weight.detach().float()
             after = outcome.weight.decode() if isinstance(outcome.weight, Quantized) else outcome.weight.float()
-            scheme = item.schemes[name]
+            scheme, full_name = item.schemes[name], f"{prefix}.{name}" if prefix else name
+            figures = _figures(before, after, moments)
+            if not math.isfinite(figures["weight_error"]):
+                raise ValueError(
+                    f"{item.stage.method} leaves NaN or infinity in {full_name}; check the model and the calibration "
+                    "text, or ignore the linear"
+                )
             install(module, name, outcome.weight, scheme, moments, Target(self.source.dtype, self.settings.device))
             event = {
                 "event": "linear",
-                "linear": f"{prefix}.{name}" if prefix else name,
+                "linear": full_name,
                 "method": item.stage.method,
                 "scheme": scheme.name if scheme else None,
-                **_figures(before, after, moments),
+                **figures,
                 **({"sparsity": sparsity(after)} if item.stage.prunes else {}),
                 **outcome.notes,
                 **notes,

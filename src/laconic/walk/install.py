@@ -15,6 +15,7 @@ from laconic.formats.storage import scheme_of_shapes
 from laconic.runtime.linear import QLinear, replace_linear
 from laconic.solvers.moments import Moments
 from laconic.structure.anatomy import linear_at
+from laconic.walk.outcomes import check_tensors
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ def install(
         scheme: of the codes; None for a dense weight.
         moments: of the linear's input, where the scheme has activation parameters from calibration.
         target: dtype and device.
+
+    Raises:
+        TypeError: if the tensors of the codes are not those of the scheme.
     """
     old = linear_at(module, name)
     if isinstance(weight, Tensor):
@@ -54,6 +58,7 @@ def install(
         return
     assert scheme is not None
     tensors = weight.to_tensors()
+    check_tensors(name, tensors, scheme, weight.shape, target.dtype)
     scheme = scheme_of_shapes(scheme, {n: tuple(t.shape) for n, t in tensors.items()})
     new = replace_linear(module, name, scheme, target.dtype)
     acts = scheme.input_activations

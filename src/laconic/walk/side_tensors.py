@@ -24,6 +24,7 @@ from laconic.formats.schemes import Scheme
 from laconic.solvers.moments import Moments
 from laconic.stages.linear import LinearStage, LinearTask, Outcome, WeightStage
 from laconic.stages.quantizing import QuantizingStage
+from laconic.walk.outcomes import check_outcome
 
 # Share of the mean of diag(H_OO) added to it, as GPTQ does with all of H.
 _DAMPENING = 0.01
@@ -40,12 +41,12 @@ def compress_stack(stage: LinearStage, task: LinearTask) -> list[Outcome]:
         An outcome for each part.
     """
     if not isinstance(stage, QuantizingStage):
-        return _split(stage.compress(task), task)
+        return _split(_compress(stage, task), task)
     assert task.scheme is not None
     columns = stage.outlier_columns(task.scheme, task.moments).to(task.weight.device)
     rank = task.scheme.rank
     if not (len(columns) or rank):
-        return _split(stage.compress(task), task)
+        return _split(_compress(stage, task), task)
     # Zeros stay zeros, wherever a target would have moved them.
     target = stage.target(task) * (task.weight != 0)
     outcome = _compress_beside(stage, replace(task, weight=target), columns)
@@ -99,6 +100,11 @@ def attach(
     return outcomes
 
 
+def _compress(stage: LinearStage, task: LinearTask) -> Outcome:
+    shape = (task.weight.shape[0], task.weight.shape[1])
+    return check_outcome(stage, stage.compress(task), task.scheme, shape)
+
+
 def _with_low_rank(q: Quantized | Tensor, W: Tensor, rank: int, H: Tensor | None, dtype: torch.dtype) -> Quantized:
     assert isinstance(q, Quantized)
     return replace(q, low_rank=low_rank(W - q.decode(), rank, H, dtype))
@@ -142,14 +148,14 @@ def _compress_beside(stage: LinearStage, task: LinearTask, columns: Tensor) -> O
         moments = copy.copy(moments)
         moments.D = None
     if not len(columns):
-        return stage.compress(replace(task, moments=moments))
+        return _compress(stage, replace(task, moments=moments))
     rounded = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
     rounded[columns] = False
     gain = None
     if moments is not None and moments.H is not None:
         gain, moments.H = _eliminate(moments.H, columns, rounded)
     # A column of zeros widens no grid, and its code is exact.
-    outcome = stage.compress(replace(task, weight=W * rounded, moments=moments))
+    outcome = _compress(stage, replace(task, weight=W * rounded, moments=moments))
     assert isinstance(outcome.weight, Quantized)
     V = W[:, columns]
     if gain is not None:
