@@ -15,7 +15,7 @@ from laconic.checkpoint.atomic import check_writable, write_text
 from laconic.checkpoint.files import read_json
 
 # A result replaces an older one of its name if these keys are equal.
-_REPLACE_KEYS = ("text", "texts", "baseline", "dtype", "data")
+_REPLACE_KEYS = ("text", "texts", "baseline", "dtype", "data", "load")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Artifact:
     def save_result(self, name: str, result: dict[str, Any]) -> Path:
         """Write a result to `results/NAME.json`, or to NAME-2 and so on if that is a result of other conditions.
 
-        A result of the same conditions (text, original model, dtype) is replaced.
+        A result of the same conditions (text or load, original model, dtype) is replaced.
 
         Args:
             name: Name of the result.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from laconic.artifact.artifact import Artifact
 from laconic.bench.checks import check_folders, check_models, check_random_model
 from laconic.bench.linears import bench_linears
+from laconic.bench.machine import processor
 from laconic.bench.models import PHASES, Candidate, bench_models, removed_share, short_names
 from laconic.bench.options import PARTS, SparsityOptions
 from laconic.bench.shapes import PRESETS, Shape, config_of, linear_shapes, narrowed, parse_shapes, scaled
@@ -94,7 +93,7 @@ def bench_sparsity(
         "sequences": options.sequences,
         "dtype": str(dtype).removeprefix("torch."),
         "device": setup.device.type,
-        "device_name": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else _processor(),
+        "device_name": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "rounds": options.rounds,
         "seed": 0,
@@ -203,12 +202,3 @@ def _shapes(options: SparsityOptions, config: PretrainedConfig | None) -> dict[S
     if text is not None:
         return parse_shapes(text)
     return linear_shapes(config if config is not None else PRESETS[DEFAULT], trust=options.trust)
-
-
-def _processor() -> str:
-    """Return the CPU's name, if the system has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

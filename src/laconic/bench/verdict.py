@@ -60,6 +60,30 @@ def model_verdicts(rows: Rows) -> Iterator[str]:
         yield line
 
 
+def serving_verdicts(rows: Rows) -> Iterator[str]:
+    """Yield one line per served model: its speed-up over the first one while it decodes, and its memory.
+
+    Args:
+        rows: Models of a result of `laconic bench serving`.
+    """
+    for row in rows:
+        compared = [r for r in row["rows"] if r.get("decode_speedup")]
+        failed = [f"{r['batch']} x {r['prompt']}" for r in row["rows"] if "error" in r]
+        line = f"{row['name']}: "
+        if row is rows[0] or not compared:
+            timed = [r for r in row["rows"] if "error" not in r]
+            line += ", ".join(f"{r['decode_tokens_per_second']:.4g} tokens/s at {r['batch']}" for r in timed)
+        else:
+            line += "decode " + ", ".join(
+                f"{r['decode_speedup']:.2f}x at {r['batch']} x {r['prompt']}" for r in compared
+            )
+            slower = [r for r in compared if r["decode_speedup"] < 1 / MIN_SPEEDUP]
+            line += f"; slower than {rows[0]['name']} at {', '.join(str(r['batch']) for r in slower)}" if slower else ""
+        if row.get("cache_tokens"):
+            line += f"; the cache holds {row['cache_tokens']:,} tokens"
+        yield line + (f"; out of memory at {', '.join(failed)}" if failed else "")
+
+
 def busy_verdict(measurements: Rows) -> Iterator[str]:
     """Yield a line if other processes used the processor for much of the time.
 

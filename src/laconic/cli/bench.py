@@ -1,4 +1,4 @@
-"""`laconic bench`: time, bytes and energy of artifacts and of linear shapes."""
+"""`laconic bench`: time, bytes and energy of artifacts and of linear shapes, and of artifacts in an engine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from laconic.bench.options import SparsityOptions
+from laconic.bench.serving_options import ServingOptions, parse_flags
 from laconic.checkpoint.trust import Trust
 from laconic.cli.console import out, print_json, with_status
 from laconic.cli.options import Json, Pickle, RemoteCode, check_dtype, numbers, words
@@ -76,6 +77,65 @@ def bench_sparsity(
         seconds=seconds,
     )
     _show(with_status(measure, models or [], options, quiet=json_), output, json_)
+
+
+@bench.command("serving")
+def bench_serving(
+    models: Annotated[list[str], typer.Argument(metavar="DIR...", help="Artifacts, or any models.")],
+    baseline: Annotated[str | None, typer.Option(help="The original; the first DIR by default.")] = None,
+    engine: Annotated[str, typer.Option(help="vllm, or hf for transformers' own generate.")] = "vllm",
+    batches: Annotated[str, typer.Option(metavar="N,...", help="Numbers of requests in progress.")] = "1,16,64,256",
+    prompts: Annotated[str, typer.Option(metavar="N,...", help="Tokens of a prompt, such as 512,8192,65536.")] = "512",
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each request.")] = 128,
+    rounds: Annotated[int, typer.Option(help="Requests of a measurement, as a multiple of the batch.")] = 2,
+    dummy: Annotated[
+        bool, typer.Option("--dummy", help="Use random weights: a folder with only config.json is enough.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    engine_args: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Flag of the engine, such as kv-cache-dtype=fp8; may be repeated."),
+    ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=A,B", help="Measure with each value of a flag of the engine; may be repeated."),
+    ] = None,
+    vllm_python: Annotated[
+        str | None, typer.Option(help="Python that has vLLM; by default $LACONIC_VLLM_PYTHON, or this one.")
+    ] = None,
+    start_seconds: Annotated[float, typer.Option(help="Time in which the engine has to be ready.")] = 900.0,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE.md|.json", help="Write the tables, or the result, to this file."),
+    ] = None,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
+    json_: Json = False,
+) -> None:
+    """Serve artifacts and their original, and measure tokens/s, latency, memory, cache capacity and energy."""
+    check_dtype(dtype)
+    if output is not None:
+        _check_output(output)
+    options = ServingOptions(
+        baseline=baseline,
+        engine=engine,
+        batches=numbers("--batches", batches),
+        prompts=numbers("--prompts", prompts),
+        new_tokens=new_tokens,
+        rounds=rounds,
+        dummy=dummy,
+        device=device,
+        dtype=dtype,
+        engine_args=parse_flags("--engine-args", engine_args or []),
+        vary={key: words(values) for key, values in parse_flags("--vary", vary or []).items()},
+        vllm_python=vllm_python,
+        start_seconds=start_seconds,
+        trust=Trust(trust_remote_code, allow_pickle),
+    )
+    from laconic.bench.serving import bench_serving as measure
+
+    _show(with_status(measure, models, options, quiet=json_), output, json_)
 
 
 def _check_output(file: Path) -> None:

@@ -41,6 +41,7 @@ def report(
         out.print(pareto_table(points, settings))
         out.print(f"page: {output.resolve()}", soft_wrap=True)
         return
+    from laconic.report.bench_table import bench_tables
     from laconic.report.entries import read_entries
     from laconic.report.interval_table import interval_tables
     from laconic.report.long_table import long_tables
@@ -58,7 +59,8 @@ def report(
     evaluations = [r for a in measured for r in a.evaluations]
     tasks = [r for a in measured for r in a.tasks]
     domains = [r for a in measured for r in a.domains]
-    if evaluations or not (long or tasks or domains):
+    servings = [r for a in measured for r in a.servings]
+    if evaluations or not (long or tasks or domains or servings):
         out.print(results_table(evaluations))
     for result in tasks:
         out.print(tasks_table(result))
@@ -68,6 +70,9 @@ def report(
             out.print(table)
     for result in long:
         out.print(long_tables(result)[0])
+    for result in servings:
+        for table in bench_tables(result):
+            out.print(table)
     out.print(f"page: {output.resolve()}", soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""Tables of a result of `laconic bench sparsity`, for the terminal, in Markdown and as JSON."""
+"""Tables of a result of `laconic bench`, for the terminal, in Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from laconic.checkpoint.atomic import created_folder, write_text
+from laconic.report.serving_table import serving_caption, serving_tables
 
 Rows = list[dict[str, str]]
 
@@ -19,7 +20,7 @@ def bench_tables(result: Mapping[str, Any]) -> list[Table]:
     """Return the terminal tables of a result.
 
     Args:
-        result: Result of `laconic bench sparsity`.
+        result: Result of `laconic bench`.
     """
     tables = []
     for title, rows in titled_rows(result):
@@ -36,7 +37,7 @@ def write_bench(result: Mapping[str, Any], file: Path) -> None:
     """Write a result to a file, atomically.
 
     Args:
-        result: Result of `laconic bench sparsity`.
+        result: Result of `laconic bench`.
         file: A .json file gets the whole result; any other file gets Markdown tables with settings and command.
     """
     text = json.dumps(result, indent=2) if file.suffix == ".json" else _bench_markdown(result)
@@ -53,11 +54,14 @@ def _bench_markdown(result: Mapping[str, Any]) -> str:
 
 
 def titled_rows(result: Mapping[str, Any]) -> list[tuple[str, Rows]]:
-    """Return pairs of a title and formatted cells: one table per shape of linears, then one of whole models.
+    """Return pairs of a title and formatted cells.
 
     Args:
-        result: Result of `laconic bench sparsity`.
+        result: Result of `laconic bench serving`; or of `laconic bench sparsity`, which has one table per shape of
+            linears, then one of whole models.
     """
+    if "engine" in result:
+        return serving_tables(result)
     tables: list[tuple[str, Rows]] = []
     linears = result.get("linears", [])
     for shape in dict.fromkeys(tuple(r["shape"]) for r in linears):
@@ -77,11 +81,13 @@ def bench_caption(result: Mapping[str, Any]) -> str:
     """Describe device, versions and settings of a result.
 
     Args:
-        result: Result of `laconic bench sparsity`.
+        result: Result of `laconic bench`.
 
     Returns:
         The description, without a period at its end.
     """
+    if "engine" in result:
+        return serving_caption(result)
     text = f"{result['device_name']}, {result['threads']} threads, torch {result['versions']['torch']}"
     text += f", transformers {result['versions']['transformers']}, {result['dtype']}; medians of at most "
     text += f"{result['rounds']} rounds, each of which times every variant once"

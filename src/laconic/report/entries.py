@@ -13,7 +13,7 @@ import yaml
 
 from laconic.artifact.artifact import Artifact
 from laconic.evaluation.retention import rename_old_keys
-from laconic.report.result_schemas import EvaluationResult, SpeedResult, StudyEvaluation, check_result
+from laconic.report.result_schemas import EvaluationResult, ServingResult, SpeedResult, StudyEvaluation, check_result
 
 Result = dict[str, Any]
 
@@ -32,6 +32,7 @@ class ReportEntry:
         long: Results of `laconic eval long`.
         training: Pairs of a method and its result `training-METHOD`.
         speeds: Results of `laconic bench sparsity`.
+        servings: Results of `laconic bench serving`.
         samples: Results with text that the models generated.
         values: Axis values of a run of a study.
         name: Name for tables and charts.
@@ -53,6 +54,7 @@ class ReportEntry:
     name: str = ""
     error: str | None = None
     domains: list[Result] = field(default_factory=list)
+    servings: list[Result] = field(default_factory=list)
 
     @property
     def with_intervals(self) -> list[Result]:
@@ -62,7 +64,7 @@ class ReportEntry:
     @property
     def measurements(self) -> list[Result]:
         """All results of commands that measure, that is without compression and training."""
-        return [*self.evaluations, *self.domains, *self.tasks, *self.long, *self.speeds, *self.samples]
+        return [*self.evaluations, *self.domains, *self.tasks, *self.long, *self.speeds, *self.servings, *self.samples]
 
     @property
     def measured(self) -> bool:
@@ -88,8 +90,12 @@ class ReportEntry:
 
     @property
     def decoding(self) -> Result | None:
-        """Decoding speed with the faster kernels: `speedup` over the original and `tokens_per_second`."""
-        timed = [row["decode"] for r in self.speeds for row in r.get("models", ())[1:]]
+        """Decoding speed: `speedup` over the original and `tokens_per_second`.
+
+        That in an engine at the smallest batch, if it was served; otherwise that with the faster kernels.
+        """
+        timed = [d for r in self.servings if (d := served_decoding(r))]
+        timed = timed or [row["decode"] for r in self.speeds for row in r.get("models", ())[1:]]
         return max(timed, key=lambda d: float(d["speedup"])) if timed else None
 
     @property
@@ -132,6 +138,28 @@ def read_entries(folders: Sequence[Path]) -> list[ReportEntry]:
     entries = _prefer_common_setting(entries)
     is_unique = len({e.name for e in entries}) == len(entries)
     return entries if is_unique else [replace(e, name=str(e.path)) for e in entries]
+
+
+def served_decoding(result: Mapping[str, Any]) -> Result | None:
+    """Return the decoding speed of an artifact in an engine, at the smallest batch and the shortest prompts.
+
+    Args:
+        result: Result of `laconic bench serving`.
+
+    Returns:
+        `speedup` over the original and `tokens_per_second`; None without the original. Of several variants of flags
+        the fastest counts.
+    """
+    if not result.get("baseline"):
+        return None
+    served = result["models"][len(result["models"]) // 2 :]
+    loads = [r for model in served for r in model["rows"] if r.get("decode_speedup")]
+    smallest = min(((r["batch"], r["prompt"]) for r in loads), default=None)
+    rows = [r for r in loads if (r["batch"], r["prompt"]) == smallest]
+    fastest = max(rows, key=lambda r: float(r["decode_speedup"]), default=None)
+    if fastest is None:
+        return None
+    return {"speedup": fastest["decode_speedup"], "tokens_per_second": fastest["decode_tokens_per_second"]}
 
 
 def is_study(folder: Path) -> bool:
@@ -236,6 +264,8 @@ def _read_artifact(folder: Path) -> ReportEntry:
             check_result(file, result, EvaluationResult, "laconic eval")
         if name.startswith("bench-sparsity") and result.get("models"):
             check_result(file, result, SpeedResult, "laconic bench sparsity")
+        if name.startswith("bench-serving"):
+            check_result(file, result, ServingResult, "laconic bench serving")
     return _entry(artifact, folder.resolve().name, results)
 
 
@@ -257,6 +287,7 @@ def _entry(artifact: Artifact, name: str, results: Mapping[str, Result]) -> Repo
         results_of("samples-"),
         name=name,
         domains=results_of("domains-"),
+        servings=results_of("bench-serving"),
     )
 
 

@@ -20,6 +20,7 @@ from laconic.report.long_table import long_caption, long_rows
 from laconic.report.loss_curve import loss_curve
 from laconic.report.plots import ablations, bit_map, comparable, error_map, size_front, speed_front
 from laconic.report.reliability import reliability_diagrams
+from laconic.report.serving_table import serving_caption, serving_tables
 from laconic.report.table import caption
 from laconic.report.task_table import task_rows, tasks_caption
 
@@ -79,6 +80,8 @@ def _html(entries: Sequence[ReportEntry]) -> str:
         long_rows=long_rows,
         long_caption=long_caption,
         long_plots=long_plots,
+        serving_tables=serving_tables,
+        serving_caption=serving_caption,
         loss_curve=loss_curve,
         describe_training=_describe_training,
         recipe_text=lambda e: yaml.safe_dump(e.recipe, sort_keys=False) if e.recipe else "",
@@ -192,6 +195,11 @@ def _headline_without_evaluation(first: ReportEntry) -> str:
     if first.domains:
         text = f"Measured on {len(first.domains[0]['domains'])} domains"
         return text + (f"; largest loss on {first.domains[0]['worst']}." if first.domains[0]["worst"] else ".")
+    if first.servings:
+        speed = first.speed
+        return "Served in an engine" + (
+            f", where it decodes {speed:.2f} times as fast as the original." if speed else "."
+        )
     if first.long:
         return f"Key-value cache, measured at {len(first.long[0]['lengths'])} context lengths."
     return _describe_training(*first.training[0]) + "." if first.training else "Measured."

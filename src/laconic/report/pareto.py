@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from laconic.artifact.artifact import Artifact
-from laconic.report.entries import check_one_original, plain_name
-from laconic.report.result_schemas import EvaluationResult, SpeedResult, check_result
+from laconic.report.entries import check_one_original, plain_name, served_decoding
+from laconic.report.result_schemas import EvaluationResult, ServingResult, SpeedResult, check_result
 
 ORIGINAL = "original"
 
@@ -22,7 +22,7 @@ class ParetoPoint:
 
     Attributes:
         name: Name of the artifact.
-        gone: Fraction of the original's linear weights that are zero or removed.
+        gone: Fraction of the original's linear weights that are zero or removed; None where only an engine was timed.
         nbytes: Bytes of the weight files.
         perplexity: Perplexity.
         kl: Mean KL divergence from the original, in nats per token.
@@ -30,12 +30,12 @@ class ParetoPoint:
         speed: Decoding speed with dense kernels, relative to the original in the same run.
         sparse: Decoding speed with sparse kernels, in tokens per second; None without such kernels.
         sparse_speed: Decoding speed with sparse kernels, relative to the original in the same run.
-        prefill: Prefill speed relative to the original, with the fastest kernels.
+        prefill: Prefill speed relative to the original, with the fastest kernels; None where only an engine was timed.
         dominated: Whether another artifact is no worse in all `costs`, and better in one.
     """
 
     name: str
-    gone: float
+    gone: float | None
     nbytes: int
     perplexity: float
     kl: float
@@ -43,7 +43,7 @@ class ParetoPoint:
     speed: float
     sparse: float | None = None
     sparse_speed: float | None = None
-    prefill: float = 1.0
+    prefill: float | None = 1.0
     dominated: bool = False
 
     @property
@@ -61,7 +61,8 @@ def gather_points(folders: Sequence[Path]) -> tuple[list[ParetoPoint], dict[str,
     """Read the points of artifacts.
 
     Args:
-        folders: Folders of artifacts with results of `laconic eval text --baseline` and `laconic bench sparsity`.
+        folders: Folders of artifacts with results of `laconic eval text --baseline`, and of `laconic bench serving` or
+            `laconic bench sparsity`. All are compared by the former where every artifact has one.
 
     Returns:
         The points, with the original first, and the common settings of the measurements.
@@ -70,15 +71,18 @@ def gather_points(folders: Sequence[Path]) -> tuple[list[ParetoPoint], dict[str,
         ValueError: A folder is not an artifact, a result is missing (the message names the command), or the artifacts
             differ in model, text or device.
     """
+    opened = {folder: Artifact.open_with_results(folder) for folder in dict.fromkeys(folders)}
+    served = all(_serving(results) for _, results in opened.values())
+    command = "laconic bench serving" if served else "laconic bench sparsity"
     measured: dict[Path, tuple[dict[str, Any], dict[str, Any]]] = {}
     missing: list[str] = []
     bases: dict[Path, tuple[str | None, str]] = {}
-    for folder in dict.fromkeys(folders):
-        artifact, results = Artifact.open_with_results(folder)
+    for folder, (artifact, results) in opened.items():
         quality = {n: r for n, r in results.items() if n.startswith("eval-") and r.get("kl_mean") is not None}
         # A result with one model has no comparison with the original.
         benches = {n: r for n, r in results.items() if n.startswith("bench-sparsity")}
         speed = {n: r for n, r in benches.items() if _has_original(r.get("models"))}
+        speed = _serving(results) if served else speed
         source = (artifact.recipe or {}).get("source") or {}
         baselines = [r.get("baseline") for r in (*quality.values(), *speed.values())]
         original = next((str(b) for b in baselines if b), source.get("model", "ORIGINAL"))
@@ -89,12 +93,13 @@ def gather_points(folders: Sequence[Path]) -> tuple[list[ParetoPoint], dict[str,
         if quality and speed:
             (of_text, first), (of_speed, timed) = next(iter(quality.items())), next(iter(speed.items()))
             check_result(folder / "results" / f"{of_text}.json", first, EvaluationResult, "laconic eval")
-            check_result(folder / "results" / f"{of_speed}.json", timed, SpeedResult, "laconic bench sparsity")
-            measured[folder] = first, timed
+            schema = ServingResult if served else SpeedResult
+            check_result(folder / "results" / f"{of_speed}.json", timed, schema, command)
+            measured[folder] = first, _as_timed(timed) if served else timed
             bases[folder] = source.get("sha256"), plain_name(original)
     if missing:
         raise ValueError(f"results are missing; run {'; '.join(missing)}")
-    _check_settings(measured, bases)
+    _check_settings(measured, bases, command)
     names = _names(list(measured))
     points = [_point(names[folder], *results) for folder, results in measured.items()]
     first, timed = next(iter(measured.values()))
@@ -144,7 +149,7 @@ def pareto_rows(points: Sequence[ParetoPoint]) -> list[dict[str, str]]:
     return [
         {
             "artifact": p.name,
-            "weights removed": f"{p.gone:.1%}",
+            "weights removed": "-" if p.gone is None else f"{p.gone:.1%}",
             "size": f"{p.nbytes / 1e6:.2f} MB",
             "perplexity": f"{p.perplexity:.3f}",
             "KL": f"{p.kl:.4f}",
@@ -152,7 +157,7 @@ def pareto_rows(points: Sequence[ParetoPoint]) -> list[dict[str, str]]:
             "tokens/s, sparse kernels": "not available"
             if p.sparse is None
             else f"{p.sparse:.4g} ({p.sparse_speed:.2f}x)",
-            "prefill": f"{p.prefill:.2f}x",
+            "prefill": "-" if p.prefill is None else f"{p.prefill:.2f}x",
             "": "dominated" if p.dominated else "",
         }
         for p in points
@@ -171,7 +176,8 @@ def pareto_caption(settings: Mapping[str, Any]) -> str:
     model = f"{settings['base']}; perplexity and KL on {settings['text']}"
     windows = f"{settings['windows']} windows of {settings['context_length']} tokens"
     decoding = f"decoding of {settings['sequences']} x 1 token after {settings['prompt']}"
-    device = f"{settings['device_name']}, {settings['threads']} threads, {', '.join(settings['dtypes'])}"
+    threads = f"{settings['threads']} threads, " if settings["threads"] else ""
+    device = f"{settings['device_name']}, {threads}{', '.join(settings['dtypes'])}"
     return (
         f"artifacts of {model}, {windows}; {decoding} on {device}; x: speed relative to the original in the same run; "
         "dominated: another is no worse in KL, size and speed, and better in one"
@@ -189,6 +195,33 @@ def as_csv(points: Sequence[ParetoPoint]) -> str:
     writer.writeheader()
     writer.writerows(vars(p) for p in points)
     return file.getvalue()
+
+
+def _serving(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the results of `laconic bench serving` that compare with the original."""
+    return {n: r for n, r in results.items() if n.startswith("bench-serving") and r.get("baseline")}
+
+
+def _as_timed(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result of `laconic bench serving` with the keys of one of `laconic bench sparsity`."""
+    decode = served_decoding(result)
+    if decode is None:
+        raise ValueError(
+            f"{result['model']} has no speed in an engine beside the original; run {result['command']} again"
+        )
+    rate = decode["tokens_per_second"]
+    original = {"tokens_per_second": rate / decode["speedup"], "speedup": 1.0}
+    rows = [{"gone": None, "decode": d, "prefill": {"speedup": None}} for d in (original, decode)]
+    engine = f"{result['engine']} {result['engine_version']}"
+    return {
+        **result,
+        "models": rows,
+        "device_name": f"{result['device_name']}, {engine}",
+        "threads": None,
+        "prompt": min(result["prompts"]),
+        "sequences": min(result["batches"]),
+        "dtype": next(m["dtype"] for m in result["models"]),
+    }
 
 
 def _has_original(rows: Any) -> bool:
@@ -210,7 +243,7 @@ def _point(name: str, quality: Mapping[str, Any], timed: Mapping[str, Any]) -> P
         speed=decode["speedup"],
         sparse=sparse and sparse["tokens_per_second"],
         sparse_speed=sparse and sparse["speedup"],
-        prefill=max(row["prefill"]["speedup"] for row in (with_dense, *with_sparse)),
+        prefill=max((s for row in (with_dense, *with_sparse) if (s := row["prefill"]["speedup"])), default=None),
     )
 
 
@@ -220,13 +253,15 @@ def _original(quality: Mapping[str, Any], timed: Mapping[str, Any]) -> ParetoPoi
 
 
 def _check_settings(
-    measured: Mapping[Path, tuple[dict[str, Any], dict[str, Any]]], bases: Mapping[Path, tuple[str | None, str]]
+    measured: Mapping[Path, tuple[dict[str, Any], dict[str, Any]]],
+    bases: Mapping[Path, tuple[str | None, str]],
+    speed_command: str,
 ) -> None:
     """Check that all artifacts have the same original and the same settings, so that one chart can compare them."""
     check_one_original(bases)
     for part, keys, command in (
         (0, ("text", "context_length", "windows"), "laconic eval"),
-        (1, ("device_name", "threads", "prompt", "sequences"), "laconic bench sparsity"),
+        (1, ("device_name", "threads", "prompt", "sequences"), speed_command),
     ):
         for key in keys:
             values = {folder: pair[part].get(key) for folder, pair in measured.items()}

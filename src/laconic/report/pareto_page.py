@@ -82,7 +82,7 @@ def pareto_plots(points: Sequence[ParetoPoint]) -> list[str]:
         points: Points of `gather_points`.
 
     Returns:
-        The two charts as SVG.
+        The charts as SVG; the first only where removed weights were counted.
     """
     largest = max(p.nbytes for p in points)
     kl = Axis("KL to the original (nats per token)", zero=True)
@@ -91,7 +91,7 @@ def pareto_plots(points: Sequence[ParetoPoint]) -> list[str]:
         tooltip = f"{p.name}: {p.nbytes / 1e6:.2f} MB, KL {p.kl:.4f}, {detail}"
         return Mark(x, p.kl, tooltip, label, faint=p.dominated, hollow=hollow, size=4 + 6 * p.nbytes / largest)
 
-    removed = [mark(p, p.gone, f"{p.gone:.1%} removed", label=p.name) for p in points]
+    removed = [mark(p, p.gone, f"{p.gone:.1%} removed", label=p.name) for p in points if p.gone is not None]
     by_removed = Axis("fraction of linear weights removed", show=lambda v: f"{v:.0%}")
     speeds = []
     for p in points:
@@ -100,8 +100,9 @@ def pareto_plots(points: Sequence[ParetoPoint]) -> list[str]:
             marks.append(mark(p, p.sparse_speed, f"{p.sparse_speed:.2f}x with sparse kernels"))
         speeds.append(Series("", marks, line=True, dotted=True, colour=7 if p.dominated else 0))
     by_speed = Axis("decoding speed relative to the original", show=lambda v: f"{v:g}x")
+    sparsity = chart("Sparsity and quality", [Series("", removed, colour=0)], by_removed, kl, height=400)
     return [
-        chart("Sparsity and quality", [Series("", removed, colour=0)], by_removed, kl, height=400),
+        *([sparsity] if len(removed) > 1 else []),
         chart("Speed and quality (hollow: with dense kernels)", speeds, by_speed, kl, height=400),
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
@@ -101,6 +101,35 @@ class SpeedResult(BaseModel):
     prompt: int
     sequences: int
     dtype: str
+    command: str
+
+
+class _Load(BaseModel):
+    batch: int
+    prompt: int
+    error: str = ""
+    tokens_per_second: _Positive | None = None
+    decode_tokens_per_second: _Positive | None = None
+    decode_speedup: _Positive | None = None
+
+
+class _ServedModel(BaseModel):
+    name: str
+    kernels: list[str]
+    start_seconds: FiniteFloat
+    rows: list[_Load] = Field(min_length=1)
+
+
+class ServingResult(BaseModel):
+    """Keys of a result of `laconic bench serving` that reports need."""
+
+    models: list[_ServedModel] = Field(min_length=1)
+    engine: Literal["vllm", "hf"]
+    engine_version: str
+    device: str
+    device_name: str
+    prompts: list[int]
+    new_tokens: int
     command: str
 
 
