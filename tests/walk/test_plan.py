@@ -85,6 +85,20 @@ def test_an_allocation_is_checked_as_stages_are(llama: Path, tmp_path: Path, mon
         with_schemes(plan, dict.fromkeys(QKV, replace(eight, outlier_columns=None)))
 
 
+def test_an_allocation_is_checked_against_the_deployment(llama: Path, tmp_path: Path) -> None:
+    stage = {"method": "rtn", "scheme": "W4A16", "group_size": 32}
+    split = laconic.pipeline.compression.prepare(
+        str(llama), {"stages": [stage], "tensor_parallel": 2}, tmp_path / "split"
+    ).walk.plan
+    outputs = [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    with pytest.raises(ValueError, match="groups of 64 would reach over two GPUs"):
+        with_schemes(split, dict.fromkeys(outputs, scheme("W4A16", group_size=64)))
+    cpu = laconic.pipeline.compression.prepare(
+        str(llama), {"stages": [stage], "engine": "vllm-cpu"}, tmp_path / "cpu"
+    ).walk.plan
+    assert with_schemes(cpu, dict.fromkeys(QKV, scheme("W4A8", group_size=32))).schemes[QKV[0]].weights.packed is False
+
+
 def test_a_stage_may_ask_for_its_linears_one_by_one(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,7 +177,11 @@ def print_warnings(plan: CompressionPlan) -> None:
 
 
 def plan_notes(log: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield what the plan of an artifact decided that the user may not expect, from its log."""
+    """Yield what the plan of an artifact decided that the user may not expect.
+
+    Args:
+        log: Events of the artifact's `log.jsonl`.
+    """
     from laconic.formats.tiling import AUTO_GROUP_SIZES
 
     for event in (e for e in log if e.get("event") == "group_sizes"):

@@ -234,7 +234,12 @@ def for_cpu(scheme: Scheme) -> Scheme:
 
 
 def regroup(scheme: Scheme, tiling: Tiling) -> Scheme:
-    """Return a scheme of groups with another tiling of its weights, as `group_size: auto` chooses it for a linear."""
+    """Return a scheme of groups with another tiling of its weights, as `group_size: auto` chooses it for a linear.
+
+    Args:
+        scheme: Scheme whose weights have a scalar format.
+        tiling: Tiling of its weights.
+    """
     weights = as_scalar(scheme.weights).retiled(tiling)
     assert weights is not None
     return replace(scheme, weights=weights)

@@ -334,6 +334,9 @@ def copy_to_meta(block: nn.Module) -> nn.Module:
 
     Args:
         block: The block, on any device.
+
+    Returns:
+        The copy; the block is unchanged.
     """
     copied = copy.deepcopy(block)
     # A patched forward stays with the original.

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from laconic.formats import ScalarFormat
 from laconic.formats.int_affine import IntAffine
 from laconic.formats.schemes import Scheme, for_cpu, regroup
@@ -56,9 +54,7 @@ def propose_schemes(
         shapes: of all linears, by full name.
         deployment: how the artifact will be served.
     """
-    proposed = {n: stage.scheme_for(shapes[n]) for n in names}
-    if deployment.engine == "vllm-cpu":
-        proposed = {n: for_cpu(s) for n, s in proposed.items()}
+    proposed = {n: deployed_scheme(stage.scheme_for(shapes[n]), deployment) for n in names}
     if stage.group_size != "auto":
         return proposed
     columns = {n: shapes[n][1] for n in names}
@@ -70,11 +66,25 @@ def propose_schemes(
     return {n: regroup(s, auto_tiling(columns[n])) for n, s in proposed.items()}
 
 
+def deployed_scheme(scheme: Scheme, deployment: Deployment) -> Scheme:
+    """Return a scheme with its codes laid out as the engine reads them.
+
+    Args:
+        scheme: of a linear.
+        deployment: how the artifact will be served.
+    """
+    return for_cpu(scheme) if deployment.engine == "vllm-cpu" else scheme
+
+
 def row_parallel(anatomy: Anatomy, shapes: Shapes) -> set[str]:
     """Return the full names of linears that write to the residual stream, whose columns are split over GPUs.
 
     Those are the linears that read a tensor of their own, are as high as the residual stream is wide, and are not the
     first of their block.
+
+    Args:
+        anatomy: of the model.
+        shapes: (out, in) of all linears, by full name.
     """
     names = set()
     for i, taps in enumerate(anatomy.taps):
@@ -86,13 +96,13 @@ def row_parallel(anatomy: Anatomy, shapes: Shapes) -> set[str]:
 
 
 def check_deployment(
-    deployment: Deployment, model: PreTrainedModel, anatomy: Anatomy, schemes: Mapping[str, Scheme], shapes: Shapes
+    deployment: Deployment, config: Any, anatomy: Anatomy, schemes: Mapping[str, Scheme], shapes: Shapes
 ) -> None:
     """Check that engines can split the model over its GPUs.
 
     Args:
         deployment: how the artifact will be served.
-        model: a skeleton.
+        config: of the text model.
         anatomy: of the model.
         schemes: of quantized linears, by full name.
         shapes: of all linears.
@@ -103,7 +113,7 @@ def check_deployment(
     gpus = deployment.tensor_parallel
     if gpus == 1:
         return
-    _check_heads(gpus, model.config.get_text_config())
+    _check_heads(gpus, config)
     native = next((n for n, s in schemes.items() if s.native), None)
     if native:
         raise ValueError(
@@ -117,7 +127,7 @@ def check_deployment(
             if name in split_columns:
                 _check_columns(gpus, name, shapes[name][1], scheme)
             else:
-                _check_rows(gpus, name, shapes[name][0], scheme, model.config.get_text_config())
+                _check_rows(gpus, name, shapes[name][0], scheme, config)
 
 
 def _check_heads(gpus: int, config: Any) -> None:

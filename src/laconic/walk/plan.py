@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -33,7 +34,7 @@ from laconic.walk.checks import (
     check_unpruned,
     protected_heads,
 )
-from laconic.walk.deployment import UNDIVIDED, Deployment, check_deployment, propose_schemes
+from laconic.walk.deployment import UNDIVIDED, Deployment, check_deployment, deployed_scheme, propose_schemes
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Plan:
             it.
         heads: attention heads of each block, where a stage protects some.
         first: number of the first stage in the recipe.
+        deployment: how the artifact will be served.
+        config: of the text model, for what the deployment allows.
     """
 
     anatomy: Anatomy
@@ -84,6 +87,8 @@ class Plan:
     parts: tuple[Mapping[str, StackedLinear], ...] = ()
     heads: tuple[Heads, ...] = ()
     first: int = 0
+    deployment: Deployment = UNDIVIDED
+    config: Any = None
 
     @cached_property
     def needs(self) -> tuple[Needs, ...]:
@@ -227,14 +232,28 @@ def make_plan(
             pruned |= dict.fromkeys(names, stage.method)
         targets.append(frozenset(names))
     check_fused(anatomy, schemes)
-    check_deployment(deployment, model, anatomy, schemes, shapes)
+    config = model.config.get_text_config()
+    check_deployment(deployment, config, anatomy, schemes, shapes)
     if anatomy.head in schemes:
         schemes[anatomy.head] = schemes.pop(anatomy.head)
     links = find_links(model, anatomy) if any(s.needs.links for s in weight_stages) else ()
     check_blocks(anatomy, weight_stages, targets, links=links, shapes=shapes, first=first)
     parts = tuple(_parts(s, names, shapes) for s, names in zip(weight_stages, targets, strict=True))
     heads = protected_heads(model, anatomy, weight_stages, targets, shapes=shapes, first=first)
-    return Plan(anatomy, tuple(weight_stages), tuple(targets), schemes, shapes, links, cache, parts, heads, first)
+    return Plan(
+        anatomy,
+        tuple(weight_stages),
+        tuple(targets),
+        schemes,
+        shapes,
+        links,
+        cache,
+        parts,
+        heads,
+        first=first,
+        deployment=deployment,
+        config=config,
+    )
 
 
 def _check_proposed(
@@ -297,11 +316,13 @@ def with_schemes(plan: Plan, schemes: Mapping[str, Scheme]) -> Plan:
         schemes: by full name; all of them must be quantized in the plan.
 
     Raises:
-        ValueError: if a linear cannot have its scheme, or linears that engines fuse would differ.
+        ValueError: if a linear cannot have its scheme, linears that engines fuse would differ, or engines cannot split
+            the model over its GPUs.
     """
     unknown = schemes.keys() - plan.schemes.keys()
     if unknown:
         raise ValueError(f"no stage quantizes {min(unknown)}; give a stage targets that include it")
+    schemes = {n: deployed_scheme(s, plan.deployment) for n, s in schemes.items()}
     pruned: dict[str, str] = {}
     for number, (stage, names) in enumerate(zip(plan.stages, plan.targets, strict=True), plan.first):
         if isinstance(stage, QuantizingStage):
@@ -313,6 +334,7 @@ def with_schemes(plan: Plan, schemes: Mapping[str, Scheme]) -> Plan:
             pruned |= dict.fromkeys(names, stage.method)
     merged = {n: schemes.get(n, s) for n, s in plan.schemes.items()}
     check_fused(plan.anatomy, merged)
+    check_deployment(plan.deployment, plan.config, plan.anatomy, merged, plan.linears)
     return replace(plan, schemes=merged)
 
 
