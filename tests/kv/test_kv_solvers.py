@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from laconic.formats.rotation import hadamard
 from laconic.kv.fit import fit_static
 from laconic.kv.format import KvFormat, decode_kv, encode_kv
 from laconic.kv.kmeans import kmeans_levels
 from laconic.solvers.allocate import allocate
-from laconic.solvers.rotate import balancing_rotation, hadamard
+from laconic.solvers.rotate import balancing_rotation
 
 
 def cost(x: torch.Tensor, w: torch.Tensor, found: torch.Tensor) -> float:

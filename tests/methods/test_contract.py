@@ -53,6 +53,7 @@ BESIDE: list[dict[str, Any]] = [
     {"scheme": "NVFP4A16", "outlier_ratio": 0.05, "low_rank": 4},
     {"scheme": "NVFP4", "outlier_ratio": 0.05},
     {"scheme": "MXFP4A16", "low_rank": 4},
+    {"scheme": "W4A4", "group_size": 32, "low_rank": 4, "rotate_inputs": True},
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import laconic
-from artifacts import logits, original, press, tensors
+from artifacts import logits, original, press, quantized_linears, rtn, tensors
 from commands import Laconic
+from laconic.formats.rotation import rotate_channels
 from tiny import ARCHITECTURES, SHARED, make_model, make_recipe
 
 ROTATE = {"method": "rotate"}
@@ -124,3 +126,48 @@ def test_tensors_beside_the_text_model_are_refused(laconic: Laconic, llama: Path
     )
     recipe = make_recipe(tmp_path / "recipe.yaml", ROTATE, model=str(source), output=str(tmp_path / "out"))
     assert "1 tensor that is not part of the text model (mtp); they may read" in laconic("compress", recipe).complaint
+
+
+# 96 = 3 x 32 channels.
+def test_rotated_inputs_are_rounded_in_rotated_channels(tmp_path: Path, text: Path) -> None:
+    source = make_model(tmp_path / "model", dtype=torch.float32, intermediate_size=96)
+    keys = {"scheme": "W4A4", "group_size": 32, "targets": "re:.*down_proj"}
+    plain, rotated = (
+        laconic.load(press(source, tmp_path / str(r), rtn(**keys, rotate_inputs=r)).path) for r in (False, True)
+    )
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 20
+    name = "model.layers.0.mlp.down_proj"
+    expected = x @ original(source).get_submodule(name).weight.T
+    errors = [(m.get_submodule(name)(x) - expected).square().mean() for m in (plain, rotated)]
+    assert errors[1] < 0.5 * errors[0]
+    # Rounded codes and rounded inputs meet in rotated channels.
+    linear = quantized_linears(rotated)[name]
+    q = linear.quantized()
+    codes = replace(q, input_rotation=False).decode()
+    turned, acts = rotate_channels(x), linear.scheme.input_activations
+    assert acts is not None
+    params = acts.format.fit(turned)
+    product = acts.format.decode(acts.format.encode(turned, params), params) @ codes.T
+    assert torch.allclose(linear(x), product, atol=1e-4 * float(product.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ([rtn("W8A8", rotate_inputs=True, dynamic=False)], "set dynamic: true, or leave rotate_inputs out"),
+        ([rtn("W4A4", rotate_inputs=True, outlier_ratio=0.1)], "leave outlier_ratio or rotate_inputs out"),
+        ([{"method": "awq", "scheme": "W4A16", "rotate_inputs": True}], "awq cannot rotate inputs; use gptq or rtn"),
+        ([{"method": "gptq", "scheme": "W4A4", "rotate_inputs": True, "sparsity": 0.5}], "leave it out, or sparsity"),
+        (
+            [{"method": "magnitude", "sparsity": 0.5}, rtn("W4A4", group_size=32, rotate_inputs=True)],
+            "leave rotate_inputs out, or ignore the linear in one of them",
+        ),
+    ],
+)
+def test_what_cannot_have_rotated_inputs_is_told(
+    stages: list[dict[str, object]], expected: str, laconic: Laconic, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    keys = {"calibration": {"dataset": str(text)}, "output": str(tmp_path / "out")}
+    recipe = make_recipe(tmp_path / "recipe.yaml", *stages, model=str(llama), **keys)
+    assert expected in laconic("compress", recipe).complaint

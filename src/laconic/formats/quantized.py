@@ -1,8 +1,8 @@
 """A quantized weight: codes, parameters, and 16-bit side tensors.
 
-The decoded weight is W = T_out (C + L R) T_in, with C the decoded codes in which outlier columns replace theirs, L R a
-low-rank product, and T_out, T_in optional transforms of the output and input channels: a vector of signs or scales, or
-a matrix.
+The decoded weight is W = T_out (C + L R) T_in Q, with C the decoded codes in which outlier columns replace theirs, L R
+a low-rank product, T_out, T_in optional transforms of the output and input channels (a vector of signs or scales, or a
+matrix), and Q an optional rotation of the input channels, which inputs go through before they are rounded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from laconic.formats.base import Format, Params
+from laconic.formats.rotation import rotate_channels
 from laconic.formats.scalar import ScalarFormat
 
 
@@ -99,6 +100,7 @@ class Quantized:
         outliers: Input columns in 16 bit; None for none.
         low_rank: A product in 16 bit; None for none.
         transforms: Transforms of the channels; None for none.
+        input_rotation: Whether codes are those of W Q^T, Q the rotation of the input channels (`rotate_channels`).
     """
 
     format: Format
@@ -108,6 +110,7 @@ class Quantized:
     outliers: Outliers | None = None
     low_rank: LowRank | None = None
     transforms: Transforms | None = None
+    input_rotation: bool = False
 
     @classmethod
     def scalar(cls, fmt: ScalarFormat, codes: Tensor, params: Params) -> Quantized:
@@ -133,6 +136,8 @@ class Quantized:
             w += self.low_rank.left.float() @ self.low_rank.right.float()
         if self.transforms is not None:
             w = self.transforms.apply(w)
+        if self.input_rotation:
+            w = rotate_channels(w)
         return w.to(dtype)
 
     def rows(self, start: int, stop: int) -> Quantized:
@@ -155,6 +160,7 @@ class Quantized:
             outliers and Outliers(outliers.indices.clone(), outliers.weight[start:stop]),
             low_rank and LowRank(low_rank.left[start:stop], low_rank.right.clone()),
             self.transforms and self.transforms.cut_rows(start, stop),
+            self.input_rotation,
         )
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -170,13 +176,16 @@ class Quantized:
         return tensors
 
     @classmethod
-    def from_tensors(cls, fmt: Format, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Quantized:
+    def from_tensors(
+        cls, fmt: Format, tensors: Mapping[str, Tensor], shape: tuple[int, int], *, input_rotation: bool = False
+    ) -> Quantized:
         """Return the weight that a linear's tensors in a file stand for: the inverse of `to_tensors`.
 
         Args:
             fmt: Format of the codes.
             tensors: Tensors by their name within the linear.
             shape: Shape (out, in) of the weight.
+            input_rotation: Whether codes are those of a weight with rotated input channels.
         """
         outliers = low_rank = transforms = None
         if "outlier_indices" in tensors:
@@ -186,7 +195,7 @@ class Quantized:
         if "input_transform" in tensors or "output_transform" in tensors:
             transforms = Transforms(tensors.get("input_transform"), tensors.get("output_transform"))
         codes, params = fmt.from_tensors(tensors, shape)
-        return cls(fmt, codes, params, shape, outliers, low_rank, transforms)
+        return cls(fmt, codes, params, shape, outliers, low_rank, transforms, input_rotation)
 
 
 def quantize(fmt: Format, w: Tensor, params: Params) -> Quantized:

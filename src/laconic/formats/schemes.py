@@ -68,6 +68,8 @@ class Scheme:
         rank: Rank of the 16-bit product that is added to the codes.
         input_transform: Dimensions of the transform of input channels: 0 none, 1 a vector, 2 a matrix.
         output_transform: Dimensions of the transform of output channels.
+        input_rotation: Number of input channels, where weights and inputs are rounded after these are rotated; 0
+            otherwise.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Scheme:
     rank: int = 0
     input_transform: int = 0
     output_transform: int = 0
+    input_rotation: int = 0
 
     @property
     def title(self) -> str:
@@ -87,12 +90,13 @@ class Scheme:
             + " + outliers" * (self.outlier_columns != 0)
             + f" + rank {self.rank}" * (self.rank > 0)
             + " + transforms" * bool(self.input_transform or self.output_transform)
+            + " + rotated input" * bool(self.input_rotation)
         )
 
     @property
     def plain(self) -> Scheme:
         """Copy of the scheme without side tensors, whose sizes depend on the linear."""
-        return replace(self, outlier_columns=0, rank=0, input_transform=0, output_transform=0)
+        return replace(self, outlier_columns=0, rank=0, input_transform=0, output_transform=0, input_rotation=0)
 
     @property
     def native(self) -> bool:

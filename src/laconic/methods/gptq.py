@@ -62,7 +62,12 @@ class Gptq(QuantizingStage, Masking, LinearStage):
 
     def check_scheme(self, scheme: Scheme) -> None:
         super().check_scheme(scheme)
-        for key, value in (("outlier_ratio", scheme.outlier_columns), ("low_rank", scheme.rank)):
+        fillers = {
+            "outlier_ratio": scheme.outlier_columns,
+            "low_rank": scheme.rank,
+            "rotate_inputs": scheme.input_rotation,
+        }
+        for key, value in fillers.items():
             if self.prunes and value:
                 raise ValueError(f"{key} adds values where pruned weights are zero; leave it out, or sparsity")
 

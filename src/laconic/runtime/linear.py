@@ -56,7 +56,8 @@ class QLinear(nn.Module):
     def quantized(self) -> Quantized:
         """Return the weight as codes, parameters and side tensors."""
         stored = {name: getattr(self, name) for name in self.names}
-        return Quantized.from_tensors(self.scheme.weights, stored, (self.out_features, self.in_features))
+        shape, rotated = (self.out_features, self.in_features), bool(self.scheme.input_rotation)
+        return Quantized.from_tensors(self.scheme.weights, stored, shape, input_rotation=rotated)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """Return the decoded weight, (out, in).
@@ -100,7 +101,8 @@ class QLinear(nn.Module):
             )
         weight = self.decode(torch.float32 if acts else x.dtype) if self.dense is None else self.dense
         exempt = self.get_parameter("outlier_indices") if self.scheme.outlier_columns else None
-        return simulated_linear(x, weight, acts, self._calibrated(), exempt=exempt, bias=self.bias)
+        rotated = bool(self.scheme.input_rotation)
+        return simulated_linear(x, weight, acts, self._calibrated(), exempt=exempt, bias=self.bias, rotated=rotated)
 
     def _calibrated(self) -> dict[str, Tensor]:
         return {n: self.get_parameter(f"input_{n}") for n in self.calibrated}

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laconic.formats import Outliers, Params
+from laconic.formats.rotation import rotate_channels
 from laconic.formats.schemes import Activations
 from laconic.kernels.half_linear import half_linear
 
@@ -22,7 +23,9 @@ _EXACT_COLUMNS = 1024
 _ROWS = 512
 
 
-def round_activations(x: Tensor, acts: Activations, calibrated: Params, exempt: Tensor | None = None) -> Tensor:
+def round_activations(
+    x: Tensor, acts: Activations, calibrated: Params, exempt: Tensor | None = None, *, rotated: bool = False
+) -> Tensor:
     """Round an input to the activation format and back (simulated).
 
     Args:
@@ -30,16 +33,19 @@ def round_activations(x: Tensor, acts: Activations, calibrated: Params, exempt: 
         acts: Format of activations.
         calibrated: Parameters from calibration (`Activations.calibrate`).
         exempt: (k,) indices of columns that are not rounded and do not count for the scale; None for none.
+        rotated: Whether x is rounded after a rotation of its channels, which is undone.
 
     Returns:
         (..., in) float32.
     """
     flat = x.reshape(-1, x.shape[-1]).float()
+    flat = rotate_channels(flat) if rotated else flat
     rest = _without(flat, exempt)
     params = _activation_params(rest, acts, calibrated)
     rounded = acts.format.decode(acts.format.encode(rest, params), params)
     if exempt is not None:
         rounded[:, exempt.long()] = flat[:, exempt.long()]
+    rounded = rotate_channels(rounded) if rotated else rounded
     return rounded.view(x.shape)
 
 
@@ -51,6 +57,7 @@ def simulated_linear(
     *,
     exempt: Tensor | None,
     bias: Tensor | None,
+    rotated: bool = False,
 ) -> Tensor:
     """Compute a linear with a decoded weight, in float32 if activations are rounded.
 
@@ -61,13 +68,14 @@ def simulated_linear(
         calibrated: Parameters of x from calibration.
         exempt: (k,) indices of columns of x that are not rounded; None for none.
         bias: (out,), or None.
+        rotated: Whether x is rounded after a rotation of its channels.
 
     Returns:
         (..., out) in x's dtype.
     """
     if acts is None:
         return half_linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    rounded = round_activations(x, acts, calibrated, exempt)
+    rounded = round_activations(x, acts, calibrated, exempt, rotated=rotated)
     return F.linear(rounded, weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 

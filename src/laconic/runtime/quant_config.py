@@ -2,7 +2,8 @@
 
 Schemes that engines run are written under `quant_method: compressed-tensors`. Schemes that only we read are written in
 the same words under `quant_method: laconic`, so that no engine opens them by mistake. There `outlier_columns`,
-`low_rank`, `input_transform` and `output_transform` give the sizes of a linear's 16-bit side tensors, by its full name;
+`low_rank`, `input_transform` and `output_transform` give the sizes of a linear's 16-bit side tensors, by its full name,
+and `input_rotation` the number of its input channels where they are rotated;
 and a format that compressed-tensors cannot describe has an entry in its own words (`Format.to_config`).
 """
 
@@ -38,6 +39,7 @@ _SIDES = {
     "low_rank": "rank",
     "input_transform": "input_transform",
     "output_transform": "output_transform",
+    "input_rotation": "input_rotation",
 }
 _ALWAYS_WRITTEN = ("outlier_columns", "low_rank")
 

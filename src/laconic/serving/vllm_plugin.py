@@ -143,7 +143,8 @@ class LaconicLinearMethod(LinearMethodBase):
             parts, shapes = parts[:1], [(sum(rows for rows, _ in shapes), shapes[0][1])]
         parts = [{n: t.to(device) for n, t in part.items()} for part in parts]
         quantized = [
-            Quantized.from_tensors(scheme.weights, part, shape) for part, shape in zip(parts, shapes, strict=True)
+            Quantized.from_tensors(scheme.weights, part, shape, input_rotation=bool(scheme.input_rotation))
+            for part, shape in zip(parts, shapes, strict=True)
         ]
         columns = [q.outliers for q in quantized if q.outliers is not None]
         if any(not torch.equal(c.indices, columns[0].indices) for c in columns):
@@ -170,7 +171,8 @@ class LaconicLinearMethod(LinearMethodBase):
         if acts and self.scheme.integer:
             outliers = None if columns is None else Outliers(columns, layer.outlier_weight)
             return integer_linear(x, weight, layer.weight_scale, acts, calibrated, outliers=outliers, bias=bias)
-        return simulated_linear(x, weight, acts, calibrated, exempt=columns, bias=bias)
+        rotated = bool(self.scheme.input_rotation)
+        return simulated_linear(x, weight, acts, calibrated, exempt=columns, bias=bias, rotated=rotated)
 
 
 def _loader(parts: Sequence[dict[str, Tensor]], name: str) -> Callable[..., None]:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.solvers.rotate import hadamard
+from laconic.formats.rotation import hadamard, hartley
 
 RotationKind = Literal["hadamard", "random"]
 
@@ -81,17 +81,3 @@ def make_rotation(n: int, kind: RotationKind, seed: int, *, keep_mean: bool = Fa
     u = torch.full((n,), 1 / math.sqrt(n))
     v = rotation.apply(u) - u
     return Rotation(rotation.signs, rotation.odd, v / v.norm())
-
-
-def hartley(m: int) -> Tensor:
-    """Return the matrix of the discrete Hartley transform, symmetric and orthogonal.
-
-    Args:
-        m: Its size.
-
-    Returns:
-        (m, m) float32, with entries (cos + sin)(2 pi j k / m) / sqrt(m).
-    """
-    k = torch.arange(m, dtype=torch.float64)
-    angle = 2 * math.pi * (k[:, None] * k % m) / m
-    return ((angle.cos() + angle.sin()) / math.sqrt(m)).float()

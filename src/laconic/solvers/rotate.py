@@ -11,37 +11,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from laconic.formats.rotation import hadamard
+
 Rotations = tuple[Tensor, Tensor]
 """Rotations R of a layer's keys and of its values, (H or 1, C, C): x R is what is stored."""
 
 # Jacobi sweeps over all pairs of channels; more make no measurable difference.
 _SWEEPS = 12
-
-
-def hadamard(x: Tensor) -> Tensor:
-    """Compute x H / sqrt(n) along the last dimension (Sylvester's order), in n log n operations.
-
-    The transform is its own inverse.
-
-    Args:
-        x: (..., n), n a power of two.
-
-    Returns:
-        A new tensor of the shape of x.
-
-    Raises:
-        ValueError: n is no power of two.
-    """
-    n = x.shape[-1]
-    if n & (n - 1):
-        raise ValueError(f"a Hadamard transform needs a power of two numbers, not {n}")
-    shape, half = x.shape, 1
-    while half < n:
-        pairs = x.reshape(*shape[:-1], n // (2 * half), 2, half)
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        x = torch.stack([a + b, a - b], -2)
-        half *= 2
-    return x.reshape(shape) / math.sqrt(n)
 
 
 def layer_rotations(kind: str | None, calibrated: Mapping[str, Tensor], channels: tuple[int, int]) -> Rotations | None:

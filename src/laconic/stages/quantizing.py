@@ -49,6 +49,8 @@ class QuantizingStage(WeightStage):
         dynamic: whether activations are scaled by each input, or by calibration.
         outlier_ratio: share of the input columns in 16 bit: those of largest activations in calibration.
         low_rank: rank of a 16-bit product that is fitted to the quantization error.
+        rotate_inputs: whether weights and inputs are rounded after the input channels are rotated (`rotate_channels`),
+            at run time (QuaRot's R4); for linears whose input no weight can rotate, such as down-projections.
     """
 
     formats: ClassVar[tuple[type[Format], ...]] = (ScalarFormat,)
@@ -61,6 +63,7 @@ class QuantizingStage(WeightStage):
     dynamic: bool | None = None
     outlier_ratio: float | None = Field(None, ge=0, lt=1)
     low_rank: int = Field(0, ge=0)
+    rotate_inputs: bool = False
 
     @field_validator("scheme")
     @classmethod
@@ -88,6 +91,15 @@ class QuantizingStage(WeightStage):
         if not isinstance(scheme.weights, self.formats):
             raise ValueError(
                 f"{self.method} cannot choose codes of {scheme.weights.title}; use another method or scheme"
+            )
+        acts = scheme.input_activations
+        if scheme.input_rotation and self.scope != "linear":
+            raise ValueError(f"{self.method} cannot rotate inputs; use gptq or rtn, or leave rotate_inputs out")
+        if scheme.input_rotation and scheme.outlier_columns != 0:
+            raise ValueError("rotated inputs have no outlier columns; leave outlier_ratio or rotate_inputs out")
+        if scheme.input_rotation and acts is not None and acts.calibrated:
+            raise ValueError(
+                "ranges of rotated inputs are not calibrated; set dynamic: true, or leave rotate_inputs out"
             )
         if scheme.outlier_columns is None and self._nominal_scheme.outlier_columns is not None:
             raise ValueError(f"{self.method} has no threshold for outlier columns; give their number")
@@ -117,7 +129,12 @@ class QuantizingStage(WeightStage):
         Args:
             shape: (out, in) of the linear.
         """
-        scheme = replace(self.proposed_scheme, outlier_columns=self.count_outliers(shape[1]), rank=self.low_rank)
+        scheme = replace(
+            self.proposed_scheme,
+            outlier_columns=self.count_outliers(shape[1]),
+            rank=self.low_rank,
+            input_rotation=shape[1] if self.rotate_inputs else 0,
+        )
         return schemes.regroup(scheme, auto_tiling(shape[1])) if self.group_size == "auto" else scheme
 
     @property

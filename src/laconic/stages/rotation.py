@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from laconic.calibrate.attention import AttentionCapture, query_cost
+from laconic.formats.rotation import hadamard
 from laconic.kv.format import KvFormat
-from laconic.solvers.rotate import balancing_rotation, hadamard
+from laconic.solvers.rotate import balancing_rotation
 
 
 def find_rotation(capture: AttentionCapture, which: str, fmt: KvFormat, error: Callable[[Tensor], Tensor]) -> Tensor:

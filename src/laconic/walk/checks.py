@@ -72,7 +72,7 @@ def check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
 
 
 def check_unpruned(stage: WeightStage, number: int, name: str, scheme: Scheme, pruned: Mapping[str, str]) -> None:
-    """Check that no low-rank product is added to a pruned linear, whose zeros it would fill in.
+    """Check that nothing that fills in zeros is done to a pruned linear: no low-rank product, no rotation.
 
     Args:
         stage: the stage.
@@ -88,6 +88,11 @@ def check_unpruned(stage: WeightStage, number: int, name: str, scheme: Scheme, p
         raise ValueError(
             f"stages.{number} ({stage.method}) adds a low_rank product to {name}, which {pruned[name]} has pruned: "
             "none of its zeros would remain; leave low_rank out, or ignore the linear in one of them"
+        )
+    if scheme.input_rotation and name in pruned:
+        raise ValueError(
+            f"stages.{number} ({stage.method}) rotates the inputs of {name}, which {pruned[name]} has pruned: none of "
+            "its zeros would remain; leave rotate_inputs out, or ignore the linear in one of them"
         )
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from laconic.formats import LowRank, Outliers, Quantized
+from laconic.formats.rotation import rotate_channels
 from laconic.formats.schemes import Scheme
 from laconic.solvers.moments import Moments
 from laconic.stages.linear import LinearStage, LinearTask, Outcome, WeightStage
@@ -28,6 +29,8 @@ from laconic.walk.outcomes import check_outcome
 
 # Share of the mean of diag(H_OO) added to it, as GPTQ does with all of H.
 _DAMPENING = 0.01
+# From this share of zeros on, a weight is taken for pruned.
+_PRUNED = 0.1
 
 
 def compress_stack(stage: LinearStage, task: LinearTask) -> list[Outcome]:
@@ -42,6 +45,14 @@ def compress_stack(stage: LinearStage, task: LinearTask) -> list[Outcome]:
     """
     if not isinstance(stage, QuantizingStage):
         return _split(_compress(stage, task), task)
+    assert task.scheme is not None
+    if task.scheme.input_rotation:
+        return [_with_rotated_input(o) for o in _compress_quantized(stage, _rotated_task(task))]
+    return _compress_quantized(stage, task)
+
+
+def _compress_quantized(stage: LinearStage, task: LinearTask) -> list[Outcome]:
+    assert isinstance(stage, QuantizingStage)
     assert task.scheme is not None
     columns = stage.outlier_columns(task.scheme, task.moments).to(task.weight.device)
     rank = task.scheme.rank
@@ -103,6 +114,24 @@ def attach(
 def _compress(stage: LinearStage, task: LinearTask) -> Outcome:
     shape = (task.weight.shape[0], task.weight.shape[1])
     return check_outcome(stage, stage.compress(task), task.scheme, shape)
+
+
+def _rotated_task(task: LinearTask) -> LinearTask:
+    """Return linears with rotated input channels: W Q, and moments of Q x."""
+    if float((task.weight == 0).float().mean()) > _PRUNED:
+        raise ValueError("rotate_inputs would fill in the zeros of a pruned weight; leave it out")
+    moments = task.moments
+    if moments is not None:
+        moments = copy.copy(moments)
+        for name in ("H", "D"):
+            M = getattr(moments, name)
+            setattr(moments, name, None if M is None else rotate_channels(rotate_channels(M).T).T.contiguous())
+    return replace(task, weight=rotate_channels(task.weight), moments=moments)
+
+
+def _with_rotated_input(outcome: Outcome) -> Outcome:
+    assert isinstance(outcome.weight, Quantized)
+    return replace(outcome, weight=replace(outcome.weight, input_rotation=True))
 
 
 def _with_low_rank(q: Quantized | Tensor, W: Tensor, rank: int, H: Tensor | None, dtype: torch.dtype) -> Quantized:
