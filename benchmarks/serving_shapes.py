@@ -29,7 +29,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,17 +133,22 @@ def main() -> None:
         work(args)
         return
     result: dict[str, Any] = {"command": " ".join(sys.argv), **settings(args), "variants": {}}
-    began = time.monotonic()
+    end = time.monotonic() + args.budget
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        for name in args.variants:
-            left = args.budget - (time.monotonic() - began)
-            if left < args.least:
-                result["variants"][name] = {"error": f"not started: {left:.0f} s were left of --budget"}
-            else:
-                folder = write_folder(Path(scratch) / name, name, args.shape)
-                result["variants"][name] = time_variant(name, folder, args, min(args.timeout, left))
+        following = Run(args.variants[0], Path(scratch), args)
+        for i, name in enumerate(args.variants):
+            run, left = following, end - time.monotonic()
+            try:
+                # The next one imports vLLM meanwhile, which takes as long as some measurements do.
+                if i + 1 < len(args.variants):
+                    following = Run(args.variants[i + 1], Path(scratch), args)
+                late = left < args.least
+                error = {"error": f"not started: {left:.0f} s were left of --budget"}
+                result["variants"][name] = error if late else run.finish(min(args.timeout, left))
+            finally:
+                run.end()
             print(line(name, result["variants"][name]), flush=True)
-            args.output.parent.mkdir(parents=True, exist_ok=True)
             write_text(args.output, json.dumps(result, indent=1) + "\n")
     print(table(result["variants"], args.batches, args.prompts))
 
@@ -203,36 +207,48 @@ def write_folder(folder: Path, name: str, shape: str) -> Path:
     return folder
 
 
-def time_variant(name: str, folder: Path, args: argparse.Namespace, timeout: float) -> dict[str, Any]:
-    """Run one variant in a process of its own, and return what it measured, or the error that ended it."""
-    out, log = folder / "out.json", (args.logs or folder) / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(folder), "--output", str(out)]
-    began, error = time.monotonic(), None
-    with log.open("w") as stream:
-        # A session of its own, so that the engine's processes end with it.
+class Run:
+    """One variant in a process of its own, which imports vLLM at once and waits for its turn."""
+
+    def __init__(self, name: str, scratch: Path, args: argparse.Namespace) -> None:
+        folder = write_folder(scratch / name, name, args.shape)
+        self.out, self.go, self.log = folder / "out.json", folder / "go", (args.logs or folder) / f"{name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(folder), "--output", str(self.out)]
         environment = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1"} | dict(os.environ)
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True, env=environment)
+        with self.log.open("w") as stream:
+            # A session of its own, so that the engine's processes end with it.
+            self.process = subprocess.Popen(
+                command, stdout=stream, stderr=stream, start_new_session=True, env=environment
+            )
+
+    def finish(self, timeout: float) -> dict[str, Any]:
+        """Let it run, and return what it measured, or the error that ended it."""
+        began, error = time.monotonic(), None
+        self.go.touch()
         try:
-            process.wait(timeout)
+            self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             error = f"took longer than {timeout:.0f} s"
-        finally:
-            end_group(process)
-    text = log.read_text(errors="replace")
-    # The rows that were written before an error still count.
-    result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"rows": []}
-    result |= read_engine_log(text) | {"seconds": round(time.monotonic() - began, 1)}
-    if error or process.returncode:
-        result["error"] = error or engine_error(text)
-    return result
+        self.end()
+        log = self.log.read_text(errors="replace")
+        # The rows that were written before an error still count.
+        result: dict[str, Any] = json.loads(self.out.read_text()) if self.out.exists() else {"rows": []}
+        result |= read_engine_log(log) | {"seconds": round(time.monotonic() - began, 1)}
+        if error or self.process.returncode:
+            result["error"] = error or engine_error(log)
+        return result
 
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process and those that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    def end(self) -> None:
+        """End the process and those that it started, and wait until all are gone: they hold the card's memory."""
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+            self.process.poll()
+            time.sleep(0.05)
 
 
 # --- in the process of one variant ---
@@ -241,27 +257,34 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 def work(args: argparse.Namespace) -> None:
     """Time one variant, and write the result after each batch."""
     from vllm.benchmarks import latency
+    from vllm.platforms import current_platform
 
+    from laconic.serving.bench_client import Card
     from vllm import LLM
 
     engine = engine_arguments(args, max(args.prompts) + args.new_tokens)
+    while not (args.worker / "go").exists():
+        time.sleep(0.05)
     began, card = time.monotonic(), Card()
-    llm = Greedy(LLM(**engine), card.joules)
+    llm = Greedy(LLM(**engine), lambda: card.joules)
     LLM.from_engine_args = classmethod(lambda cls, _: llm)  # type: ignore[method-assign]
     config = llm.llm_engine.vllm_config.cache_config
+    capability = current_platform.get_device_capability()
     result: dict[str, Any] = {
         "start_seconds": round(time.monotonic() - began, 1),
         "engine": {k: v for k, v in engine.items() if k != "model"},
         "cache_dtype": config.cache_dtype,
         "tokens_that_fit": (config.num_gpu_blocks or 0) * config.block_size,
-        **card.describe(),
+        "device": current_platform.get_device_name(),
+        "capability": capability and capability.as_version_str(),
+        "device_bytes": card.total_bytes,
         "rows": [],
     }
     for prompt in args.prompts:
         for batch in args.batches:
             timing = Timing(latency, engine, batch, prompt, args.output, llm)
             result["rows"].append(row(timing, args.new_tokens, args.iterations))
-            result["used_device_bytes"] = card.used_bytes()
+            result["used_device_bytes"] = card.used_bytes
             write_text(args.output, json.dumps(result))
 
 
@@ -366,42 +389,6 @@ def row(timing: Timing, new_tokens: int, iterations: int) -> dict[str, Any]:
         "seconds_of_all": many,
         "joules_per_token": joules / tokens if joules else None,
     }
-
-
-class Card:
-    """The first GPU as NVML sees it, so that this process needs no CUDA of its own; without NVML nothing is known."""
-
-    def __init__(self) -> None:
-        try:
-            from vllm.utils.import_utils import import_pynvml
-
-            self.nvml = import_pynvml()
-            self.nvml.nvmlInit()
-            self.handle = self.nvml.nvmlDeviceGetHandleByIndex(0)
-        except Exception:  # No library, driver or card.
-            self.nvml = None
-
-    def describe(self) -> dict[str, Any]:
-        """Return name, compute capability and bytes."""
-        from vllm.platforms import current_platform
-
-        capability = current_platform.get_device_capability()
-        return {
-            "device": current_platform.get_device_name(),
-            "capability": capability and capability.as_version_str(),
-            "device_bytes": self.nvml and self.nvml.nvmlDeviceGetMemoryInfo(self.handle).total,
-        }
-
-    def used_bytes(self) -> int | None:
-        """Return the bytes that all processes have taken."""
-        return None if self.nvml is None else int(self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used)
-
-    def joules(self) -> float | None:
-        """Return the energy since the driver was loaded; None where it is not counted."""
-        try:
-            return None if self.nvml is None else self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1e3
-        except Exception:  # No counter, or no permission.
-            return None
 
 
 # --- output ---
