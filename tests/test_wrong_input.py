@@ -339,8 +339,12 @@ WEIGHT = f"{Q}.weight"
             "{m} wants to run its own code (auto_map); pass --trust-remote-code if you trust it",
         ),
         (
+            config(quantization_config={"quant_method": "bitsandbytes"}),
+            "{m} is already quantized (bitsandbytes); start from the original 16-bit model",
+        ),
+        (
             config(quantization_config={"quant_method": "awq"}),
-            "{m} is already quantized (awq); start from the original 16-bit model",
+            "config.json of {m} says that the model is quantized by 'awq', but none of its tensors is; download it ",
         ),
         (
             replace("model.safetensors"),

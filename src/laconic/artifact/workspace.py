@@ -25,9 +25,11 @@ from laconic.checkpoint.files import ADAPTER_CONFIG, INDEX, KV_CACHE, SMALL_FILE
 
 RECIPE, LOG, SURVEY = "recipe.yaml", "log.jsonl", "survey.json"
 _REPLACED, _CALIBRATION, _SCRATCH = ".replaced", "calibration", "scratch"
+# Descriptions by other tools of a quantization that the artifact does not have any more.
+_OF_QUANTIZERS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 # A user may have edited the model card: it is kept when the weights are overwritten.
 _KEPT_FROM_OUTPUT = ("README.md", "cards/facts.json")
-_NOT_COPIED = {"config.json", INDEX, SURVEY, "training_log.json", ADAPTER_CONFIG}
+_NOT_COPIED = {"config.json", INDEX, SURVEY, "training_log.json", ADAPTER_CONFIG, *_OF_QUANTIZERS}
 
 
 class Workspace:

@@ -74,7 +74,7 @@ def describe_base(source: Source) -> dict[str, Any]:
         "model": hub_id(source),
         "name": hub_id(source) or source.folder.resolve().name,
         "file_bytes": source.checkpoint.nbytes,
-        "dtype": str(source.dtype).removeprefix("torch."),
+        "dtype": source.quantized or str(source.dtype).removeprefix("torch."),
         "license_file": next((f.name for f in sorted(source.folder.glob("LICENSE*"))), None),
         **inherited,
     }

@@ -18,10 +18,11 @@ from laconic.cards.readme import merge
 from laconic.cards.results import measured_on
 from laconic.cards.sets import sets_of, token_ids
 from laconic.checkpoint.atomic import write_text
-from laconic.checkpoint.source import Source, load_tokenizer, open_source
+from laconic.checkpoint.source import Source, load_tokenizer
 from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.data.text import HUB_TEXTS
 from laconic.recipe import Recipe, load_recipe, read_recipe
+from laconic.runtime.inputs import open_input
 
 README, DATA = "README.md", "data.md"
 
@@ -81,7 +82,7 @@ def refresh_cards(folder: Path, *, trust: Trust = UNTRUSTED) -> list[str]:
     if facts := read_facts(folder):
         return _write(folder, facts, trust)
     try:
-        source = open_source(str(recipe.model), trust=trust)
+        source = open_input(str(recipe.model), trust=trust)
     except ValueError:
         # The original is not available, so its licence and languages are unknown.
         name = str(recipe.model).rstrip("/")

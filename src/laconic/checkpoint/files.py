@@ -7,7 +7,7 @@ import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,20 @@ _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", to
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """How a matrix is decoded from the tensors that a quantized checkpoint stores for it.
+
+    Attributes:
+        parts: Location of each of these tensors, by its name for `decode`. Those of stacked matrices have one more
+            dimension, the first.
+        decode: Returns one matrix, from its parts by name.
+    """
+
+    parts: Mapping[str, StoredTensor]
+    decode: Callable[[Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """Location of one tensor of a checkpoint.
 
@@ -55,6 +69,7 @@ class StoredTensor:
         transposed: Whether the file stores its transpose.
         index: Index of the expert in a tensor that stacks several; None if the tensor is stored alone.
         rows: First and last row (exclusive) of its part of a stacked tensor.
+        decoding: How it is decoded from other tensors; None if the file holds it as it is.
     """
 
     file: Path
@@ -64,10 +79,40 @@ class StoredTensor:
     transposed: bool = False
     index: int | None = None
     rows: tuple[int, int] | None = None
+    decoding: Decoding | None = None
+
+    @property
+    def parts(self) -> dict[str, StoredTensor]:
+        """Locations of what is read for it, by part: itself, or what it is decoded from."""
+        if self.decoding is None:
+            return {"": self}
+        if self.index is None:
+            return dict(self.decoding.parts)
+        return {name: replace(part, index=self.index) for name, part in self.decoding.parts.items()}
+
+    def assemble(self, loaded: Mapping[str, Tensor]) -> Tensor:
+        """Return the tensor from its loaded parts.
+
+        Args:
+            loaded: A tensor for each of `parts`.
+        """
+        if self.decoding is None:
+            return loaded[""]
+        dtype = DTYPES[self.dtype]
+        if self.index is None and len(self.shape) == 3:
+            first = next(iter(loaded.values()))
+            tensor = torch.empty(self.shape, dtype=dtype, device=first.device)
+            for i in range(self.shape[0]):
+                tensor[i] = self.decoding.decode({name: part[i] for name, part in loaded.items()})
+            return tensor
+        tensor = self.decoding.decode(loaded).to(dtype)
+        if self.rows is not None:
+            tensor = tensor[slice(*self.rows)]
+        return tensor.T.contiguous() if self.transposed else tensor
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Bytes that it takes once it is loaded."""
         return count_elements(self.shape) * _ITEMSIZES.get(self.dtype, 1)
 
 
@@ -106,15 +151,18 @@ class Checkpoint:
         Raises:
             ValueError: A tensor is missing, cannot be read, or holds NaN or infinity where it may not.
         """
-        by_file: dict[Path, list[str]] = {}
+        by_file: dict[Path, list[tuple[str, str, StoredTensor]]] = {}
         for name in names:
             if name not in self.tensors:
                 raise ValueError(f"the checkpoint in {self.folder} has no tensor '{name}'; download it again")
-            by_file.setdefault(self.tensors[name].file, []).append(name)
-        out: dict[str, Tensor] = {}
-        for file, file_names in by_file.items():
+            for part, stored in self.tensors[name].parts.items():
+                by_file.setdefault(stored.file, []).append((name, part, stored))
+        loaded: dict[str, dict[str, Tensor]] = {}
+        for file, locations in by_file.items():
             with _opened(file, device) as get:
-                out.update((name, get(self.tensors[name])) for name in file_names)
+                for name, part, stored in locations:
+                    loaded.setdefault(name, {})[part] = get(stored)
+        out = {name: self.tensors[name].assemble(loaded.pop(name)) for name in list(loaded)}
         for name, tensor in out.items() if finite else ():
             if tensor.is_floating_point() and tensor.element_size() > 1 and not torch.isfinite(tensor).all():
                 raise ValueError(
@@ -125,7 +173,12 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all weight files."""
-        return sum(f.stat().st_size for f in {s.file for s in self.tensors.values()})
+        return sum(f.stat().st_size for f in self.files)
+
+    @property
+    def files(self) -> set[Path]:
+        """All weight files."""
+        return {part.file for stored in self.tensors.values() for part in stored.parts.values()}
 
 
 @contextmanager
@@ -250,7 +303,7 @@ def _opened(file: Path, device: torch.device | str) -> Iterator[Callable[[Stored
 
 def _part(source: Any, stored: StoredTensor) -> Tensor:
     """Take the located part of a tensor, or of a safetensors slice that is not loaded yet."""
-    tensor: Tensor = source if stored.index is None else source[stored.index, slice(*(stored.rows or ()))]
+    tensor: Tensor = source if stored.index is None else source[stored.index, slice(*(stored.rows or (None,)))]
     return tensor.T.contiguous() if stored.transposed else tensor
 
 

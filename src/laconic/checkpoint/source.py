@@ -49,6 +49,7 @@ class Source:
         config: Configuration, as transformers reads it.
         checkpoint: Its tensors.
         dtype: The dtype of most of its weights.
+        quantized: What was quantized in its files, in words; empty if nothing was. Its checkpoint decodes it.
     """
 
     name: str
@@ -57,14 +58,16 @@ class Source:
     config: PretrainedConfig
     checkpoint: Checkpoint
     dtype: torch.dtype
+    quantized: str = ""
 
 
-def open_source(name: str, *, trust: Trust = UNTRUSTED) -> Source:
+def open_source(name: str, *, trust: Trust = UNTRUSTED, quantized: bool = False) -> Source:
     """Open a model to compress.
 
     Args:
         name: A local folder, or a Hub name (downloaded, or taken from the cache when offline).
         trust: Permissions of the model's files.
+        quantized: Whether its weights and its cache may be quantized; `runtime.inputs` decodes the weights.
 
     Returns:
         The model's folder, config and checkpoint; no weights are loaded.
@@ -75,17 +78,30 @@ def open_source(name: str, *, trust: Trust = UNTRUSTED) -> Source:
     folder = model_folder(name, trust=trust)
     _check_no_adapter(folder)
     raw, config = read_config(folder, trust=trust)
-    if quantization := raw.get("quantization_config"):
+    if (quantization := raw.get("quantization_config")) and not quantized:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ValueError(f"{name} is already quantized ({method}); start from the original 16-bit model")
+    if not quantized:
+        check_uncalibrated(name, raw)
+    checkpoint = open_checkpoint(folder, trust=trust)
+    return Source(name, folder, raw, config, checkpoint, torch.bfloat16 if quantization else main_dtype(checkpoint))
+
+
+def check_uncalibrated(name: str, raw: Mapping[str, Any]) -> None:
+    """Check that a model has no quantized cache, whose calibration belongs to its weights, blocks and heads.
+
+    Args:
+        name: The model, for the message.
+        raw: Contents of config.json.
+
+    Raises:
+        ValueError: The model has one.
+    """
     if KV_CONFIG in raw:
-        # The calibrated cache belongs to these weights, blocks and heads.
         raise ValueError(
             f"{name} has a quantized cache ({KV_CONFIG} in config.json), which was calibrated for it as it is; start "
             "from the model that it was made from"
         )
-    checkpoint = open_checkpoint(folder, trust=trust)
-    return Source(name, folder, raw, config, checkpoint, main_dtype(checkpoint))
 
 
 def _check_no_adapter(folder: Path) -> None:

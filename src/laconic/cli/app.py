@@ -18,6 +18,7 @@ import typer
 
 from laconic.cli.bench import bench
 from laconic.cli.console import err, out
+from laconic.cli.dequantize import dequantize
 from laconic.cli.evaluate import evaluate
 from laconic.cli.profile import profile
 from laconic.cli.publishing import card, push
@@ -55,6 +56,7 @@ app.add_typer(bench, name="bench")
 app.add_typer(profile, name="profile")
 # In the order in which `laconic --help` lists them, groups last.
 app.command()(compress)
+app.command()(dequantize)
 app.command()(validate)
 app.command("ls")(list_)
 app.command()(inspect)

@@ -19,6 +19,7 @@ from laconic.pipeline.pipeline import Pipeline, build_pipeline
 from laconic.pipeline.step_folders import remove_steps, wait_for_step
 from laconic.pipeline.walk_step import plan_walk, run_walk
 from laconic.recipe import Recipe, load_recipe
+from laconic.runtime.inputs import open_input
 from laconic.train.ranks import is_main
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -94,7 +95,7 @@ def prepare(
     target = Path(folder).expanduser().resolve()
     # The first process of a launch may have begun or finished: what is there is its own.
     overwrite = overwrite or not is_main()
-    source = open_source(name, trust=trust)
+    source = open_input(name, trust=trust)
     if target in (original := source.folder.resolve(), *original.parents):
         raise ValueError(f"output {target} is the model's own folder, or holds it; choose another")
     check_output(target, overwrite=overwrite)

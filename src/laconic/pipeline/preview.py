@@ -194,6 +194,11 @@ def _warnings(pipeline: Pipeline) -> Iterator[str]:
     if windows is not None and calibration is not None and len(windows) < calibration.num_calibration_samples:
         asked = calibration.num_calibration_samples
         yield f"the calibration text fills {len(windows)} of {asked} samples; using those"
+    if pipeline.source.quantized:
+        yield (
+            f"{pipeline.source.name} is quantized already ({pipeline.source.quantized}); its weights are decoded, and "
+            "errors add up: an original in 16 bit gives a better result"
+        )
     written = read_json(pipeline.source.folder / "config.json")
     if written.get("tie_word_embeddings") != pipeline.source.raw.get("tie_word_embeddings"):
         yield (

@@ -41,11 +41,20 @@ def identify(recipe: Recipe, source: Source, windows: Tensor | None) -> dict[str
     """
     return {
         "recipe": recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
-        "source": {"model": source.name, "sha256": _fingerprint(source)},
+        "source": identify_source(source),
         "calibration": windows is not None
         and {"samples": len(windows), "tokens": windows.numel(), "sha256": sha256(windows)},
         "laconic": _version_of("laconic"),
     }
+
+
+def identify_source(source: Source) -> dict[str, str]:
+    """Return the name of a checkpoint, and a hash of its config and of a sample of its weights.
+
+    Args:
+        source: The checkpoint.
+    """
+    return {"model": source.name, "sha256": _fingerprint(source)}
 
 
 def account(
@@ -99,7 +108,7 @@ def _fingerprint(source: Source) -> str:
     digest = hashlib.sha256((source.folder / "config.json").read_bytes())
     tensors = {n: (s.shape, s.dtype) for n, s in sorted(source.checkpoint.tensors.items())}
     digest.update(json.dumps(tensors).encode())
-    for file in sorted({s.file for s in source.checkpoint.tensors.values()}):
+    for file in sorted(source.checkpoint.files):
         size = file.stat().st_size
         with file.open("rb") as f:
             for at in (0, size // 2, max(0, size - 65536)):

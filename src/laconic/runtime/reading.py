@@ -14,6 +14,8 @@ from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.kv.attach import use_by_default
 from laconic.kv.files import read_kv_scheme
 from laconic.runtime.adapters import adapter_folders, apply_adapter
+from laconic.runtime.decoding import is_decodable
+from laconic.runtime.inputs import decode_checkpoint
 from laconic.runtime.linear import QLinear, replace_linear
 from laconic.runtime.quant_config import is_readable, schemes_of
 from laconic.structure.anatomy import linears_of
@@ -49,15 +51,19 @@ def load(
     folder = model_folder(str(name), trust=trust)
     raw, config = read_config(folder, trust=trust)
     checkpoint = open_checkpoint(folder, trust=trust)
-    dtype = dtype or main_dtype(checkpoint)
     quantization = linear_quantization_config(raw)
     if quantization:
-        if not is_readable(quantization):
+        if not is_readable(quantization) and not is_decodable(quantization):
             raise ValueError(
                 f"{folder} is quantized by '{quantization.get('quant_method')}', which Laconic cannot read; open it "
                 "with transformers or vLLM"
             )
-        del config.quantization_config
+        if is_decodable(quantization) or any(n.endswith(".weight_g_idx") for n in checkpoint.tensors):
+            # Layouts that no linear of ours computes with.
+            checkpoint, quantization = decode_checkpoint(checkpoint, raw, config, trust), None
+        else:
+            del config.quantization_config
+    dtype = dtype or main_dtype(checkpoint)
     model = build_skeleton(config, dtype, trust=trust)
     checkpoint = arrange(checkpoint, model)
     if quantization:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from laconic.artifact.workspace import read_identity
-from laconic.checkpoint.source import Source, open_source
+from laconic.checkpoint.source import Source
 from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.data.mix import TextSource
 from laconic.pipeline.compression import prepare
 from laconic.pipeline.provenance import identify
 from laconic.recipe import Recipe, load_recipe
+from laconic.runtime.inputs import open_input
 from laconic.stages.cache import CacheStage
 from laconic.stages.pruning import Protect, PruningStage
 from laconic.stages.stage import Stage
@@ -96,7 +97,7 @@ def plan_runs(study: Study, *, yes: bool = False, trust: Trust = UNTRUSTED) -> l
     keys = {axis.key for axis in study.axes} | {key for point in selected for key in point.values}
     recipes = [_recipe(point, keys) for point in selected]
     _check_caches(study, recipes)
-    open_once = cache(partial(open_source, trust=trust))
+    open_once = cache(partial(open_input, trust=trust))
     runs: dict[str, tuple[int, Run]] = {}
     for number, (point, recipe) in enumerate(zip(selected, recipes, strict=True), 1):
         if not recipe.model:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any
 
-from laconic.checkpoint.source import Source, load_tokenizer, open_source
+from laconic.checkpoint.source import Source, load_tokenizer
 from laconic.checkpoint.trust import Trust
 from laconic.data.text import HUB_TEXTS, evaluation_windows, read_documents, read_rows
 from laconic.pipeline.calibration import calibration_ids
 from laconic.recipe import Recipe
+from laconic.runtime.inputs import open_input
 from laconic.sweep.runs import Run, texts_of
 from laconic.sweep.study import Evaluation
 
@@ -26,7 +27,7 @@ def check_texts(runs: Iterable[Run]) -> None:
             `generate` exceeds the number of windows. The message names the key of the study.
     """
     checked: set[Any] = set()
-    open_once = cache(open_source)
+    open_once = cache(open_input)
     for run in runs:
         assert run.recipe.model is not None
         source = open_once(run.recipe.model, trust=run.trust)

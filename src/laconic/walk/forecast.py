@@ -60,7 +60,12 @@ def forecast(plan: Plan, source: Source, samples: int, length: int, extra: Colle
             after += size * itemsize
     quantized = sum(rows * columns for n, (rows, columns) in plan.linears.items() if n in plan.schemes)
     peak = _peak_bytes(plan, source, sizes, samples * length, extra)
-    return Forecast(sum(sizes.values()) * itemsize, after, peak, quantized / max(1, sum(sizes.values())))
+    # A quantized source is counted as it is stored.
+    stored = source.checkpoint.tensors
+    coded = {s.key: s.decoding.parts.values() for s in stored.values() if s.decoding}
+    before = sum(size * itemsize for n, size in sizes.items() if not stored[n].decoding)
+    before += sum(part.nbytes for parts in coded.values() for part in parts)
+    return Forecast(before, after, peak, quantized / max(1, sum(sizes.values())))
 
 
 def _peak_bytes(plan: Plan, source: Source, sizes: dict[str, int], tokens: int, extra: Collection[str]) -> int:
