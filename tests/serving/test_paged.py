@@ -13,7 +13,7 @@ from laconic.kv.format import KvFormat, decode_kv, encode_kv
 from laconic.kv.scheme import HeadGroup
 from laconic.serving import paged_attention as paged
 from laconic.serving.page import PagedLayer, Scoring, SequenceBatch
-from laconic.serving.page_write import write_tokens, write_units
+from laconic.serving.page_write import write_tokens
 from laconic.serving.paged_attention import paged_attention
 from laconic.serving.slot import slot_layout
 from laconic.solvers.rotate import layer_rotations, rotate
@@ -33,10 +33,18 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def pages_of(packed: PagedLayer, count: int, page_tokens: int, dirt: int) -> Tensor:
+    """Pages with other bytes between them, as where vLLM's pages of a layer are padded to those of another."""
+    page = HEADS * page_tokens * packed.row_bytes
+    whole = torch.full((count * (page + 48),), dirt, dtype=torch.uint8)
+    strides = page + 48, page // HEADS, packed.row_bytes, 1
+    return whole.as_strided((count, HEADS, page_tokens, packed.row_bytes), strides)
+
+
 def run(packed: PagedLayer, cache: Tensor, part: SequenceBatch, tokens: tuple[Tensor, ...], scoring: Scoring) -> Tensor:
     q, k, v = tokens
-    units = (write_units if packed.unit > 1 else write_tokens)(packed, cache, part, k, v)
-    return paged_attention(packed, cache, part, (q, k, v), scoring, units)
+    exact = write_tokens(packed, cache, part, k, v)
+    return paged_attention(packed, cache, part, q, exact, scoring)
 
 
 def stored(packed: PagedLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +59,7 @@ def stored(packed: PagedLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def paged_and_plain(packed: PagedLayer, scoring: Scoring, *, dirt: int = 0xFF) -> tuple[Tensor, Tensor]:
     """The last tokens of three texts: by pages, where all that was not written is dirt, and by plain softmax."""
-    cache = torch.full((32, HEADS, PER_PAGE, packed.row_bytes + 3), dirt, dtype=torch.uint8)
+    cache = pages_of(packed, 32, PER_PAGE, dirt)
     table = torch.randperm(32, generator=torch.Generator().manual_seed(1))[: 3 * 8].view(3, 8)
     last, plain = [], []
     for i, length in enumerate(LENGTHS):
@@ -65,7 +73,8 @@ def paged_and_plain(packed: PagedLayer, scoring: Scoring, *, dirt: int = 0xFF) -
         stored_k, stored_v = stored(packed, k, v)
         for j in range(length - NEW, length):
             seen = torch.arange(j + 1)
-            exact = ((seen == j) | (seen // packed.unit == j // packed.unit) | (seen < packed.sinks))[:, None, None]
+            recent = max(0, j - packed.residual_length) // packed.unit * packed.unit
+            exact = ((seen >= recent) | (seen < packed.sinks))[:, None, None]
             seen_k, seen_v = torch.where(exact, k[seen], stored_k[seen]), torch.where(exact, v[seen], stored_v[seen])
             each = QUERIES // HEADS
             scores = torch.einsum("hd,thd->ht", q[j], seen_k.repeat_interleave(each, 1)) * scoring.scale
@@ -87,6 +96,12 @@ LAYERS = {
     "by channel": (BY_CHANNEL, KvFormat(3), {"page_tokens": PER_PAGE}),
     "sinks": (KvFormat(2), KvFormat(2), {"sinks": 3, "page_tokens": PER_PAGE}),
     "by channel, sinks": (BY_CHANNEL, BY_CHANNEL, {"sinks": 5, "page_tokens": PER_PAGE}),
+    "recent tokens": (KvFormat(2), KvFormat(2), {"residual_length": 3, "page_tokens": PER_PAGE}),
+    "by channel, recent tokens, sinks": (
+        BY_CHANNEL,
+        KvFormat(3),
+        {"residual_length": 10, "sinks": 2, "page_tokens": PER_PAGE},
+    ),
 }
 
 

@@ -70,6 +70,8 @@ SCHEMES: dict[str, tuple[KvScheme, dict[str, Any]]] = {
     "keys by channel before rotary": (one(GROUPS, token(2), pre_rope=True), {}),
     "first tokens exact": (one(token(2), sinks=4), {}),
     "keys by channel, first tokens exact": (one(GROUPS, token(2), sinks=4, rotation="hadamard"), {}),
+    "recent tokens exact": (one(token(2), residual_length=20, sinks=2), {}),
+    "keys by channel, recent tokens exact": (one(GROUPS, token(2), residual_length=16), {}),
     "llama3's rotary": (
         one(token(4), pre_rope=True),
         {
@@ -173,7 +175,7 @@ def one_by_one(case: Case, ids: list[int]) -> Tensor:
 ASKED = prompts(56, 2) + prompts(24, 1)
 PLAIN = "no cache of ours"
 REFUSED: dict[str, KvScheme] = {
-    "residual_length: 0": one(token(4), residual_length=32),
+    "--block-size 2048": one(token(4), residual_length=128),
     "--block-size 144": one(replace(GROUPS, group_size=48), token(4)),
 }
 
@@ -186,7 +188,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, di
     cases[PLAIN] = artifact(home / "plain", None)
     cases |= {name: artifact(home / f"refused{i}", scheme) for i, (name, scheme) in enumerate(REFUSED.items())}
     jobs = [job(case.folder, [ASKED]) for case in cases.values()]
-    windowless = cases["residual_length: 0"]
+    windowless = cases["--block-size 2048"]
     cases["window: false"] = replace(windowless, scheme=one(token(4)))
     jobs.append(job(windowless.folder, [ASKED], additional_config={"laconic_kv": {"window": False}}))
     return dict(zip(cases, zip(cases.values(), run(*jobs), strict=True), strict=True))
@@ -257,7 +259,10 @@ def test_two_bits_fit_five_times_the_tokens(tmp_path: Path) -> None:
     assert packed >= 5 * plain
 
 
-PAGES = {"by token": one(token(4), pre_rope=True), "by channel": one(GROUPS, token(4), sinks=4, pre_rope=True)}
+PAGES = {
+    "by token": one(token(4), pre_rope=True),
+    "by channel": one(GROUPS, token(4), sinks=4, residual_length=8, pre_rope=True),
+}
 
 
 @pytest.mark.parametrize("scheme", PAGES.values(), ids=PAGES)

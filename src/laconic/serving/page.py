@@ -1,10 +1,12 @@
 """Pages of packed keys and values: how the tokens of one layer become bytes, and where these lie in a page.
 
-A page is (H, tokens of a page, X); a cache is pages, and a sequence is a row of page numbers. Behind the slots of a
-page, a few bytes in each of its rows, is its *tail*: the exact first tokens of a text (in its first page), the ranges
-that units of tokens share, and the exact tokens of a unit that is not complete (`serving.page_write`).
+A cache is pages, (H, tokens of a page, X) each, and a sequence is a row of page numbers. The bytes of a head of a page
+lie one after another, whatever X is: first the slots of its tokens, each field of a slot as an array over all tokens,
+so that a kernel reads codes in wide words; then the exact first tokens of a text (in its first page), the ranges that
+units of tokens share, and the exact newest tokens of the page (`serving.page_write`).
 
-Axes: B sequences, H key-value heads, N new tokens, T tokens, U units of tokens, P pages, C channels, X bytes.
+Axes: B sequences, H key-value heads, N new tokens, T tokens, U units of tokens, P pages, C channels, X bytes of a slot
+or of a token, F bytes of a head of a page.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 from laconic.kv.format import StaticParams, decode_kv, encode_kv
 from laconic.kv.rotary import apply_rotary, remove_rotary
 from laconic.kv.scheme import HeadGroup, tokens_at_once
-from laconic.serving.slot import SlotLayout, slot_layout
+from laconic.serving.slot import SlotLayout, array_bytes, from_arrays, slot_layout
 from laconic.solvers.rotate import Rotations, rotate
 
 RotaryTable = tuple[Tensor, Tensor]
@@ -39,7 +41,8 @@ class PagedLayer:
         rotations: Rotations of keys and values before they are rounded.
         rotary: Rotary embedding of every position, where keys are stored before it.
         sinks: Number of first tokens of a text that are stored exactly.
-        page_tokens: Tokens of a page, where it has a tail.
+        residual_length: Smallest number of tokens before a new one that it attends to exactly.
+        page_tokens: Tokens of a page, where it has more than slots.
     """
 
     groups: Sequence[HeadGroup]
@@ -50,6 +53,7 @@ class PagedLayer:
     rotations: Rotations | None = None
     rotary: RotaryTable | None = None
     sinks: int = 0
+    residual_length: int = 0
     page_tokens: int | None = None
 
     def to(self, device: torch.device) -> PagedLayer:
@@ -88,28 +92,53 @@ class PagedLayer:
         """Bytes of a token that is kept exact."""
         return 2 * self.channels * torch.empty(0, dtype=self.dtype).element_size()
 
-    @cached_property
-    def tail_bytes(self) -> int:
-        """Bytes of a page's tail, of each head: sinks, what units share, the incomplete unit."""
-        if self.page_tokens is None:
-            return 0
-        incomplete = self.unit * self.exact_bytes if self.unit > 1 else 0
-        return self.shared_at + self.page_tokens // self.unit * self.shared_bytes + incomplete
+    @property
+    def lookback(self) -> int:
+        """Largest number of tokens before a new one that it attends to exactly, sinks apart."""
+        return self.residual_length + self.unit - 1
 
     @cached_property
-    def shared_at(self) -> int:
-        """Byte offset in the tail of the ranges that units share."""
-        return self.sinks * self.exact_bytes
+    def recent(self) -> int:
+        """Number of newest tokens that each page keeps exact."""
+        if not self.lookback:
+            return 0
+        # A token overwrites one that no later token attends to exactly.
+        assert self.page_tokens is not None
+        return min(self.residual_length + self.unit, self.page_tokens)
+
+    def exact_from(self, positions: Tensor) -> Tensor:
+        """Return the first token that tokens at these positions attend to exactly, sinks apart; of a whole unit.
+
+        Args:
+            positions: Positions of any shape.
+        """
+        return (positions - self.residual_length).clamp(min=0) // self.unit * self.unit
+
+    def shared_at(self, page_tokens: int) -> int:
+        """Return the first byte, in a head of a page, of the ranges that units share.
+
+        Args:
+            page_tokens: Tokens of a page.
+        """
+        return page_tokens * self.slot_bytes + self.sinks * self.exact_bytes
+
+    def recent_at(self, page_tokens: int) -> int:
+        """Return the first byte, in a head of a page, of the exact newest tokens.
+
+        Args:
+            page_tokens: Tokens of a page.
+        """
+        return self.shared_at(page_tokens) + page_tokens // self.unit * self.shared_bytes
 
     @cached_property
     def row_bytes(self) -> int:
-        """Bytes of a row of a page: a slot, and its part of the tail; even, so that float16 numbers are aligned.
+        """Bytes of a head of a page, divided by the tokens of a page; even, so that float16 numbers are aligned.
 
         Raises:
             ValueError: Pages are too small, or do not hold whole units.
         """
         if self.page_tokens is None:
-            assert self.unit == 1
+            assert not self.lookback
             assert not self.sinks
             return self.slot_bytes
         if self.page_tokens % self.unit or self.sinks > self.page_tokens:
@@ -118,12 +147,8 @@ class PagedLayer:
                 "first tokens; serve with "
                 f"--block-size {-(-max(self.page_tokens, self.sinks) // self.unit) * self.unit}"
             )
-        return (self.slot_bytes + -(-self.tail_bytes // self.page_tokens) + 1) // 2 * 2
-
-    @property
-    def tail_width(self) -> int:
-        """Bytes of the tail in each row of a page."""
-        return self.row_bytes - self.slot_bytes
+        nbytes = self.recent_at(self.page_tokens) + self.recent * self.exact_bytes
+        return (-(-nbytes // self.page_tokens) + 1) // 2 * 2
 
     @property
     def rotates_queries(self) -> bool:
@@ -203,6 +228,76 @@ class PagedLayer:
             return keys_BHTC, values_BHTC
         keys = rotate(keys_BHTC, self.rotations[0]) if self.rotates_queries else keys_BHTC
         return keys, rotate(values_BHTC, self.rotations[1])
+
+    def heads_of_pages(self, cache: Tensor) -> Tensor:
+        """View a cache as the bytes of each head of each page.
+
+        Args:
+            cache: Pages, (pages, H, tokens of a page, `row_bytes`) uint8; the rows of a head lie one after another.
+
+        Returns:
+            (pages, H, F) uint8, of the same storage.
+        """
+        assert cache.shape[3] == self.row_bytes == cache.stride(2)
+        return cache.flatten(2)
+
+    def read_slots(self, pages: Tensor, page_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the slots in heads of pages, and the bytes that units share.
+
+        Args:
+            pages: (..., H, F) bytes.
+            page_tokens: Tokens of a page.
+
+        Returns:
+            Slots (..., H, tokens of a page, `slot_bytes`) and shared bytes (..., H, units of a page, `shared_bytes`).
+        """
+        units = page_tokens // self.unit
+        slots = pages.new_zeros(*pages.shape[:-1], page_tokens, self.slot_bytes)
+        shared = pages.new_zeros(*pages.shape[:-1], units, self.shared_bytes)
+        shared_pages = pages[..., self.shared_at(page_tokens) :]
+        for group, layout in zip(self.groups, self.layouts, strict=True):
+            heads = slice(None) if group.heads is None else list(group.heads)
+            of_slots = from_arrays(layout.fields, pages[..., heads, :], page_tokens)
+            slots[..., heads, :, : of_slots.shape[-1]] = of_slots
+            of_units = from_arrays(layout.shared, shared_pages[..., heads, :], units)
+            shared[..., heads, :, : of_units.shape[-1]] = of_units
+        return slots, shared
+
+    def slot_addresses(self, slots: Tensor, page_tokens: int) -> Tensor:
+        """Return the address of every byte of slots in a head of a page.
+
+        Args:
+            slots: (n,) numbers of the slots in their pages.
+            page_tokens: Tokens of a page.
+
+        Returns:
+            (n, H or 1, `slot_bytes`) int64.
+        """
+        addresses = [array_bytes(layout.fields, self.slot_bytes, slots, page_tokens) for layout in self.layouts]
+        return self._of_heads(addresses)
+
+    def shared_addresses(self, units: Tensor, page_tokens: int) -> Tensor:
+        """Return the address, in a head of a page, of every byte that units share.
+
+        Args:
+            units: (n,) numbers of the units in their pages.
+            page_tokens: Tokens of a page.
+
+        Returns:
+            (n, H or 1, `shared_bytes`) int64.
+        """
+        count = page_tokens // self.unit
+        addresses = [array_bytes(layout.shared, self.shared_bytes, units, count) for layout in self.layouts]
+        return self.shared_at(page_tokens) + self._of_heads(addresses)
+
+    def _of_heads(self, addresses: list[Tensor]) -> Tensor:
+        """Join the addresses (n, X) of each group of heads."""
+        if self.groups[0].heads is None:
+            return addresses[0][:, None]
+        joined = addresses[0].new_empty(len(addresses[0]), self.heads, addresses[0].shape[1])
+        for group, of_group in zip(self.groups, addresses, strict=True):
+            joined[:, list(group.heads or ())] = of_group[:, None]
+        return joined
 
     def to_exact(self, keys: Tensor, values: Tensor) -> Tensor:
         """Store keys and values exactly, as the bytes of `dtype`.

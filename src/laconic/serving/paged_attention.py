@@ -1,11 +1,11 @@
 """Attention over pages of packed keys and values, in plain torch, or by a kernel that reads the same bytes.
 
-A token attends to itself exactly and to every earlier token as it is stored, so the result does not depend on how a
-text was cut into steps, on what else is in a batch, or on whether a page was written for another request with the same
-beginning.
+A token attends to itself and to recent tokens exactly (`PagedLayer.exact_from`), and to every earlier token as it is
+stored. So the result does not depend on how a text was cut into steps, on what else is in a batch, or on whether a page
+was written for another request with the same beginning.
 
-Axes: B sequences, Q query heads (H R), H key-value heads, R query heads that share one, N new tokens, T tokens of some
-pages, U units, M tokens of a unit, P pages, C channels, X bytes. A cache is (pages, H, tokens of a page, X).
+Axes: B sequences, Q query heads (H R), H key-value heads, R query heads that share one, N new tokens, E exact tokens, T
+tokens of some pages, P pages, C channels, X bytes. A cache is (pages, H, tokens of a page, bytes).
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from laconic.kv.format import KvFormat
-from laconic.kv.packed import kernel_runs_on
-from laconic.kv.planes import field_size
+from laconic.kv.packed import kernel_reads, kernel_runs_on
 from laconic.serving.page import PagedLayer, Scoring, SequenceBatch
-from laconic.serving.page_write import UnitTokens
+from laconic.serving.page_write import ExactTokens, read_earlier_pages
 from laconic.solvers.rotate import rotate
 
 # Scores, or numbers of decoded keys and values, that are held in memory at once: 128 MiB of float32.
 _MAX_HELD = 1 << 25
+# New tokens whose exact tokens are attended to at once.
+_MAX_ROWS = 256
+# Smallest number of tokens that the kernel reads at once: the smallest side of a product of tensor cores.
+MIN_BLOCK = 16
 
 
 def paged_attention(
     layer: PagedLayer,
     cache: Tensor,
     batch: SequenceBatch,
-    tokens: tuple[Tensor, Tensor, Tensor],
+    q_BNQC: Tensor,
+    exact: ExactTokens,
     scoring: Scoring,
-    units: UnitTokens | None = None,
 ) -> Tensor:
     """Compute the attention of new tokens, which are written already.
 
@@ -42,22 +44,20 @@ def paged_attention(
         layer: Layout of the pages.
         cache: Pages.
         batch: The sequences.
-        tokens: Queries (B, N, Q, C), keys (B, N, H, C) and values (B, N, H, C) of the new tokens.
+        q_BNQC: Queries of the new tokens.
+        exact: Result of `write_tokens`.
         scoring: Settings of the scores.
-        units: Result of `write_units`, where tokens are stored in units.
 
     Returns:
         (B, N, Q, C) float32.
     """
-    queries, keys, values = (t.float() for t in tokens)
-    q_BHRNC = queries.unflatten(2, (layer.heads, -1)).permute(0, 2, 3, 1, 4)
-    softmax = _RunningSoftmax(q_BHRNC, keys.transpose(1, 2), values.transpose(1, 2), scoring)
-    if units is not None:
-        _add_units(softmax, layer, batch, q_BHRNC, units)
+    q_BHRNC = q_BNQC.float().unflatten(2, (layer.heads, -1)).permute(0, 2, 3, 1, 4)
+    exact = read_earlier_pages(layer, cache, batch, exact)
+    softmax = _attend_exact(layer, batch, q_BHRNC, exact, scoring)
     if layer.rotations:
         softmax.out = rotate(softmax.out, layer.rotations[1])
         q_BHRNC = rotate(q_BHRNC, layer.rotations[0]) if layer.rotates_queries else q_BHRNC
-    if kernel_reads_pages(layer, scoring, cache):
+    if kernel_runs_on(cache.device) and why_not_by_kernel(layer, scoring, cache.shape[2]) is None:
         from laconic.serving.paged_triton import paged_history
 
         if layer.sinks:
@@ -77,7 +77,7 @@ class _DecodedTokens:
 
 
 class _RunningSoftmax:
-    """Online softmax over each new token and the tokens before it, which are added piece by piece to bound memory.
+    """Online softmax over the tokens that new ones attend to, which are added piece by piece to bound memory.
 
     Attributes:
         top: Largest score so far, (B, H, R, N, 1).
@@ -85,13 +85,12 @@ class _RunningSoftmax:
         out: Sum of values so far, weighted likewise, (B, H, R, N, C).
     """
 
-    def __init__(self, q_BHRNC: Tensor, k_BHNC: Tensor, v_BHNC: Tensor, scoring: Scoring) -> None:
+    def __init__(self, like_BHRNC: Tensor, scoring: Scoring) -> None:
         self.scoring, slopes = scoring, scoring.slopes
-        self.slopes = None if slopes is None else slopes.view(1, q_BHRNC.shape[1], -1, 1, 1)
-        own_scores = torch.einsum("bhrnc,bhnc->bhrn", q_BHRNC, k_BHNC) * scoring.scale
-        self.top = _softcap(own_scores, scoring.softcap)[..., None]
-        self.total = torch.ones_like(self.top)
-        self.out = v_BHNC[:, :, None].expand_as(q_BHRNC)
+        self.slopes = None if slopes is None else slopes.view(1, like_BHRNC.shape[1], -1, 1, 1)
+        self.top = torch.full_like(like_BHRNC[..., :1], -torch.inf)
+        self.total = torch.zeros_like(self.top)
+        self.out = torch.zeros_like(like_BHRNC)
 
     def add(
         self, products: Tensor, distance: Tensor, visible: Tensor, weighted_sum: Callable[[Tensor], Tensor]
@@ -127,30 +126,39 @@ class _RunningSoftmax:
         return (self.out * rescale + out * share) / (self.total * rescale + share)
 
 
-def _add_units(
-    softmax: _RunningSoftmax, layer: PagedLayer, batch: SequenceBatch, q_BHRNC: Tensor, units: UnitTokens
-) -> None:
-    """Add the exact earlier tokens of each new token's own unit."""
-    positions_BN = batch.positions_BN
-    place_BN = positions_BN - positions_BN // layer.unit * layer.unit
-    distance_BNM = place_BN[:, :, None] - torch.arange(layer.unit, device=positions_BN.device)
-    products = units.gather(torch.einsum("bhrumc,bhunc->bhrumn", units.scatter(q_BHRNC), units.keys_BHUMC))
-
-    def weighted_sum(shares_BHRNM: Tensor) -> Tensor:
-        return units.gather(torch.einsum("bhrumn,bhunc->bhrumc", units.scatter(shares_BHRNM), units.values_BHUMC))
-
-    softmax.add(products, distance_BNM, distance_BNM > 0, weighted_sum)
+def _attend_exact(
+    layer: PagedLayer, batch: SequenceBatch, q_BHRNC: Tensor, exact: ExactTokens, scoring: Scoring
+) -> _RunningSoftmax:
+    """Start a softmax with each new token and the exact tokens before it, so many new tokens at a time."""
+    positions_BN, pieces = batch.positions_BN, []
+    for start in range(0, positions_BN.shape[1], _MAX_ROWS):
+        rows = slice(start, start + _MAX_ROWS)
+        tokens = slice(start, start + layer.lookback + _MAX_ROWS)
+        position_BN, position_BE = positions_BN[:, rows], exact.positions_BE[:, tokens]
+        piece = _RunningSoftmax(q_BHRNC[:, :, :, rows], scoring)
+        distance_BNE = position_BN[:, :, None] - position_BE[:, None]
+        exact_from_BN = layer.exact_from(position_BN)
+        visible_BNE = (distance_BNE >= 0) & (position_BE[:, None] >= exact_from_BN[:, :, None])
+        products = torch.einsum("bhrnc,bhec->bhrne", q_BHRNC[:, :, :, rows], exact.keys_BHEC[:, :, tokens])
+        weighted_sum = partial(torch.einsum, "bhec,bhrne->bhrnc", exact.values_BHEC[:, :, tokens])
+        piece.add(products, distance_BNE, visible_BNE, weighted_sum)
+        pieces.append(piece)
+    softmax = pieces[0]
+    softmax.top, softmax.total, softmax.out = (
+        torch.cat([getattr(piece, name) for piece in pieces], 3) for name in ("top", "total", "out")
+    )
+    return softmax
 
 
 def _add_tokens(
     softmax: _RunningSoftmax, layer: PagedLayer, batch: SequenceBatch, q_BHRNC: Tensor, decoded: _DecodedTokens
 ) -> None:
-    """Add decoded tokens; those of a new token's own unit, and later ones, are not visible."""
+    """Add decoded tokens; those that a new token attends to exactly, and later ones, are not visible."""
     positions_BN, positions_T = batch.positions_BN, decoded.positions_T
-    unit_start_BN = positions_BN // layer.unit * layer.unit
+    exact_from_BN = layer.exact_from(positions_BN)
     products = torch.einsum("bhrnc,bhtc->bhrnt", q_BHRNC, decoded.keys_BHTC)
     weighted_sum = partial(torch.einsum, "bhtc,bhrnt->bhrnc", decoded.values_BHTC)
-    distance_BNT, visible_BNT = positions_BN[:, :, None] - positions_T, positions_T < unit_start_BN[:, :, None]
+    distance_BNT, visible_BNT = positions_BN[:, :, None] - positions_T, positions_T < exact_from_BN[:, :, None]
     softmax.add(products, distance_BNT, visible_BNT, weighted_sum)
 
 
@@ -180,8 +188,9 @@ def _output(layer: PagedLayer, out_BHRNC: Tensor) -> Tensor:
 def _read_sinks(layer: PagedLayer, cache: Tensor, batch: SequenceBatch) -> _DecodedTokens:
     """Read the exact first tokens."""
     positions_T = torch.arange(layer.sinks, device=cache.device)
-    tails_BHX = cache[batch.table_BP[:, 0].long()][..., layer.slot_bytes : layer.row_bytes].flatten(2)
-    exact = tails_BHX[..., : layer.shared_at].unflatten(2, (layer.sinks, layer.exact_bytes))
+    start = cache.shape[2] * layer.slot_bytes
+    exact = layer.heads_of_pages(cache)[batch.table_BP[:, 0].long(), :, start : start + layer.sinks * layer.exact_bytes]
+    exact = exact.unflatten(2, (layer.sinks, layer.exact_bytes))
     keys, values = layer.from_exact(exact.masked_fill(_unwritten(layer, batch, positions_T), 0))
     return _DecodedTokens(positions_T, *layer.rotate_exact(keys, values))
 
@@ -192,21 +201,16 @@ def _read_pages(
     """Decode the pages of these numbers, of which the first token has the position `start`."""
     page_tokens = cache.shape[2]
     positions_T = start + torch.arange(numbers_BP.shape[1] * page_tokens, device=cache.device)
-    rows = cache[numbers_BP.long()].transpose(1, 2)  # (B, H, P, tokens of a page, X)
-    slots_BHTX = rows[..., : layer.slot_bytes].flatten(2, 3)
-    tails_BHPX = rows[..., layer.slot_bytes : layer.row_bytes].flatten(3)
-    units = page_tokens // layer.unit
-    shared = tails_BHPX[..., layer.shared_at : layer.shared_at + units * layer.shared_bytes]
-    shared_BHUX = shared.unflatten(3, (units, layer.shared_bytes)).flatten(2, 3)
+    slots, shared = layer.read_slots(layer.heads_of_pages(cache)[numbers_BP.long()], page_tokens)
+    slots_BHTX, shared_BHUX = (x.transpose(1, 2).flatten(2, 3) for x in (slots, shared))
     # Bytes not written yet are leftovers of other requests, and may decode to NaN.
     unwritten = _unwritten(layer, batch, positions_T)
     slots_BHTX = slots_BHTX.masked_fill(unwritten, 0)
     shared_BHUX = shared_BHUX.masked_fill(unwritten[:, :, :: layer.unit], 0)
     keys, values = layer.decode(slots_BHTX, shared_BHUX, positions_T[None])
     if layer.sinks and start == 0:
-        exact = tails_BHPX[:, :, 0, : layer.shared_at].unflatten(2, (layer.sinks, layer.exact_bytes))
-        sinks = layer.from_exact(exact.masked_fill(unwritten[:, :, : layer.sinks], 0))
-        keys[:, :, : layer.sinks], values[:, :, : layer.sinks] = layer.rotate_exact(*sinks)
+        sinks = _read_sinks(layer, cache, batch)
+        keys[:, :, : layer.sinks], values[:, :, : layer.sinks] = sinks.keys_BHTC, sinks.values_BHTC
     return _DecodedTokens(positions_T, keys, values)
 
 
@@ -220,28 +224,23 @@ def _softcap(scores: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(scores / cap) if cap else scores
 
 
-def kernel_reads_pages(layer: PagedLayer, scoring: Scoring, cache: Tensor) -> bool:
-    """Return whether the Triton kernel reads a layer's pages.
-
-    It does where Triton runs on the device, all heads are stored alike, in integer codes with dynamic ranges and keys
-    after their rotary embedding, and scores have neither softcap nor slopes.
+def why_not_by_kernel(layer: PagedLayer, scoring: Scoring, page_tokens: int) -> str | None:
+    """Return why the Triton kernel does not read a layer's pages; None where it does.
 
     Args:
         layer: Layout of the pages.
         scoring: Settings of the scores.
-        cache: The pages, on the device of the attention.
+        page_tokens: Tokens of a page.
     """
-    if not kernel_runs_on(cache.device) or len(layer.groups) > 1 or layer.rotary is not None:
-        return False
-    if any(n % 2 for n in (*cache.stride()[:3], cache.data_ptr(), layer.slot_bytes, layer.row_bytes)):
-        return False
+    if page_tokens % MIN_BLOCK:
+        return f"pages of {page_tokens} tokens are no multiple of {MIN_BLOCK}"
     if scoring.softcap or scoring.slopes is not None:
-        return False
-    return all(_kernel_reads(fmt, layer.channels) for fmt in (layer.groups[0].keys, layer.groups[0].values))
-
-
-def _kernel_reads(fmt: KvFormat, channels: int) -> bool:
-    """Return whether the kernel reads a format; a product of a tensor core has at least 16 channels on a side."""
-    plain = fmt.datatype == "int" and not fmt.outlier_ratio and fmt.group_size is not None
-    power_of_two = not channels & (channels - 1)
-    return plain and fmt.num_bits in (2, 3, 4, 8) and power_of_two and field_size(channels, fmt.num_bits) >= 16
+        return "scores have a softcap or ALiBi's slopes"
+    if layer.rotary is not None and layer.rotations is not None:
+        return "keys are rotated (`rotation`) before their rotary embedding"
+    if layer.rotary is not None and (layer.rotary[0].shape[1] != layer.channels or layer.channels < 2 * MIN_BLOCK):
+        return "the rotary embedding rotates a part of the channels, or there are few"
+    for fmt in (f for group in layer.groups for f in (group.keys, group.values)):
+        if not kernel_reads(fmt, layer.channels):
+            return f"it does not read {fmt}"
+    return None

@@ -1,22 +1,27 @@
-"""Attention over the packed history in pages, on a GPU: flash-decoding that reads codes and ranges by block table.
+"""Attention over packed pages on a GPU: launches of `serving.attend_pages_triton`.
 
-`serving.paged_attention` merges the result with a token's own unit and a text's exact first tokens. Codes enter tensor
-cores as the small integers they are, a *field* at a time: neighbouring channels that lie in one field of neighbouring
-bytes. Ranges are multiplied into queries, logits, probabilities or sums, whichever are fewest.
+`paged_history` attends over the packed tokens alone, for any number of new tokens; `serving.paged_attention` adds the
+exact ones. For single new tokens `paged_write` stores and `paged_decode` attends over all tokens: three kernels of
+static shapes, without a look at how long a text is, so that a CUDA graph replays them.
 
-Axes: B sequences, H key-value heads, R query heads that share one, N new tokens, C channels, P pages, X bytes. In the
-kernel a *row* is one of the R N queries of a key-value head, and a tile is (rows or tokens, channels of a field).
+Axes: B sequences, Q query heads (H R), H key-value heads, R query heads that share one, N new tokens, C channels.
 """
 
-# mypy: disable-error-code="assignment"
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from laconic.kv.format import KvFormat
-from laconic.kv.planes import field_size, plane_widths
+from laconic.kv.packed import segment
+from laconic.kv.planes import plane_widths
+from laconic.kv.scheme import HeadGroup
 from laconic.serving.page import PagedLayer, Scoring, SequenceBatch
+from laconic.serving.slot import SlotLayout
 
 try:
     import triton
@@ -24,20 +29,22 @@ try:
 except ImportError as e:
     raise ImportError("attention over packed pages on a GPU needs Triton: pip install triton") from e
 
-from laconic.kv.splits_triton import LaunchConfig
+from laconic.kv.splits_triton import LaunchConfig, combine_splits
+from laconic.serving.attend_pages_triton import attend_pages
+from laconic.serving.write_pages_triton import write_pages
 
-# Rows of a program.
-_ROWS = 16
+_LOG2_E = 1.4426950408889634
+_LN_2 = 0.6931471805599453
+# Rows of a program, at most.
+_MAX_ROWS = 32
+_EXACT_BLOCK = 16
+# Numbers of a unit, which a program holds at once.
+_MAX_UNIT_NUMBERS = 1 << 14
+_COMBINED_CHANNELS = 32
+_WORDS = {1: tl.uint8, 2: tl.int16, 4: tl.int32}
+_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
-
-def default_launch(*formats: KvFormat) -> LaunchConfig:
-    """Return the launch that was fastest on an H100, of 2 bits and of 4 (benchmarks/kv_paged.py --tune).
-
-    Args:
-        *formats: Formats of keys and values; the one with most bits decides.
-    """
-    two_bits = max(fmt.num_bits for fmt in formats) <= 2
-    return LaunchConfig(64, warps=2, stages=3) if two_bits else LaunchConfig(32, warps=1, stages=3)
+_DEFAULT_LAUNCH = LaunchConfig()
 
 
 def paged_history(
@@ -47,347 +54,251 @@ def paged_history(
     q_BHRNC: Tensor,
     scoring: Scoring,
     *,
-    splits: int | None = None,
+    launch: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention of new tokens over the encoded tokens before their units, sinks left out.
+    """Compute attention of new tokens over the packed tokens before those that they attend to exactly, sinks left out.
 
     Args:
-        layer: Layout of the pages, which `kernel_reads_pages`.
-        cache: Pages, (pages, H, tokens of a page, X) uint8; strides and the bytes of fields are even.
+        layer: Layout of the pages, for which `why_not_by_kernel` is None.
+        cache: Pages, (pages, H, tokens of a page, X) uint8.
         batch: The sequences.
         q_BHRNC: Queries, float32, rotated as keys are.
         scoring: Settings of the scores.
-        splits: Runs of tokens of a head that are programs of their own; as many as fill a GPU if None.
+        launch: Division of the kernel's work; the default if None.
 
     Returns:
         The attention (B, H, R, N, C), and the log of the sum of its exponentials (B, H, R, N, 1); zero and -inf over
         no tokens.
     """
-    B, H, R, N, C = q_BHRNC.shape
-    keys, values = layer.groups[0].keys, layer.groups[0].values
-    launch = default_launch(keys, values)
-    rows = R * N
-    chunks = triton.cdiv(rows, _ROWS)
-    if splits is None:
-        is_gpu = q_BHRNC.is_cuda
-        processors = torch.cuda.get_device_properties(q_BHRNC.device).multi_processor_count if is_gpu else 1
-        splits = triton.cdiv(launch.programs * processors, B * H * chunks)
-    # Tokens of a block share the range of a channel, where groups of tokens are large enough.
-    groups = [size & -size for fmt in (keys, values) if fmt.axis == "channel" and (size := fmt.group_size)]
-    block = min([launch.block_tokens, *(g for g in groups if g >= 16)])
-    blocks = max(1, triton.cdiv(batch.longest, block))
-    run = triton.cdiv(blocks, min(splits, blocks)) * block
-    runs = triton.cdiv(blocks * block, run)
-    sums = torch.empty(B, H, R, N, runs, C, device=q_BHRNC.device)
-    log_sums = torch.empty(B, H, R, N, runs, device=q_BHRNC.device)
-    q, table, lengths = q_BHRNC.contiguous(), batch.table_BP.int().contiguous(), batch.lengths_B.int().contiguous()
-    with torch.cuda.device_of(q):
-        _attend_pages[(runs, B * H, chunks)](
-            q, cache, table, lengths, sums, log_sums, H, rows, N, runs, run, scoring.scale,
-            cache.stride(0), cache.stride(1), cache.stride(2), table.stride(0), cache.shape[2],
-            *_side_constants(layer, "keys", keys), *_side_constants(layer, "values", values),
-            K_FIELD=field_size(C, keys.num_bits), V_FIELD=field_size(C, values.num_bits),
-            SLOT=layer.slot_bytes, TAIL_WIDTH=max(1, layer.tail_width), SHARED_AT=layer.shared_at,
-            SHARED=layer.shared_bytes, UNIT=layer.unit, SINKS=layer.sinks,
-            WINDOW=scoring.window or 0, CHANNELS=C, BLOCK=block, ROWS=_ROWS,
-            # The interpreter is compared with the reference at a smaller tolerance.
-            HALF=tl.float16 if q.is_cuda else tl.float32, BRAIN=tl.bfloat16 if q.is_cuda else tl.float32,
-            num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
+    step = _Step(q_BHRNC.contiguous(), batch, scoring, new=q_BHRNC.shape[3])
+    sums, log_sums = _attend(layer, cache, step, launch or _DEFAULT_LAUNCH)
+    log_sums = log_sums * _LN_2
     log_sum = log_sums.logsumexp(-1, keepdim=True)
     shares = torch.exp(log_sums - log_sum.masked_fill(log_sum == -torch.inf, 0))
-    return (sums * shares[..., None]).sum(-2), log_sum
+    shape = *q_BHRNC.shape[:4], -1
+    return (sums * shares[..., None]).sum(-2).view(shape), log_sum.view(shape)
 
 
-def _side_constants(layer: PagedLayer, side: str, fmt: KvFormat) -> tuple[int, ...]:
-    """Return the K_ or V_ constants of the kernel, in the order of its parameters."""
-    layout = layer.layouts[0]
-    start = {f.name: f.start for f in (*layout.fields, *layout.shared) if f.side == side}
-    widths = plane_widths(fmt.num_bits)
-    zero = 2 ** (fmt.num_bits - 1) if fmt.symmetric else 0
-    ranges = start["scale"], start.get("offset", -1), int(fmt.axis == "token"), fmt.group_size or 0
-    return widths[0], sum(widths[1:]), start["codes"], *ranges, zero
+def paged_decode(
+    layer: PagedLayer,
+    cache: Tensor,
+    batch: SequenceBatch,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    scoring: Scoring,
+    *,
+    launch: LaunchConfig | None = None,
+) -> Tensor:
+    """Compute the attention of one new token of each sequence, which is written already.
 
+    Args:
+        layer: Layout of the pages, for which `why_not_by_kernel` is None, without rotations.
+        cache: Pages, (pages, H, tokens of a page, X) uint8.
+        batch: The sequences; those of no tokens are padding.
+        tokens: Queries (B, Q, C), keys (B, H, C) and values (B, H, C) of the new tokens.
+        scoring: Settings of the scores.
+        launch: Division of the kernel's work; the default if None.
 
-# Parameters of the kernel and its parts that have the same meaning everywhere; of keys they begin with K_, of values
-# with V_:
-#   LOW, HIGH          bits of the first and of the second bit plane (0: none)
-#   CODES              byte of a slot at which codes begin
-#   SCALE, OFFSET      byte at which scales and offsets begin (-1: none): of a slot for ranges of tokens, of what a unit
-#                      shares for ranges of channels
-#   BY_TOKEN, GROUP    whether ranges are of tokens, and how many numbers share one
-#   ZERO               code of zero
-#   FIELD              channels of a field
-#   SLOT, TAIL_WIDTH   bytes of a slot, and of the tail in each row of a page
-#   SHARED_AT, SHARED  byte of the tail at which shared ranges begin, and bytes of those of one unit
-#   UNIT               tokens of a unit
-
-
-@triton.jit
-def _load_half(address, mask):  # type: ignore[no-untyped-def]
-    """Load float16 numbers from byte addresses, as float32."""
-    return tl.load(address.to(tl.pointer_type(tl.float16)), mask, 0.0).to(tl.float32)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _load_tail(page, byte, row_stride, mask, SLOT: tl.constexpr, TAIL_WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Load float16 numbers from bytes of a page's tail."""
-    return _load_half(page + byte // TAIL_WIDTH * row_stride + SLOT + byte % TAIL_WIDTH, mask)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _load_plane(plane, mask, x, CHANNELS: tl.constexpr, BITS: tl.constexpr, FIELD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Load the bytes of a bit plane, in tiles (tokens, FIELD)."""
-    tiles = ()
-    for i in tl.static_range(CHANNELS * BITS // 8 // FIELD):
-        tiles += (tl.load(plane + i * FIELD + x[None, :], mask, 0),)
-    return tiles
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _unpack(  # type: ignore[no-untyped-def]
-    low, high, J: tl.constexpr, CHANNELS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, FIELD: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Unpack the codes of the channels of field J, (tokens, FIELD), from the tiles of both planes."""
-    low_bytes: tl.constexpr = CHANNELS * LOW // 8
-    codes = (low[J * FIELD % low_bytes // FIELD] >> (J * FIELD // low_bytes * LOW)) & ((1 << LOW) - 1)
-    if HIGH:
-        high_bytes: tl.constexpr = CHANNELS * HIGH // 8
-        bits = (high[J * FIELD % high_bytes // FIELD] >> (J * FIELD // high_bytes * HIGH)) & ((1 << HIGH) - 1)
-        codes += bits << LOW
-    return codes.to(DTYPE)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _channel_ranges(  # type: ignore[no-untyped-def]
-    page, slot, c, row_stride, SCALE: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    SLOT: tl.constexpr, TAIL_WIDTH: tl.constexpr, SHARED_AT: tl.constexpr, SHARED: tl.constexpr, UNIT: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Load scales and offsets of channels c that all tokens of a block share; `slot` is that of its first token."""
-    byte = SHARED_AT + slot // UNIT * SHARED + slot % UNIT // GROUP * (CHANNELS * 2) + c * 2
-    mask = c < CHANNELS
-    scale = _load_tail(page, byte + SCALE, row_stride, mask, SLOT, TAIL_WIDTH)
-    if OFFSET >= 0:
-        return scale, _load_tail(page, byte + OFFSET, row_stride, mask, SLOT, TAIL_WIDTH)
-    return scale, -ZERO * scale
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _token_ranges(  # type: ignore[no-untyped-def]
-    slots, mask, G: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr
-):
-    """Load scales and offsets of tokens that all channels of group G share."""
-    scale = _load_half(slots + SCALE + G * 2, mask)
-    if OFFSET >= 0:
-        return scale, _load_half(slots + OFFSET + G * 2, mask)
-    return scale, -ZERO * scale
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _decode(  # type: ignore[no-untyped-def]
-    codes, slots, page, slot, mask, c, row_stride, SCALE: tl.constexpr, OFFSET: tl.constexpr, BY_TOKEN: tl.constexpr,
-    GROUP: tl.constexpr, ZERO: tl.constexpr, SLOT: tl.constexpr, TAIL_WIDTH: tl.constexpr, SHARED_AT: tl.constexpr,
-    SHARED: tl.constexpr, UNIT: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Decode codes of channels c, where a tile has more than one range: (tokens, FIELD) float32."""
-    mask = mask[:, None]
-    if BY_TOKEN:
-        address = slots[:, None] + (SCALE + c // GROUP * 2)[None, :]
-        scale = _load_half(address, mask)
-        if OFFSET >= 0:
-            return codes * scale + _load_half(address + (OFFSET - SCALE), mask)
-    else:
-        byte = (SHARED_AT + slot // UNIT * SHARED + slot % UNIT // GROUP * (CHANNELS * 2))[:, None] + (c * 2)[None, :]
-        scale = _load_tail(page[:, None], byte + SCALE, row_stride, mask, SLOT, TAIL_WIDTH)
-        if OFFSET >= 0:
-            return codes * scale + _load_tail(page[:, None], byte + OFFSET, row_stride, mask, SLOT, TAIL_WIDTH)
-    return (codes - ZERO) * scale
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _load_queries(  # type: ignore[no-untyped-def]
-    q, row, mask, x, scaling, CHANNELS: tl.constexpr, FIELD: tl.constexpr, ROWS: tl.constexpr
-):
-    """Load scaled queries as tiles (rows, FIELD) of size at most 1; return tiles, their sums, and their factor.
-
-    Thus no scale of a key lifts a query above float16's range.
+    Returns:
+        (B, Q, C) in the dtype of the queries.
     """
-    top = tl.zeros((ROWS,), tl.float32)
-    loaded = ()
-    for j in tl.static_range(CHANNELS // FIELD):
-        tile = tl.load(q + row[:, None] * CHANNELS + (j * FIELD + x)[None, :], mask[:, None], 0.0) * scaling
-        top = tl.maximum(top, tl.max(tl.abs(tile), 1))
-        loaded += (tile,)
-    top = tl.where(top > 0, top, 1.0)
-    tiles = ()
-    sums = ()
-    for j in tl.static_range(CHANNELS // FIELD):
-        tiles += (loaded[j] / top[:, None],)
-        sums += (tl.sum(loaded[j] / top[:, None], 1),)
-    return tiles, sums, top
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _scores(  # type: ignore[no-untyped-def]
-    queries, query_sums, top, low, high, x, slots, page, slot, stored, first_page, first_slot, row_stride,
-    LOW: tl.constexpr, HIGH: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, BY_TOKEN: tl.constexpr,
-    GROUP: tl.constexpr, ZERO: tl.constexpr, FIELD: tl.constexpr, SLOT: tl.constexpr, TAIL_WIDTH: tl.constexpr,
-    SHARED_AT: tl.constexpr, SHARED: tl.constexpr, UNIT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """Compute the scores of a block, (rows, tokens)."""
-    BLOCK_SHARES: tl.constexpr = not BY_TOKEN and GROUP % BLOCK == 0
-    scores = tl.zeros((ROWS, BLOCK), tl.float32)
-    for j in tl.static_range(CHANNELS // FIELD):
-        if BLOCK_SHARES:
-            scale, offset = _channel_ranges(
-                first_page, first_slot, j * FIELD + x, row_stride, SCALE, OFFSET, GROUP, ZERO,
-                SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS,
-            )  # fmt: skip
-            codes = _unpack(low, high, j, CHANNELS, LOW, HIGH, FIELD, HALF)
-            scores = tl.dot((queries[j] * scale[None, :]).to(HALF), tl.trans(codes), scores)
-            scores += tl.sum(queries[j] * offset[None, :], 1)[:, None]
-        elif BY_TOKEN and GROUP % FIELD == 0:
-            scale, offset = _token_ranges(slots, stored, j * FIELD // GROUP, SCALE, OFFSET, ZERO)
-            codes = _unpack(low, high, j, CHANNELS, LOW, HIGH, FIELD, HALF)
-            product = tl.dot(queries[j].to(HALF), tl.trans(codes))
-            scores += product * scale[None, :] + query_sums[j][:, None] * offset[None, :]
-        else:
-            keys = _decode(
-                _unpack(low, high, j, CHANNELS, LOW, HIGH, FIELD, tl.float32),
-                slots, page, slot, stored, j * FIELD + x,
-                row_stride, SCALE, OFFSET, BY_TOKEN, GROUP, ZERO,
-                SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS,
-            )  # fmt: skip
-            scores = tl.dot(queries[j], tl.trans(keys), scores, input_precision="tf32")
-    scores *= top[:, None]
-    return scores
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _add_values(  # type: ignore[no-untyped-def]
-    acc, p, p_sum, rescale, low, high, x, slots, page, slot, stored, first_page, first_slot, row_stride,
-    LOW: tl.constexpr, HIGH: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, BY_TOKEN: tl.constexpr,
-    GROUP: tl.constexpr, ZERO: tl.constexpr, FIELD: tl.constexpr, SLOT: tl.constexpr, TAIL_WIDTH: tl.constexpr,
-    SHARED_AT: tl.constexpr, SHARED: tl.constexpr, UNIT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-    HALF: tl.constexpr, BRAIN: tl.constexpr,
-):  # fmt: skip
-    """Rescale the sums so far, and add the values of a block, weighted by p (rows, tokens)."""
-    BLOCK_SHARES: tl.constexpr = not BY_TOKEN and GROUP % BLOCK == 0
-    next_acc = ()
-    for j in tl.static_range(CHANNELS // FIELD):
-        rescaled = acc[j] * rescale[:, None]
-        if BLOCK_SHARES:
-            scale, offset = _channel_ranges(
-                first_page, first_slot, j * FIELD + x, row_stride, SCALE, OFFSET, GROUP, ZERO,
-                SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS,
-            )  # fmt: skip
-            product = tl.dot(p.to(HALF), _unpack(low, high, j, CHANNELS, LOW, HIGH, FIELD, HALF))
-            next_acc += (rescaled + product * scale[None, :] + p_sum[:, None] * offset[None, :],)
-        elif BY_TOKEN and GROUP % FIELD == 0:
-            scale, offset = _token_ranges(slots, stored, j * FIELD // GROUP, SCALE, OFFSET, ZERO)
-            rescaled += tl.sum(p * offset[None, :], 1)[:, None]
-            # Scales may be of any size, so probabilities times scales need bfloat16's range.
-            codes = _unpack(low, high, j, CHANNELS, LOW, HIGH, FIELD, BRAIN)
-            next_acc += (tl.dot((p * scale[None, :]).to(BRAIN), codes, rescaled),)
-        else:
-            values = _decode(
-                _unpack(low, high, j, CHANNELS, LOW, HIGH, FIELD, tl.float32),
-                slots, page, slot, stored, j * FIELD + x,
-                row_stride, SCALE, OFFSET, BY_TOKEN, GROUP, ZERO,
-                SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS,
-            )  # fmt: skip
-            next_acc += (tl.dot(p, values, rescaled, input_precision="tf32"),)
-    return next_acc
-
-
-@triton.jit(do_not_specialize=["rows", "new", "runs", "run"])  # type: ignore[untyped-decorator]
-def _attend_pages(  # type: ignore[no-untyped-def]
-    # Queries (B, H, rows, channels), pages, numbers of pages (B, P), lengths (B,); results of each run.
-    q, cache, table, lengths, sums, log_sums,
-    # Key-value heads; rows of a head; new tokens; runs of tokens; tokens of a run; factor of the logits.
-    heads, rows, new, runs, run, scaling,
-    # Strides in bytes (of `table` in numbers), and tokens of a page.
-    page_stride, head_stride, row_stride, table_stride, page_tokens,
-    # Keys.
-    K_LOW: tl.constexpr, K_HIGH: tl.constexpr, K_CODES: tl.constexpr, K_SCALE: tl.constexpr, K_OFFSET: tl.constexpr,
-    K_BY_TOKEN: tl.constexpr, K_GROUP: tl.constexpr, K_ZERO: tl.constexpr,
-    # Values.
-    V_LOW: tl.constexpr, V_HIGH: tl.constexpr, V_CODES: tl.constexpr, V_SCALE: tl.constexpr, V_OFFSET: tl.constexpr,
-    V_BY_TOKEN: tl.constexpr, V_GROUP: tl.constexpr, V_ZERO: tl.constexpr,
-    K_FIELD: tl.constexpr, V_FIELD: tl.constexpr,
-    # Layout of a page.
-    SLOT: tl.constexpr, TAIL_WIDTH: tl.constexpr, SHARED_AT: tl.constexpr, SHARED: tl.constexpr, UNIT: tl.constexpr,
-    # First tokens left out; sliding window (0: none).
-    SINKS: tl.constexpr, WINDOW: tl.constexpr,
-    # Sizes: channels of a head, tokens of a block, rows of a program; dtypes of products.
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr,
-):  # fmt: skip
-    """Compute the attention of some rows over one run of tokens, and the log of the sum of its exponentials."""
-    split = tl.program_id(0)
-    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    r = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    kx, vx = tl.arange(0, K_FIELD), tl.arange(0, V_FIELD)
-    length = tl.load(lengths + b)
-    stop = length // UNIT * UNIT
-    position = length - new + r % new
-    unit_start = position // UNIT * UNIT
-    row = tl.program_id(1).to(tl.int64) * rows + r
-    queries, query_sums, top = _load_queries(q, row, r < rows, kx, scaling, CHANNELS, K_FIELD, ROWS)
-
-    m = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = ()
-    for _ in tl.static_range(CHANNELS // V_FIELD):
-        acc += (tl.zeros((ROWS, V_FIELD), tl.float32),)
-
-    first = split * run
-    for start in range(first, tl.minimum(first + run, stop), BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        stored = n < stop
-        number = tl.load(table + b * table_stride + n // page_tokens, stored, 0).to(tl.int64)
-        slot = n % page_tokens
-        page = cache + number * page_stride + h * head_stride
-        slots = page + slot * row_stride
-        first_number = tl.load(table + b * table_stride + start // page_tokens).to(tl.int64)
-        first_page = cache + first_number * page_stride + h * head_stride
-        first_slot = start % page_tokens
-        k_low = _load_plane(slots[:, None] + K_CODES, stored[:, None], kx, CHANNELS, K_LOW, K_FIELD)
-        k_high = _load_plane(
-            slots[:, None] + K_CODES + CHANNELS * K_LOW // 8, stored[:, None], kx, CHANNELS, K_HIGH, K_FIELD
+    q, keys, values = (t.contiguous() for t in tokens)
+    B, Q, C = q.shape
+    step = _Step(q.view(B, layer.heads, Q // layer.heads, 1, C), batch, scoring, new=1, exact=(keys, values))
+    sums, log_sums = _attend(layer, cache, step, launch or _DEFAULT_LAUNCH)
+    out = torch.empty_like(q)
+    tile = min(C, _COMBINED_CHANNELS)
+    with torch.cuda.device_of(q):
+        combine_splits[(B * Q, C // tile)](
+            sums, log_sums, out, log_sums.shape[3], CHANNELS=C, TILE=tile, SPLITS=32, num_warps=2
         )
-        v_low = _load_plane(slots[:, None] + V_CODES, stored[:, None], vx, CHANNELS, V_LOW, V_FIELD)
-        v_high = _load_plane(
-            slots[:, None] + V_CODES + CHANNELS * V_LOW // 8, stored[:, None], vx, CHANNELS, V_HIGH, V_FIELD
-        )
+    return out
 
-        scores = _scores(
-            queries, query_sums, top, k_low, k_high, kx, slots, page, slot, stored, first_page, first_slot, row_stride,
-            K_LOW, K_HIGH, K_SCALE, K_OFFSET, K_BY_TOKEN, K_GROUP, K_ZERO, K_FIELD,
-            SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS, BLOCK, ROWS, HALF,
-        )  # fmt: skip
-        visible = (n[None, :] >= SINKS) & (n[None, :] < unit_start[:, None])
-        if WINDOW:
-            visible &= position[:, None] - n[None, :] < WINDOW
-        scores = tl.where(visible, scores, float("-inf"))
 
-        peak = tl.maximum(m, tl.max(scores, 1))
-        finite_peak = tl.where(peak == float("-inf"), 0.0, peak)
-        rescale = tl.exp(m - finite_peak)
-        m = peak
-        p = tl.exp(scores - finite_peak[:, None])
-        p_sum = tl.sum(p, 1)
-        total = total * rescale + p_sum
+def why_not_written(layer: PagedLayer) -> str | None:
+    """Return why `paged_write` cannot write a layer's pages; None where it can.
 
-        acc = _add_values(
-            acc, p, p_sum, rescale, v_low, v_high, vx, slots, page, slot, stored, first_page, first_slot, row_stride,
-            V_LOW, V_HIGH, V_SCALE, V_OFFSET, V_BY_TOKEN, V_GROUP, V_ZERO, V_FIELD,
-            SLOT, TAIL_WIDTH, SHARED_AT, SHARED, UNIT, CHANNELS, BLOCK, HALF, BRAIN,
-        )  # fmt: skip
-    out = row * runs + split
-    for j in tl.static_range(CHANNELS // V_FIELD):
-        x = acc[j] / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(sums + out[:, None] * CHANNELS + (j * V_FIELD + vx)[None, :], x, (r < rows)[:, None])
-    tl.store(log_sums + out, m + tl.log(total), r < rows)
+    Args:
+        layer: Layout of the pages, for which `why_not_by_kernel` is None.
+    """
+    if layer.rotations is not None:
+        return "keys and values are rotated (`rotation`)"
+    if layer.unit & (layer.unit - 1) or layer.unit * layer.channels > _MAX_UNIT_NUMBERS:
+        return f"units of {layer.unit} tokens are no power of two, or are large"
+    if any(f.datatype == "table" and f.num_bits > 4 for g in layer.groups for f in (g.keys, g.values)):
+        return "tables have more than 16 levels"
+    return None
+
+
+def paged_write(layer: PagedLayer, cache: Tensor, batch: SequenceBatch, keys_BHC: Tensor, values_BHC: Tensor) -> None:
+    """Store one new token of each sequence as `write_tokens` does, in one launch of a static shape.
+
+    Args:
+        layer: Layout of the pages, for which `why_not_written` is None.
+        cache: Pages, (pages, H, tokens of a page, X) uint8; written to.
+        batch: The sequences; those of no tokens are padding.
+        keys_BHC: (B, H, C) keys of the new tokens.
+        values_BHC: (B, H, C) values of the new tokens.
+    """
+    page_tokens, keys, values = cache.shape[2], keys_BHC.contiguous(), values_BHC.contiguous()
+    cos, sin = (None, None) if layer.rotary is None else layer.rotary
+    warps = max(1, min(8, layer.unit * layer.channels // 1024))
+    for g, group in enumerate(layer.groups):
+        of_keys, of_values = (_side_arguments(layer, g, side, page_tokens) for side in ("keys", "values"))
+        heads = layer.heads if group.heads is None else len(group.heads)
+        with torch.cuda.device_of(keys):
+            write_pages[(len(keys) * heads,)](
+                keys, values, cache, batch.table_BP, batch.lengths_B, _group_heads(group, keys.device),
+                *of_keys.tensors, *of_values.tensors, cos, sin,
+                layer.heads, heads, cache.stride(0), cache.stride(1), batch.table_BP.stride(0),
+                *of_keys.written_constants, *of_values.written_constants,
+                PAGE=page_tokens, UNIT=layer.unit, SINKS_AT=page_tokens * layer.slot_bytes,
+                RECENT_AT=layer.recent_at(page_tokens), SINKS=layer.sinks, RECENT=layer.recent,
+                EXACT_TYPE=_DTYPES[layer.dtype], EXACT_ITEM=layer.dtype.itemsize, CHANNELS=layer.channels,
+                num_warps=warps,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a step of attention reads beside pages.
+
+    Attributes:
+        q_BHRNC: Queries, contiguous.
+        batch: The sequences.
+        scoring: Settings of the scores.
+        new: New tokens of a sequence.
+        exact: Keys and values of the new tokens, where exact tokens are attended to as well.
+    """
+
+    q_BHRNC: Tensor
+    batch: SequenceBatch
+    scoring: Scoring
+    new: int
+    exact: tuple[Tensor, Tensor] | None = None
+
+
+def _attend(layer: PagedLayer, cache: Tensor, step: _Step, launch: LaunchConfig) -> tuple[Tensor, Tensor]:
+    """Return the attention over each split (B, H, rows, splits, C), and the log2 of its sum of exponentials."""
+    q, batch, page_tokens = step.q_BHRNC, step.batch, cache.shape[2]
+    B, H, R, N, C = q.shape
+    rows = R * N
+    tile = min(_MAX_ROWS, max(8, triton.next_power_of_2(rows)))
+    chunks = triton.cdiv(rows, tile)
+    exact = step.exact is not None
+    blocks = [_block_tokens(launch.block_tokens, page_tokens, group) for group in layer.groups]
+    # As many programs as fill the GPU, if every sequence is as long as the longest may be.
+    wanted = triton.cdiv(launch.programs * _multiprocessors(q.device), B * H * chunks)
+    splits = max(1, min(wanted, triton.cdiv(batch.longest, min(blocks)))) + exact
+    sums = torch.empty(B, H, rows, splits, C, device=q.device)
+    log_sums = torch.empty(B, H, rows, splits, device=q.device)
+    table, lengths = batch.table_BP, batch.lengths_B
+    assert table.stride(1) == lengths.stride(0) == 1
+    cos, sin = _angles(layer)
+    k_new, v_new = step.exact or (None, None)
+    for g, group in enumerate(layer.groups):
+        keys, values = (_side_arguments(layer, g, side, page_tokens) for side in ("keys", "values"))
+        heads = H if group.heads is None else len(group.heads)
+        with torch.cuda.device_of(q):
+            attend_pages[(splits, B * heads, chunks)](
+                q, k_new, v_new, cache, table, lengths, _group_heads(group, q.device),
+                *keys.tensors, *values.tensors, cos, sin, sums, log_sums,
+                H, heads, rows, N, cache.stride(0), cache.stride(1), table.stride(0), step.scoring.scale * _LOG2_E,
+                *keys.constants, *values.constants,
+                PAGE=page_tokens, UNIT=layer.unit, SINKS_AT=page_tokens * layer.slot_bytes,
+                RECENT_AT=layer.recent_at(page_tokens), SINKS=layer.sinks, RECENT=layer.recent,
+                RESIDUAL=layer.residual_length, WINDOW=step.scoring.window or 0, EXACT_TYPE=_DTYPES[layer.dtype],
+                EXACT_ITEM=layer.dtype.itemsize, EXACT=exact, SINGLE=N == 1, ROWS=tile, CHANNELS=C, BLOCK=blocks[g],
+                EXACT_BLOCK=_EXACT_BLOCK,
+                # The interpreter has no assembler.
+                ASSEMBLER=q.is_cuda,
+                num_warps=launch.warps * max(1, tile // 16), num_stages=launch.stages,
+            )  # fmt: skip
+    return sums, log_sums
+
+
+@dataclass(frozen=True)
+class _SideArguments:
+    """Arguments of the kernel for packed keys, or values, in the order of its parameters.
+
+    Attributes:
+        tensors: Static scales and offsets (H, C), and levels; None for those that the format lacks.
+        constants: Where arrays begin in a page, the layout of codes, and that of ranges.
+        written_constants: Those of them that writing needs.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    constants: tuple[Any, ...]
+
+    @property
+    def written_constants(self) -> tuple[Any, ...]:
+        starts, (low, high, _, _, datatype), ranges = self.constants[:5], self.constants[6:11], self.constants[11:]
+        return (*starts, low, high, datatype, *ranges)
+
+
+def _side_arguments(layer: PagedLayer, g: int, side: str, page_tokens: int) -> _SideArguments:
+    """Return the arguments of keys or values of a group of heads; kept with the layer, whose tensors they share."""
+    kept: dict[Any, _SideArguments] = layer.__dict__.setdefault("_kernel_arguments", {})
+    if (g, side, page_tokens) not in kept:
+        kept[g, side, page_tokens] = _make_side_arguments(layer, g, side, page_tokens)
+    return kept[g, side, page_tokens]
+
+
+def _make_side_arguments(layer: PagedLayer, g: int, side: str, page_tokens: int) -> _SideArguments:
+    group, layout = layer.groups[g], layer.layouts[g]
+    fmt: KvFormat = getattr(group, side)
+    static = layer.static.get(f"{side}.{g}", {})
+    heads = list(range(layer.heads) if group.heads is None else group.heads)
+    ranges = {}
+    if fmt.group_size is None:
+        for name in {"scale", "offset"} & set(static):
+            ranges[name] = torch.zeros(layer.heads, layer.channels, device=static[name].device)
+            ranges[name][heads] = static[name].float().expand(len(heads), layer.channels)
+    tensors = ranges.get("scale"), ranges.get("offset"), static.get("levels")
+    at = _array_starts(layer, layout, side, page_tokens)
+    starts = [at.get(n, -1) for n in ("codes", "scale", "offset", "outlier_index", "outlier_value")]
+    # Channels that a rotary embedding rotates against each other lie in different segments.
+    most = layer.channels // 2 if side == "keys" and layer.rotary is not None else layer.channels
+    segment_channels = min(segment(fmt, layer.channels), most)
+    # A product has at least 16 words on a side.
+    word_bytes = min(4, segment_channels // 16)
+    widths = plane_widths(fmt.num_bits)
+    zero = 2 ** (fmt.num_bits - 1) if fmt.symmetric and fmt.datatype == "int" else 0
+    by_token = fmt.axis == "token" and fmt.group_size is not None
+    codes = widths[0], sum(widths[1:]), segment_channels, word_bytes, fmt.datatype
+    numbers = by_token, fmt.group_size or 0, zero, fmt.outliers(layer.channels)
+    return _SideArguments(tensors, (*starts, _WORDS[word_bytes], *codes, *numbers))
+
+
+def _array_starts(layer: PagedLayer, layout: SlotLayout, side: str, page_tokens: int) -> dict[str, int]:
+    """Return the first byte, in a head of a page, of the array of each stored tensor."""
+    units, shared_at = page_tokens // layer.unit, layer.shared_at(page_tokens)
+    of_slots = {f.name: page_tokens * f.start for f in layout.fields if f.side == side}
+    return of_slots | {f.name: shared_at + units * f.start for f in layout.shared if f.side == side}
+
+
+def _angles(layer: PagedLayer) -> tuple[Tensor | None, Tensor | None]:
+    """Return cosines and sines of every position, (positions, C / 2) float16, where keys are stored before these."""
+    if layer.rotary is None:
+        return None, None
+    kept: dict[str, tuple[Tensor, Tensor]] = layer.__dict__
+    if "_kernel_angles" not in kept:
+        dtype = torch.float16 if layer.rotary[0].is_cuda else torch.float32
+        cos, sin = (angles[:, : layer.channels // 2].to(dtype).contiguous() for angles in layer.rotary)
+        kept["_kernel_angles"] = cos, sin
+    return kept["_kernel_angles"]
+
+
+def _block_tokens(most: int, page_tokens: int, group: HeadGroup) -> int:
+    """Return the tokens of a block: a power of two, all of one page, and of one group where channels have ranges."""
+    sizes = [fmt.group_size for fmt in (group.keys, group.values) if fmt.axis == "channel" and fmt.group_size]
+    return min(most, *(size & -size for size in (page_tokens, *sizes)))
+
+
+@lru_cache(maxsize=64)
+def _group_heads(group: HeadGroup, device: torch.device) -> Tensor | None:
+    return None if group.heads is None else torch.tensor(group.heads, dtype=torch.int32, device=device)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

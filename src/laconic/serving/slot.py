@@ -8,8 +8,9 @@ Axes: B sequences, H key-value heads, T tokens, U units of tokens, X bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -125,6 +126,49 @@ def slot_layout(group: HeadGroup, channels: int, dtype: torch.dtype, unit: int |
     fields, nbytes = _fields([(side, name, t[0]) for side, name, t in of_slot])
     shared, shared_nbytes = _fields(of_unit)
     return SlotLayout(unit, fields, nbytes, shared, shared_nbytes)
+
+
+def from_arrays(fields: Sequence[SlotField], arrays: Tensor, count: int) -> Tensor:
+    """Return slots, or what units share, of which each field is an array over all of them.
+
+    Args:
+        fields: Fields of a slot, or of what a unit shares.
+        arrays: (..., at least all bytes) uint8 arrays, one after another.
+        count: Number of slots or of units.
+
+    Returns:
+        (..., count, bytes of all fields) uint8.
+    """
+    if not fields:
+        return arrays.new_empty(*arrays.shape[:-1], count, 0)
+    of_fields = [arrays[..., count * f.start : count * f.stop].unflatten(-1, (count, f.stop - f.start)) for f in fields]
+    return torch.cat(of_fields, -1)
+
+
+def array_bytes(fields: Sequence[SlotField], nbytes: int, numbers: Tensor, count: int) -> Tensor:
+    """Return where the bytes of slots, or of what units share, lie in the arrays of `from_arrays`.
+
+    Args:
+        fields: Fields of a slot, or of what a unit shares.
+        nbytes: Bytes of a slot or unit, at least those of the fields; further ones lie behind the arrays.
+        numbers: (n,) numbers of the slots or units.
+        count: Number of slots or units in the arrays.
+
+    Returns:
+        (n, nbytes) int64.
+    """
+    begin_X, step_X = _byte_steps(tuple(fields), nbytes, count, numbers.device)
+    return begin_X + numbers.long()[:, None] * step_X
+
+
+@lru_cache(maxsize=64)
+def _byte_steps(fields: tuple[SlotField, ...], nbytes: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return where each byte of the first slot lies, and how far from it that of the next slot."""
+    end = fields[-1].stop if fields else 0
+    begin_X = [count * f.start + x for f in fields for x in range(f.stop - f.start)]
+    begin_X += range(count * end, count * end + nbytes - end)
+    step_X = [f.stop - f.start for f in fields for _ in range(f.stop - f.start)] + [nbytes - end] * (nbytes - end)
+    return torch.tensor(begin_X, device=device).long(), torch.tensor(step_X, device=device).long()
 
 
 def _placeholder_static(fmt: KvFormat) -> dict[str, Tensor]:

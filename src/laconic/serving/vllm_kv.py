@@ -1,8 +1,8 @@
 """vLLM with a packed key-value cache: pages in the format of the artifact (`laconic_kv_cache` in its config.json).
 
 vLLM's list of cache dtypes is closed, so the format comes from the artifact, and the attention backend owns the bytes
-of its pages: one slot for each token and head (`serving.slot`). Nothing is kept outside of pages, so prefix caching,
-preemption and swapping work as vLLM does them.
+of its pages (`serving.page`). Nothing is kept outside of pages, so prefix caching, preemption and swapping work as vLLM
+does them.
 
 On a CPU our backend replaces vLLM's, and forwards every other model to it. On other platforms vLLM chooses among
 several backends, once for equal arguments; ours is chosen before that, for models with a packed cache. A layer of such
@@ -40,19 +40,24 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from laconic.checkpoint.files import KV_CACHE, KV_CONFIG
 from laconic.kv.files import by_layer
+from laconic.kv.packed import kernel_runs_on
 from laconic.kv.rotary import rotary_of
 from laconic.kv.scheme import ROTATIONS, KvScheme, tokens_at_once
 from laconic.kv.shape import KvShape, kv_shape
 from laconic.serving.page import PagedLayer, RotaryTable, Scoring, SequenceBatch
-from laconic.serving.page_write import write_tokens, write_units
-from laconic.serving.paged_attention import paged_attention
+from laconic.serving.page_write import write_tokens
+from laconic.serving.paged_attention import paged_attention, why_not_by_kernel
 from laconic.solvers.rotate import layer_rotations
 
 log = init_logger(__name__)
 
 _PATH = f"{__name__}.PackedBackend"
 
-# Tokens of history, padding included, of the requests that are attended to together.
+# Tokens of a page, unless --block-size says otherwise: of slots and nothing else, and with what tokens share.
+_PAGE_TOKENS_OF_SLOTS = 128
+_PAGE_TOKENS = 512
+
+# Tokens of history, padding included, of the requests that plain torch attends to together.
 _MAX_TOGETHER = 1 << 14
 
 
@@ -139,7 +144,7 @@ class PackedBackend(AttentionBackend):
 
     Attributes:
         row_bytes: Bytes of a row of a page.
-        page_tokens: Tokens of a page, where it has a tail.
+        page_tokens: Tokens of a page, where it has more than slots.
     """
 
     forward_includes_kv_cache_update = True
@@ -151,6 +156,11 @@ class PackedBackend(AttentionBackend):
     @classmethod
     def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         return [MultipleOf(1) if cls.page_tokens is None else cls.page_tokens]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        # The kernel reads one page at a time, and looks each of them up.
+        return cls.page_tokens or max(default_block_size, _PAGE_TOKENS_OF_SLOTS)
 
     @staticmethod
     def get_name() -> str:
@@ -215,14 +225,15 @@ def prepare(config: VllmConfig) -> None:
     file = cached_file(model.model, KV_CACHE, revision=model.revision) if scheme.calibrated else None
     static = by_layer(load_file(file) if file else {}, len(scheme.layers))
     layer_types = getattr(model.hf_text_config, "layer_types", None)
+    row_bytes: list[int] = []
+    why_not: dict[str | None, list[int]] = {}
     for name, layer in config.compilation_config.static_forward_context.items():
         impl = getattr(layer, "impl", None)
         if not isinstance(impl, PackedImpl) or impl.config is not config:
             continue
         number = extract_layer_index(name)
-        groups, sinks = scheme.layers[number], 0 if impl.scoring.window else scheme.sinks
-        impl.layer = PagedLayer(
-            groups,
+        layer_without_pages = PagedLayer(
+            scheme.layers[number],
             static[number],
             heads=shape.heads,
             channels=shape.channels,
@@ -231,11 +242,59 @@ def prepare(config: VllmConfig) -> None:
                 scheme.rotation, static[number].get(ROTATIONS, {}), (shape.channels, shape.channels)
             ),
             rotary=(rotary.get(layer_types[number]) if layer_types else None) or rotary.get(None),
-            sinks=sinks,
-            page_tokens=_page_tokens(config) if sinks or tokens_at_once(groups) > 1 else None,
-        ).to(torch.device(config.device_config.device))
+            sinks=0 if impl.scoring.window else scheme.sinks,
+            residual_length=scheme.residual_length if _keeps_recent(config) else 0,
+        )
+        impl.layer = _with_pages(layer_without_pages, config).to(torch.device(config.device_config.device))
         layer.attn_backend = _backend_of_size(impl.layer.row_bytes, impl.layer.page_tokens)
-    log.info("laconic: keys and values are stored by '%s', in pages of packed slots", scheme.method)
+        row_bytes.append(impl.layer.row_bytes)
+        why_not.setdefault(impl.why_not_by_kernel(), []).append(number)
+    log.info(
+        "laconic: keys and values are stored by '%s', in pages of %.2f times fewer bytes than 16 bit",
+        scheme.method,
+        4 * shape.channels * len(row_bytes) / max(1, sum(row_bytes)),
+    )
+    for reason, numbers in why_not.items():
+        if reason is not None:
+            log.warning("laconic: the attention of layers %s is plain torch, which is slow: %s", numbers, reason)
+
+
+def _with_pages(layer: PagedLayer, config: VllmConfig) -> PagedLayer:
+    """Return the layer with the tokens of a page, where a page has more than slots."""
+    if not layer.sinks and not layer.lookback:
+        return layer
+    layer = replace(layer, page_tokens=_page_tokens(layer, config))
+    if layer.residual_length and layer.row_bytes >= layer.exact_bytes:
+        raise ValueError(
+            f"pages of {layer.page_tokens} tokens keep {layer.recent} of them in 16 bit too, and take more memory than "
+            f"a cache in 16 bit; serve with --block-size {_roomy_page(layer)}, or do without the recent tokens in 16 "
+            """bit with --additional-config '{"laconic_kv": {"window": false}}'"""
+        )
+    return layer
+
+
+def _page_tokens(layer: PagedLayer, config: VllmConfig) -> int:
+    """Return the tokens of pages that have more than slots; the larger a page, the less that is."""
+    cache = config.cache_config
+    # vLLM chooses a size for CPUs before models are loaded, and for GPUs after.
+    if cache.user_specified_block_size or current_platform.is_cpu():
+        return int(cache.block_size)
+    return _roomy_page(layer)
+
+
+def _roomy_page(layer: PagedLayer) -> int:
+    """Return the tokens of a page in which recent tokens in 16 bit take at most half as many bytes as slots."""
+    tokens = _PAGE_TOKENS
+    recent_bytes = (layer.residual_length + layer.unit) * layer.exact_bytes if layer.residual_length else 0
+    while tokens * layer.slot_bytes < 2 * recent_bytes:
+        tokens *= 2
+    return tokens
+
+
+def _keeps_recent(config: VllmConfig) -> bool:
+    """Return whether recent tokens are kept in 16 bit, as the scheme says: `{"laconic_kv": {"window": false}}`."""
+    options = config.additional_config if isinstance(config.additional_config, dict) else {}
+    return bool(options.get("laconic_kv", {}).get("window", True))
 
 
 def _check_servable(scheme: KvScheme, config: VllmConfig, shape: KvShape) -> None:
@@ -246,27 +305,18 @@ def _check_servable(scheme: KvScheme, config: VllmConfig, shape: KvShape) -> Non
         )
     if config.parallel_config.tensor_parallel_size > 1:
         raise ValueError("a packed cache can be served on one device only; serve with --tensor-parallel-size 1")
-    if config.speculative_config is not None and any(tokens_at_once(layer) > 1 for layer in scheme.layers):
+    recent = scheme.residual_length and _keeps_recent(config)
+    if config.speculative_config is not None and (recent or any(tokens_at_once(layer) > 1 for layer in scheme.layers)):
         raise ValueError(
-            "keys whose ranges are shared by tokens cannot be removed again; serve without speculative decoding"
+            "tokens of a draft replace recent tokens in 16 bit, and keys whose ranges are shared by tokens cannot be "
+            "removed again; serve without speculative decoding"
         )
-    if not scheme.residual_length:
-        return
-    window = f"the last {scheme.residual_length} tokens of a text in 16 bit"
-    options = config.additional_config if isinstance(config.additional_config, dict) else {}
-    if options.get("laconic_kv", {}).get("window", True):
-        raise ValueError(
-            f"this artifact keeps {window}, for which vLLM's pages have no room; set residual_length: 0 in the recipe, "
-            """or do without with --additional-config '{"laconic_kv": {"window": false}}'"""
+    if scheme.residual_length and not recent:
+        log.warning(
+            "laconic: served without the last %d tokens of a text in 16 bit; results measured with them do not hold "
+            "here",
+            scheme.residual_length,
         )
-    log.warning("laconic: served without %s; results measured with them do not hold here", window)
-
-
-def _page_tokens(config: VllmConfig) -> int:
-    """Return the tokens of pages with a tail; the larger a page, the smaller the tail's share of it."""
-    cache = config.cache_config
-    # vLLM chooses a size for CPUs before models are loaded, and for GPUs after.
-    return cache.block_size if cache.user_specified_block_size or current_platform.is_cpu() else 512
 
 
 def _rotary_tables(hf_config: Any, length: int) -> dict[str | None, RotaryTable]:
@@ -364,6 +414,18 @@ class PackedImpl(AttentionImpl):
         self.scoring = Scoring(scale, sliding_window, logits_soft_cap or 0.0, slopes)
         self.layer: PagedLayer | None = None
 
+    def why_not_by_kernel(self) -> str | None:
+        """Return why a GPU's kernel does not attend over the layer's pages; None where it does, and on a CPU."""
+        assert self.layer is not None
+        device = torch.device(self.config.device_config.device)
+        if device.type == "cpu":
+            return None
+        if not kernel_runs_on(device):
+            return "Triton is not installed"
+        return why_not_by_kernel(
+            self.layer, self.scoring, self.layer.page_tokens or self.config.cache_config.block_size
+        )
+
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         if self.layer is None:
             prepare(self.config)
@@ -408,11 +470,8 @@ class PackedImpl(AttentionImpl):
         paged = self.layer
         assert paged is not None
         # All are written before any is read: a request may share a page that another one fills in the same step.
-        write = write_units if paged.unit > 1 else write_tokens
-        units = [write(paged, kv_cache, b, key[b.tokens_BN], value[b.tokens_BN]) for b in attn_metadata]
-        for batch, batch_units in zip(attn_metadata, units, strict=True):
-            step_tokens = batch.tokens_BN
-            tokens = (query[step_tokens], key[step_tokens], value[step_tokens])
-            attention = paged_attention(paged, kv_cache, batch, tokens, self.scoring, batch_units)
-            output[step_tokens] = attention.to(output.dtype)
+        exact = [write_tokens(paged, kv_cache, b, key[b.tokens_BN], value[b.tokens_BN]) for b in attn_metadata]
+        for batch, of_batch in zip(attn_metadata, exact, strict=True):
+            attention = paged_attention(paged, kv_cache, batch, query[batch.tokens_BN], of_batch, self.scoring)
+            output[batch.tokens_BN] = attention.to(output.dtype)
         return output
