@@ -153,8 +153,7 @@ def paged_write(layer: PagedLayer, cache: Tensor, batch: SequenceBatch, keys_BHC
                 *of_keys.written_constants, *of_values.written_constants,
                 PAGE=page_tokens, UNIT=layer.unit, SINKS_AT=page_tokens * layer.slot_bytes,
                 RECENT_AT=layer.recent_at(page_tokens), SINKS=layer.sinks, RECENT=layer.recent,
-                EXACT_TYPE=_DTYPES[layer.dtype], EXACT_ITEM=layer.dtype.itemsize, CHANNELS=layer.channels,
-                num_warps=warps,
+                EXACT_TYPE=_DTYPES[layer.dtype], CHANNELS=layer.channels, num_warps=warps,
             )  # fmt: skip
 
 

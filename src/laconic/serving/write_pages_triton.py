@@ -26,7 +26,7 @@ def write_pages(  # type: ignore[no-untyped-def]
     V_OUTLIERS_AT: tl.constexpr, V_LOW: tl.constexpr, V_HIGH: tl.constexpr, V_TYPE: tl.constexpr,
     V_BY_TOKEN: tl.constexpr, V_GROUP: tl.constexpr, V_ZERO: tl.constexpr, V_OUTLIERS: tl.constexpr,
     PAGE: tl.constexpr, UNIT: tl.constexpr, SINKS_AT: tl.constexpr, RECENT_AT: tl.constexpr, SINKS: tl.constexpr,
-    RECENT: tl.constexpr, EXACT_TYPE: tl.constexpr, EXACT_ITEM: tl.constexpr, CHANNELS: tl.constexpr,
+    RECENT: tl.constexpr, EXACT_TYPE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Write the exact token, and the unit that it completes."""
     b = (tl.program_id(0) // heads).to(tl.int64)
@@ -39,18 +39,16 @@ def write_pages(  # type: ignore[no-untyped-def]
         number = tl.load(table + b * table_stride + position // PAGE).to(tl.int64)
         page = tl.multiple_of(cache + number * page_stride + h.to(tl.int64) * head_stride, 16)
         own = (b * all_heads + h) * CHANNELS
-        EXACT_BYTES: tl.constexpr = 2 * CHANNELS * EXACT_ITEM
         c = tl.arange(0, CHANNELS)
         if RECENT:
             recent = (page + RECENT_AT).to(tl.pointer_type(EXACT_TYPE))
             at = recent + position % PAGE % RECENT * (2 * CHANNELS)
             tl.store(at + c, tl.load(k_new + own + c).to(EXACT_TYPE))
             tl.store(at + CHANNELS + c, tl.load(v_new + own + c).to(EXACT_TYPE))
-        if SINKS:
-            if position < SINKS:
-                at = (page + SINKS_AT).to(tl.pointer_type(EXACT_TYPE)) + position * (2 * CHANNELS)
-                tl.store(at + c, tl.load(k_new + own + c).to(EXACT_TYPE))
-                tl.store(at + CHANNELS + c, tl.load(v_new + own + c).to(EXACT_TYPE))
+        if position < SINKS:
+            at = (page + SINKS_AT).to(tl.pointer_type(EXACT_TYPE)) + position * (2 * CHANNELS)
+            tl.store(at + c, tl.load(k_new + own + c).to(EXACT_TYPE))
+            tl.store(at + CHANNELS + c, tl.load(v_new + own + c).to(EXACT_TYPE))
         if position % UNIT == UNIT - 1:
             i = tl.arange(0, UNIT)
             n = position - (UNIT - 1) + i
@@ -79,7 +77,7 @@ def write_pages(  # type: ignore[no-untyped-def]
             )  # fmt: skip
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _token_tile(before, new, is_new, c):  # type: ignore[no-untyped-def]
     """Load channels c of the tokens of a unit: those before the new one from the page, and the new one."""
     earlier = tl.load(before + c[None, :], ~is_new, 0.0).to(tl.float32)
