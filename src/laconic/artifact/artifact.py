@@ -63,7 +63,9 @@ class Artifact:
             ValueError: The folder is not a model, or its recipe, log or a result cannot be read.
         """
         if not (folder / "config.json").exists():
-            raise ValueError(f"{folder} is no artifact: it has no config.json")
+            raise ValueError(
+                f"{folder} is no artifact: it has no config.json; name a folder that 'laconic compress' wrote"
+            )
         artifact = cls(folder)
         for file, read in ((RECIPE, read_identity), (LOG, read_log)):
             try:

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -83,9 +83,18 @@ def main() -> None:
         _fail(f"{e.strerror or e}: {e.filename}" if e.filename else str(e))
     except Exception as e:
         if hasattr(e, "format_message"):  # an error in the command line itself
-            _fail(e.format_message() or "name a command")
+            _fail(_usage(e))
         err.print_exception()
         sys.exit(1)
+
+
+def _usage(error: Any) -> str:
+    """Return what is wrong with a command line, and where its options are described."""
+    message = error.format_message() or "name a command"
+    context = getattr(error, "ctx", None)
+    if context is None or "Did you mean" in message:
+        return str(message)
+    return f"{message.removesuffix('.')}; see '{context.command_path} --help'"
 
 
 def _quieten() -> None:

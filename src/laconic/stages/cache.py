@@ -24,6 +24,7 @@ from laconic.kv.scheme import ROTATIONS, HeadGroup, KvScheme, LayerScheme
 from laconic.kv.shape import KvShape
 from laconic.solvers.allocate import allocate
 from laconic.solvers.rotate import layer_rotations, rotate
+from laconic.stages.linear import WeightStage
 from laconic.stages.rotation import find_rotation
 from laconic.stages.stage import Needs, Scope, Stage
 
@@ -283,3 +284,20 @@ def _params_of(calibration: Calibration, prefix: str, group: HeadGroup) -> dict[
             for_all_heads = group.heads is None or len(tensor) == 1 or "levels" in name
             params[name.removeprefix(prefix)] = (tensor if for_all_heads else tensor[list(group.heads or ())]).clone()
     return params
+
+
+def check_cache_is_last(stages: Sequence[Stage]) -> None:
+    """Check that at most one stage treats the cache, and that no stage after it changes linears.
+
+    Args:
+        stages: Stages of a recipe, or of one walk.
+
+    Raises:
+        ValueError: More do, or one does.
+    """
+    caches = [i for i, stage in enumerate(stages) if isinstance(stage, CacheStage)]
+    if len(caches) > 1 or any(isinstance(stage, WeightStage) for i in caches for stage in stages[i:]):
+        raise ValueError(
+            "a recipe has one stage for the cache, and it comes last, since it observes the compressed model; "
+            f"these are {', '.join(s.method for s in stages)}"
+        )

@@ -16,7 +16,7 @@ from laconic.formats.schemes import Scheme
 from laconic.kv.rotary import rotary_of
 from laconic.kv.shape import KvShape, kv_shape
 from laconic.solvers.masks import StackedLinear
-from laconic.stages.cache import CacheStage
+from laconic.stages.cache import CacheStage, check_cache_is_last
 from laconic.stages.linear import WeightStage
 from laconic.stages.pruning import Masking
 from laconic.stages.quantizing import QuantizingStage, needs_with_schemes
@@ -293,11 +293,7 @@ def _separate_cache(
     if not caches:
         return weights, None
     number = first + len(stages) - 1
-    if len(caches) > 1 or not isinstance(stages[-1], CacheStage):
-        raise ValueError(
-            f"a recipe has one stage for the cache, and it comes last, since it observes the compressed model; "
-            f"these are {', '.join(s.method for s in stages)}"
-        )
+    check_cache_is_last(stages)
     try:
         shape = kv_shape(model.config)
         caches[0].scheme(shape)
