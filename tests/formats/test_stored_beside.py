@@ -59,6 +59,14 @@ def test_rows_are_cut_with_what_is_beside_them(kept: Scheme) -> None:
 
 
 @every_scheme
+def test_columns_are_cut_with_what_is_beside_them(kept: Scheme) -> None:
+    q = made(kept)
+    for start, stop in ((0, 128), (128, 256)):
+        part = q.columns(start, stop)
+        torch.testing.assert_close(part.decode(), q.decode()[:, start:stop], rtol=1e-5, atol=1e-5)
+
+
+@every_scheme
 def test_what_was_stored_is_read_back_bit_for_bit(kept: Scheme) -> None:
     q = made(kept)
     stored = q.to_tensors()

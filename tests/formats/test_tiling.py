@@ -71,6 +71,30 @@ def test_rows_of_a_quantized_matrix_stand_on_their_own(tiling: Tiling, symmetric
     assert all(p.shape == tiling.param_shape((stop - start, w.shape[1])) for p in part.params.values())
 
 
+@every_tiling
+@pytest.mark.parametrize("symmetric", [True, False])
+@given(data=st.data())
+def test_columns_of_a_quantized_matrix_stand_on_their_own(tiling: Tiling, symmetric: bool, data: st.DataObject) -> None:
+    w = data.draw(fitting(tiling))
+    fmt = IntAffine(4, symmetric, tiling)
+    edges = [*range(0, w.shape[1], fmt.column_unit or 1), w.shape[1]]
+    start, stop = sorted(data.draw(st.lists(st.sampled_from(edges), min_size=2, max_size=2, unique=True)))
+    whole = quantize(fmt, w, fmt.fit(w))
+    part = whole.columns(start, stop)
+    assert torch.equal(part.decode(), whole.decode()[:, start:stop])
+    assert all(p.shape == tiling.param_shape((w.shape[0], stop - start)) for p in part.params.values())
+
+
+@pytest.mark.parametrize(
+    ("tiling", "start"), [(Tiling("group", 4), 2), (Tiling("block", block_structure=(3, 4)), 6)], ids=str
+)
+def test_columns_that_cut_a_tile_are_refused(tiling: Tiling, start: int) -> None:
+    w = torch.ones(7, 8)
+    fmt = IntAffine(4, True, tiling)
+    with pytest.raises(ValueError, match=f"columns {start}:8 cut a {tiling.strategy} of 4 columns"):
+        quantize(fmt, w, fmt.fit(w)).columns(start, 8)
+
+
 @pytest.mark.parametrize(("start", "stop"), [(1, 6), (0, 4), (2, 5)])
 def test_rows_that_cut_a_block_are_refused(start: int, stop: int) -> None:
     fmt = IntAffine(4, True, Tiling("block", block_structure=(3, 5)))

@@ -59,6 +59,11 @@ class Format(ABC):
         return 1
 
     @property
+    def column_unit(self) -> int | None:
+        """Number of columns between two places where the matrix can be cut; None where it cannot be cut at all."""
+        return None
+
+    @property
     def integer_range(self) -> tuple[int, int] | None:
         """Lowest and highest code where values are `scale * (code - zero_point)`; None for all others."""
         return None
@@ -154,6 +159,23 @@ class Format(ABC):
         Raises:
             ValueError: Weights on both sides of the cut share parameters or a code.
         """
+
+    def cut_columns(
+        self, codes: Tensor, params: Params, shape: tuple[int, int], start: int, stop: int
+    ) -> tuple[Tensor, Params]:
+        """Return codes and parameters of the columns [start, stop) of a matrix.
+
+        Args:
+            codes: Codes of the whole matrix.
+            params: Its parameters.
+            shape: Its shape (out, in).
+            start: First column.
+            stop: Column after the last.
+
+        Raises:
+            ValueError: Weights on both sides of the cut share parameters or a code.
+        """
+        raise ValueError(f"columns of {self.title} cannot be cut")
 
     @abstractmethod
     def to_config(self) -> dict[str, Any]:

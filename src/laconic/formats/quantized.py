@@ -30,6 +30,25 @@ class Outliers:
     indices: Tensor
     weight: Tensor
 
+    def rows(self, start: int, stop: int) -> Outliers:
+        """Return the rows [start, stop) of the columns.
+
+        Args:
+            start: First row.
+            stop: Row after the last.
+        """
+        return Outliers(self.indices.clone(), self.weight[start:stop])
+
+    def columns(self, start: int, stop: int) -> Outliers:
+        """Return those among the columns [start, stop), their indices counted from `start`; there may be none.
+
+        Args:
+            start: First column.
+            stop: Column after the last.
+        """
+        inside = (self.indices >= start) & (self.indices < stop)
+        return Outliers(self.indices[inside] - start, self.weight[:, inside].contiguous())
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -42,6 +61,24 @@ class LowRank:
 
     left: Tensor
     right: Tensor
+
+    def rows(self, start: int, stop: int) -> LowRank:
+        """Return the rows [start, stop) of the product.
+
+        Args:
+            start: First row.
+            stop: Row after the last.
+        """
+        return LowRank(self.left[start:stop], self.right.clone())
+
+    def columns(self, start: int, stop: int) -> LowRank:
+        """Return the columns [start, stop) of the product.
+
+        Args:
+            start: First column.
+            stop: Column after the last.
+        """
+        return LowRank(self.left.clone(), self.right[:, start:stop].contiguous())
 
 
 @dataclass(frozen=True)
@@ -86,6 +123,21 @@ class Transforms:
         # A file has no tensors that share memory.
         input_transform = None if self.input is None else self.input.clone()
         return Transforms(input_transform, None if self.output is None else self.output[start:stop])
+
+    def cut_columns(self, start: int, stop: int) -> Transforms:
+        """Return the transforms of the columns [start, stop).
+
+        Args:
+            start: First column.
+            stop: Column after the last.
+
+        Raises:
+            ValueError: A matrix mixes the columns.
+        """
+        if self.input is not None and self.input.dim() == 2:
+            raise ValueError("columns that a matrix transforms together cannot be cut")
+        output_transform = None if self.output is None else self.output.clone()
+        return Transforms(None if self.input is None else self.input[start:stop], output_transform)
 
 
 @dataclass(frozen=True)
@@ -151,16 +203,39 @@ class Quantized:
             ValueError: Weights on both sides of the cut share parameters or a code, or a transform mixes the rows.
         """
         codes, params = self.format.cut_rows(self.codes, self.params, self.shape, start, stop)
-        outliers, low_rank = self.outliers, self.low_rank
         return Quantized(
             self.format,
             codes,
             params,
             (stop - start, self.shape[1]),
-            outliers and Outliers(outliers.indices.clone(), outliers.weight[start:stop]),
-            low_rank and LowRank(low_rank.left[start:stop], low_rank.right.clone()),
+            self.outliers and self.outliers.rows(start, stop),
+            self.low_rank and self.low_rank.rows(start, stop),
             self.transforms and self.transforms.cut_rows(start, stop),
             self.input_rotation,
+        )
+
+    def columns(self, start: int, stop: int) -> Quantized:
+        """Return the columns [start, stop) as a quantized weight; products with such parts of an input add up.
+
+        Args:
+            start: First column.
+            stop: Column after the last.
+
+        Raises:
+            ValueError: Weights on both sides of the cut share parameters or a code, or a transform or a rotation mixes
+                the columns.
+        """
+        if self.input_rotation:
+            raise ValueError("columns that a rotation mixes cannot be cut")
+        codes, params = self.format.cut_columns(self.codes, self.params, self.shape, start, stop)
+        return Quantized(
+            self.format,
+            codes,
+            params,
+            (self.shape[0], stop - start),
+            self.outliers and self.outliers.columns(start, stop),
+            self.low_rank and self.low_rank.columns(start, stop),
+            self.transforms and self.transforms.cut_columns(start, stop),
         )
 
     def to_tensors(self) -> dict[str, Tensor]:

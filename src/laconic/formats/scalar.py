@@ -46,6 +46,11 @@ class ScalarFormat(Format):
         return self.tiling.block_structure[0] if self.tiling.block_structure else 1
 
     @property
+    def column_unit(self) -> int | None:
+        tiling = self.tiling
+        return tiling.group_size or (tiling.block_structure[1] if tiling.block_structure else 1)
+
+    @property
     def granularity(self) -> str:
         block = self.tiling.block_structure
         size = f" {self.tiling.group_size}" if self.tiling.group_size else f" {block[0]}x{block[1]}" if block else ""
@@ -187,6 +192,13 @@ class ScalarFormat(Format):
     ) -> tuple[Tensor, Params]:
         cut = self.tiling.cut_params
         return codes[start:stop], {name: cut(p, start, stop, shape[0]) for name, p in params.items()}
+
+    def cut_columns(
+        self, codes: Tensor, params: Params, shape: tuple[int, int], start: int, stop: int
+    ) -> tuple[Tensor, Params]:
+        cut = self.tiling.cut_columns_of_params
+        part = codes[:, start:stop].contiguous()
+        return part, {name: cut(p, start, stop, shape[1]) for name, p in params.items()}
 
     def to_config(self) -> dict[str, Any]:
         config: dict[str, Any] = {"num_bits": self.num_bits, "symmetric": self.symmetric}

@@ -131,6 +131,25 @@ class Tiling:
             case _:
                 return param[start:stop]
 
+    def cut_columns_of_params(self, param: Tensor, start: int, stop: int, columns: int) -> Tensor:
+        """Return the parameters of the columns [start, stop) of a matrix.
+
+        Args:
+            param: Parameter of the whole matrix, in its `param_shape`, or (1,).
+            start: First column.
+            stop: Column after the last.
+            columns: Number of columns of the whole matrix.
+
+        Raises:
+            ValueError: A group or a block would be cut.
+        """
+        width = self.group_size or (self.block_structure[1] if self.block_structure else None)
+        if param.dim() == 1 or width is None:  # one for the whole tensor, or one a row
+            return param.clone()
+        if start % width or (stop % width and stop != columns):
+            raise ValueError(f"columns {start}:{stop} cut a {self.strategy} of {width} columns")
+        return param[:, start // width : -(-stop // width)].contiguous()
+
 
 # Sizes among which `group_size: auto` chooses: those that every kernel of vLLM for packed integers takes.
 AUTO_GROUP_SIZES = (128, 64, 32)
