@@ -254,6 +254,26 @@ def test_reset_and_use_again(model: PreTrainedModel) -> None:
     assert torch.equal(through(model, cache, ids(2, 20), 5), first)
 
 
+@every_way
+def test_after_a_reset_another_batch_is_as_in_a_new_cache(way: dict[str, Any], model: PreTrainedModel) -> None:
+    """Of another size, length and padding."""
+    prompts, mask = ids(3, 24, seed=5), torch.ones(3, 24, dtype=torch.long)
+    mask[1, :7] = 0
+    given = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    cache = cache_of(model, EIGHT, **way)
+    model.generate(ids(2, 30), attention_mask=torch.ones(2, 30), max_new_tokens=4, **named(model, cache))
+    cache.reset()
+    expected = model.generate(prompts, **given, **named(model, cache_of(model, EIGHT, **way)))
+    assert torch.equal(model.generate(prompts, **given, **named(model, cache)), expected)
+
+
+def test_a_used_cache_and_a_shorter_prompt_are_refused(model: PreTrainedModel) -> None:
+    cache = cache_of(model)
+    through(model, cache, ids(2, 20), 5)
+    with pytest.raises(ValueError, match=r"holds 20 tokens of an earlier batch and .* call cache.reset\(\)"):
+        model.generate(ids(2, 12, seed=5), max_new_tokens=2, **named(model, cache))
+
+
 # The plain model's two lines, and what they refuse --------------------------------------------------------------------
 
 

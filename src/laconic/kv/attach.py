@@ -145,4 +145,12 @@ def _begin_pass(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         if isinstance(mask, dict):
             mask = cache.mask
-        cache.positions.begin_pass(cache.get_seq_length(), tokens.shape[1], positions, mask)
+        cached, new = cache.get_seq_length(), tokens.shape[1]
+        # Without padding, `generate` says by positions that a prompt begins anew; a single new token is none.
+        anew = mask is None and positions is not None and new > 1 and cached > 0 and int(positions.max()) < cached
+        if anew or new == 0 or (mask is not None and mask.dim() == 2 and mask.shape[1] < cached + new):
+            raise ValueError(
+                f"the cache holds {cached} tokens of an earlier batch and is given a shorter one; call cache.reset() "
+                "before another batch"
+            )
+        cache.positions.begin_pass(cached, new, positions, mask)

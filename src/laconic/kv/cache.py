@@ -102,6 +102,7 @@ class KvCache(Cache):
         """Remove all tokens."""
         super().reset()  # type: ignore[no-untyped-call]
         self.positions.crop(0)
+        self.mask = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows of the batch.
