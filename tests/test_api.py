@@ -6,8 +6,10 @@ import inspect
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import laconic as library
 from commands import Laconic
@@ -42,3 +44,9 @@ def test_methods_and_gallery_are_what_ls_lists(laconic: Laconic) -> None:
     tables = json.loads(laconic("ls", "--json").out)
     assert [row["name"] for row in tables["methods"]] == [m.model_fields["method"].default for m in library.METHODS]
     assert [row["name"] for row in tables["recipes"]] == [*library.gallery()]
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8], ids=str)
+def test_a_dtype_that_is_none_is_told(dtype: Any, llama: Path) -> None:
+    with pytest.raises(ValueError, match=r"dtype should be a floating-point dtype of torch, such as torch\.bfloat16"):
+        library.load(llama, dtype=dtype)

@@ -24,7 +24,8 @@ import laconic.artifact.workspace as writer
 from artifacts import linear_events
 from commands import Laconic
 from interruptions import Killed, contents, is_whole
-from laconic.artifact.workspace import Workspace, partial_folder
+from laconic.artifact.identity import partial_folder
+from laconic.artifact.workspace import Workspace
 from laconic.pipeline.compression import compress, prepare, run
 from tiny import make_model, make_recipe, make_text
 

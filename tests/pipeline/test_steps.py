@@ -266,7 +266,7 @@ KEPT = LORA | {"keep_adapters": True}
             [SMOOTH, KIVI, LORA],
             "stages.2 (lora) changes the model whose cache stages.1 (kivi) looks at; list it before ",
         ),
-        ([KIVI, KEPT, KIVI], "stages.2 (kivi) comes after stages.1, whose adapters stay beside the weights"),
+        ([KEPT, KIVI], "stages.1 (kivi) comes after stages.0, whose adapters stay beside the weights"),
     ],
     ids=lambda v: "-".join(s["method"] for s in v) if isinstance(v, list) else "",
 )

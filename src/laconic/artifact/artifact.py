@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from laconic.artifact.workspace import LOG, RECIPE, read_identity, read_log
+from laconic.artifact.identity import RECIPE, read_identity
+from laconic.artifact.workspace import LOG, read_log
 from laconic.checkpoint.atomic import check_writable, write_text
 from laconic.checkpoint.files import read_json
 

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from laconic.artifact.workspace import partial_folder
+from laconic.artifact.identity import partial_folder
 from laconic.cards.writing import recipe_of
 from laconic.checkpoint.files import first_line, open_checkpoint
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from laconic.artifact.artifact import Artifact
+from laconic.artifact.identity import RECIPE, read_identity
 from laconic.artifact.size import measure_size
-from laconic.artifact.workspace import RECIPE, read_identity
 from laconic.cards.data_card import data_card
 from laconic.cards.facts import FOLDER, decode, describe_base, describe_set, digest, read_facts, write_facts
 from laconic.cards.model_card import CardInputs, card_body, card_metadata

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from laconic.checkpoint.extra import describe_extra, extra_names
 from laconic.checkpoint.files import DTYPES, Checkpoint
 from laconic.checkpoint.layout import to_file_layout
-from laconic.checkpoint.source import Source, arrange_source, build_skeleton, check_complete, materialise, open_source
+from laconic.checkpoint.materialise import check_complete, materialise
+from laconic.checkpoint.source import Source, arrange_source, build_skeleton, open_source
 from laconic.solvers.orthogonal import Rotation, RotationKind, make_rotation
 from laconic.stages.model import ModelOutcome, ModelStage, ModelTask
 from laconic.structure.anatomy import Anatomy, dissect, linears_of

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from laconic.artifact.artifact import Artifact
+from laconic.artifact.identity import read_identity
 from laconic.artifact.locks import wait_for_lock
-from laconic.artifact.workspace import Workspace, check_output, read_identity
+from laconic.artifact.workspace import Workspace, check_output
 from laconic.cards.writing import write_cards
 from laconic.checkpoint.source import open_source
 from laconic.checkpoint.trust import UNTRUSTED, Trust

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from laconic.artifact.workspace import RECIPE, Workspace, check_output
+from laconic.artifact.identity import RECIPE
+from laconic.artifact.workspace import Workspace, check_output
 from laconic.checkpoint.atomic import copy_file
 from laconic.checkpoint.files import KV_CONFIG, Checkpoint
 from laconic.checkpoint.streaming import write_tensors

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic.artifact.artifact import Artifact
-from laconic.artifact.workspace import Workspace, partial_folder, scratch_folder
+from laconic.artifact.identity import partial_folder
+from laconic.artifact.workspace import Workspace, scratch_folder
 from laconic.checkpoint.extra import extra_linears, extra_names, extra_shards, load_extra, renumber_blocks
 from laconic.checkpoint.files import DTYPES, Checkpoint, open_checkpoint
 from laconic.checkpoint.layout import arrange, to_file_layout

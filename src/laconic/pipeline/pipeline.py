@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from laconic.artifact.workspace import check_identity, differing_keys, read_identity
+from laconic.artifact.identity import check_identity, differing_keys, read_identity
 from laconic.checkpoint.extra import describe_extra, extra_names
 from laconic.checkpoint.source import Source, arrange_source, build_skeleton
 from laconic.checkpoint.trust import Trust

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from laconic.artifact.workspace import read_identity
+from laconic.artifact.identity import read_identity
 from laconic.checkpoint.source import Source
 
 

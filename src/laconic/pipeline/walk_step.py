@@ -17,7 +17,8 @@ from laconic.artifact.workspace import Workspace
 from laconic.checkpoint.extra import extra_linears, extra_names, extra_shards
 from laconic.checkpoint.files import KV_CONFIG
 from laconic.checkpoint.layout import engine_names
-from laconic.checkpoint.source import Source, arrange_source, build_skeleton, check_complete
+from laconic.checkpoint.materialise import check_complete
+from laconic.checkpoint.source import Source, arrange_source, build_skeleton
 from laconic.checkpoint.trust import Trust
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import scheme_of_shapes

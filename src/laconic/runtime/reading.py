@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from laconic.checkpoint.files import linear_quantization_config, open_checkpoint
 from laconic.checkpoint.layout import arrange, engine_names
-from laconic.checkpoint.source import build_skeleton, main_dtype, materialise, model_folder, read_config
+from laconic.checkpoint.materialise import materialise
+from laconic.checkpoint.source import build_skeleton, main_dtype, model_folder, read_config
 from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.kv.attach import use_by_default
 from laconic.kv.files import read_kv_scheme
@@ -46,8 +47,10 @@ def load(
         The model, as transformers has it, with a `QLinear` for each quantized linear.
 
     Raises:
-        ValueError: The folder cannot be read, or the model needs more trust.
+        ValueError: The folder cannot be read, the model needs more trust, or `dtype` is no floating-point dtype.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype should be a floating-point dtype of torch, such as torch.bfloat16, not {dtype!r}")
     folder = model_folder(str(name), trust=trust)
     raw, config = read_config(folder, trust=trust)
     checkpoint = open_checkpoint(folder, trust=trust)

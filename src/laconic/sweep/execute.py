@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from laconic.artifact.artifact import Artifact
+from laconic.artifact.identity import read_identity
 from laconic.artifact.locks import wait_for_lock
-from laconic.artifact.workspace import read_identity
 from laconic.cards.writing import refresh_cards
 from laconic.checkpoint.atomic import write_text
 from laconic.pipeline.compression import compress

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 import torch
 
-from laconic.artifact.workspace import partial_folder
+from laconic.artifact.identity import partial_folder
 from laconic.sweep.execute import execute, record_failure, start_event
 from laconic.sweep.runs import Run
 from laconic.sweep.study import Resources

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from laconic.artifact.workspace import read_identity
+from laconic.artifact.identity import read_identity
 from laconic.checkpoint.source import Source
 from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.data.mix import TextSource

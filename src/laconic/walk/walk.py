@@ -22,7 +22,8 @@ from laconic.calibrate.observe import advance_stream
 from laconic.checkpoint.extra import load_extra
 from laconic.checkpoint.files import open_shard
 from laconic.checkpoint.layout import arrange, to_file_layout
-from laconic.checkpoint.source import Source, materialise
+from laconic.checkpoint.materialise import materialise
+from laconic.checkpoint.source import Source
 from laconic.kv.positions import TokenPositions
 from laconic.kv.rotary import rotary_of
 from laconic.runtime.linear import QLinear

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from laconic.checkpoint.files import open_checkpoint
 from laconic.checkpoint.layout import TransposedLinear, arrange
-from laconic.checkpoint.source import Source, build_skeleton, main_dtype, materialise
+from laconic.checkpoint.materialise import materialise
+from laconic.checkpoint.source import Source, build_skeleton, main_dtype
 from laconic.methods.lora.adapter_files import check_adapter, check_peft, write_adapter
 from laconic.methods.lora.adapters import add_adapters, merge_adapters
 from laconic.runtime.adapters import ADAPTER, read_adapter
