@@ -47,6 +47,12 @@ def last_name(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
+def base_name(node: ast.expr) -> str:
+    """Return the name of a base class: `nn.Linear` of torch's, which a class `Linear` of the package is not."""
+    name = last_name(node)
+    return f"nn.{name}" if isinstance(node, ast.Attribute) and last_name(node.value) == "nn" else name
+
+
 def definitions(body: list[ast.stmt]) -> Iterator[Function | ast.ClassDef]:
     """Yield functions and classes of a module or class, those under `if` and `try` included."""
     for node in body:
@@ -71,7 +77,7 @@ def classes_of(modules: list[ast.Module]) -> dict[str, Class]:
             if isinstance(node, ast.ClassDef):
                 same = classes.get(node.name, Class((), {}))
                 methods = {m.name: m for m in definitions(node.body) if isinstance(m, Function)}
-                bases = (*same.bases, *(last_name(base) for base in node.bases))
+                bases = (*same.bases, *(base_name(base) for base in node.bases))
                 classes[node.name] = Class(bases, {**same.methods, **methods})
     return classes
 

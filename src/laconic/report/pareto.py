@@ -104,7 +104,14 @@ def gather_points(folders: Sequence[Path]) -> tuple[list[ParetoPoint], dict[str,
     points = [_point(names[folder], *results) for folder, results in measured.items()]
     first, timed = next(iter(measured.values()))
     points.insert(0, _original(first, timed))
-    settings = {
+    flags = dominated([p.costs for p in points])
+    return [replace(p, dominated=flag) for p, flag in zip(points, flags, strict=True)], _settings([*measured.values()])
+
+
+def _settings(measured: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """Return the common settings of pairs of results, of quality and of speed."""
+    first, timed = measured[0]
+    return {
         "base": first["baseline"],
         "text": first["text"],
         "windows": first["windows"],
@@ -113,11 +120,9 @@ def gather_points(folders: Sequence[Path]) -> tuple[list[ParetoPoint], dict[str,
         "threads": timed["threads"],
         "prompt": timed["prompt"],
         "sequences": timed["sequences"],
-        "dtypes": sorted({r["dtype"] for pair in measured.values() for r in pair}),
-        "commands": list(dict.fromkeys(r["command"] for pair in measured.values() for r in pair)),
+        "dtypes": sorted({r["dtype"] for pair in measured for r in pair}),
+        "commands": list(dict.fromkeys(r["command"] for pair in measured for r in pair)),
     }
-    flags = dominated([p.costs for p in points])
-    return [replace(p, dominated=flag) for p, flag in zip(points, flags, strict=True)], settings
 
 
 def dominated(costs: Sequence[tuple[float, ...]]) -> list[bool]:
