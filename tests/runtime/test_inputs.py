@@ -18,6 +18,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import laconic
 from artifacts import Stage, logits, original, press, quantized_linears, rtn, same_bytes, tensors
 from commands import Laconic
+from laconic.artifact.size import measure_size
 from laconic.formats.packing import unpack
 from laconic.pipeline.dequantize import dequantize
 from tiny import make_model, make_recipe
@@ -104,15 +105,16 @@ def rewrite(folder: Path, held: dict[str, Tensor], **keys: Any) -> Path:
     return folder
 
 
-def quantized_and_plain(llama: Path, tmp_path: Path, name: str) -> tuple[Path, Path]:
-    """A model in a format of another tool, and the 16-bit model that it stands for."""
+def quantized_and_plain(source: Path, tmp_path: Path, name: str, *, conv1d: bool = False) -> tuple[Path, Path]:
+    """A model in a format of another tool, and the 16-bit model that it stands for. conv1d: with weights (in, out)."""
     encode, quantization = FORMATS[name]
-    coded, plain = (Path(shutil.copytree(llama, tmp_path / n)) for n in ("coded", "plain"))
+    coded, plain = (Path(shutil.copytree(source, tmp_path / n)) for n in ("coded", "plain"))
     held, expected = {}, {}
-    for seed, (n, t) in enumerate(load_file(llama / "model.safetensors").items()):
+    for seed, (n, t) in enumerate(load_file(source / "model.safetensors").items()):
         held[n] = expected[n] = t
-        if "proj" in n:
-            of_linear, weight = encode(t, seed)
+        if n.endswith(("proj.weight", "c_attn.weight", "c_fc.weight")):
+            of_linear, weight = encode(t.T if conv1d else t, seed)
+            weight = weight.T if conv1d else weight
             del held[n]
             held |= {f"{n.removesuffix('weight')}{leaf}": part for leaf, part in of_linear.items()}
             expected[n] = weight.to(torch.bfloat16)
@@ -136,6 +138,23 @@ def test_a_quantized_model_is_what_its_codes_stand_for(name: str, llama: Path, t
     artifact, of_plain = press(coded, tmp_path / "a", W8), press(plain, tmp_path / "b", W8)
     assert same_bytes(artifact.path, of_plain.path)
     assert artifact.config == of_plain.config
+
+
+def test_conv1d_is_decoded_as_it_is_stored_in_sixteen_bits(tmp_path: Path) -> None:
+    coded, plain = quantized_and_plain(make_model(tmp_path / "model", "gpt2"), tmp_path, "GPTQ", conv1d=True)
+    held, expected = tensors(dequantize(str(coded), tmp_path / "16-bit")), tensors(plain)
+    assert all(torch.equal(t, expected[n]) for n, t in held.items())
+    assert torch.equal(logits(laconic.load(coded)), logits(laconic.load(plain)))
+
+
+def test_a_quantized_model_has_its_size(llama: Path, tmp_path: Path) -> None:
+    coded, plain = quantized_and_plain(llama, tmp_path, "AWQ")
+    size, before = measure_size(coded), measure_size(plain)
+    assert size.schemes == {"awq": 14}
+    assert size.parameters == before.parameters
+    assert size.tensor_bytes == sum(t.nbytes for t in tensors(coded).values())
+    linears = sum(t.numel() for n, t in tensors(plain).items() if "proj" in n)
+    assert size.covered == linears / size.parameters
 
 
 def test_fp8_blocks_are_what_transformers_reads(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +251,7 @@ def test_prediction_heads_of_a_quantized_model_are_decoded_too(llama: Path, tmp_
         rewrite(folder, held | {f"model.layers.2.eh_proj.{leaf}": t for leaf, t in extra.items()})
     artifact, of_plain = press(coded, tmp_path / "a", W8), press(plain, tmp_path / "b", W8)
     assert same_bytes(artifact.path, of_plain.path)
+    assert artifact.config == of_plain.config
     assert "model.layers.2.eh_proj" in artifact.config["quantization_config"]["ignore"]
 
 

@@ -12,6 +12,8 @@ from laconic.checkpoint.layout import arrange, engine_names
 from laconic.checkpoint.source import build_skeleton, main_dtype, read_config
 from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.runtime.adapters import ADAPTER_WEIGHTS, adapter_folders
+from laconic.runtime.decoding import is_decodable
+from laconic.runtime.inputs import decode_checkpoint
 from laconic.runtime.quant_config import is_readable, schemes_of
 from laconic.structure.anatomy import linears_of
 
@@ -49,7 +51,8 @@ def measure_size(folder: Path, *, trust: Trust = UNTRUSTED) -> Size:
         trust: Permissions of its files.
 
     Returns:
-        Its size; `schemes` is empty if the model is not quantized, or in a way that Laconic cannot read.
+        Its size. `schemes` has the method of other tools (`gptq`) for what they quantized; it is empty if the model is
+        not quantized, or in a way that Laconic cannot read.
 
     Raises:
         ValueError: It cannot be read.
@@ -61,21 +64,27 @@ def measure_size(folder: Path, *, trust: Trust = UNTRUSTED) -> Size:
         del config.quantization_config
     model = build_skeleton(config, main_dtype(checkpoint), trust=trust)
     linears = linears_of(model)
-    arranged = arrange(checkpoint, model)
+    foreign = quantization["quant_method"] if quantization and is_decodable(quantization) else None
+    source = decode_checkpoint(checkpoint, raw, config, trust) if foreign else checkpoint
+    matrices = {s.key: count_elements(s.shape) for s in source.tensors.values() if s.decoding}
+    arranged = arrange(source, model)
     names = engine_names(arranged, model, linears)
     schemes = schemes_of(quantization, names) if quantization and is_readable(quantization) else {}
     adapters = [open_shard(place / ADAPTER_WEIGHTS) for place in adapter_folders(folder)]
     adapter_bytes = sum(s.nbytes for adapter in adapters for s in adapter.tensors.values())
-    tensor_bytes = adapter_bytes + sum(s.nbytes for s in arranged.tensors.values())
+    tensor_bytes = adapter_bytes + sum(s.nbytes for s in (checkpoint if foreign else arranged).tensors.values())
     extra = sum(count_elements(arranged.tensors[n].shape) for n in names_outside(arranged, model))
     parameters = extra + sum(p.numel() for p in model.parameters())
-    quantized = sum(linears[n].weight.numel() for n in schemes)
+    quantized = sum(linears[n].weight.numel() for n in schemes) + sum(matrices.values())
+    counts = Counter(s.title for s in schemes.values())
+    if foreign:
+        counts[foreign] = len(matrices)
     return Size(
         parameters,
         tensor_bytes,
         8 * tensor_bytes / parameters,
         checkpoint.nbytes + sum(adapter.nbytes for adapter in adapters),
-        dict(Counter(s.title for s in schemes.values())),
+        dict(counts),
         quantized / parameters,
         any(s.simulated for s in schemes.values()),
         adapter_bytes,

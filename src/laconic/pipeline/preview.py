@@ -208,7 +208,8 @@ def _warnings(pipeline: Pipeline) -> Iterator[str]:
     if pipeline.extra_tensors:
         reshapes = any(isinstance(s, ModelStage) and s.reshapes for step in pipeline.steps for s in step.stages)
         smaller = " (they may not fit the smaller model)" if reshapes else ""
-        yield f"{pipeline.extra_tensors} go into the artifact unchanged{smaller}"
+        how = "in 16 bit" if pipeline.source.quantized else "unchanged"
+        yield f"{pipeline.extra_tensors} go into the artifact {how}{smaller}"
     reshaped = False
     for step in pipeline.steps:
         if step.walk:

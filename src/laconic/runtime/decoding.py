@@ -6,7 +6,7 @@ are known from the headers of files, so that a walk decodes block by block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,9 @@ from laconic.formats.floats import Fp8
 from laconic.formats.fp4 import MxFp4
 from laconic.formats.gptq_layout import decode_awq, decode_gptq
 from laconic.formats.tiling import CHANNEL, TENSOR, Tiling
+
+FP8, GPTQ, AWQ, MXFP4 = "fp8", "gptq", "awq", "mxfp4"
+"""Values of `quant_method` that are decoded here."""
 
 # Scales of the input of an FP8 linear, which a 16-bit checkpoint has no use for.
 _INPUT_SCALES = ("activation_scale", "input_scale")
@@ -53,13 +56,16 @@ def is_decodable(quantization: Mapping[str, Any]) -> bool:
     return quantization.get("quant_method") in _MATRICES
 
 
-def decode_foreign(checkpoint: Checkpoint, quantization: Mapping[str, Any], dtype: str) -> Checkpoint:
+def decode_foreign(
+    checkpoint: Checkpoint, quantization: Mapping[str, Any], dtype: str, transposed: Collection[str] = ()
+) -> Checkpoint:
     """Return a quantized checkpoint of another tool as a 16-bit one.
 
     Args:
         checkpoint: The checkpoint, with the names of its files.
         quantization: Its quantization_config.
         dtype: Dtype of decoded matrices, by its name in safetensors.
+        transposed: Modules whose weight a 16-bit checkpoint has as (in, out), by their names in files.
 
     Returns:
         A checkpoint in which each quantized matrix is a tensor that is decoded when it is loaded.
@@ -74,7 +80,14 @@ def decode_foreign(checkpoint: Checkpoint, quantization: Mapping[str, Any], dtyp
             f"config.json of {checkpoint.folder} says that the model is quantized by '{method}', but none of its "
             "tensors is; download it again"
         )
+    if method in (GPTQ, AWQ):
+        turned = {name: m for name, m in matrices.items() if name.removesuffix(".weight") in transposed}
+        matrices |= {n: replace(m, shape=m.shape[::-1], decode=partial(_turned, m.decode)) for n, m in turned.items()}
     return with_matrices(checkpoint, matrices, dtype)
+
+
+def _turned(decode: Callable[[Parts], Tensor], parts: Parts) -> Tensor:
+    return decode(parts).T.contiguous()
 
 
 def with_matrices(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], dtype: str) -> Checkpoint:
@@ -92,7 +105,7 @@ def with_matrices(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], dtype:
         parts = {part: stored[key] for part, key in matrix.parts.items()}
         file = next(iter(parts.values())).file
         tensors[name] = StoredTensor(file, matrix.shape, dtype, name, decoding=Decoding(parts, matrix.decode))
-    return replace(checkpoint, tensors=tensors)
+    return replace(checkpoint, tensors=dict(sorted(tensors.items())))
 
 
 def _fp8_matrices(tensors: Tensors, quantization: Mapping[str, Any]) -> dict[str, Matrix]:
@@ -215,8 +228,8 @@ def _paths(tensors: Tensors, leaf: str) -> list[str]:
 
 
 _MATRICES: Mapping[str, Callable[[Tensors, Mapping[str, Any]], dict[str, Matrix]]] = {
-    "fp8": _fp8_matrices,
-    "gptq": _gptq_matrices,
-    "awq": _awq_matrices,
-    "mxfp4": _mxfp4_matrices,
+    FP8: _fp8_matrices,
+    GPTQ: _gptq_matrices,
+    AWQ: _awq_matrices,
+    MXFP4: _mxfp4_matrices,
 }

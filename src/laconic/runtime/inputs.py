@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from laconic.checkpoint.files import DTYPES, Checkpoint
-from laconic.checkpoint.source import Source, check_uncalibrated, main_dtype, open_source
+from laconic.checkpoint.layout import TransposedLinear, arrange
+from laconic.checkpoint.source import Source, build_skeleton, check_uncalibrated, main_dtype, open_source
 from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.runtime.compressed import CACHE_SCALES, compressed_matrices
 from laconic.runtime.decoding import decode_foreign, is_decodable, with_matrices
@@ -76,12 +78,22 @@ def decode_checkpoint(
         del config.quantization_config
     dtype = _dtype(raw, checkpoint)
     if is_decodable(quantization):
-        return decode_foreign(checkpoint, quantization, dtype)
+        return decode_foreign(checkpoint, quantization, dtype, _transposed(checkpoint, config, trust))
     # A quantized cache belongs to engines: it is no part of the weights.
     cache = [n for n in checkpoint.tensors if n.rpartition(".")[2] in CACHE_SCALES]
     weights = {key: value for key, value in quantization.items() if key != "kv_cache_scheme"}
     checkpoint = replace(checkpoint, tensors={n: s for n, s in checkpoint.tensors.items() if n not in set(cache)})
     return with_matrices(checkpoint, compressed_matrices(checkpoint, weights, config, trust), dtype)
+
+
+def _transposed(checkpoint: Checkpoint, config: PretrainedConfig, trust: Trust) -> set[str]:
+    """Return the names in files of linears whose weight a 16-bit checkpoint has as (in, out)."""
+    try:
+        model = build_skeleton(config, torch.bfloat16, trust=trust)
+    except ValueError:
+        return set()  # reported where the model is needed
+    paths = arrange(checkpoint, model).paths
+    return {paths.get(name, name) for name, m in model.named_modules() if isinstance(m, TransposedLinear)}
 
 
 def _dtype(raw: Mapping[str, Any], checkpoint: Checkpoint) -> str:
