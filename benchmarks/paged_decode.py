@@ -8,7 +8,7 @@ of bits, `kv_per_token` at 4 bits, and `kvquant` (keys before their rotary embed
 of a token and head in 16 bit). The baseline is the fastest scaled_dot_product_attention of torch on a contiguous bf16
 cache, FlashAttention's and cuDNN's among them, in the same run.
 
-First the kernel is compared with plain torch on the same pages; a format that is wrong is not timed. Times are of a
+First both kernels are compared with plain torch on the same pages; a format that is wrong is not timed. Times are of a
 CUDA graph of calls over caches that together are far larger than the L2 cache: the median of replays. Bytes are those
 that are stored for the tokens; *of copy* is their rate over that of a device-to-device copy, reads and writes. With
 several `--launch` (tokens of a block / warps / stages / programs of a multiprocessor) each format is timed with each.
@@ -52,6 +52,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--formats", nargs="+", default=list(_formats()), choices=list(_formats()))
     parser.add_argument("--launch", nargs="+", default=["default"], help="tokens/warps/stages/programs")
+    parser.add_argument("--write", action="store_true", help="time writing the new tokens too")
     parser.add_argument("--page", type=int, default=512, help="tokens of a page")
     parser.add_argument("--seconds", type=float, default=85, help="time after which no new size is started")
     parser.add_argument("--json", type=Path, help="file to write the results into")
@@ -67,7 +68,8 @@ def main() -> int:
     copy = copy_bandwidth()
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_GB_s": round(copy / 1e9),
-        "page": args.page, "wrong": [f"{name} {launch}" for (name, launch), is_right in right.items() if not is_right],
+        "page": args.page, "write": args.write,
+        "wrong": [f"{name} {launch}" for (name, launch), is_right in right.items() if not is_right],
         "rows": [], "skipped": [],
     }  # fmt: skip
     print(f"{results['device']}, torch {torch.__version__}; a copy has {copy / 1e9:.0f} GB/s", flush=True)
@@ -84,7 +86,7 @@ def main() -> int:
             results["skipped"].append(f"{tokens}k x {batch} (memory)")
             continue
         for name, launch in (job for job in jobs if right[job]):
-            ms, size = timed(batch, tokens * 1024, layer_of(name, args.page), launch)
+            ms, size = timed(batch, tokens * 1024, layer_of(name, args.page), launch, args.write)
             row = {
                 "tokens": tokens * 1024, "batch": batch, "bf16": backend, "bf16_ms": dense, "cache": name,
                 "launch": launch, "ms": ms, "speedup": dense / ms, "GB_s": size / ms / 1e6,
@@ -132,8 +134,8 @@ def layer_of(name: str, page_tokens: int) -> PagedLayer:
     return layer.to(torch.device("cuda"))
 
 
-def case(batch: int, tokens: int, layer: PagedLayer) -> Case:
-    """Make a decode step of `batch` sequences of `tokens` tokens, the new one included."""
+def case(batch: int, tokens: int, layer: PagedLayer, *, write: bool = True) -> Case:
+    """Make a decode step of `batch` sequences of `tokens` tokens, the new one included and perhaps written."""
     page = layer.page_tokens
     assert page is not None
     written = torch.zeros(_WRITTEN // page, KV_HEADS, page, layer.row_bytes, dtype=torch.uint8, device="cuda")
@@ -148,39 +150,45 @@ def case(batch: int, tokens: int, layer: PagedLayer) -> Case:
     step = SequenceBatch(table, lengths, tokens, torch.arange(batch, device="cuda")[:, None])
     q = torch.randn(batch, HEADS, CHANNELS, device="cuda").bfloat16()
     k, v = (torch.randn(batch, KV_HEADS, CHANNELS, device="cuda").bfloat16() for _ in range(2))
-    write_tokens(layer, cache, step, k[:, None], v[:, None])
+    if write:
+        write_tokens(layer, cache, step, k[:, None], v[:, None])
     return layer, cache, step, (q, k, v)
 
 
-def attend(step: Case, launch: str) -> Tensor:
-    """Run the kernel."""
-    from laconic.serving.paged_triton import paged_decode
+def attend(step: Case, launch: str, write: bool = False) -> Tensor:
+    """Run the kernels."""
+    from laconic.serving.paged_triton import paged_decode, paged_write
 
     config = None if launch == "default" else LaunchConfig(*map(int, launch.split("/")))
+    if write:
+        paged_write(*step[:3], *step[3][1:])
     return paged_decode(*step, _SCORING, launch=config)
 
 
 def correct(name: str, launch: str, page_tokens: int) -> bool:
-    """Compare the kernel with plain torch on the same pages; this compiles it too."""
+    """Compare the kernels with plain torch on the same pages; this compiles them too."""
     torch.manual_seed(0)
     layer = layer_of(name, page_tokens)
     with suppress(torch.cuda.OutOfMemoryError):
-        step = case(2, 5000, layer)
+        step = case(2, 5120, layer, write=False)
         _, cache, batch, (q, k, v) = step
+        by_kernel = cache.clone()
+        found = attend((layer, by_kernel, batch, (q, k, v)), launch, write=True).float()
         exact = write_tokens(layer, cache, batch, k[:, None], v[:, None])
-        found = attend(step, launch).float()
+        if (by_kernel != cache).float().mean() > 1e-5:
+            return False
         paged.kernel_runs_on = lambda _: False
         expected = paged.paged_attention(layer, cache, batch, q[:, None], exact, _SCORING)[:, 0]
         return bool((found - expected).abs().max() <= 2**-6 * expected.abs().max())
     return False
 
 
-def timed(batch: int, tokens: int, layer: PagedLayer, launch: str) -> tuple[float, int]:
+def timed(batch: int, tokens: int, layer: PagedLayer, launch: str, write: bool) -> tuple[float, int]:
     """Return the milliseconds of a call, and the bytes that are stored for its tokens."""
     shared = layer.shared_bytes // layer.unit
     size = batch * tokens * KV_HEADS * (layer.slot_bytes + shared)
     cases = [case(batch, tokens, layer) for _ in range(over_l2(size))]
-    return graph_ms([lambda c=c: attend(c, launch) for c in cases], 9), size  # type: ignore[misc]
+    return graph_ms([lambda c=c: attend(c, launch, write) for c in cases], 9), size  # type: ignore[misc]
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ def attend_pages(  # type: ignore[no-untyped-def]
     k_static_scales, k_static_offsets, k_levels, v_static_scales, v_static_offsets, v_levels, cos, sin,
     # Results: attention (B, H, rows, splits, C), log2 of the sum of exponentials (B, H, rows, splits).
     sums, log_sums,
-    # Key-value heads of the layer and of the group; rows of a head; new tokens; strides in bytes (of `table` in
-    # numbers); factor of the logits (times log2 e).
-    all_heads, heads, rows, new, page_stride, head_stride, table_stride, scaling,
+    # Key-value heads of the layer and of the group; rows of a head; new tokens; strides in bytes, but in numbers of
+    # `table` and of sequences of queries, new keys and new values; factor of the logits (times log2 e).
+    all_heads, heads, rows, new, page_stride, head_stride, table_stride, q_stride, k_stride, v_stride, scaling,
     # Packed keys and values.
     K_CODES_AT: tl.constexpr, K_SCALES_AT: tl.constexpr, K_OFFSETS_AT: tl.constexpr, K_INDEX_AT: tl.constexpr,
     K_OUTLIERS_AT: tl.constexpr, K_WORD_TYPE: tl.constexpr,
@@ -70,7 +70,7 @@ def attend_pages(  # type: ignore[no-untyped-def]
     r = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     row_mask = r < rows
     row = (b * all_heads + h) * rows + r
-    q_rows, out_rows = q + row * CHANNELS, sums + (row * splits + split) * CHANNELS
+    q_rows, out_rows = q + b * q_stride + (h * rows + r) * CHANNELS, sums + (row * splits + split) * CHANNELS
     log_sum_rows = log_sums + row * splits + split
     length = tl.load(lengths + b)
     table += b * table_stride
@@ -99,9 +99,10 @@ def attend_pages(  # type: ignore[no-untyped-def]
             PAGE, SINKS, WINDOW, EXACT_TYPE, SINGLE, ROWS, CHANNELS, BLOCK, ASSEMBLER,
         )  # fmt: skip
     elif EXACT:
-        own = (b * all_heads + h) * CHANNELS
+        k_new += b * k_stride + h * CHANNELS
+        v_new += b * v_stride + h * CHANNELS
         _attend_exact(
-            q_rows, row_mask, k_new + own, v_new + own, cache, table, length - 1, page_stride, scaling,
+            q_rows, row_mask, k_new, v_new, cache, table, length - 1, page_stride, scaling,
             out_rows, log_sum_rows, PAGE, UNIT, SINKS_AT, RECENT_AT, SINKS, RECENT, RESIDUAL, WINDOW, EXACT_TYPE,
             EXACT_ITEM, ROWS, CHANNELS, EXACT_BLOCK,
         )  # fmt: skip

@@ -339,12 +339,14 @@ class SequenceBatch:
         lengths_B: (B,) tokens of each sequence, new ones included.
         longest: Largest length, or an upper bound of it.
         tokens_BN: (B, N) indices of the new tokens among all tokens of the step.
+        first_tokens: Whether these are 0 to B - 1, one of each sequence; sequences of no tokens are padding.
     """
 
     table_BP: Tensor
     lengths_B: Tensor
     longest: int
     tokens_BN: Tensor
+    first_tokens: bool = False
 
     @property
     def positions_BN(self) -> Tensor:

@@ -70,7 +70,7 @@ def paged_history(
         The attention (B, H, R, N, C), and the log of the sum of its exponentials (B, H, R, N, 1); zero and -inf over
         no tokens.
     """
-    step = _Step(q_BHRNC.contiguous(), batch, scoring, new=q_BHRNC.shape[3])
+    step = _Step(q_BHRNC.contiguous(), batch, scoring)
     sums, log_sums = _attend(layer, cache, step, launch or _DEFAULT_LAUNCH)
     log_sums = log_sums * _LN_2
     log_sum = log_sums.logsumexp(-1, keepdim=True)
@@ -86,6 +86,7 @@ def paged_decode(
     tokens: tuple[Tensor, Tensor, Tensor],
     scoring: Scoring,
     *,
+    out: Tensor | None = None,
     launch: LaunchConfig | None = None,
 ) -> Tensor:
     """Compute the attention of one new token of each sequence, which is written already.
@@ -96,16 +97,19 @@ def paged_decode(
         batch: The sequences; those of no tokens are padding.
         tokens: Queries (B, Q, C), keys (B, H, C) and values (B, H, C) of the new tokens.
         scoring: Settings of the scores.
+        out: (B, Q, C) contiguous tensor for the result; a new one if None.
         launch: Division of the kernel's work; the default if None.
 
     Returns:
-        (B, Q, C) in the dtype of the queries.
+        (B, Q, C), in the dtype of the queries unless `out` has another.
     """
-    q, keys, values = (t.contiguous() for t in tokens)
+    q, keys, values = (_heads_together(t) for t in tokens)
     B, Q, C = q.shape
-    step = _Step(q.view(B, layer.heads, Q // layer.heads, 1, C), batch, scoring, new=1, exact=(keys, values))
+    step = _Step(q.unflatten(1, (layer.heads, -1))[:, :, :, None], batch, scoring, exact=(keys, values))
     sums, log_sums = _attend(layer, cache, step, launch or _DEFAULT_LAUNCH)
-    out = torch.empty_like(q)
+    if out is None:
+        out = torch.empty(B, Q, C, dtype=q.dtype, device=q.device)
+    assert out.is_contiguous()
     tile = min(C, _COMBINED_CHANNELS)
     with torch.cuda.device_of(q):
         combine_splits[(B * Q, C // tile)](
@@ -139,7 +143,7 @@ def paged_write(layer: PagedLayer, cache: Tensor, batch: SequenceBatch, keys_BHC
         keys_BHC: (B, H, C) keys of the new tokens.
         values_BHC: (B, H, C) values of the new tokens.
     """
-    page_tokens, keys, values = cache.shape[2], keys_BHC.contiguous(), values_BHC.contiguous()
+    page_tokens, keys, values = cache.shape[2], _heads_together(keys_BHC), _heads_together(values_BHC)
     cos, sin = (None, None) if layer.rotary is None else layer.rotary
     warps = max(1, min(8, layer.unit * layer.channels // 1024))
     for g, group in enumerate(layer.groups):
@@ -149,7 +153,7 @@ def paged_write(layer: PagedLayer, cache: Tensor, batch: SequenceBatch, keys_BHC
             write_pages[(len(keys) * heads,)](
                 keys, values, cache, batch.table_BP, batch.lengths_B, _group_heads(group, keys.device),
                 *of_keys.tensors, *of_values.tensors, cos, sin,
-                layer.heads, heads, cache.stride(0), cache.stride(1), batch.table_BP.stride(0),
+                heads, cache.stride(0), cache.stride(1), batch.table_BP.stride(0), keys.stride(0), values.stride(0),
                 *of_keys.written_constants, *of_values.written_constants,
                 PAGE=page_tokens, UNIT=layer.unit, SINKS_AT=page_tokens * layer.slot_bytes,
                 RECENT_AT=layer.recent_at(page_tokens), SINKS=layer.sinks, RECENT=layer.recent,
@@ -162,17 +166,15 @@ class _Step:
     """What a step of attention reads beside pages.
 
     Attributes:
-        q_BHRNC: Queries, contiguous.
+        q_BHRNC: Queries; those of a sequence lie one after another.
         batch: The sequences.
         scoring: Settings of the scores.
-        new: New tokens of a sequence.
         exact: Keys and values of the new tokens, where exact tokens are attended to as well.
     """
 
     q_BHRNC: Tensor
     batch: SequenceBatch
     scoring: Scoring
-    new: int
     exact: tuple[Tensor, Tensor] | None = None
 
 
@@ -201,7 +203,8 @@ def _attend(layer: PagedLayer, cache: Tensor, step: _Step, launch: LaunchConfig)
             attend_pages[(splits, B * heads, chunks)](
                 q, k_new, v_new, cache, table, lengths, _group_heads(group, q.device),
                 *keys.tensors, *values.tensors, cos, sin, sums, log_sums,
-                H, heads, rows, N, cache.stride(0), cache.stride(1), table.stride(0), step.scoring.scale * _LOG2_E,
+                H, heads, rows, N, cache.stride(0), cache.stride(1), table.stride(0), q.stride(0),
+                *(0 if t is None else t.stride(0) for t in (k_new, v_new)), step.scoring.scale * _LOG2_E,
                 *keys.constants, *values.constants,
                 PAGE=page_tokens, UNIT=layer.unit, SINKS_AT=page_tokens * layer.slot_bytes,
                 RECENT_AT=layer.recent_at(page_tokens), SINKS=layer.sinks, RECENT=layer.recent,
@@ -277,14 +280,18 @@ def _array_starts(layer: PagedLayer, layout: SlotLayout, side: str, page_tokens:
 
 def _angles(layer: PagedLayer) -> tuple[Tensor | None, Tensor | None]:
     """Return cosines and sines of every position, (positions, C / 2) float16, where keys are stored before these."""
-    if layer.rotary is None:
-        return None, None
-    kept: dict[str, tuple[Tensor, Tensor]] = layer.__dict__
-    if "_kernel_angles" not in kept:
-        dtype = torch.float16 if layer.rotary[0].is_cuda else torch.float32
-        cos, sin = (angles[:, : layer.channels // 2].to(dtype).contiguous() for angles in layer.rotary)
-        kept["_kernel_angles"] = cos, sin
-    return kept["_kernel_angles"]
+    return (None, None) if layer.rotary is None else (_half(layer.rotary[0]), _half(layer.rotary[1]))
+
+
+@lru_cache(maxsize=16)
+def _half(angles: Tensor) -> Tensor:
+    """Return the first half of channels, of a table that many layers share."""
+    return angles[:, : angles.shape[1] // 2].to(torch.float16 if angles.is_cuda else torch.float32).contiguous()
+
+
+def _heads_together(x: Tensor) -> Tensor:
+    """Return x (B, heads, C), copied unless the heads of a sequence lie one after another."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 def _block_tokens(most: int, page_tokens: int, group: HeadGroup) -> int:

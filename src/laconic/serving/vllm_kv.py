@@ -12,14 +12,12 @@ a model that has another backend all the same is an error.
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
@@ -41,24 +39,18 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from laconic.checkpoint.files import KV_CACHE, KV_CONFIG
 from laconic.kv.files import by_layer
 from laconic.kv.packed import kernel_runs_on
-from laconic.kv.rotary import rotary_of
-from laconic.kv.scheme import ROTATIONS, KvScheme, tokens_at_once
-from laconic.kv.shape import KvShape, kv_shape
-from laconic.serving.page import PagedLayer, RotaryTable, Scoring, SequenceBatch
-from laconic.serving.page_write import write_tokens
+from laconic.kv.scheme import ROTATIONS, KvScheme
+from laconic.kv.shape import kv_shape
+from laconic.serving.page import PagedLayer, Scoring, SequenceBatch
+from laconic.serving.page_write import ExactTokens, write_tokens
 from laconic.serving.paged_attention import paged_attention, why_not_by_kernel
+from laconic.serving.vllm_batches import BatchBuilder
+from laconic.serving.vllm_pages import PAGE_TOKENS_OF_SLOTS, check_servable, keeps_recent, rotary_tables, with_pages
 from laconic.solvers.rotate import layer_rotations
 
 log = init_logger(__name__)
 
 _PATH = f"{__name__}.PackedBackend"
-
-# Tokens of a page, unless --block-size says otherwise: of slots and nothing else, and with what tokens share.
-_PAGE_TOKENS_OF_SLOTS = 128
-_PAGE_TOKENS = 512
-
-# Tokens of history, padding included, of the requests that plain torch attends to together.
-_MAX_TOGETHER = 1 << 14
 
 
 def register_kv() -> None:
@@ -160,7 +152,7 @@ class PackedBackend(AttentionBackend):
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         # The kernel reads one page at a time, and looks each of them up.
-        return cls.page_tokens or max(default_block_size, _PAGE_TOKENS_OF_SLOTS)
+        return cls.page_tokens or max(default_block_size, PAGE_TOKENS_OF_SLOTS)
 
     @staticmethod
     def get_name() -> str:
@@ -220,8 +212,11 @@ def prepare(config: VllmConfig) -> None:
         raise ValueError(f"this model has no {KV_CONFIG} in its config.json; serve it with another --attention-backend")
     model = config.model_config
     shape = kv_shape(model.hf_config)
-    _check_servable(scheme, config, shape)
-    rotary = _rotary_tables(model.hf_config, model.max_model_len) if scheme.pre_rope else {}
+    check_servable(scheme, config, shape)
+    device = torch.device(config.device_config.device)
+    # On the device once: all layers of a type share a table.
+    tables = rotary_tables(model.hf_config, model.max_model_len) if scheme.pre_rope else {}
+    rotary = {layer_type: (cos.to(device), sin.to(device)) for layer_type, (cos, sin) in tables.items()}
     file = cached_file(model.model, KV_CACHE, revision=model.revision) if scheme.calibrated else None
     static = by_layer(load_file(file) if file else {}, len(scheme.layers))
     layer_types = getattr(model.hf_text_config, "layer_types", None)
@@ -243,12 +238,14 @@ def prepare(config: VllmConfig) -> None:
             ),
             rotary=(rotary.get(layer_types[number]) if layer_types else None) or rotary.get(None),
             sinks=0 if impl.scoring.window else scheme.sinks,
-            residual_length=scheme.residual_length if _keeps_recent(config) else 0,
+            residual_length=scheme.residual_length if keeps_recent(config) else 0,
         )
-        impl.layer = _with_pages(layer_without_pages, config).to(torch.device(config.device_config.device))
+        impl.layer = with_pages(layer_without_pages, config).to(device)
         layer.attn_backend = _backend_of_size(impl.layer.row_bytes, impl.layer.page_tokens)
         row_bytes.append(impl.layer.row_bytes)
-        why_not.setdefault(impl.why_not_by_kernel(), []).append(number)
+        reason = impl.why_not_by_kernel()
+        why_not.setdefault(reason, []).append(number)
+        impl.kernels_alone = current_platform.is_cuda() and reason is None and _written_by_kernel(impl.layer)
     log.info(
         "laconic: keys and values are stored by '%s', in pages of %.2f times fewer bytes than 16 bit",
         scheme.method,
@@ -259,132 +256,22 @@ def prepare(config: VllmConfig) -> None:
             log.warning("laconic: the attention of layers %s is plain torch, which is slow: %s", numbers, reason)
 
 
-def _with_pages(layer: PagedLayer, config: VllmConfig) -> PagedLayer:
-    """Return the layer with the tokens of a page, where a page has more than slots."""
-    if not layer.sinks and not layer.lookback:
-        return layer
-    layer = replace(layer, page_tokens=_page_tokens(layer, config))
-    if layer.residual_length and layer.row_bytes >= layer.exact_bytes:
-        raise ValueError(
-            f"pages of {layer.page_tokens} tokens keep {layer.recent} of them in 16 bit too, and take more memory than "
-            f"a cache in 16 bit; serve with --block-size {_roomy_page(layer)}, or do without the recent tokens in 16 "
-            """bit with --additional-config '{"laconic_kv": {"window": false}}'"""
-        )
-    return layer
+def _written_by_kernel(layer: PagedLayer) -> bool:
+    from laconic.serving.paged_triton import why_not_written
 
-
-def _page_tokens(layer: PagedLayer, config: VllmConfig) -> int:
-    """Return the tokens of pages that have more than slots; the larger a page, the less that is."""
-    cache = config.cache_config
-    # vLLM chooses a size for CPUs before models are loaded, and for GPUs after.
-    if cache.user_specified_block_size or current_platform.is_cpu():
-        return int(cache.block_size)
-    return _roomy_page(layer)
-
-
-def _roomy_page(layer: PagedLayer) -> int:
-    """Return the tokens of a page in which recent tokens in 16 bit take at most half as many bytes as slots."""
-    tokens = _PAGE_TOKENS
-    recent_bytes = (layer.residual_length + layer.unit) * layer.exact_bytes if layer.residual_length else 0
-    while tokens * layer.slot_bytes < 2 * recent_bytes:
-        tokens *= 2
-    return tokens
-
-
-def _keeps_recent(config: VllmConfig) -> bool:
-    """Return whether recent tokens are kept in 16 bit, as the scheme says: `{"laconic_kv": {"window": false}}`."""
-    options = config.additional_config if isinstance(config.additional_config, dict) else {}
-    return bool(options.get("laconic_kv", {}).get("window", True))
-
-
-def _check_servable(scheme: KvScheme, config: VllmConfig, shape: KvShape) -> None:
-    scheme.check(shape.layers, shape.heads, shape.channels)
-    if config.cache_config.cache_dtype != "auto":
-        raise ValueError(
-            f"this artifact has a cache format of its own; leave out --kv-cache-dtype, or drop {KV_CONFIG}"
-        )
-    if config.parallel_config.tensor_parallel_size > 1:
-        raise ValueError("a packed cache can be served on one device only; serve with --tensor-parallel-size 1")
-    recent = scheme.residual_length and _keeps_recent(config)
-    if config.speculative_config is not None and (recent or any(tokens_at_once(layer) > 1 for layer in scheme.layers)):
-        raise ValueError(
-            "tokens of a draft replace recent tokens in 16 bit, and keys whose ranges are shared by tokens cannot be "
-            "removed again; serve without speculative decoding"
-        )
-    if scheme.residual_length and not recent:
-        log.warning(
-            "laconic: served without the last %d tokens of a text in 16 bit; results measured with them do not hold "
-            "here",
-            scheme.residual_length,
-        )
-
-
-def _rotary_tables(hf_config: Any, length: int) -> dict[str | None, RotaryTable]:
-    """Return the model's rotary embedding of every position, by type of layer where it differs by type."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
-    rotary = rotary_of(model)
-    module_class: Any = type(rotary.module)
-    module = module_class(hf_config.get_text_config())
-    tables: dict[str | None, RotaryTable] = {}
-    layer_types: set[str | None] = set(rotary.layer_types or (None,))
-    for layer_type in layer_types:
-        options = {} if layer_type is None else {"layer_type": layer_type}
-        cos, sin = module(torch.empty(0, dtype=torch.float32), torch.arange(length)[None], **options)
-        tables[layer_type] = (cos[0].float(), sin[0].float())
-    return tables
+    return why_not_written(layer) is None
 
 
 # --- a step of the engine ---
 
 
-class BatchBuilder(AttentionMetadataBuilder):
-    """Builder of batches: it groups the requests of a step by their number of new tokens."""
-
-    def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> list[SequenceBatch]:
-        step = common_attn_metadata
-        if step.causal is not True:
-            raise ValueError(
-                "a packed cache is for causal attention, and this model's is not causal; serve an artifact without "
-                f"{KV_CONFIG}"
-            )
-        lengths, device = step.seq_lens, step.seq_lens.device
-        starts = step.query_start_loc_cpu.tolist()
-        upper_bounds = step.seq_lens_cpu_upper_bound
-        known_lengths = (lengths if upper_bounds is None else upper_bounds).tolist()
-        by_count: dict[int, list[int]] = defaultdict(list)
-        for i in range(step.num_reqs):
-            if new := starts[i + 1] - starts[i]:
-                by_count[new].append(i)
-        batches = []
-        for new, requests in by_count.items():
-            for group in _group_requests(requests, known_lengths):
-                rows = torch.tensor(group, device=device)
-                tokens = torch.tensor([starts[i] for i in group], device=device)[:, None]
-                tokens = tokens + torch.arange(new, device=device)
-                longest = max(known_lengths[i] for i in group)
-                batches.append(SequenceBatch(step.block_table_tensor[rows], lengths[rows], longest, tokens))
-        return batches
-
-
-def _group_requests(requests: list[int], lengths: list[int]) -> list[list[int]]:
-    """Group requests, the longest first, so that a group padded to its longest stays within `_MAX_TOGETHER`."""
-    groups: list[list[int]] = []
-    for i in sorted(requests, key=lambda i: -lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= _MAX_TOGETHER:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
 class PackedImpl(AttentionImpl):
-    """Attention of one layer."""
+    """Attention of one layer.
+
+    Attributes:
+        layer: Layout of its pages; None before the model is loaded.
+        kernels_alone: Whether kernels of static shapes write and read single new tokens.
+    """
 
     def __init__(
         self,
@@ -413,6 +300,7 @@ class PackedImpl(AttentionImpl):
         slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.scoring = Scoring(scale, sliding_window, logits_soft_cap or 0.0, slopes)
         self.layer: PagedLayer | None = None
+        self.kernels_alone = False
 
     def why_not_by_kernel(self) -> str | None:
         """Return why a GPU's kernel does not attend over the layer's pages; None where it does, and on a CPU."""
@@ -470,8 +358,45 @@ class PackedImpl(AttentionImpl):
         paged = self.layer
         assert paged is not None
         # All are written before any is read: a request may share a page that another one fills in the same step.
-        exact = [write_tokens(paged, kv_cache, b, key[b.tokens_BN], value[b.tokens_BN]) for b in attn_metadata]
+        exact = [self._write(kv_cache, batch, key, value) for batch in attn_metadata]
         for batch, of_batch in zip(attn_metadata, exact, strict=True):
-            attention = paged_attention(paged, kv_cache, batch, query[batch.tokens_BN], of_batch, self.scoring)
-            output[batch.tokens_BN] = attention.to(output.dtype)
+            self._attend(kv_cache, batch, of_batch, (query, key, value), output)
         return output
+
+    def _write(self, cache: Tensor, batch: SequenceBatch, key: Tensor, value: Tensor) -> ExactTokens | None:
+        """Write the new tokens of a batch; return its exact tokens, unless the kernel reads these by itself."""
+        assert self.layer is not None
+        if self.kernels_alone and batch.tokens_BN.shape[1] == 1:
+            from laconic.serving.paged_triton import paged_write
+
+            paged_write(self.layer, cache, batch, _of_batch(batch, key), _of_batch(batch, value))
+            return None
+        return write_tokens(self.layer, cache, batch, key[batch.tokens_BN], value[batch.tokens_BN])
+
+    def _attend(
+        self,
+        cache: Tensor,
+        batch: SequenceBatch,
+        exact: ExactTokens | None,
+        tokens: tuple[Tensor, Tensor, Tensor],
+        output: Tensor,
+    ) -> None:
+        """Write the attention of the new tokens of a batch into the output."""
+        assert self.layer is not None
+        if exact is not None:
+            attention = paged_attention(self.layer, cache, batch, tokens[0][batch.tokens_BN], exact, self.scoring)
+            output[batch.tokens_BN] = attention.to(output.dtype)
+            return
+        from laconic.serving.paged_triton import paged_decode
+
+        q, keys, values = (_of_batch(batch, x) for x in tokens)
+        out = output[: len(q)] if batch.first_tokens else None
+        attention = paged_decode(self.layer, cache, batch, (q, keys, values), self.scoring, out=out)
+        if out is None:
+            output[batch.tokens_BN[:, 0]] = attention
+
+
+def _of_batch(batch: SequenceBatch, tokens: Tensor) -> Tensor:
+    """Return the single new tokens of a batch: (B, heads, channels) of those of the step."""
+    numbers = batch.tokens_BN[:, 0]
+    return tokens[: len(numbers)] if batch.first_tokens else tokens[numbers]

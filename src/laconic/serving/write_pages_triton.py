@@ -18,7 +18,8 @@ def write_pages(  # type: ignore[no-untyped-def]
     k_new, v_new, cache, table, lengths, group_heads,
     # Static ranges (H, C) and levels of keys and of values; rotary embedding of every position (positions, C).
     k_static_scales, k_static_offsets, k_levels, v_static_scales, v_static_offsets, v_levels, cos, sin,
-    all_heads, heads, page_stride, head_stride, table_stride,
+    # Key-value heads of the group; strides in bytes, but in numbers of `table` and of sequences of new keys and values.
+    heads, page_stride, head_stride, table_stride, k_stride, v_stride,
     K_CODES_AT: tl.constexpr, K_SCALES_AT: tl.constexpr, K_OFFSETS_AT: tl.constexpr, K_INDEX_AT: tl.constexpr,
     K_OUTLIERS_AT: tl.constexpr, K_LOW: tl.constexpr, K_HIGH: tl.constexpr, K_TYPE: tl.constexpr,
     K_BY_TOKEN: tl.constexpr, K_GROUP: tl.constexpr, K_ZERO: tl.constexpr, K_OUTLIERS: tl.constexpr,
@@ -38,17 +39,18 @@ def write_pages(  # type: ignore[no-untyped-def]
     if position >= 0:
         number = tl.load(table + b * table_stride + position // PAGE).to(tl.int64)
         page = tl.multiple_of(cache + number * page_stride + h.to(tl.int64) * head_stride, 16)
-        own = (b * all_heads + h) * CHANNELS
+        k_new += b * k_stride + h * CHANNELS
+        v_new += b * v_stride + h * CHANNELS
         c = tl.arange(0, CHANNELS)
         if RECENT:
             recent = (page + RECENT_AT).to(tl.pointer_type(EXACT_TYPE))
             at = recent + position % PAGE % RECENT * (2 * CHANNELS)
-            tl.store(at + c, tl.load(k_new + own + c).to(EXACT_TYPE))
-            tl.store(at + CHANNELS + c, tl.load(v_new + own + c).to(EXACT_TYPE))
+            tl.store(at + c, tl.load(k_new + c).to(EXACT_TYPE))
+            tl.store(at + CHANNELS + c, tl.load(v_new + c).to(EXACT_TYPE))
         if position < SINKS:
             at = (page + SINKS_AT).to(tl.pointer_type(EXACT_TYPE)) + position * (2 * CHANNELS)
-            tl.store(at + c, tl.load(k_new + own + c).to(EXACT_TYPE))
-            tl.store(at + CHANNELS + c, tl.load(v_new + own + c).to(EXACT_TYPE))
+            tl.store(at + c, tl.load(k_new + c).to(EXACT_TYPE))
+            tl.store(at + CHANNELS + c, tl.load(v_new + c).to(EXACT_TYPE))
         if position % UNIT == UNIT - 1:
             i = tl.arange(0, UNIT)
             n = position - (UNIT - 1) + i
@@ -56,10 +58,10 @@ def write_pages(  # type: ignore[no-untyped-def]
             before = (page + RECENT_AT).to(tl.pointer_type(EXACT_TYPE))
             before += (n % PAGE % (RECENT if RECENT else 1) * (2 * CHANNELS))[:, None]
             is_new = (i == UNIT - 1)[:, None]
-            keys = _token_tile(before, k_new + own, is_new, c)
+            keys = _token_tile(before, k_new, is_new, c)
             if cos is not None:
                 partner = (c + CHANNELS // 2) % CHANNELS
-                other = _token_tile(before, k_new + own, is_new, partner)
+                other = _token_tile(before, k_new, is_new, partner)
                 other = tl.where((c < CHANNELS // 2)[None, :], -other, other)
                 cosine = tl.load(cos + n[:, None] * CHANNELS + c[None, :])
                 sine = tl.load(sin + n[:, None] * CHANNELS + c[None, :])
@@ -69,7 +71,7 @@ def write_pages(  # type: ignore[no-untyped-def]
                 K_CODES_AT, K_SCALES_AT, K_OFFSETS_AT, K_INDEX_AT, K_OUTLIERS_AT, K_LOW, K_HIGH, K_TYPE, K_BY_TOKEN,
                 K_GROUP, K_ZERO, K_OUTLIERS, UNIT, CHANNELS, EXACT_TYPE,
             )  # fmt: skip
-            values = _token_tile(before + CHANNELS, v_new + own, is_new, c)
+            values = _token_tile(before + CHANNELS, v_new, is_new, c)
             _encode(
                 values, page, position % PAGE - (UNIT - 1), v_static_scales, v_static_offsets, v_levels, h,
                 V_CODES_AT, V_SCALES_AT, V_OFFSETS_AT, V_INDEX_AT, V_OUTLIERS_AT, V_LOW, V_HIGH, V_TYPE, V_BY_TOKEN,
@@ -203,9 +205,19 @@ def _split_outliers(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _median(x, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the lower median of each row, as torch computes it."""
-    n = tl.arange(0, LENGTH)[None, :]
-    return tl.sum(tl.where(n == (LENGTH - 1) // 2, tl.sort(x, 1), 0.0), 1)
+    """Return the lower median of each row, as torch computes it, bit by bit: the largest number with few below it."""
+    keys = x.to(tl.int32, bitcast=True)
+    # Integers in the order of the numbers.
+    keys ^= (keys >> 31) & 0x7FFFFFFF
+    negative = tl.sum((keys < 0).to(tl.int32), 1)
+    median = tl.where(negative > (LENGTH - 1) // 2, -2147483648, 0)
+    step = tl.full(median.shape, 1 << 30, tl.int32)
+    for _ in range(31):
+        below = tl.sum((keys < (median + step)[:, None]).to(tl.int32), 1)
+        median = tl.where(below > (LENGTH - 1) // 2, median, median + step)
+        step = step >> 1
+    median ^= (median >> 31) & 0x7FFFFFFF
+    return median.to(tl.float32, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
