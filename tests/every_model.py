@@ -28,7 +28,7 @@ from laconic.evaluation.through_cache import step
 from laconic.structure.anatomy import compute_head_input, dissect
 from laconic.structure.calls import embed_ids, record_calls
 from laconic.structure.hooks import capture_inputs
-from shrunk import auto_class, make_shrunk
+from shrunk import make_shrunk, open_in_transformers
 from tiny import VOCABULARY
 
 WORKS, REFUSED, FAULT, NOT_TRIED = "works", "refused", "fault", "not tried"
@@ -82,7 +82,7 @@ def check(model_type: str, folder: Path, text: Path, steps: tuple[str, ...] = ST
         source = make_shrunk(folder / "source", model_type)
         config = json.loads((source / "config.json").read_text())
         report.model_class = next(iter(config.get("architectures") or []), "")
-        original = _open(source)
+        original = open_in_transformers(source)
         _logits(original)
     except (Exception, SystemExit) as e:
         report.results = dict.fromkeys(steps, (NOT_TRIED, f"no tiny model: {_line(e)}"))
@@ -112,8 +112,11 @@ def _line(e: BaseException) -> str:
 
 
 def _compress(method: str, source: Path, output: Path, text: Path, **keys: Any) -> Path:
+    stages = _METHODS[method]
+    if keys.pop("auto", False):
+        stages = [stage | ({"group_size": "auto"} if "group_size" in stage else {}) for stage in stages]
     recipe = {
-        "stages": _METHODS[method],
+        "stages": stages,
         "calibration": {
             "dataset": str(text),
             "num_calibration_samples": 8,
@@ -128,13 +131,15 @@ def _compress(method: str, source: Path, output: Path, text: Path, **keys: Any) 
         own = "/laconic/" in traceback.extract_tb(e.__traceback__)[-1].filename
         if output.exists() or not own or "\n" in str(e):
             raise
+        if "does not divide" in str(e) and "auto" in str(e) and method != "cache":
+            return _compress(method, source, output, text, auto=True, **keys)
         raise Refused(str(e)) from e
 
 
 def _stream(source: Path, folder: Path, text: Path, expected: Tensor, report: Report) -> None:
     """Run blocks alone, on calls that were recorded for calibration, and compare with the whole model."""
     try:
-        ours, theirs = laconic.load(source), _open(source, dtype="auto")
+        ours, theirs = laconic.load(source), open_in_transformers(source, dtype="auto")
     except ValueError as e:
         raise Refused(str(e)) from e
     dtypes = {n: p.dtype for n, p in theirs.named_parameters()}
@@ -142,6 +147,7 @@ def _stream(source: Path, folder: Path, text: Path, expected: Tensor, report: Re
     if others:
         raise Differs(f"{others[0]} has another dtype than in transformers")
     model = laconic.load(source, dtype=torch.float32)
+    _compare(_logits(model), expected, _EQUAL, "laconic.load and transformers read the model differently")
     try:
         anatomy = dissect(model)
     except ValueError as e:
@@ -234,7 +240,10 @@ _STEPS: dict[str, Callable[..., None]] = {
 def _check_decoded(source: Path, artifact: Path) -> None:
     """Compare our reading of an artifact with transformers' of its decoded weights, under the names of its files."""
     decoded = decode_folder(source, artifact, artifact.parent / f"{artifact.name}-decoded")
-    model, info = _open(decoded, info=True)
+    model, info = open_in_transformers(decoded, info=True)
+    if stacks := [key for key in info["missing_keys"] if ".experts." in key]:
+        _restack(decoded, model, stacks)
+        model, info = open_in_transformers(decoded, info=True)
     lost = [key for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)]
     if lost:
         raise Differs(f"transformers reports {lost[0]} in the decoded artifact: {sorted(map(str, info[lost[0]]))[:3]}")
@@ -242,6 +251,27 @@ def _check_decoded(source: Path, artifact: Path) -> None:
     _check_copied(source, artifact, decoded)
     _compare(_logits(ours), _logits(model), _EQUAL, "laconic.load and transformers read the artifact differently")
     shutil.rmtree(decoded)
+
+
+def _restack(decoded: Path, model: PreTrainedModel, stacks: list[str]) -> None:
+    """Stack the experts of a decoded artifact as transformers does, where it reads them stacked only."""
+    file = decoded / "model.safetensors"
+    tensors = load_file(file)
+    for key in stacks:
+        path, _, leaf = key.rpartition(".")
+        module, stack, kind = model.get_submodule(path), leaf.removesuffix("_bias"), leaf.endswith("_bias")
+        names = ["gate_proj", "up_proj"] if stack == "gate_up_proj" else [stack]
+        stored = next(p for p in (path, path.removeprefix("model.")) if f"{p}.0.{names[0]}.weight" in tensors)
+        experts = []
+        for i in range(len(getattr(module, leaf))):
+            parts = [tensors.pop(f"{stored}.{i}.{n}.{'bias' if kind else 'weight'}") for n in names]
+            alternate = len(parts) == 2 and not getattr(module, "is_concatenated", True)
+            joined = torch.stack(parts, 1).flatten(0, 1) if alternate else torch.cat(parts)
+            transposed = joined.dim() == 2 and tuple(joined.shape) != tuple(getattr(module, leaf).shape[1:])
+            transposed |= bool(getattr(module, "is_transposed", False)) and joined.dim() == 2
+            experts.append(joined.T if transposed else joined)
+        tensors[key] = torch.stack(experts).contiguous()
+    save_file(tensors, file, {"format": "pt"})
 
 
 def _check_copied(source: Path, artifact: Path, decoded: Path) -> None:
@@ -253,7 +283,7 @@ def _check_copied(source: Path, artifact: Path, decoded: Path) -> None:
     for name, tensor in before.items():
         if name in after and not (after[name].dtype == tensor.dtype and torch.equal(after[name], tensor)):
             raise Differs(f"{name} is not quantized, and has other bytes")
-        if name not in values and not any(n.startswith(f"{name.rpartition('.')[0]}.0.") for n in values):
+        if name not in values and tensor.dim() < 3 and "expert" not in name:
             raise Differs(f"{name} is lost")
 
 
@@ -269,7 +299,7 @@ def decode_folder(source: Path, artifact: Path, output: Path) -> Path:
     tensors: dict[str, Tensor] = {}
     for file in sorted(artifact.glob("*.safetensors")):
         tensors |= load_file(file)
-    transposed = tuple(n for n, m in _open(source).named_modules() if isinstance(m, Conv1D)) or ("\0",)
+    transposed = tuple(n for n, m in open_in_transformers(source).named_modules() if isinstance(m, Conv1D)) or ("\0",)
     packed = [n.removesuffix("_packed") for n in tensors if n.endswith(".weight_packed")]
     if not packed:
         raise Differs("nothing is quantized")
@@ -289,7 +319,7 @@ def _opens(source: Path, artifact: Path) -> str:
     plan = laconic.plan(str(source), {"stages": _METHODS["rtn"]}, artifact.parent / "planned")
     warning = next((w for w in plan.warnings if w.startswith("transformers cannot open")), None)
     try:
-        model = _open(artifact)
+        model = open_in_transformers(artifact)
         _compare(
             _logits(model),
             _logits(laconic.load(artifact, dtype=torch.float32)),
@@ -299,12 +329,6 @@ def _opens(source: Path, artifact: Path) -> str:
     except Exception as e:
         return f"no, and says so: {warning}" if warning else f"no, unsaid: {_line(e)}"
     return "yes" if warning is None else f"yes, though it says: {warning}"
-
-
-def _open(folder: Path, *, info: bool = False, dtype: Any = torch.float32) -> Any:
-    kind = auto_class(json.loads((folder / "config.json").read_text())["model_type"])
-    opened = kind.from_pretrained(folder, dtype=dtype, output_loading_info=info)
-    return (opened[0].eval(), opened[1]) if info else opened.eval()
 
 
 def _weights(folder: Path) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ are cut to a few layers in which every kind of layer occurs. A few model types n
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -212,3 +213,10 @@ def make_shrunk(folder: Path, model_type: str, **keys: Any) -> Path:
     randomise(model)
     model.save_pretrained(folder)
     return make_tokenizer(folder)
+
+
+def open_in_transformers(folder: Path, *, info: bool = False, dtype: Any = torch.float32) -> Any:
+    """A folder as transformers opens it, on request with what it reports of loading."""
+    kind = auto_class(json.loads((folder / "config.json").read_text())["model_type"])
+    opened = kind.from_pretrained(folder, dtype=dtype, output_loading_info=info)
+    return (opened[0].eval(), opened[1]) if info else opened.eval()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, GptOssConfig, Qwen2MoeConfig
+from transformers import AutoConfig, Qwen2MoeConfig
 
 import laconic
 from artifacts import (
@@ -33,6 +33,7 @@ from commands import Laconic
 from laconic.checkpoint.source import build_skeleton
 from laconic.structure.anatomy import dissect, observation_rounds
 from laconic.structure.experts import Experts, calibrate_all_experts
+from shrunk import make_shrunk, open_in_transformers, shrunk_config
 from tiny import MIXTURES, make_model, make_recipe
 from watching import Watch, stroll
 
@@ -304,9 +305,35 @@ def test_what_weighs_a_shared_expert_is_no_target() -> None:
 
 
 def test_experts_that_are_kept_otherwise_are_refused() -> None:
-    config = GptOssConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_local_experts=4)
-    with pytest.raises(ValueError, match=r"'gpt_oss': its experts \(model\.layers\.0\.mlp\.experts\) are stored in a"):
-        build_skeleton(config, torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"'jetmoe': its experts \(model\.layers\.0\.mlp\.input_linear\) are stored in"
+    ):
+        build_skeleton(shrunk_config("jetmoe"), torch.bfloat16)
+
+
+# Biases, and gates and ups that alternate; tokens sorted by expert; no gate; transposed in files.
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4_text", "nemotron_h", "qwen3_vl_moe"])
+def test_experts_of_other_layouts_compute_the_same(model_type: str, tmp_path: Path) -> None:
+    folder = make_shrunk(tmp_path, model_type)
+    ours, theirs = laconic.load(folder, dtype=torch.float32), open_in_transformers(folder)
+    assert any(isinstance(m, Experts) for m in ours.modules())
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_quantized_experts_under_names_of_transformers_are_read_back(tmp_path: Path) -> None:
+    # In files of a Granite they are `input_linear` and `output_linear`, which name no single expert.
+    artifact = press(make_shrunk(tmp_path / "model", "granitemoe"), tmp_path / "artifact", rtn("W4A16", group_size=16))
+    held = tensors(artifact.path)
+    assert "model.layers.0.block_sparse_moe.experts.3.down_proj.weight_packed" in held
+    assert not any("input_linear" in n for n in held)
+    assert sum(".experts." in n for n in quantized_linears(laconic.load(artifact.path))) == 2 * 4 * 3
+
+
+def test_biases_of_quantized_experts_are_stored_beside_them(tmp_path: Path) -> None:
+    artifact = press(make_shrunk(tmp_path / "model", "gpt_oss"), tmp_path / "artifact", rtn("W4A16", group_size=16))
+    held = tensors(artifact.path)
+    assert "model.layers.0.mlp.experts.0.up_proj.bias" in held
+    assert not any("proj_bias" in n for n in held)
 
 
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:

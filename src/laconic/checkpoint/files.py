@@ -68,7 +68,8 @@ class StoredTensor:
         key: Its name in the file.
         transposed: Whether the file stores its transpose.
         index: Index of the expert in a tensor that stacks several; None if the tensor is stored alone.
-        rows: First and last row (exclusive) of its part of a stacked tensor.
+        rows: First row, last row (exclusive) and step of its part of a stacked tensor; of columns, where that is
+            transposed.
         decoding: How it is decoded from other tensors; None if the file holds it as it is.
     """
 
@@ -78,7 +79,7 @@ class StoredTensor:
     key: str
     transposed: bool = False
     index: int | None = None
-    rows: tuple[int, int] | None = None
+    rows: tuple[int, int, int] | None = None
     decoding: Decoding | None = None
 
     @property
@@ -106,9 +107,7 @@ class StoredTensor:
                 tensor[i] = self.decoding.decode({name: part[i] for name, part in loaded.items()})
             return tensor
         tensor = self.decoding.decode(loaded).to(dtype)
-        if self.rows is not None:
-            tensor = tensor[slice(*self.rows)]
-        return tensor.T.contiguous() if self.transposed else tensor
+        return _cut(tensor, self)
 
     @property
     def nbytes(self) -> int:
@@ -303,8 +302,19 @@ def _opened(file: Path, device: torch.device | str) -> Iterator[Callable[[Stored
 
 def _part(source: Any, stored: StoredTensor) -> Tensor:
     """Take the located part of a tensor, or of a safetensors slice that is not loaded yet."""
-    tensor: Tensor = source if stored.index is None else source[stored.index, slice(*(stored.rows or (None,)))]
-    return tensor.T.contiguous() if stored.transposed else tensor
+    if stored.index is None:
+        return _cut(source, stored)
+    if stored.rows is None or (stored.rows[2] == 1 and not stored.transposed):
+        tensor: Tensor = source[stored.index, slice(*(stored.rows or (None,))[:2])]
+        return tensor
+    return _cut(source[stored.index, :], stored)
+
+
+def _cut(matrix: Tensor, stored: StoredTensor) -> Tensor:
+    """Take the located rows of a matrix as a file has it."""
+    rows = slice(*(stored.rows or (None,)))
+    part = matrix[..., rows].T if stored.transposed else matrix[rows] if stored.rows else matrix
+    return part.contiguous()
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ Files may lack the prefix of the base model, use names that transformers changes
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from laconic.checkpoint.files import DTYPES, Checkpoint, StoredTensor
-from laconic.structure.experts import DOWN, GATE_UP, Experts
+from laconic.structure.experts import Experts
 
 
 class TransposedLinear(nn.Linear):
@@ -59,16 +59,20 @@ def arrange(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     paths: dict[str, str] = {}
     for key, stored in checkpoint.tensors.items():
-        path, _, leaf = _renamed(key, renamings).rpartition(".")
+        renamed = _renamed(key, renamings)
+        path, _, leaf = renamed.rpartition(".")
         if path not in modules and f"{prefix}.{path}" in modules:
             path = f"{prefix}.{path}"
         elif path not in modules and path.removeprefix(f"{prefix}.") in modules:
             path = path.removeprefix(f"{prefix}.")
         module, name = modules.get(path), f"{path}.{leaf}" if path else leaf
-        if isinstance(module, Experts) and leaf in (GATE_UP, DOWN):
-            for linear, piece in _unstacked(module, leaf, stored):
-                tensors[f"{path}.{linear}.weight"] = piece
-                paths[f"{path}.{linear}"] = f"{key.rpartition('.')[0]}.{linear}"
+        if isinstance(module, Experts) and (pieces := list(_unstacked(module, leaf, stored))):
+            # A name that transformers changes is no name for one expert.
+            base = key.rpartition(".")[0] if key.endswith(f".{leaf}") else renamed.rpartition(".")[0]
+            for name, piece in pieces:
+                tensors[f"{path}.{name}"] = piece
+                linear = name.rpartition(".")[0]
+                paths[f"{path}.{linear}"] = f"{base}.{linear}"
         elif module is None:
             tensors[key] = stored
         elif leaf in module.state_dict() or not any(p.search(key) for p in ignored):
@@ -105,10 +109,15 @@ def to_file_layout(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dic
         out[key] = tensor.T.contiguous() if stored is not None and stored.transposed else tensor
     for key, pieces in stacks.items():
         stacked = {n for n, s in checkpoint.tensors.items() if s.key == key}
-        if stacked == pieces.keys() and all(t.is_floating_point() and t.element_size() > 1 for t in pieces.values()):
+        weights = [tensors.get(f"{n.rpartition('.')[0]}.weight") for n in pieces]
+        if stacked == pieces.keys() and all(
+            t is not None and t.is_floating_point() and t.element_size() > 1 for t in weights
+        ):
             out[key] = _restacked(checkpoint, {n: _source_dtype(checkpoint, n, t) for n, t in pieces.items()})
         else:
-            out.update((f"{checkpoint.paths[n.rpartition('.')[0]]}.weight", t) for n, t in pieces.items())
+            for n, t in pieces.items():
+                linear, _, leaf = n.rpartition(".")
+                out[f"{checkpoint.paths[linear]}.{leaf}"] = t
     return out
 
 
@@ -133,25 +142,39 @@ def engine_names(checkpoint: Checkpoint, model: PreTrainedModel, linears: Iterab
 
 
 def _unstacked(experts: Experts, leaf: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-    """List the linears in one stacked tensor: name within the experts, and location."""
-    middle, rows = experts.intermediate, stored.shape[1]
-    gate_up = {experts.names.gate: (0, middle), experts.names.up: (middle, rows)}
+    """List the tensors in one stacked tensor: name within the experts, and location."""
+    pieces = experts.stacking.pieces(leaf, experts.intermediate, experts.hidden)
+    rows = max((piece.rows[1] for piece in pieces), default=0)
+    # Where the shape fits both, transformers' conversion says which.
+    transposed = len(stored.shape) == 3 and (
+        experts.stacking.transposed_in_files if stored.shape[1] == stored.shape[2] else stored.shape[2] == rows
+    )
+    inputs = stored.shape[1:2] if transposed else stored.shape[2:]
     for i in range(stored.shape[0]):
-        for name, (start, stop) in (gate_up if leaf == GATE_UP else {experts.names.down: (0, rows)}).items():
-            shape = (stop - start, stored.shape[2])
-            yield f"{i}.{name}", replace(stored, shape=shape, index=i, rows=(start, stop))
+        for piece in pieces:
+            shape = (len(range(*piece.rows)), *inputs)
+            location = replace(stored, shape=shape, index=i, rows=piece.rows, transposed=transposed)
+            yield f"{i}.{piece.linear}.{piece.leaf}", location
 
 
 def _restacked(checkpoint: Checkpoint, pieces: Mapping[str, Tensor]) -> Tensor:
-    """Stack the linears of experts into one tensor, as the file does."""
-    experts: dict[int, list[tuple[int, Tensor]]] = {}
+    """Stack the tensors of experts into one tensor, as the file does."""
+    experts: dict[int, list[tuple[StoredTensor, Tensor]]] = {}
     for name, tensor in pieces.items():
         stored = checkpoint.tensors[name]
         assert stored.index is not None
+        experts.setdefault(stored.index, []).append((stored, tensor))
+    return torch.stack([_joined(parts) for _, parts in sorted(experts.items())])
+
+
+def _joined(parts: Sequence[tuple[StoredTensor, Tensor]]) -> Tensor:
+    """Join the linears of one expert that a file holds in one matrix."""
+    first = parts[0][1]
+    joined = first.new_empty(sum(len(t) for _, t in parts), *first.shape[1:])
+    for stored, tensor in parts:
         assert stored.rows is not None
-        experts.setdefault(stored.index, []).append((stored.rows[0], tensor))
-    ordered = [torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]) for _, parts in sorted(experts.items())]
-    return torch.stack(ordered)
+        joined[slice(*stored.rows)] = tensor
+    return joined.T if parts[0][0].transposed else joined
 
 
 def _source_dtype(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from laconic.kv.positions import TokenPositions
 from laconic.kv.rotary import rotary_of
 from laconic.kv.scheme import KvScheme
 from laconic.kv.shape import kv_shape
+from laconic.structure.anatomy import decoder_of
 from laconic.structure.hooks import install_forward_pre_hook
 
 _PREPARE = "_prepare_cache_for_generation"
@@ -45,7 +46,7 @@ def make_cache(model: PreTrainedModel, scheme: KvScheme, static: StaticByLayer |
         raise ValueError(f"a cache of '{scheme.method}' is calibrated; make it by 'laconic compress' and open that")
     if scheme.fingerprint and scheme.fingerprint != fingerprint(_embeddings(model)):
         raise ValueError("this cache was calibrated on another model; calibrate it on this one, by 'laconic compress'")
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if model.base_model is not decoder:
         # A model with towers gives its text part a mask for each type of layer; its own mask shows the padding.
         install_forward_pre_hook(model, _note_mask, with_kwargs=True)

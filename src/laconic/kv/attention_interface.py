@@ -20,6 +20,7 @@ from laconic.kv.attention import kv_attention
 from laconic.kv.lazy import LazyTensor
 from laconic.kv.packed import MAX_QUERIES, KeysValues, LayerHistory, PackedGroup, PackedHistory, kernel_runs_on
 from laconic.solvers.rotate import Rotations, rotate
+from laconic.structure.anatomy import decoder_of
 
 NAME = "laconic_packed"
 
@@ -39,7 +40,7 @@ def read_packed(model: PreTrainedModel) -> bool:
     Returns:
         Whether it can.
     """
-    config = model.get_decoder().config
+    config = decoder_of(model).config
     if config._attn_implementation == NAME:
         return True
     chunked = any("chunked" in layer_type for layer_type in getattr(config, "layer_types", None) or ())

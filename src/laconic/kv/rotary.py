@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from laconic.structure.anatomy import decoder_of
+
 
 @dataclass(frozen=True)
 class RotaryEmbedding:
@@ -70,7 +72,7 @@ def rotary_of(model: PreTrainedModel) -> RotaryEmbedding:
     Raises:
         ValueError: The model has none, or one that cannot be removed from keys and applied again.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     module = getattr(decoder, "rotary_emb", None)
     if not isinstance(module, nn.Module) or not _rotates_halves(decoder):
         raise ValueError(

@@ -12,6 +12,8 @@ from laconic.structure.config_keys import BASE
 from laconic.structure.widths import block_configs
 
 _FIX = "; use the model's own cache"
+# Layers of transformers' cache that hold keys and values alone.
+_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 _RECURRENT = ("mamba", "linear_attention", "recurrent", "conv", "rwkv", "xlstm")
 
 
@@ -60,11 +62,14 @@ def kv_shape(config: Any) -> KvShape:
         ) from e
     except (AttributeError, RuntimeError) as e:
         # transformers raises RuntimeError for a number that differs between layers.
+        reason = first_line(e).partition(". ")[0]
         raise ValueError(
-            f"'{model_type}' does not have one shape for the keys and values of all its layers: {first_line(e)}{_FIX}"
+            f"'{model_type}' does not have one shape for the keys and values of all its layers: {reason}{_FIX}"
         ) from e
     if any("LinearAttention" in name for name in layer_classes):
         raise _recurrent(model_type)
+    if others := [name for name in layer_classes if name not in _LAYERS]:
+        raise ValueError(f"'{model_type}' has a cache of its own ({others[0]}), which a quantized one is not for{_FIX}")
     return shape
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,7 +14,8 @@ from laconic.checkpoint.files import Checkpoint
 from laconic.checkpoint.layout import TransposedLinear, engine_names
 from laconic.formats.schemes import Scheme
 from laconic.runtime.quant_config import to_config
-from laconic.structure.experts import enclosing_experts
+from laconic.structure.calls import copy_to_meta
+from laconic.structure.experts import Experts, enclosing_experts
 from laconic.walk.plan import Plan
 
 
@@ -60,9 +62,32 @@ def quantization_config(
 
 
 def _packs_unusual_linears(schemes: Mapping[str, Scheme], model: PreTrainedModel) -> bool:
-    """Return whether weights are packed of linears of a class of the model's own (Falcon's)."""
-    packed = [n for n, s in schemes.items() if s.storage == "pack-quantized" and not s.simulated]
-    return any(type(model.get_submodule(n)) is not nn.Linear for n in packed)
+    """Return whether weights are packed that transformers asks for: of a class of the model's own, or to initialize."""
+    packed = {n for n, s in schemes.items() if s.storage == "pack-quantized" and not s.simulated}
+    unusual = any(type(model.get_submodule(n)) is not nn.Linear for n in packed)
+    return unusual or _initializes_any(packed, model)
+
+
+def _initializes_any(packed: Set[str], model: PreTrainedModel) -> bool:
+    """Return whether transformers' initialization of weights reads those of packed linears, which have none."""
+    kinds: set[type] = set()
+    for path, module in model.named_modules():
+        inside = [n for n in packed if n == path or n.startswith(f"{path}.")]
+        if not inside or type(module) in kinds or isinstance(module, PreTrainedModel | nn.ModuleList):
+            continue
+        kinds.add(type(module))
+        # One module of each class shows it for all; the list of blocks would be the whole model.
+        trial = copy_to_meta(module)
+        for n in inside:
+            del trial.get_submodule(n.removeprefix(path).removeprefix("."))._parameters["weight"]
+        try:
+            with torch.no_grad():
+                model._init_weights(trial)
+        except AttributeError:
+            return True
+        except Exception:
+            continue
+    return False
 
 
 def _decodes_experts(scheme: Scheme) -> bool:
@@ -87,6 +112,9 @@ def closed_to_transformers(plan: Plan, model: PreTrainedModel) -> str | None:
     if any(isinstance(model.get_submodule(n), TransposedLinear) for n in quantized):
         return "quantized Conv1D linears (it initializes their weights at random, or stops)"
     schemes = set(quantized.values())
+    mixtures = [m for m in model.modules() if isinstance(m, Experts)]
+    if any(not m.stacking.merged for m in mixtures) and any(enclosing_experts(model, n) for n in quantized):
+        return "quantized experts of this model (it reads them stacked only)"
     experts = {(s := quantized.get(n)) and s.plain for n in plan.linears if enclosing_experts(model, n)}
     if any(s.native and s.outlier_columns is not None for s in schemes):
         # It opens those by way of laconic, where `weight` of an expert is no tensor of its own.

@@ -100,13 +100,15 @@ def plan_walk(recipe: Recipe, source: Source, first: int, trust: Trust) -> Walk:
     model = build_skeleton(source.config, source.dtype, trust=trust)
     source = arrange_source(source, model)
     check_complete(model, source.checkpoint)
-    plan = make_plan(model, dissect(model), recipe.stages, first, Deployment(recipe.engine, recipe.tensor_parallel))
-    check_experts(plan, bool(recipe.calibration and recipe.calibration.moe_calibrate_all_experts))
-    if plan.calibrates and plan.anatomy.obstacle:
+    anatomy = dissect(model)
+    calibrated = next((s.method for s in recipe.stages if s.needs.calibration), None)
+    if anatomy.obstacle and calibrated:
         raise ValueError(
-            f"blocks of '{source.config.model_type}' {plan.anatomy.obstacle}, so that {plan.calibration_reason} cannot "
-            "observe them one by one; use methods without calibration (rtn)"
+            f"blocks of '{source.config.model_type}' {anatomy.obstacle}, so that {calibrated} cannot observe them one "
+            "by one; use methods without calibration (rtn)"
         )
+    plan = make_plan(model, anatomy, recipe.stages, first, Deployment(recipe.engine, recipe.tensor_parallel))
+    check_experts(plan, bool(recipe.calibration and recipe.calibration.moe_calibrate_all_experts))
     return Walk(recipe, source, model, plan, extra_names(source.checkpoint, model))
 
 

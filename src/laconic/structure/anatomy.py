@@ -6,15 +6,24 @@ found by running it on the meta device, where a tensor has an identity but no me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.structure.calls import BlockCall, capture_without_weights, copy_to_meta, run_without_embeddings
+from laconic.structure.calls import (
+    BlockCall,
+    capture_calls,
+    copy_to_meta,
+    run_without_embeddings,
+    with_blank_inputs,
+    zero_embeddings,
+)
 from laconic.structure.experts import enclosing_experts, routers_of
 from laconic.structure.hooks import (
     Hook,
@@ -106,17 +115,20 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     assert isinstance(blocks, nn.ModuleList)
     head = _find_head(model)
     _check_unshared(model, blocks)
-    try:
+
+    def follow(inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[BlockCall], list[_Trace], set[str]]:
         with watched_weights(blocks) as read:
-            hidden, calls = capture_without_weights(model, name)
-        traces = [_trace(block, call, hidden) for block, call in zip(blocks, calls, strict=True)]
-    except ValueError:
-        raise
+            hidden, calls = capture_calls(model, name, **inputs)
+        return hidden, calls, [_trace(*pair, hidden) for pair in zip(blocks, calls, strict=True)], read
+
+    unsupported = f"unsupported architecture '{model.config.model_type}'"
+    try:
+        hidden, calls, traces, read = with_blank_inputs(zero_embeddings(model, 1, 4), follow)
     except Exception as e:
+        if str(e).startswith(unsupported):
+            raise
         reason = str(e).splitlines()[0] if str(e) else repr(e)
-        raise ValueError(
-            f"unsupported architecture '{model.config.model_type}': cannot follow its blocks ({reason})"
-        ) from e
+        raise ValueError(f"{unsupported}: cannot follow its blocks ({reason})") from e
     embeddings = model.get_input_embeddings()
     tied = model.get_submodule(head).weight is embeddings.weight
     routers = frozenset(f"{name}.{i}.{router}" for i, block in enumerate(blocks) for router in routers_of(block))
@@ -233,11 +245,28 @@ def _trace(block: nn.Module, call: BlockCall, hidden: Tensor) -> _Trace:
     hooks = forward_hooks(((linear, group_by_input(name)) for name, linear in linears.items()), before=True)
     with torch.no_grad(), watched_weights(block) as read, hooks, capture_outputs({"block": block}) as outputs:
         call.to("meta")(block, hidden.to("meta"))
+    read |= {n for n, linear in linears.items() if not _is_product(linear)}
     called = [[n for n in dict.fromkeys(names) if n not in read] for _, names in groups]
     taps = tuple(Tap(tuple(names), enclosing_experts(block, names[0])) for names in called if names)
     bare = linears.keys() - {n for names in called for n in names}
     returned = outputs["block"]
     return _Trace(taps, len(returned) if isinstance(returned, tuple | list) else 0, frozenset(bare))
+
+
+def _is_product(linear: nn.Linear) -> bool:
+    """Return whether a linear computes x W^T + b; a class of the model's own may multiply in groups."""
+    if type(linear).forward is nn.Linear.forward:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    linear = copy.deepcopy(linear)
+    for name, parameter in list(linear.named_parameters(recurse=False)):
+        setattr(linear, name, nn.Parameter(torch.randn(parameter.shape, generator=generator), requires_grad=False))
+    x = torch.randn(1, 2, linear.in_features, generator=generator)
+    try:
+        with torch.no_grad():
+            return torch.allclose(linear(x), F.linear(x, linear.weight, linear.bias), rtol=1e-3, atol=1e-3)
+    except (RuntimeError, TypeError, ValueError):
+        return False
 
 
 def _obstacle(hidden: Tensor, calls: Sequence[BlockCall]) -> str | None:
@@ -292,6 +321,18 @@ def find_blocks(model: nn.Module) -> str:
     return max(outer, key=lambda n: len(outer[n]))
 
 
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a model that reads text, without its head.
+
+    Args:
+        model: The model.
+    """
+    decoder = model.get_decoder()
+    # Some models call their head the decoder.
+    text_part: Any = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+    return text_part  # type: ignore[no-any-return]
+
+
 def decoder_name(model: nn.Module) -> str:
     """Return the name of the module that transformers calls the decoder: of a model with towers, the text part.
 
@@ -301,7 +342,7 @@ def decoder_name(model: nn.Module) -> str:
     Returns:
         Full name; empty where there is none.
     """
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    decoder = decoder_of(model) if isinstance(model, PreTrainedModel) else None
     return next((str(name) for name, module in model.named_modules() if module is decoder), "")
 
 

@@ -127,7 +127,7 @@ def capture_without_weights(model: PreTrainedModel, blocks_name: str) -> tuple[T
         ValueError: The model does not call its blocks one after another.
     """
     zeros = zero_embeddings(model, 1, 4)
-    return _with_blank_inputs(zeros, lambda inputs: capture_calls(model, blocks_name, **inputs))
+    return with_blank_inputs(zeros, lambda inputs: capture_calls(model, blocks_name, **inputs))
 
 
 def run_without_embeddings(model: PreTrainedModel, blocks_name: str, hidden: Tensor) -> None:
@@ -143,14 +143,22 @@ def run_without_embeddings(model: PreTrainedModel, blocks_name: str, hidden: Ten
         with torch.no_grad(), suppress(StopForward):
             functional_call(model, _zero_weights(model, blocks_name), kwargs={**inputs, "use_cache": False})
 
-    _with_blank_inputs(zero_embeddings(model, *hidden.shape[:2]).to(hidden.device, hidden.dtype), run)
+    with_blank_inputs(zero_embeddings(model, *hidden.shape[:2]).to(hidden.device, hidden.dtype), run)
 
 
-def _with_blank_inputs(zeros: Tensor, run: Callable[[dict[str, Tensor]], _Result]) -> _Result:
-    """Run a model on zeros in place of embeddings, or on token ids where it looks at these."""
+def with_blank_inputs(zeros: Tensor, run: Callable[[dict[str, Tensor]], _Result]) -> _Result:
+    """Run a model on zeros in place of embeddings, or on token ids where it looks at these.
+
+    Args:
+        zeros: (samples, tokens, hidden).
+        run: Runs the model on keyword arguments; again on others where it fails.
+
+    Returns:
+        What `run` returns.
+    """
     try:
         return run({"inputs_embeds": zeros})
-    except (ValueError, TypeError, RuntimeError):
+    except (AttributeError, ValueError, TypeError, RuntimeError):
         return run({"input_ids": torch.zeros(zeros.shape[:2], dtype=torch.long, device=zeros.device)})
 
 

@@ -1,13 +1,17 @@
-"""Mixtures of experts with a linear for each expert and projection, where transformers stacks them in two tensors.
+"""Mixtures of experts with a linear for each expert and projection, where transformers stacks them in a few tensors.
 
-transformers stores all experts of a layer in two tensors: gate_up_proj (E, 2 I, H) and down_proj (E, H, I). Checkpoints
-and engines have one linear each; their names are taken from transformers' conversion between the two.
+transformers stores all experts of a layer in gate_up_proj (E, 2 I, H) and down_proj (E, H, I); both may be transposed,
+gate and up may alternate, and there may be biases, or no gate. Engines have one linear each; their names are taken from
+transformers' conversion between the two, where it has one.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 
-GATE_UP, DOWN = "gate_up_proj", "down_proj"
+GATE_UP, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
+_BIAS = "_bias"
 
 
 class Projections(NamedTuple):
@@ -28,12 +33,65 @@ class Projections(NamedTuple):
     down: str
 
 
-class Expert(nn.Module):
-    """Linears of one expert, and the activation function of its gate."""
+class Piece(NamedTuple):
+    """Rows of a stacked tensor that are one linear of each expert.
 
-    def __init__(self, act: nn.Module) -> None:
-        super().__init__()
-        self.act = act
+    Attributes:
+        linear: Name of the linear within an expert.
+        leaf: `weight` or `bias`.
+        rows: First row, last row (exclusive), and step.
+    """
+
+    linear: str
+    leaf: str
+    rows: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """How the experts of a layer are stacked.
+
+    Attributes:
+        names: Names of an expert's linears.
+        gated: Whether there is a gate.
+        transposed: Whether matrices of the model are (in, out).
+        transposed_in_files: Whether those of checkpoints are.
+        interleaved: Whether rows of gate and up alternate.
+        biased: Whether linears have biases.
+        merged: Whether transformers merges tensors of single experts when it loads them.
+    """
+
+    names: Projections
+    gated: bool = True
+    transposed: bool = False
+    transposed_in_files: bool = False
+    interleaved: bool = False
+    biased: bool = False
+    merged: bool = True
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of an expert's linears, those before the activation function first."""
+        return self.names if self.gated else self.names[1:]
+
+    def pieces(self, leaf: str, intermediate: int, hidden: int) -> list[Piece]:
+        """List the linears in a stacked tensor; empty for any other tensor.
+
+        Args:
+            leaf: Name of the tensor in its module.
+            intermediate: Width of an expert.
+            hidden: Width of the model.
+        """
+        stack, of = leaf.removesuffix(_BIAS), "bias" if leaf.endswith(_BIAS) else "weight"
+        if stack == DOWN:
+            return [Piece(self.names.down, of, (0, hidden, 1))]
+        if stack == UP and not self.gated:
+            return [Piece(self.names.up, of, (0, intermediate, 1))]
+        if stack != GATE_UP or not self.gated:
+            return []
+        both = 2 * intermediate
+        rows = ((0, both, 2), (1, both, 2)) if self.interleaved else ((0, intermediate, 1), (intermediate, both, 1))
+        return [Piece(name, of, r) for name, r in zip(self.names[:2], rows, strict=True)]
 
 
 class Experts(nn.ModuleList):
@@ -42,42 +100,60 @@ class Experts(nn.ModuleList):
     Attributes:
         num_experts: Number of experts.
         intermediate: Width of an expert.
-        names: Names of an expert's linears.
+        hidden: Width of the model.
+        stacking: How transformers and checkpoints stack them.
         every_token: Whether hooks of an expert's linears see every token, not only those routed to it. The output of
             the layer is the same, bit for bit.
 
     Args:
-        stacked: The module of transformers that holds the stacked experts.
-        names: Names of an expert's linears.
+        stacked: The module of transformers that holds the stacked experts; it loses its parameters.
+        stacking: How it stacks them.
     """
 
-    def __init__(self, stacked: nn.Module, names: Projections) -> None:
-        down, act = stacked.get_parameter(DOWN), stacked.get_submodule("act_fn")
-        count, hidden, intermediate = down.shape
-        super().__init__(Expert(act) for _ in range(count))
-        self.num_experts, self.intermediate = count, intermediate
-        self.names, self.every_token = names, False
-        shapes = [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
+    def __init__(self, stacked: nn.Module, stacking: Stacking) -> None:
+        down = stacked.get_parameter(DOWN)
+        count, *sizes = down.shape
+        intermediate, hidden = sizes if stacking.transposed else reversed(sizes)
+        super().__init__(nn.Module() for _ in range(count))
+        self.num_experts, self.intermediate, self.hidden = count, intermediate, hidden
+        self.stacking, self.every_token = stacking, False
         for expert in self:
-            for name, (inputs, outputs) in zip(names, shapes, strict=True):
-                setattr(expert, name, nn.Linear(inputs, outputs, bias=False, device=down.device, dtype=down.dtype))
+            for name in stacking.linears:
+                inputs, outputs = (intermediate, hidden) if name == self.names.down else (hidden, intermediate)
+                linear = nn.Linear(inputs, outputs, bias=stacking.biased, device=down.device, dtype=down.dtype)
+                setattr(expert, name, linear)
+        for leaf, _ in list(stacked.named_parameters(recurse=False)):
+            delattr(stacked, leaf)
+        # In a tuple, so that it is no submodule: its functions are used, and it has no parameters.
+        self._stacked = (stacked,)
+        act = getattr(stacked, "act_fn", None)
+        self._act = (act if _applies_gate_usually(stacked) else None,)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    @property
+    def names(self) -> Projections:
+        """Names of an expert's linears."""
+        return self.stacking.names
+
+    def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
         """Route tokens to their experts, and sum the weighted outputs.
 
         Every gate and up projection runs before any down projection, so that one pass observes the inputs of all
         experts' gate and up projections, or of all down projections.
 
         Args:
-            hidden_states: (tokens, H).
-            top_k_index: (tokens, k), the experts of each token.
-            top_k_weights: (tokens, k), their weights.
+            hidden_states: (tokens, H); without routing (experts tokens, H), each expert's tokens after those of the one
+                before it.
+            *routing: The experts of each token (tokens, k), and their weights (tokens, k).
+            **named: The same by name, in this order.
 
         Returns:
-            (tokens, H).
+            The shape of `hidden_states`.
         """
         if hidden_states.is_meta:
             return self._trace(hidden_states)
+        if not routing and not named:
+            return self._run_sorted(hidden_states.view(self.num_experts, -1, self.hidden))
+        top_k_index, top_k_weights = (*routing, *named.values())
         if self.every_token:
             self._run_every_token(hidden_states)
         routes = [torch.where(top_k_index == i) for i in range(self.num_experts)]
@@ -90,10 +166,27 @@ class Experts(nn.ModuleList):
             out[token, k] = self._run(e, self.names.down, x) * top_k_weights[token, k, None]
         return out.sum(1).to(hidden_states.dtype)
 
-    def _inner(self, expert: Any, x: Tensor) -> Tensor:
+    def _run_sorted(self, tokens: Tensor) -> Tensor:
+        """Run each expert on its own tokens, (experts, tokens, H)."""
+        every_token, self.every_token = self.every_token, False
+        try:
+            inner = [self._inner(e, x) for e, x in zip(self, tokens.unbind(0), strict=True)]
+            return torch.cat([self._run(e, self.names.down, x) for e, x in zip(self, inner, strict=True)])
+        finally:
+            self.every_token = every_token
+
+    def _inner(self, expert: nn.Module, x: Tensor) -> Tensor:
+        stacked: Any = self._stacked[0]
+        if not self.stacking.gated:
+            activated: Tensor = stacked.act_fn(self._run(expert, self.names.up, x))
+            return activated
         gate, up = self._run(expert, self.names.gate, x), self._run(expert, self.names.up, x)
-        inner: Tensor = expert.act(gate) * up
-        return inner
+        if (act := self._act[0]) is not None:
+            inner: Tensor = act(gate) * up
+            return inner
+        both = torch.stack([gate, up], -1).flatten(-2) if self.stacking.interleaved else torch.cat([gate, up], -1)
+        gated: Tensor = stacked._apply_gate(both)
+        return gated
 
     def _run(self, expert: nn.Module, name: str, x: Tensor) -> Tensor:
         linear = getattr(expert, name)
@@ -103,9 +196,10 @@ class Experts(nn.ModuleList):
 
     def _run_every_token(self, hidden_states: Tensor) -> None:
         """Run every expert on every token, for the hooks of its linears."""
+        before = self.stacking.linears[:-1]
         for expert in self:
-            getattr(expert, self.names.gate)(hidden_states)
-            getattr(expert, self.names.up)(hidden_states)
+            for name in before:
+                getattr(expert, name)(hidden_states)
         for expert in self:
             getattr(expert, self.names.down)(self._inner(expert, hidden_states))
 
@@ -122,22 +216,23 @@ def unstack_experts(model: PreTrainedModel, where: Callable[[str], bool] = lambd
 
     Args:
         model: The model, changed in place.
-        where: Tells by the name of a layer's first gate linear whether to replace that layer.
+        where: Tells by the name of a layer's first up projection whether to replace that layer.
 
     Raises:
         ValueError: Experts are stacked in another way.
     """
-    names = _stored_names(model)
+    stored = _read_stored(model)
     for path, module in list(model.named_modules()):
-        if not _is_stacked(module) or (names and not where(f"{path}.0.{names.gate}")):
+        if not _is_stacked(module) or (stored and not where(f"{path}.0.{stored.names.up}")):
             continue
-        if names is None or not _is_known(module):
+        stacking = _stacking(module, stored) if stored else None
+        if stacking is None:
             raise ValueError(
                 f"unsupported architecture '{model.config.model_type}': its experts ({path}) are stored in a "
                 "layout that Laconic cannot split into linears"
             )
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, Experts(module, names))
+        setattr(model.get_submodule(parent), leaf, Experts(module, stacking))
 
 
 def unstack_experts_like(block: nn.Module, example: nn.Module) -> None:
@@ -150,7 +245,7 @@ def unstack_experts_like(block: nn.Module, example: nn.Module) -> None:
     for path, experts in example.named_modules():
         if isinstance(experts, Experts):
             parent, _, leaf = path.rpartition(".")
-            setattr(block.get_submodule(parent), leaf, Experts(block.get_submodule(path), experts.names))
+            setattr(block.get_submodule(parent), leaf, Experts(block.get_submodule(path), experts.stacking))
 
 
 @contextmanager
@@ -210,35 +305,93 @@ def _is_stacked(module: nn.Module) -> bool:
     return bool(matrices) and not isinstance(module, _ConvNd) and hasattr(module, "num_experts")
 
 
-def _is_known(module: nn.Module) -> bool:
-    """Return whether stacked experts are a concatenated gate and up, and down, without bias and not transposed."""
-    parameters = {n: tuple(p.shape) for n, p in module.named_parameters()}
-    if parameters.keys() != {GATE_UP, DOWN} or len(parameters[DOWN]) != 3:
-        return False
-    experts, hidden, intermediate = parameters[DOWN]
-    flags = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
-    usual = all(getattr(module, flag, value) == value for flag, value in flags.items())
+@dataclass(frozen=True)
+class _Stored:
+    """What transformers' conversion says of experts in checkpoints."""
+
+    names: Projections
+    swapped: bool
+    merged: bool
+
+
+def _stacking(module: nn.Module, stored: _Stored) -> Stacking | None:
+    """Find how a module stacks its experts; None if its linears would not compute what it does."""
+    shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
+    gated, biased = GATE_UP in shapes, f"{DOWN}{_BIAS}" in shapes
+    stack = GATE_UP if gated else UP
+    expected = {stack, DOWN} | ({f"{stack}{_BIAS}", f"{DOWN}{_BIAS}"} if biased else set())
+    if shapes.keys() != expected or len(shapes[DOWN]) != 3 or getattr(module, "has_post_expert_norm", False):
+        return None
+    count, *sizes = shapes[DOWN]
+    usual = (count, sizes[1] * (1 + gated), sizes[0])
+    # Where both fit the shape, the class says which.
+    transposed = getattr(module, "is_transposed", None)
+    transposed = shapes[stack] != usual if transposed is None else transposed
+    interleaved = not getattr(module, "is_concatenated", True)
+    in_files = transposed != stored.swapped
+    stacking = Stacking(stored.names, gated, transposed, in_files, interleaved, biased, stored.merged)
+    plain = Stacking(stored.names, transposed_in_files=in_files, merged=stored.merged)
+    known = stacking == plain and shapes[stack] == usual and _applies_gate_usually(module)
+    return stacking if known or _computes_alike(module, stacking) else None
+
+
+def _applies_gate_usually(module: nn.Module) -> bool:
+    """Return whether stacked experts multiply the activation function of the gate by up, by transformers' function."""
     gate = getattr(type(module), "_apply_gate", None)
-    return (
-        parameters[GATE_UP] == (experts, 2 * intermediate, hidden)
-        and usual
-        and not getattr(module, "has_post_expert_norm", False)
-        and getattr(gate, "__module__", "transformers.integrations.moe") == "transformers.integrations.moe"
-        and isinstance(getattr(module, "act_fn", None), nn.Module)
-    )
+    usual = getattr(gate, "__module__", "transformers.integrations.moe") == "transformers.integrations.moe"
+    return usual and isinstance(getattr(module, "act_fn", None), nn.Module)
 
 
-def _stored_names(model: PreTrainedModel) -> Projections | None:
-    """Read the names of an expert's linears from transformers' conversion; None when that does more than stack them."""
+@torch.no_grad()
+def _computes_alike(module: nn.Module, stacking: Stacking) -> bool:
+    """Return whether `Experts` compute what the stacked module does, tried with random weights.
+
+    All experts get the same weights, which take the memory of one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    trial = copy.deepcopy(module)
+    count = len(trial.get_parameter(DOWN))
+    weights: dict[str, Tensor] = {}
+    for name, old in list(trial.named_parameters(recurse=False)):
+        weights[name] = torch.randn(old.shape[1:], generator=generator) / old.shape[-1] ** 0.5
+        setattr(trial, name, nn.Parameter(weights[name].expand(old.shape), requires_grad=False))
+    try:
+        experts = Experts(copy.deepcopy(module), stacking)
+        for expert in experts:
+            for leaf, weight in weights.items():
+                rows = weight.T if stacking.transposed and weight.dim() == 2 else weight
+                for piece in stacking.pieces(leaf, experts.intermediate, experts.hidden):
+                    part = nn.Parameter(rows[slice(*piece.rows)], requires_grad=False)
+                    setattr(expert.get_submodule(piece.linear), piece.leaf, part)
+        x = torch.randn(count, experts.hidden, generator=generator)
+        index = torch.stack([torch.arange(count), torch.arange(count).flip(0)], 1)
+        routing = (index, torch.rand(count, 2, generator=generator))
+        forward = inspect.unwrap(type(module).forward)
+        arguments = routing if len(inspect.signature(forward).parameters) > 2 else ()
+        return torch.allclose(experts(x, *arguments), forward(trial, x, *arguments), rtol=1e-3, atol=1e-4)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+
+
+def _read_stored(model: PreTrainedModel) -> _Stored | None:
+    """Read from transformers' conversion how checkpoints hold experts; None when it does what cannot be undone."""
     stored: dict[str, list[str]] = {}
+    swapped = False
     for conversion in get_model_conversion_mapping(model):
-        if isinstance(conversion, WeightConverter) and len(conversion.target_patterns) == 1:
-            target = conversion.target_patterns[0].rpartition(".")[2]
-            if target in (GATE_UP, DOWN) and "experts" in conversion.target_patterns[0]:
-                expected = [MergeModulelist, Concatenate] if target == GATE_UP else [MergeModulelist]
-                if [type(operation) for operation in conversion.operations] != expected:
-                    return None
-                patterns = [p.removesuffix(".weight").removesuffix(r"\.weight") for p in conversion.source_patterns]
-                stored[target] = [p.rpartition(".")[2] for p in patterns]
-    gate_up, down = stored.get(GATE_UP, ["gate_proj", "up_proj"]), stored.get(DOWN, ["down_proj"])
-    return Projections(*gate_up, *down) if (len(gate_up), len(down)) == (2, 1) else None
+        if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
+            continue
+        target = conversion.target_patterns[0].rpartition(".")[2]
+        if target not in (GATE_UP, UP, DOWN) or "experts" not in conversion.target_patterns[0]:
+            continue
+        operations = [type(operation) for operation in conversion.operations]
+        if operations == [Transpose]:
+            # With this flag it transposes only what has another shape than the model's.
+            swapped = not getattr(conversion.operations[0], "check_dims", False)
+        elif operations == ([MergeModulelist, Concatenate] if target == GATE_UP else [MergeModulelist]):
+            patterns = [p.removesuffix(".weight").removesuffix(r"\.weight") for p in conversion.source_patterns]
+            stored[target] = [p.rpartition(".")[2] for p in patterns]
+        else:
+            return None
+    before = stored.get(GATE_UP) or ["gate_proj", *stored.get(UP, ["up_proj"])]
+    down = stored.get(DOWN, ["down_proj"])
+    return _Stored(Projections(*before, *down), swapped, bool(stored)) if (len(before), len(down)) == (2, 1) else None

@@ -298,7 +298,7 @@ def _expert_candidates(trial: _TrialBlock, plain: Sequence[_Candidate]) -> Itera
     for path, experts in trial.block.named_modules():
         if isinstance(experts, Experts):
             width, channels = experts.intermediate, torch.arange(experts.intermediate)[:, None]
-            axes = [(experts.names.gate, 0), (experts.names.up, 0), (experts.names.down, 1)]
+            axes = [(name, int(name == experts.names.down)) for name in experts.stacking.linears]
             numbers = range(experts.num_experts)
             slices = tuple(Slice(f"{path}.{i}.{name}", axis, channels) for i in numbers for name, axis in axes)
             yield _Candidate(slices)
