@@ -17,6 +17,7 @@ from laconic.formats import Quantized, Transforms, quantize
 from laconic.formats.schemes import scheme
 from laconic.stages.block import Block, BlockStage
 from laconic.stages.linear import LinearStage, LinearTask, Outcome
+from laconic.stages.model import ModelOutcome, ModelStage, ModelTask
 from laconic.stages.quantizing import QuantizingStage
 
 EIGHT = scheme("W8A16", group_size=32).weights
@@ -115,3 +116,22 @@ def test_what_a_block_stage_returns_wrongly_is_told(
     stage = {"method": "toy", "scheme": "W4A16", "group_size": 32}
     with pytest.raises(TypeError, match=message):
         laconic.compress(str(llama), recipe(stage, text=text), tmp_path / "out")
+
+
+class ModelToy(ModelStage):
+    """Returns nothing."""
+
+    method: Literal["toy"] = "toy"
+
+    def apply(self, task: ModelTask) -> ModelOutcome:
+        return None  # type: ignore[return-value]
+
+
+def test_a_model_stage_that_returns_nothing_is_told(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allow_methods(monkeypatch, ModelToy)
+    with pytest.raises(
+        TypeError, match=r"ModelToy.apply\(\) returned NoneType; return laconic.stages.model.ModelOutco"
+    ):
+        laconic.compress(str(llama), recipe({"method": "toy"}), tmp_path / "out")

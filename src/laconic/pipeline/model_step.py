@@ -65,6 +65,7 @@ def run_model_step(
         try:
             with record_span(stage.method), torch.set_grad_enabled(stage.needs.gradients):
                 outcome = stage.apply(task)
+            _check_outcome(stage, outcome)
             if outcome.shards:
                 _write_shards(workspace, outcome.shards, report)
         except ValueError as e:
@@ -82,6 +83,14 @@ def run_model_step(
         )
         remaining = {k: v for k, v in config.items() if v is not None or k not in outcome.config}
         workspace.finish(remaining, folder, carried=before, describe=describe)
+
+
+def _check_outcome(stage: ModelStage, outcome: object) -> None:
+    if not isinstance(outcome, ModelOutcome):
+        raise TypeError(
+            f"{type(stage).__name__}.apply() returned {type(outcome).__name__}; return "
+            "laconic.stages.model.ModelOutcome(model)"
+        )
 
 
 def help_model_step(pipeline: Pipeline, step: Step, before: Path | None, report: Report) -> None:

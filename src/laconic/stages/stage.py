@@ -24,7 +24,8 @@ class Needs:
         ranges: smallest and largest value of each input channel.
         links: where a scale can be moved between a linear and what feeds it.
         sequential: whether linears of a block are observed after the earlier ones of the block are compressed.
-        survey: a pass over the whole original model before any of it is changed.
+        survey: a pass over the whole original model before any of it is changed, which sets the sparsities of a
+            pruning stage.
         gradients: gradients of the loss.
         original_activations: whether the original model's activations alone are enough, so that the compressed model
             need not be run.

@@ -241,18 +241,7 @@ def make_plan(
     parts = tuple(_parts(s, names, shapes) for s, names in zip(weight_stages, targets, strict=True))
     heads = protected_heads(model, anatomy, weight_stages, targets, shapes=shapes, first=first)
     return Plan(
-        anatomy,
-        tuple(weight_stages),
-        tuple(targets),
-        schemes,
-        shapes,
-        links,
-        cache,
-        parts,
-        heads,
-        first=first,
-        deployment=deployment,
-        config=config,
+        anatomy, weight_stages, tuple(targets), schemes, shapes, links, cache, parts, heads, first, deployment, config
     )
 
 
@@ -286,9 +275,9 @@ def _parts(
 
 def _separate_cache(
     model: PreTrainedModel, stages: Sequence[Stage], first: int
-) -> tuple[list[WeightStage], tuple[CacheStage, KvShape] | None]:
+) -> tuple[tuple[WeightStage, ...], tuple[CacheStage, KvShape] | None]:
     """Return the stages that treat weights, and the stage of the cache, which comes after them."""
-    weights = [s for s in stages if isinstance(s, WeightStage)]
+    weights = tuple(s for s in stages if isinstance(s, WeightStage))
     caches = [s for s in stages if isinstance(s, CacheStage)]
     if not caches:
         return weights, None
