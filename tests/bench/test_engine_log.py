@@ -10,6 +10,7 @@ INFO 11-28 11:00:01 [cuda.py:507] Using FLASH_ATTN attention backend out of pote
 (EngineCore pid=7) INFO 11-28 11:00:02 [x.py:138] Using MarlinLinearKernel for CompressedTensorsWNA16
 (EngineCore pid=7) INFO 11-28 11:00:02 [x.py:138] Using MacheteLinearKernel for CompressedTensorsWNA16
 (EngineCore pid=7) INFO 11-28 11:00:03 [x.py:847] Selected CutlassInt8ScaledMMLinearKernel for CompressedTensorsW8A8Int8
+(EngineCore pid=7) INFO 11-28 11:00:03 [vllm_kv.py:9] laconic: keys and values are stored by 'kivi', in pages of slots
 (EngineCore pid=7) INFO 11-28 11:00:04 [gpu.py:5150] Model loading took 4.25 GiB memory and 3.123456 seconds
 (EngineCore pid=7) INFO 11-28 11:00:05 [kv.py:1] \x1b[32mGPU KV cache size: 1,234,560 tokens\x1b[0m
 """
@@ -31,6 +32,7 @@ def test_the_facts_of_a_log_are_read() -> None:
         "MacheteLinearKernel",
         "MarlinLinearKernel",
         "CutlassInt8ScaledMMLinearKernel",
+        "kivi cache",
     ]
     assert facts["weight_bytes"] == round(4.25 * 2**30)
     assert facts["cache_tokens"] == 1_234_560

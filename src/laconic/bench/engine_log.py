@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# vLLM 0.32 names a linear kernel as `Using X for Y` or `Selected X for Y`, and the attention in two more ways.
+# vLLM 0.32 names a linear kernel as `Using X for Y` or `Selected X for Y`; our plugin names the format of a packed cache.
 _KERNELS = (
     re.compile(r"(?:Using|Selected) (\w+Kernel\w*) for "),
     re.compile(r"Using (?:AttentionBackendEnum\.)?(\w+) (?:attention )?backend"),
-    re.compile(r"(keys and values are stored by '\w+')"),
+    re.compile(r"keys and values are stored by '(\w+)'"),
 )
 _WEIGHTS = re.compile(r"Model loading took ([\d.]+) GiB")
 _CACHE = re.compile(r"(?:GPU|CPU) KV cache size: ([\d,]+) tokens")
@@ -32,10 +32,11 @@ def read_engine_log(log: str) -> dict[str, Any]:
         not say.
     """
     log = _COLOUR.sub("", log)
-    hits = sorted((m.start(), m.group(1)) for pattern in _KERNELS for m in pattern.finditer(log))
+    matches = sorted((m for pattern in _KERNELS for m in pattern.finditer(log)), key=lambda m: m.start())
+    names = [m.group(1) + (" cache" if m.re is _KERNELS[-1] else "") for m in matches]
     weights, cache = _WEIGHTS.search(log), _CACHE.search(log)
     return {
-        "kernels": list(dict.fromkeys(name for _, name in hits)),
+        "kernels": list(dict.fromkeys(names)),
         "weight_bytes": round(float(weights.group(1)) * 2**30) if weights else None,
         "cache_tokens": int(cache.group(1).replace(",", "")) if cache else None,
     }

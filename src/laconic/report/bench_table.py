@@ -26,7 +26,12 @@ def bench_tables(result: Mapping[str, Any]) -> list[Table]:
     for title, rows in titled_rows(result):
         table = Table(box=box.SIMPLE, title=title, title_justify="left", pad_edge=False)
         for j, column in enumerate(rows[0]):
-            table.add_column(column, justify="right" if j else "left", no_wrap=j > 0, min_width=0 if j else 20)
+            table.add_column(
+                column,
+                justify="right" if j else "left",
+                no_wrap=j > 0 and column != "kernels",
+                min_width=0 if j else 20,
+            )
         for row in rows:
             table.add_row(*row.values())
         tables.append(table)

@@ -48,7 +48,8 @@ from laconic.serving.vllm_batches import BatchBuilder
 from laconic.serving.vllm_pages import PAGE_TOKENS_OF_SLOTS, check_servable, keeps_recent, rotary_tables, with_pages
 from laconic.solvers.rotate import layer_rotations
 
-log = init_logger(__name__)
+# vLLM prints what loggers below its own name say.
+log = init_logger(f"vllm.{__name__}")
 
 _PATH = f"{__name__}.PackedBackend"
 

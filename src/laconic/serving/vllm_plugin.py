@@ -23,7 +23,8 @@ from laconic.serving.vllm_kv import register_kv
 from laconic.serving.vllm_linear import LaconicLinearMethod, engine_method
 from laconic.serving.vllm_widths import register_widths
 
-log = init_logger(__name__)
+# vLLM prints what loggers below its own name say.
+log = init_logger(f"vllm.{__name__}")
 
 
 def register() -> None:
