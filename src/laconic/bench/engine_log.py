@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# vLLM 0.32 names a linear kernel as `Using X for Y` or `Selected X for Y`; our plugin names the format of a packed cache.
+# vLLM 0.32 writes `Using KERNEL for LAYER` or `Selected KERNEL for LAYER`; the plugin names the format of a cache.
 _KERNELS = (
     re.compile(r"(?:Using|Selected) (\w+Kernel\w*) for "),
     re.compile(r"Using (?:AttentionBackendEnum\.)?(\w+) (?:attention )?backend"),
