@@ -1,6 +1,6 @@
 """Speed of a decode step's attention over packed pages on a GPU, as in vLLM's plugin.
 
-    python benchmarks/paged_decode.py --json paged_decode.json [--launch 64/1/1/16 32/2/1/8]
+    python benchmarks/paged_decode.py --json paged_decode.json [--launch default 64/1/1/16/168 64/1/1/16/128]
 
 One layer of Llama-3-8B's shape (32 query heads, 8 key-value heads, 128 channels), pages in random order: `kivi` (keys
 per channel in groups of 64 tokens, values per token in groups of 64 channels, pages of 512 tokens) at several numbers
@@ -11,7 +11,8 @@ cache, FlashAttention's and cuDNN's among them, in the same run.
 First both kernels are compared with plain torch on the same pages; a format that is wrong is not timed. Times are of a
 CUDA graph of calls over caches that together are far larger than the L2 cache: the median of replays. Bytes are those
 that are stored for the tokens; *of copy* is their rate over that of a device-to-device copy, reads and writes. With
-several `--launch` (tokens of a block / warps / stages / programs of a multiprocessor) each format is timed with each.
+several `--launch` (tokens of a block / warps / stages / programs of a multiprocessor / registers of a thread, which may
+be left out) each format is timed with each.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
@@ -51,7 +53,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[32, 64], help="in thousands of 1024")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--formats", nargs="+", default=list(_formats()), choices=list(_formats()))
-    parser.add_argument("--launch", nargs="+", default=["default"], help="tokens/warps/stages/programs")
+    parser.add_argument("--launch", nargs="+", default=["default"], help="tokens/warps/stages/programs[/registers]")
     parser.add_argument("--write", action="store_true", help="time writing the new tokens too")
     parser.add_argument("--page", type=int, default=512, help="tokens of a page")
     parser.add_argument("--seconds", type=float, default=85, help="time after which no new size is started")
@@ -85,8 +87,7 @@ def main() -> int:
         except torch.cuda.OutOfMemoryError:
             results["skipped"].append(f"{tokens}k x {batch} (memory)")
             continue
-        for name, launch in (job for job in jobs if right[job]):
-            ms, size = timed(batch, tokens * 1024, layer_of(name, args.page), launch, args.write)
+        for name, launch, ms, size in timed_formats(batch, tokens * 1024, [job for job in jobs if right[job]], args):
             row = {
                 "tokens": tokens * 1024, "batch": batch, "bf16": backend, "bf16_ms": dense, "cache": name,
                 "launch": launch, "ms": ms, "speedup": dense / ms, "GB_s": size / ms / 1e6,
@@ -183,12 +184,18 @@ def correct(name: str, launch: str, page_tokens: int) -> bool:
     return False
 
 
-def timed(batch: int, tokens: int, layer: PagedLayer, launch: str, write: bool) -> tuple[float, int]:
-    """Return the milliseconds of a call, and the bytes that are stored for its tokens."""
-    shared = layer.shared_bytes // layer.unit
-    size = batch * tokens * KV_HEADS * (layer.slot_bytes + shared)
-    cases = [case(batch, tokens, layer) for _ in range(over_l2(size))]
-    return graph_ms([lambda c=c: attend(c, launch, write) for c in cases], 9), size  # type: ignore[misc]
+def timed_formats(
+    batch: int, tokens: int, jobs: list[tuple[str, str]], args: argparse.Namespace
+) -> Iterator[tuple[str, str, float, int]]:
+    """Yield names, launches, the milliseconds of a call, and the bytes that are stored for its tokens."""
+    for name, same_name in itertools.groupby(jobs, lambda job: job[0]):
+        layer = layer_of(name, args.page)
+        size = batch * tokens * KV_HEADS * (layer.slot_bytes + layer.shared_bytes // layer.unit)
+        cases = [case(batch, tokens, layer) for _ in range(over_l2(size))]
+        for _, launch in same_name:
+            calls = [lambda c=c, launch=launch: attend(c, launch, args.write) for c in cases]  # type: ignore[misc]
+            yield name, launch, graph_ms(calls, 9), size
+        del cases
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def kv_attention_triton(
             DENSE_SPLIT=_DENSE_SPLIT, DENSE_BLOCK=_DENSE_BLOCK,
             # The interpreter has no assembler.
             ASSEMBLER=q.is_cuda,
-            num_warps=launch.warps * max(1, triton.next_power_of_2(rows) // 16), num_stages=launch.stages,
+            num_warps=launch.warps * max(1, triton.next_power_of_2(rows) // 16), **launch.options,
         )  # fmt: skip
         tile = min(C, _COMBINED_CHANNELS)
         combine_splits[(B * Q * N, C // tile)](

@@ -22,12 +22,21 @@ class LaunchConfig:
         warps: Warps of a program.
         stages: Blocks that are loaded ahead.
         programs: Programs for each multiprocessor.
+        registers: Registers of a thread, at most: fewer let a multiprocessor run more programs at once, which hides
+            more of their waiting, and may spill. None: as many as the compiler wants.
     """
 
     block_tokens: int = 64
     warps: int = 1
     stages: int = 1
     programs: int = 16
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Options of a launch, but for warps."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_stages": self.stages} | limit
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -213,7 +213,7 @@ def _attend(layer: PagedLayer, cache: Tensor, step: _Step, launch: LaunchConfig)
                 EXACT_BLOCK=_EXACT_BLOCK,
                 # The interpreter has no assembler.
                 ASSEMBLER=q.is_cuda,
-                num_warps=launch.warps * max(1, tile // 16), num_stages=launch.stages,
+                num_warps=launch.warps * max(1, tile // 16), **launch.options,
             )  # fmt: skip
     return sums, log_sums
 
