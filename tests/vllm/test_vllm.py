@@ -204,6 +204,21 @@ def test_native_artifacts_serve_exactly_through_our_plugin(tmp_path: Path, stage
     assert near.mean() < far.mean() / 5
 
 
+@FOUR_BITS
+@EIGHT_BITS
+def test_native_artifacts_serve_by_the_kernels_of_vllm(tmp_path: Path) -> None:
+    """In 16 bit the codes are vLLM's, and the side tensors beside them ours."""
+    folder = compressed(
+        tmp_path,
+        {"method": "gptq", "scheme": "W4A16", "outlier_ratio": 0.02, "low_rank": 4, "ignore": ["re:.*down_proj"]},
+        {"method": "llm_int8", "threshold": 3.0, "targets": "re:.*down_proj"},
+    )
+    served = serve(folder, prompts(96, 2), "bfloat16")
+    ours = laconic.load(folder, dtype=torch.bfloat16)
+    near = [(our_logprobs(ours, i) - p).abs().mean() for i, p in zip(served.prompts, served.logprobs, strict=True)]
+    assert sum(near) / len(near) < 0.05
+
+
 @BLOCKS_OF_FP8
 def test_fp8_blocks_serve(tmp_path: Path) -> None:
     """vLLM's CPU kernel leaves the activations in bf16."""

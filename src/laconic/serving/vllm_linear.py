@@ -77,6 +77,9 @@ def engine_method(scheme: Scheme, layer: Any, name: str) -> LinearMethodBase | N
         return None
     if current_platform.is_cpu() and not _runs_on_cpu(scheme):
         return None
+    if current_platform.is_cuda() and scheme.integer and current_platform.has_device_capability(100):
+        # Its kernels for int8 by int8 end before Blackwell.
+        return None
     entry = to_config({"re:.*": scheme.plain}, [])
     for group in entry["config_groups"].values():
         # The head is no Linear.
