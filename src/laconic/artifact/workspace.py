@@ -82,6 +82,10 @@ class Workspace:
         while self._locks:
             os.close(self._locks.pop())
 
+    def discard(self) -> None:
+        """Remove the folder with all finished shards, which no later run can go on with."""
+        shutil.rmtree(self.folder)
+
     def _clear(self, *, keep: bool) -> None:
         """Remove temporary files of a killed run, and all other files unless `keep` is set."""
         for file in self.folder.iterdir():

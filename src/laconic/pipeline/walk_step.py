@@ -26,6 +26,7 @@ from laconic.kv.attach import fingerprint
 from laconic.pipeline.calibration import domain_ids, walk_settings
 from laconic.pipeline.engines import quantization_config
 from laconic.pipeline.provenance import account, sha256
+from laconic.pipeline.written import check_written
 from laconic.recipe import Recipe
 from laconic.runtime.quant_config import NATIVE
 from laconic.structure.anatomy import dissect
@@ -194,6 +195,7 @@ def run_walk(
         ),
     )
     config = _config(walk, workspace, schemes, to_config)
+    check_written(workspace, walk.model, schemes, plan.linears, config=config, dtype=source.dtype)
     return Artifact(workspace.finish(config, source.folder, carried=before, describe=describe))
 
 
