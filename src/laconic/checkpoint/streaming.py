@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -16,6 +17,8 @@ from laconic.checkpoint.files import StoredTensor
 
 # The data of a file begins at a multiple of this.
 _ALIGNMENT = 8
+# Bytes that are read back at once.
+_CHUNK = 1 << 24
 
 
 def write_tensors(file: Path, tensors: Mapping[str, StoredTensor], load: Callable[[str], Tensor]) -> None:
@@ -57,11 +60,25 @@ def _write(file: Path, tensors: Mapping[str, StoredTensor], load: Callable[[str]
 
 
 def _check(file: Path, checksums: Mapping[str, int], name: Path) -> None:
-    """Check that a file holds the tensors that were written."""
+    """Check that a file can be opened, and holds the tensors that were written."""
     with safe_open(file, framework="pt") as f:
+        complete = set(f.keys()) == checksums.keys()
+    with file.open("rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
         for key, checksum in checksums.items():
-            if zlib.crc32(_bytes(f.get_tensor(key))) != checksum:
+            begin, end = header[key]["data_offsets"]
+            f.seek(8 + size + begin)
+            if not complete or _checksum(f, end - begin) != checksum:
                 raise ValueError(f"'{key}' of {name} is read back otherwise than it was written; check the disk")
+
+
+def _checksum(file: BinaryIO, nbytes: int) -> int:
+    """Return the checksum of the next bytes of a file, which are read without mapping the file into memory."""
+    checksum = 0
+    while nbytes > 0 and (data := file.read(min(nbytes, _CHUNK))):
+        checksum, nbytes = zlib.crc32(data, checksum), nbytes - len(data)
+    return checksum
 
 
 def _bytes(tensor: Tensor) -> memoryview:
