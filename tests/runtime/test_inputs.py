@@ -255,6 +255,19 @@ def test_prediction_heads_of_a_quantized_model_are_decoded_too(llama: Path, tmp_
     assert "model.layers.2.eh_proj" in artifact.config["quantization_config"]["ignore"]
 
 
+def test_a_quantized_cache_is_left_out_and_an_adapter_copied(llama: Path, text: Path, tmp_path: Path) -> None:
+    stages = rtn("W4A16", group_size=32), {"method": "kv_fp8"}
+    artifact = press(llama, tmp_path / "artifact", *stages, text=text)
+    (artifact.path / "adapter").mkdir()
+    (artifact.path / "adapter" / "adapter_config.json").write_text("{}")
+    written = dequantize(str(artifact.path), tmp_path / "16-bit")
+    assert json.loads((written / "config.json").read_text()) == json.loads((llama / "config.json").read_text())
+    assert tensors(written).keys() == tensors(llama).keys()
+    assert not (written / "kv_cache.safetensors").exists()
+    assert (written / "adapter" / "adapter_config.json").exists()
+    assert torch.equal(logits(laconic.load(written)), logits(laconic.load(artifact.path)))
+
+
 def test_an_interrupted_dequantization_resumes(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, laconic: Laconic
 ) -> None:

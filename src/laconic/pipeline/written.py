@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from laconic.artifact.workspace import Workspace
-from laconic.checkpoint.files import Checkpoint, open_shard
+from laconic.checkpoint.files import Checkpoint, linear_quantization_config, open_shard
 from laconic.checkpoint.layout import arrange, engine_names
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import stored_shapes
@@ -42,8 +42,8 @@ def check_written(
     if problem:
         workspace.discard()
         raise ValueError(
-            f"unsupported architecture '{model.config.model_type}': {problem} would not be read back from the artifact, "
-            "which is removed; add it to ignore"
+            f"unsupported architecture '{model.config.model_type}': {problem} would not be read back from the "
+            "artifact, which is removed; add it to ignore"
         )
 
 
@@ -60,7 +60,9 @@ def _problem(
     shards = [open_shard(workspace.shard(i)) for i in range(workspace.shards)]
     files = Checkpoint(workspace.folder, {n: t for shard in shards for n, t in shard.tensors.items()})
     checkpoint = arrange(files, model)
-    claimed = schemes_of(config["quantization_config"], engine_names(checkpoint, model, linears))
+    # A walk that quantizes linears describes them.
+    quantization = linear_quantization_config(config) or {}
+    claimed = schemes_of(quantization, engine_names(checkpoint, model, linears))
     if others := sorted(claimed.keys() ^ schemes.keys()):
         return others[0]
     for linear, scheme in schemes.items():
