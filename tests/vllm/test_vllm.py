@@ -184,6 +184,11 @@ NATIVE: dict[str, list[dict[str, Any]]] = {
         {"method": "gptq", "scheme": "W6A6", "outlier_ratio": 0.02, "low_rank": 4, "ignore": ["re:.*down_proj"]},
         {"method": "gptq", "scheme": "W4A16_ASYM", "targets": "re:.*down_proj", "low_rank": 8},
     ],
+    "W6A6, rotated": [
+        {"method": "rotate"},
+        {"method": "rtn", "scheme": "W6A6", "ignore": ["lm_head", "re:.*down_proj"]},
+        {"method": "rtn", "scheme": "W6A6", "targets": "re:.*down_proj", "rotate_inputs": True},
+    ],
 }
 
 
