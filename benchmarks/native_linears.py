@@ -4,8 +4,9 @@
 
 Linears of a Llama of 8 billion parameters, 4096 inputs and 4096 or 14336 outputs, for 1 to 512 tokens. In each run the
 baseline is `torch.mm` in bf16. Timed are LLM.int8 (1 % of the columns in 16 bit) in plain torch, and, where vLLM is
-installed, as the plugin serves it; W8A8 and W4A16 by vLLM's own kernels alone; W4A16 with outlier columns, and with a
-product of rank 32. Every linear is first compared with its decoded weight; nothing is timed if one is wrong.
+installed, as the plugin serves it; W8A8 and W4A16 by vLLM's own kernels alone; W4A16 with outlier columns, those once
+more in plain torch, and with a product of rank 32. Every linear is first compared with its decoded weight; nothing is
+timed if one is wrong.
 
 All calls are CUDA graphs over copies of the weight that together are larger than the L2 cache. Times of one size are
 interleaved, so that ratios are of one run. `kernels` has the longest kernels of a call, by torch's profiler.
@@ -102,6 +103,7 @@ def linears() -> dict[str, Linear]:
         "W8A8": Linear(w8a8, vllm_layer),
         "W4A16": Linear(w4a16, vllm_layer),
         "W4A16 + outliers": Linear(replace(w4a16, outlier_columns=OUTLIERS), vllm_layer),
+        "W4A16 + outliers, torch": Linear(replace(w4a16, outlier_columns=OUTLIERS), vllm_layer_torch),
         "W4A16 + rank": Linear(replace(w4a16, rank=RANK), vllm_layer),
     }
 
@@ -201,6 +203,16 @@ def vllm_layer(q: Quantized, kept: Scheme) -> Product:
     if layer.quant_method.engine is None:
         print(f"{kept.title}: vLLM has no kernel here, so that codes are decoded", file=sys.stderr)
     return lambda x: layer.quant_method.apply(layer, x)
+
+
+def vllm_layer_torch(q: Quantized, kept: Scheme) -> Product:
+    """Return the product of a layer whose outlier columns are multiplied in plain torch, for any number of tokens."""
+    from laconic.serving.side_tensors import SideTensors, StoredSides, add_side_products_torch
+
+    codes = vllm_layer(replace(q, outliers=None), kept.plain)
+    sides = SideTensors.combine([StoredSides(q.shape, q.outliers)], q.shape[0], torch.bfloat16)
+    assert sides is not None
+    return lambda x: add_side_products_torch(codes(sides.coded_input(x)), x, None, sides.indices, sides.weight)
 
 
 def measure(outputs: int, tokens: int, calls: Mapping[str, list[Product]], seconds: float) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from laconic.formats.schemes import Scheme, scheme
 from laconic.runtime.products import round_activations
 from laconic.serving import packed_linear as packed
 from laconic.serving.shards import Shard, Span
-from laconic.serving.side_tensors import SideTensors, StoredSides
+from laconic.serving.side_tensors import SideTensors, StoredSides, add_side_products_torch
 
 COLUMNS = 256
 LOUD = [3, 77, 255]
@@ -76,6 +78,33 @@ def test_side_products_around_codes_are_the_whole_weight(
     if device.type == "cuda":
         # A capture fails where the host waits for the device.
         capture_graph(product)()
+
+
+def side_products(tokens: int, outputs: int, columns: int, rank: int) -> float:
+    """The error of the kernel, where Triton runs."""
+    from laconic.serving.side_triton import add_side_products_triton
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    y, x, weight, projected = (
+        torch.randn(shape, generator=generator).half().to(device)
+        for shape in ((tokens, outputs), (tokens, COLUMNS), (outputs, columns + rank), (tokens, rank))
+    )
+    indices = torch.randperm(COLUMNS, generator=generator)[:columns].to(device) if columns else None
+    options = projected if rank else None, indices, weight
+    expected = add_side_products_torch(
+        y.float(), x.float(), *(t if t is None or not t.is_floating_point() else t.float() for t in options)
+    )
+    return float((add_side_products_triton(y, x, *options).float() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "columns", "rank"), [(1, 40, 8, 0), (5, 96, 0, 16), (33, 72, 80, 24), (70, 33, 41, 7)]
+)
+def test_the_kernel_adds_the_side_products(
+    tokens: int, outputs: int, columns: int, rank: int, on_triton: Callable[..., Any]
+) -> None:
+    assert on_triton(side_products, tokens, outputs, columns, rank) < 1e-3
 
 
 def test_linears_without_side_tensors_have_no_side_product() -> None:

@@ -18,6 +18,9 @@ from laconic.formats import LowRank, Outliers
 # Products of 16-bit matrices are fast where their inner dimension is a multiple of this.
 _ALIGNMENT = 8
 
+# Number of tokens up to which one kernel of Triton takes less time than the launches of torch's.
+_FEW_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class StoredSides:
@@ -147,14 +150,73 @@ class SideTensors:
         Returns:
             (..., out) in y's dtype.
         """
-        flat = x.reshape(-1, x.shape[-1])
-        inputs = []
-        if self.indices is not None:
-            inputs.append(flat.index_select(1, self.indices))
-        if self.right is not None:
-            inputs.append(torch.mm(flat, self.right.T))
-        side = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
-        return torch.addmm(y.reshape(-1, y.shape[-1]), side, self.weight.T).view(y.shape)
+        flat, coded = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        result: Tensor = add_side_products(coded, flat, self.indices, self.right, self.weight)
+        return result.view(y.shape)
+
+
+def compile_kernels(sides: SideTensors) -> None:
+    """Run the kernels of a layer for few tokens once, since CUDA graphs cannot be captured while one is compiled.
+
+    Args:
+        sides: Side tensors of the layer; nothing is done where they are on a CPU.
+    """
+    inputs = None if sides.mask is None else len(sides.mask)
+    inputs = sides.right.shape[1] if sides.right is not None else inputs
+    if not sides.weight.is_cuda or inputs is None:
+        return
+    for tokens in (1, _FEW_TOKENS // 2, _FEW_TOKENS):
+        y, x = (sides.weight.new_zeros(tokens, n) for n in (len(sides.weight), inputs))
+        sides.add_to(y, x)
+
+
+# An operator of its own, since compilers trace a layer for any number of tokens, and the kernel is for few.
+@torch.library.custom_op("laconic::add_side_products", mutates_args=())
+def add_side_products(y: Tensor, x: Tensor, indices: Tensor | None, right: Tensor | None, weight: Tensor) -> Tensor:
+    """Compute y + [x_O, x R^T] weight^T.
+
+    Args:
+        y: (tokens, out), the product of the codes.
+        x: (tokens, in) 16-bit input.
+        indices: (k,) int64, outlier columns O; None for none.
+        right: (r, in), R; None for none.
+        weight: (out, k + r).
+
+    Returns:
+        (tokens, out) in y's dtype.
+    """
+    projected = None if right is None else torch.mm(x, right.T)
+    if x.is_cuda and len(x) <= _FEW_TOKENS and y.dtype in (torch.bfloat16, torch.float16):
+        from laconic.serving.side_triton import add_side_products_triton
+
+        return add_side_products_triton(y, x, projected, indices, weight)
+    return add_side_products_torch(y, x, projected, indices, weight)
+
+
+@add_side_products.register_fake
+def _(y: Tensor, x: Tensor, indices: Tensor | None, right: Tensor | None, weight: Tensor) -> Tensor:
+    return torch.empty_like(y)
+
+
+def add_side_products_torch(
+    y: Tensor, x: Tensor, projected: Tensor | None, indices: Tensor | None, weight: Tensor
+) -> Tensor:
+    """Compute y + [x_O, p] weight^T in plain torch.
+
+    Args:
+        y: (tokens, out), the product of the codes.
+        x: (tokens, in), the input.
+        projected: (tokens, r), p, the input times R^T; None for none.
+        indices: (k,) int64, outlier columns O; None for none.
+        weight: (out, k + r).
+
+    Returns:
+        (tokens, out) in y's dtype.
+    """
+    inputs = [] if indices is None else [x.index_select(1, indices)]
+    if projected is not None:
+        inputs.append(projected)
+    return torch.addmm(y, inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1), weight.T)
 
 
 def common_columns(outliers: Sequence[Outliers | None]) -> Tensor | None:

@@ -38,7 +38,7 @@ from laconic.formats.storage import stored_shapes
 from laconic.runtime.quant_config import COMPRESSED_TENSORS, to_config
 from laconic.serving.packed_linear import pack, packed_linear
 from laconic.serving.shards import Shard, Span
-from laconic.serving.side_tensors import SideTensors, StoredSides
+from laconic.serving.side_tensors import SideTensors, StoredSides, compile_kernels
 
 log = init_logger(__name__)
 
@@ -218,6 +218,8 @@ class LaconicLinearMethod(LinearMethodBase):
             if self.scheme.input_rotation:
                 left, right = rotation_factors(self.scheme.input_rotation)
                 buffers |= {"rotation_left": left.to(device), "rotation_right": right.to(device)}
+            if combined is not None:
+                compile_kernels(combined)
             self.engine.process_weights_after_loading(layer)
         else:
             fmt = self.scheme.weights
