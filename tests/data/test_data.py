@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from laconic.checkpoint.source import load_tokenizer
-from laconic.data.text import calibration_windows, evaluation_windows, read_documents
+from laconic.data.text import calibration_windows, encode, evaluation_windows, read_documents
 from tiny import make_text
 
 TEXT = make_text(400)
@@ -71,6 +71,45 @@ def test_a_chat_is_its_template_filled_in(
     filled = "\n".join(f"{turn['role']}: {turn['content']}" for turn in CHAT)
     plain = windows(write(tmp_path / "a.txt", [filled]), tokenizer)
     assert windows(write(tmp_path / name, [{"messages": CHAT}]), tokenizer).equal(plain)
+
+
+def parts(message: dict[str, str]) -> dict[str, Any]:
+    half = len(message["content"]) // 2
+    return message | {
+        "content": [{"type": "text", "text": t} for t in (message["content"][:half], message["content"][half:])]
+    }
+
+
+# One template reads strings alone, the other parts alone.
+STRINGS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+PARTS = (
+    "{% for m in messages %}{{ m.role }}: "
+    "{% for p in m.content | selectattr('type', 'equalto', 'text') %}{{ p.text }}{% endfor %}{{ '\\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, STRINGS, PARTS], ids=["none", "strings", "parts"])
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "in-parts"])
+def test_content_in_parts_is_the_text_of_its_parts(
+    template: str | None,
+    split: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    chat = [parts(m) for m in CHAT] if split else CHAT
+    file = write(tmp_path / "chat.jsonl", [{"messages": chat}])
+    (document,) = read_documents(str(file))
+    expected = "".join(f"{m['role']}: {m['content']}\n" for m in CHAT)
+    ids = encode(tokenizer, document)
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == expected.strip()
+
+
+def test_content_that_is_no_text_is_told(tmp_path: Path) -> None:
+    file = write(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}])
+    with pytest.raises(ValueError, match=r"line 1, has a message with a part of type 'image'; keep only rows of text"):
+        list(read_documents(str(file)))
 
 
 def test_a_chat_that_the_template_refuses_is_told(

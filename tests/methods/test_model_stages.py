@@ -312,6 +312,16 @@ def test_layer_types_go_with_their_blocks(text: Path, tmp_path: Path) -> None:
     assert original(artifact.path).config.layer_types == [t for i, t in enumerate(before) if i != gone]
 
 
+def test_a_block_of_each_kind_stays(text: Path, tmp_path: Path) -> None:
+    # Of gemma2's four blocks two slide; of these four one does not.
+    types = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    model = make_model(tmp_path / "model", "gemma2", num_hidden_layers=4, layer_types=types)
+    artifact = press(model, tmp_path / "out", {"method": "depth", "blocks": 2}, text=text)
+    assert sorted(original(artifact.path).config.layer_types) == ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match="one of each kind must stay, so drop at most 2"):
+        press(model, tmp_path / "less", {"method": "depth", "blocks": 3}, text=text)
+
+
 @pytest.mark.parametrize("arch", MIXTURES)
 def test_experts_weigh_what_the_papers_sum_says(arch: str, models: dict[str, Path], text: Path) -> None:
     ids = windows(models[arch], text)

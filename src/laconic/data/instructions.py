@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from laconic.checkpoint.files import first_line
-from laconic.data.text import bos_prefix, read_rows
+from laconic.data.text import bos_prefix, message_text, read_rows, templated
 
 MaskedTokens = tuple[list[int], list[bool]]
 """Token ids, and the loss mask: whether each is to be learned."""
@@ -47,6 +47,8 @@ def read_conversations(
 def _messages(row: Any, where: str) -> list[dict[str, str]]:
     if isinstance(row, dict):
         messages = row.get("messages")
+        if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
+            messages = [m | {"content": message_text(m.get("content"), where)} for m in messages]
         if isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
             return [{"role": m["role"], "content": m["content"]} for m in messages]
         instruction, context, answer = (row.get(k) or "" for k in ("instruction", "input", "output"))
@@ -91,7 +93,7 @@ def _templated(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBas
 
     def template(chat: list[dict[str, str]], prompt: bool) -> list[int]:
         encoded: Any = tokenizer.apply_chat_template(
-            chat, tokenize=True, return_dict=True, add_generation_prompt=prompt
+            templated(tokenizer, chat), tokenize=True, return_dict=True, add_generation_prompt=prompt
         )
         return list(encoded["input_ids"])
 

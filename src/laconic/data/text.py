@@ -132,8 +132,50 @@ def _document(row: Any, where: str) -> Any:
             return row["text"]
         messages = row.get("messages")
         if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
-            return messages
+            return [{**m, "content": message_text(m["content"], where)} if "content" in m else m for m in messages]
     raise ValueError(f"{where} has neither a 'text' string nor a list of 'messages'")
+
+
+def message_text(content: Any, where: str) -> Any:
+    """Return the content of a chat message as one string, if it comes in parts.
+
+    Args:
+        content: A string, or a list of parts, each a dict with a `type`; anything else is returned unchanged.
+        where: Location of the message, for errors.
+
+    Raises:
+        ValueError: A part is no text.
+    """
+    if not isinstance(content, list) or not all(isinstance(part, dict) and "type" in part for part in content):
+        return content
+    for part in content:
+        if part["type"] != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"{where} has a message with a part of type '{part['type']}'; keep only rows of text")
+    return "".join(part["text"] for part in content)
+
+
+def templated(tokenizer: PreTrainedTokenizerBase, messages: Any) -> Any:
+    """Return chat messages in the form that a tokenizer's chat template reads.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        messages: Messages whose contents are strings.
+
+    Returns:
+        The messages; with contents in parts where the template leaves strings out, as those of some models with towers
+        do.
+    """
+    probe = [{"role": "user", "content": "laconic"}]
+    try:
+        renders_strings = "laconic" in str(tokenizer.apply_chat_template(probe, tokenize=False))
+    except Exception:
+        return messages
+    if renders_strings:
+        return messages
+    return [
+        {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
+        for m in messages
+    ]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, document: Any) -> list[int]:
@@ -153,7 +195,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, document: Any) -> list[int]:
         return list(tokenizer(document, verbose=False).input_ids)
     if tokenizer.chat_template:
         try:
-            encoded: Any = tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)
+            messages = templated(tokenizer, document)
+            encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
             return list(encoded["input_ids"])
         except Exception as e:
             raise ValueError(f"a chat of the dataset does not fit the model's chat template: {first_line(e)}") from e

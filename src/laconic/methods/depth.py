@@ -5,6 +5,7 @@ The heuristic to measure other structured pruning by.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -62,7 +63,13 @@ class Depth(ModelStage):
         return True
 
     def check(self, source: Source, model: PreTrainedModel, *, quantized: bool, reshaped: bool) -> Mapping[str, str]:
-        self._count(len(list(model.get_submodule(find_blocks(model)).children())))
+        kinds = _kinds(model, list(model.get_submodule(find_blocks(model)).children()))
+        count, distinct = self._count(len(kinds)), len(set(kinds))
+        if count > len(kinds) - distinct:
+            raise ValueError(
+                f"the model has {len(kinds)} blocks of {distinct} kinds, and {count} would be dropped; one of each "
+                f"kind must stay, so drop at most {len(kinds) - distinct}"
+            )
         if model.config.get_text_config() is not model.config:
             raise ValueError(f"'{model.config.model_type}' is more than a language model; depth prunes plain ones")
         return {}
@@ -74,7 +81,7 @@ class Depth(ModelStage):
         name = find_blocks(model)
         blocks = list(model.get_submodule(name).children())
         influence = compute_influence(model, blocks, task.windows, self.batch_size, task.report)
-        dropped = sorted(influence.argsort(stable=True)[: self._count(len(blocks))].tolist())
+        dropped = _least(influence, _kinds(model, blocks), self._count(len(blocks)))
         remaining = [i for i in range(len(blocks)) if i not in dropped]
         config = _shortened(raw, remaining)
         shortened = rebuild_model({**raw, **config}, _renumbered(tensors_of(model), name, remaining), torch.float32)
@@ -97,6 +104,24 @@ class Depth(ModelStage):
         if count >= blocks:
             raise ValueError(f"the model has {blocks} blocks, and {count} would be dropped; one at least must stay")
         return count
+
+
+def _kinds(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> list[Any]:
+    """Return the kind of each block: its layer type in the config, and the classes of its modules."""
+    types = getattr(model.config.get_text_config(), "layer_types", None)
+    types = types if types and len(types) == len(blocks) else [None] * len(blocks)
+    modules = (tuple((n, type(m).__name__) for n, m in block.named_modules()) for block in blocks)
+    return list(zip(types, modules, strict=True))
+
+
+def _least(influence: Tensor, kinds: Sequence[Any], count: int) -> list[int]:
+    """Choose the blocks of least influence; the last block of a kind stays."""
+    remaining, dropped = Counter(kinds), list[int]()
+    for i in influence.argsort(stable=True).tolist():
+        if len(dropped) < count and remaining[kinds[i]] > 1:
+            remaining[kinds[i]] -= 1
+            dropped.append(i)
+    return sorted(dropped)
 
 
 @torch.no_grad()

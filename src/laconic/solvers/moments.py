@@ -107,9 +107,13 @@ class Moments:
             self.D.addmm_((full - x).T, x)
 
 
-def non_finite_error() -> ValueError:
+class NonFiniteError(ValueError):
+    """Activations hold NaN or infinity."""
+
+
+def non_finite_error() -> NonFiniteError:
     """Make the error for activations that hold NaN or infinity."""
-    return ValueError("the activations hold NaN or infinity; check the model and the calibration text")
+    return NonFiniteError("the activations hold NaN or infinity; check the model and the calibration text")
 
 
 def _add_gram(H: Tensor, x: Tensor) -> None:

@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from laconic.solvers.moments import non_finite_error
+
 
 @dataclass(frozen=True)
 class LdlFactor:
@@ -59,7 +61,7 @@ def factor_hessian(
     """
     mean = H.diagonal().mean()
     if not torch.isfinite(mean):
-        raise ValueError("the activations hold NaN or infinity; check the model and the calibration text")
+        raise non_finite_error()
     if mean == 0:
         return LdlFactor(torch.zeros_like(H), torch.ones_like(H[0]), dampening_frac)
     for attempt in range(attempts):

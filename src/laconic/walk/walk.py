@@ -27,6 +27,7 @@ from laconic.checkpoint.source import Source
 from laconic.kv.positions import TokenPositions
 from laconic.kv.rotary import rotary_of
 from laconic.runtime.linear import QLinear
+from laconic.solvers.moments import NonFiniteError
 from laconic.walk.apply import Applier, CurrentBlock, Report
 from laconic.walk.flow import Flow, embed, output_is_read
 from laconic.walk.half import use_half_linear
@@ -153,7 +154,10 @@ class _Walker:
         else:
             self._materialise(block, f"{name}.")
         if not finished:
-            events, advanced = self._applier.block(CurrentBlock(block, i, name, flow, original))
+            try:
+                events, advanced = self._applier.block(CurrentBlock(block, i, name, flow, original))
+            except NonFiniteError as e:
+                raise ValueError(f"{name}: {e}{self._overflow_fix}") from e
             tensors = stored_tensors(block, name)
             if flow and self.plan.calibrates_cache:
                 tensors |= self._calibrate_cache(block, i, name, flow)
@@ -181,6 +185,13 @@ class _Walker:
             events = list(self._applier.head(flow))
             tensors.update(stored_tensors(self.model.get_submodule(anatomy.head), anatomy.head))
         self.workspace.write_shard(i, to_file_layout(checkpoint, tensors), events)
+
+    @property
+    def _overflow_fix(self) -> str:
+        """What to do about numbers beyond those of float16; empty for other dtypes."""
+        if self.source.dtype != torch.float16:
+            return ""
+        return ", or save the model in bfloat16 and compress that (float16 ends at 65504)"
 
     @property
     def _applier(self) -> Applier:
