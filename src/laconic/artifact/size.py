@@ -15,7 +15,7 @@ from laconic.runtime.adapters import ADAPTER_WEIGHTS, adapter_folders
 from laconic.runtime.decoding import is_decodable
 from laconic.runtime.inputs import decode_checkpoint
 from laconic.runtime.quant_config import is_readable, schemes_of
-from laconic.structure.anatomy import linears_of
+from laconic.structure.anatomy import find_embeddings, linears_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Size:
         tensor_bytes: Bytes of all stored tensors, those of a kept adapter included.
         bits_per_weight: Stored bits (with scales, zero points, embeddings and head) per parameter.
         file_bytes: Bytes of the weight files, that of a kept adapter included.
-        schemes: Number of linears by scheme.
+        schemes: Number of linears, quantized embeddings included, by scheme.
         covered: Share of parameters that is quantized.
         simulated: Whether any scheme needs arithmetic that no engine has.
         adapter_bytes: Bytes of the tensors of a kept adapter.
@@ -63,19 +63,19 @@ def measure_size(folder: Path, *, trust: Trust = UNTRUSTED) -> Size:
     if quantization:
         del config.quantization_config
     model = build_skeleton(config, main_dtype(checkpoint), trust=trust)
-    linears = linears_of(model)
     foreign = quantization["quant_method"] if quantization and is_decodable(quantization) else None
     source = decode_checkpoint(checkpoint, raw, config, trust) if foreign else checkpoint
     matrices = {s.key: count_elements(s.shape) for s in source.tensors.values() if s.decoding}
     arranged = arrange(source, model)
-    names = engine_names(arranged, model, linears)
-    schemes = schemes_of(quantization, names) if quantization and is_readable(quantization) else {}
+    embeddings = [n for n in [find_embeddings(model)] if n]
+    names = engine_names(arranged, model, [*linears_of(model), *embeddings])
+    schemes = schemes_of(quantization, names, embeddings) if quantization and is_readable(quantization) else {}
     adapters = [open_shard(place / ADAPTER_WEIGHTS) for place in adapter_folders(folder)]
     adapter_bytes = sum(s.nbytes for adapter in adapters for s in adapter.tensors.values())
     tensor_bytes = adapter_bytes + sum(s.nbytes for s in (checkpoint if foreign else arranged).tensors.values())
     extra = sum(count_elements(arranged.tensors[n].shape) for n in names_outside(arranged, model))
     parameters = extra + sum(p.numel() for p in model.parameters())
-    quantized = sum(linears[n].weight.numel() for n in schemes) + sum(matrices.values())
+    quantized = sum(model.get_parameter(f"{n}.weight").numel() for n in schemes) + sum(matrices.values())
     counts = Counter(s.title for s in schemes.values())
     if foreign:
         counts[foreign] = len(matrices)

@@ -187,6 +187,8 @@ def plan_notes(log: list[dict[str, Any]]) -> Iterator[str]:
     for event in (e for e in log if e.get("event") == "group_sizes"):
         if {size["group_size"] for size in event["sizes"]} != {AUTO_GROUP_SIZES[0]}:
             yield event["message"]
+    for event in (e for e in log if "kl" in e):
+        yield f"{event['linear']} in {event['scheme']} alone moves the output by a KL of {event['kl']:.4f} nats a token"
 
 
 def calibration_notes(log: list[dict[str, Any]]) -> Iterator[str]:

@@ -42,6 +42,8 @@ def quantization_config(
     inside = [n for n in linears if enclosing_experts(model, n)]
     leaves = {str(enclosing_experts(model, n)).rpartition(".")[2] for n in inside}
     unusual = len(set(schemes.values())) == 1 and _packs_unusual_linears(schemes, model)
+    embeddings = [n for n in schemes if isinstance(model.get_submodule(n), nn.Embedding)]
+    head = [n for n in schemes if model.get_submodule(n) is model.get_output_embeddings()]
 
     def describe(written: Mapping[str, Scheme]) -> dict[str, Any]:
         by_name = {n: s for name, s in written.items() for n in dict.fromkeys((name, names[name]))}
@@ -54,7 +56,10 @@ def quantization_config(
                 all_names = dict.fromkeys([*(n for n in all_names if not re.match(pattern[3:], n)), pattern])
             else:
                 by_name[pattern] = scheme
-        config = to_config(by_name, [*all_names, *(n for n in extra if n not in all_names)])
+        tables = [n for name in embeddings for n in (name, names[name])]
+        heads = [n for name in head for n in (name, names[name])]
+        linears = [*all_names, *(n for n in extra if n not in all_names)]
+        config = to_config(by_name, linears, head=heads, embeddings=tables)
         # transformers opens these only when it decodes them while loading, which it does for one scheme only.
         return config | ({"dequantize": True} if unusual else {})
 
@@ -62,7 +67,7 @@ def quantization_config(
 
 
 def _packs_unusual_linears(schemes: Mapping[str, Scheme], model: PreTrainedModel) -> bool:
-    """Return whether weights are packed that transformers asks for: of a class of the model's own, or to initialize."""
+    """Return whether transformers asks for the weights of packed modules, which have none (embeddings; Falcon)."""
     packed = {n for n, s in schemes.items() if s.storage == "pack-quantized" and not s.simulated}
     unusual = any(type(model.get_submodule(n)) is not nn.Linear for n in packed)
     return unusual or _initializes_any(packed, model)
@@ -121,6 +126,8 @@ def closed_to_transformers(plan: Plan, model: PreTrainedModel) -> str | None:
         unread = [s.name for s in experts if s and s.storage in ("int-quantized", "float-quantized")]
         return f"experts in {unread[0]}" if unread else None
     if len(schemes) > 1 and _packs_unusual_linears(plan.schemes, model):
+        if plan.anatomy.embeddings in quantized:
+            return "quantized embeddings beside another scheme"
         return "packed weights of more than one scheme in this model"
     if len(experts) > 1:
         return "experts of more than one scheme"

@@ -26,6 +26,7 @@ from laconic.kv.attach import fingerprint
 from laconic.pipeline.calibration import domain_ids, walk_settings
 from laconic.pipeline.engines import quantization_config
 from laconic.pipeline.provenance import account, sha256
+from laconic.pipeline.untying import untie, unties
 from laconic.pipeline.written import check_written
 from laconic.recipe import Recipe
 from laconic.runtime.quant_config import NATIVE
@@ -102,6 +103,10 @@ def plan_walk(recipe: Recipe, source: Source, first: int, trust: Trust) -> Walk:
     source = arrange_source(source, model)
     check_complete(model, source.checkpoint)
     anatomy = dissect(model)
+    if unties(recipe.stages, anatomy):
+        source = untie(source, anatomy)
+        model = build_skeleton(source.config, source.dtype, trust=trust)
+        anatomy = dissect(model)
     calibrated = next((s.method for s in recipe.stages if s.needs.calibration), None)
     if anatomy.obstacle and calibrated:
         raise ValueError(

@@ -14,6 +14,7 @@ from laconic.checkpoint.layout import arrange, engine_names
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import stored_shapes
 from laconic.runtime.quant_config import schemes_of
+from laconic.structure.anatomy import find_embeddings
 
 
 def check_written(
@@ -60,9 +61,10 @@ def _problem(
     shards = [open_shard(workspace.shard(i)) for i in range(workspace.shards)]
     files = Checkpoint(workspace.folder, {n: t for shard in shards for n, t in shard.tensors.items()})
     checkpoint = arrange(files, model)
+    table = [n for n in [find_embeddings(model)] if n in linears]
     # A walk that quantizes linears describes them.
     quantization = linear_quantization_config(config) or {}
-    claimed = schemes_of(quantization, engine_names(checkpoint, model, linears))
+    claimed = schemes_of(quantization, engine_names(checkpoint, model, linears), table)
     if others := sorted(claimed.keys() ^ schemes.keys()):
         return others[0]
     for linear, scheme in schemes.items():

@@ -10,7 +10,7 @@ and a format that compressed-tensors cannot describe has an entry in its own wor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,22 +43,38 @@ _SIDES = {
 }
 _ALWAYS_WRITTEN = ("outlier_columns", "low_rank")
 
+# Classes of modules as compressed-tensors targets them.
+_LINEAR, _EMBEDDING = "Linear", "Embedding"
 
-def to_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
+
+def to_config(
+    schemes: Mapping[str, Scheme],
+    linears: Iterable[str],
+    *,
+    head: Collection[str] = (),
+    embeddings: Collection[str] = (),
+) -> dict[str, Any]:
     """Return the quantization_config of a model.
 
     Args:
-        schemes: Scheme by full name of each quantized linear, or by a pattern (`re:`) of many.
+        schemes: Scheme by full name of each quantized linear, or by a pattern (`re:`) of many; and of the embeddings.
         linears: Full name of every linear, or a pattern of many that are not quantized.
+        head: Full names of the head, which is no `Linear` for vLLM.
+        embeddings: Full names of the input embeddings.
     """
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(scheme.plain, []).append(name)
     # The most frequent scheme is the rule; the others are exceptions by name, and come first.
-    ordered = sorted(groups, key=lambda s: len(groups[s]))
+    ordered = sorted(groups, key=lambda s: sum(n not in embeddings for n in groups[s]))
     storages = {s.storage for s in ordered}
     native = any(s.native for s in schemes.values())
     entries = {f"group_{i}": _group(s, groups[s], s is ordered[-1], len(ordered)) for i, s in enumerate(ordered)}
+    for entry, scheme in zip(entries.values(), ordered, strict=True):
+        # vLLM's embeddings have no name of their own in many of its models.
+        parts = [n for n in groups[scheme] if n in head or n in embeddings]
+        parts += [_EMBEDDING] * any(n in embeddings for n in parts)
+        entry["targets"] = [*entry["targets"], *(n for n in parts if n not in entry["targets"])]
     standard = {key: e for (key, e), s in zip(entries.items(), ordered, strict=True) if s.weights.standard}
     config: dict[str, Any] = QuantizationConfig.model_validate(
         {
@@ -84,7 +100,7 @@ def _group(scheme: Scheme, names: Sequence[str], rule: bool, groups: int) -> dic
     """Return an entry of `config_groups`; with `rule` it holds for all linears that no other entry names."""
     acts = scheme.input_activations
     return {
-        "targets": ["Linear", *(n for n in names if _is_pattern(n) and groups > 1)] if rule else names,
+        "targets": [_LINEAR, *(n for n in names if _is_pattern(n) and groups > 1)] if rule else names,
         "weights": scheme.weights.to_config() | {"dynamic": False},
         "input_activations": acts and acts.format.to_config() | {"dynamic": acts.dynamic},
         "format": scheme.storage,
@@ -100,12 +116,15 @@ def _decoded_while_loading(scheme: Scheme) -> bool:
     return fp4 or not scheme.weights.symmetric
 
 
-def schemes_from_config(config: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Scheme]:
+def schemes_from_config(
+    config: Mapping[str, Any], linears: Iterable[str], embeddings: Collection[str] = ()
+) -> dict[str, Scheme]:
     """Return the scheme of every quantized linear: the inverse of `to_config`, for artifacts of other tools too.
 
     Args:
         config: The quantization_config.
-        linears: Full names of all linears.
+        linears: Full names of all linears, and of embeddings.
+        embeddings: Which of them are embeddings.
 
     Raises:
         ValueError: The config describes something that no format here reads.
@@ -116,10 +135,11 @@ def schemes_from_config(config: Mapping[str, Any], linears: Iterable[str]) -> di
     schemes = {t: _scheme(g, parsed) for g in parsed.config_groups.values() for t in g.targets}
     schemes |= {t: _native_scheme(g) for g in native.values() for t in g["targets"]}
     # As compressed-tensors ranks them: a full name comes before a pattern, a pattern before a class.
-    ranked = sorted(schemes, key=lambda t: (t == "Linear", t.startswith("re:"), t))
+    ranked = sorted(schemes, key=lambda t: (t in (_LINEAR, _EMBEDDING), t.startswith("re:"), t))
     by_name: dict[str, Scheme] = {}
     for name in linears:
-        target = next((t for t in ranked if t == "Linear" or _matches(name, t)), None)
+        kind = _EMBEDDING if name in embeddings else _LINEAR
+        target = next((t for t in ranked if t == kind or _matches(name, t)), None)
         if target and not any(_matches(name, pattern) for pattern in parsed.ignore or ()):
             sides = {field: (config.get(key) or {}).get(name, 0) for key, field in _SIDES.items()}
             by_name[name] = replace(schemes[target], **sides)
@@ -131,18 +151,21 @@ def _is_standard(group: Mapping[str, Any]) -> bool:
     return not isinstance(weights, Mapping) or weights.get("type", "int") in _STANDARD_TYPES
 
 
-def schemes_of(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Scheme]:
+def schemes_of(
+    config: Mapping[str, Any], names: Mapping[str, str], embeddings: Collection[str] = ()
+) -> dict[str, Scheme]:
     """Return the scheme of every quantized linear of a model whose linears engines may know by another name.
 
     Args:
         config: The quantization_config.
-        names: Name of each linear in engines, by its full name in the model.
+        names: Name of each linear, and of embeddings, in engines, by its full name in the model.
+        embeddings: Which of the names in the model are embeddings.
 
     Raises:
         ValueError: The config describes something that no format here reads.
     """
-    by_engine_name = schemes_from_config(config, dict.fromkeys(names.values()))
-    by_name = schemes_from_config(config, names)
+    by_engine_name = schemes_from_config(config, dict.fromkeys(names.values()), [names[n] for n in embeddings])
+    by_name = schemes_from_config(config, names, embeddings)
     return {n: by_engine_name[name] for n, name in names.items() if name in by_engine_name and n in by_name}
 
 

@@ -36,15 +36,21 @@ class LaconicQuantizer(HfQuantizer):
         from torch import nn
         from transformers.pytorch_utils import Conv1D
 
+        from laconic.runtime.embedding import replace_embedding
         from laconic.runtime.linear import replace_linear
         from laconic.runtime.quant_config import schemes_from_config
+        from laconic.structure.anatomy import find_embeddings
         from laconic.structure.experts import enclosing_experts, unstack_experts
 
         config = self.quantization_config.to_dict()
         unstack_experts(model, lambda linear: bool(schemes_from_config(config, [linear])))
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+        table = find_embeddings(model)
         dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
-        for name, scheme in schemes_from_config(config, linears).items():
+        for name, scheme in schemes_from_config(config, [*linears, table], [table]).items():
+            if name == table:
+                replace_embedding(model, table, scheme, dtype)
+                continue
             conv1d = isinstance(model.get_submodule(name), Conv1D)
             if conv1d or (
                 "weight" in replace_linear(model, name, scheme, dtype).names and enclosing_experts(model, name)

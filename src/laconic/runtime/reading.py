@@ -16,10 +16,11 @@ from laconic.kv.attach import use_by_default
 from laconic.kv.files import read_kv_scheme
 from laconic.runtime.adapters import adapter_folders, apply_adapter
 from laconic.runtime.decoding import is_decodable
+from laconic.runtime.embedding import replace_embedding
 from laconic.runtime.inputs import decode_checkpoint
 from laconic.runtime.linear import QLinear, replace_linear
 from laconic.runtime.quant_config import is_readable, schemes_of
-from laconic.structure.anatomy import linears_of
+from laconic.structure.anatomy import find_embeddings, linears_of
 
 
 def load(
@@ -44,7 +45,8 @@ def load(
         trust: Permissions of the model's files.
 
     Returns:
-        The model, as transformers has it, with a `QLinear` for each quantized linear.
+        The model, as transformers has it, with a `QLinear` for each quantized linear, and a `QEmbedding` for
+        quantized embeddings, which keeps its codes.
 
     Raises:
         ValueError: The folder cannot be read, the model needs more trust, or `dtype` is no floating-point dtype.
@@ -70,10 +72,14 @@ def load(
     model = build_skeleton(config, dtype, trust=trust)
     checkpoint = arrange(checkpoint, model)
     if quantization:
-        names = engine_names(checkpoint, model, linears_of(model))
-        for linear, scheme in schemes_of(quantization, names).items():
+        embeddings = [n for n in [find_embeddings(model)] if n]
+        names = engine_names(checkpoint, model, [*linears_of(model), *embeddings])
+        for part, scheme in schemes_of(quantization, names, embeddings).items():
             with torch.device("meta"):
-                replace_linear(model, linear, scheme, dtype)
+                if part in embeddings:
+                    replace_embedding(model, part, scheme, dtype)
+                else:
+                    replace_linear(model, part, scheme, dtype)
     materialise(model, "", checkpoint, torch.device(device))
     model.tie_weights()
     if not packed:

@@ -11,13 +11,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_embedding import (
+    CompressedTensorsEmbeddingWNA16Int,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from laconic.formats.schemes import Scheme
 from laconic.runtime.quant_config import NATIVE, schemes_from_config
 from laconic.serving.vllm_kv import register_kv
 from laconic.serving.vllm_linear import LaconicLinearMethod, engine_method
@@ -70,6 +75,10 @@ class VllmLaconicConfig(QuantizationConfig):
         Raises:
             ValueError: vLLM fuses linears that have different schemes.
         """
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            # Many of vLLM's models give their embeddings no name; the class of modules stands for them.
+            table = schemes_from_config(self.config, [prefix], [prefix]).get(prefix)
+            return _table_method(table) if table else None
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
         parent, _, leaf = prefix.rpartition(".")
@@ -89,3 +98,8 @@ class VllmLaconicConfig(QuantizationConfig):
             log.warning("laconic: %s is decoded and its arithmetic simulated; do not measure its speed", scheme.title)
             self._warned = True
         return LaconicLinearMethod(scheme, engine)
+
+
+def _table_method(scheme: Scheme) -> QuantizeMethodBase:
+    """Return vLLM's own method for quantized embeddings."""
+    return CompressedTensorsEmbeddingWNA16Int(QuantizationArgs.model_validate(scheme.weights.to_config()))

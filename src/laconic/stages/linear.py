@@ -24,8 +24,8 @@ class WeightStage(Stage):
     """A stage that changes or quantizes weights.
 
     Attributes:
-        targets: `Linear` (every linear in the decoder blocks), full names, or `re:` and a pattern for full names; the
-            head is meant only by its name.
+        targets: `Linear` (every linear in the decoder blocks), `lm_head` (the head), `Embedding` (the input
+            embeddings), full names, or `re:` and a pattern for full names of linears.
         ignore: linears that are left out, in the same way.
     """
 

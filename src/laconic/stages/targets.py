@@ -9,6 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
 
+# Targets that mean a part of any model, whatever its name there.
+EMBEDDING, HEAD = "Embedding", "lm_head"
+
 
 def find_targets(
     targets: Sequence[str],
@@ -17,6 +20,7 @@ def find_targets(
     shapes: Mapping[str, tuple[int, int]],
     inside: Sequence[str],
     head: str,
+    embeddings: str = "",
     stage: str = "",
 ) -> list[str]:
     """Return the full names of the targeted linears.
@@ -27,6 +31,7 @@ def find_targets(
         shapes: (out, in) of every linear of the model, by full name.
         inside: linears in decoder blocks that `Linear` stands for.
         head: full name of the head.
+        embeddings: full name of the input embeddings; empty where there are none.
         stage: path of the stage in the recipe, for messages.
 
     Raises:
@@ -34,7 +39,14 @@ def find_targets(
     """
     targeted: dict[str, None] = {}
     for target in targets:
-        matched = inside if target == "Linear" else [n for n in (*inside, head) if n in shapes and matches(n, [target])]
+        if embeddings and target in (EMBEDDING, embeddings):
+            matched: Sequence[str] = [embeddings]
+        elif target == "Linear":
+            matched = inside
+        elif target == HEAD:
+            matched = [head]
+        else:
+            matched = [n for n in (*inside, head) if n in shapes and matches(n, [target])]
         if not matched:
             leaves = sorted({n.rpartition(".")[2] for n in shapes})
             near = get_close_matches(target.removeprefix("re:").strip(".*$^\\"), leaves, 1, 0.4)
@@ -85,4 +97,4 @@ def _valid_patterns(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), AfterValidator(_valid_patterns)]
-"""Names of linears: `Linear`, a full name, or `re:` and a pattern for full names."""
+"""Names of linears: `Linear`, `lm_head`, `Embedding`, a full name, or `re:` and a pattern for full names."""

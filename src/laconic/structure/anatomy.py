@@ -63,6 +63,7 @@ class Anatomy:
         bare: Full names of linears in blocks that are never called, or whose weight the model reads itself (Mamba's
             `dt_proj`); they cannot hold codes.
         obstacle: Why blocks cannot be run alone on calibration samples; None where they can.
+        embeddings: Name of the table of input embeddings; empty where the model has none of torch's kind.
     """
 
     blocks: str
@@ -73,6 +74,7 @@ class Anatomy:
     routers: frozenset[str] = frozenset()
     bare: frozenset[str] = frozenset()
     obstacle: str | None = None
+    embeddings: str = ""
 
     def block_name(self, i: int) -> str:
         """Return the full name of block i.
@@ -141,6 +143,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         routers,
         frozenset(f"{name}.{n}" for n in read | {f"{i}.{n}" for i, trace in enumerate(traces) for n in trace.bare}),
         _obstacle(hidden, calls),
+        find_embeddings(model),
     )
 
 
@@ -344,6 +347,19 @@ def decoder_name(model: nn.Module) -> str:
     """
     decoder = decoder_of(model) if isinstance(model, PreTrainedModel) else None
     return next((str(name) for name, module in model.named_modules() if module is decoder), "")
+
+
+def find_embeddings(model: PreTrainedModel) -> str:
+    """Find the name of the table of input embeddings.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Its full name; empty where the model has none of torch's kind.
+    """
+    table = model.get_input_embeddings()
+    return next((n for n, m in model.named_modules() if m is table and isinstance(m, nn.Embedding)), "")
 
 
 def _find_head(model: PreTrainedModel) -> str:

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -41,6 +42,9 @@ from laconic.walk.zeros import ZeroMask, check_zeros, sparsity
 
 Report = Callable[[Mapping[str, Any]], None]
 Event = dict[str, Any]
+
+# Tokens on which the error of a compressed head is measured.
+_HEAD_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -165,8 +169,26 @@ class Applier:
                 for hidden in flow.stream.batches():
                     moments.add(compute_head_input(self.model, self.plan.anatomy, hidden.to(self.settings.device)))
                 moments.finish()
-            yield from self._compress(self.model, "", [head], item, stage, moments)
+            dense = linear_at(self.model, head).weight.detach().clone() if stage.quantizes else None
+            for event in self._compress(self.model, "", [head], item, stage, moments):
+                if flow and moments and dense is not None:
+                    event["kl"] = self._head_kl(flow, dense)
+                yield event
             masks = check_zeros(self.model, "", masks, stage, [head])
+
+    def _head_kl(self, flow: Flow, dense: Tensor) -> float:
+        """Return the mean KL divergence, in nats a token, that the compressed head alone causes on calibration text."""
+        anatomy, device = self.plan.anatomy, self.settings.device
+        hidden = flow.stream.hidden
+        count = max(1, min(len(hidden), _HEAD_TOKENS // hidden.shape[1]))
+        total = 0.0
+        for sample in hidden[torch.linspace(0, len(hidden) - 1, count).long()].split(1):
+            x = compute_head_input(self.model, anatomy, sample.to(device))
+            head = self.model.get_submodule(anatomy.head)
+            bias = getattr(head, "bias", None)
+            expected = nn.functional.linear(x, dense, bias).float().log_softmax(-1)
+            total += float((expected.exp() * (expected - head(x).float().log_softmax(-1))).sum(-1).mean())
+        return total / count
 
     def _apply_linear_stage(
         self, current: CurrentBlock, item: BlockWork, stage: LinearStage, order: _Order

@@ -9,9 +9,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from laconic.formats.schemes import Scheme
+from laconic.runtime.embedding import check_table
 from laconic.stages.block import BlockStage
-from laconic.stages.linear import WeightStage
+from laconic.stages.linear import LinearStage, WeightStage
 from laconic.stages.pruning import Masking, PruningStage
+from laconic.stages.quantizing import QuantizingStage
 from laconic.stages.targets import matches
 from laconic.structure.anatomy import Anatomy, Tap
 from laconic.structure.heads import Heads, find_heads
@@ -37,13 +39,45 @@ def check_head(stage: WeightStage, number: int, names: Sequence[str], anatomy: A
         return
     if anatomy.tied:
         raise ValueError(
-            f"stages.{number} targets {anatomy.head}, which shares its weight with the embeddings; put it in ignore"
+            f"stages.{number} targets {anatomy.head}, which shares its weight with the embeddings; put it in ignore, "
+            "or give Embedding a stage of rtn, which unties the two"
         )
     if isinstance(stage, BlockStage):
         raise ValueError(
             f"stages.{number} ({stage.method}) works on decoder blocks, and {anatomy.head} is in none; "
             "give it a stage of its own"
         )
+
+
+def check_embeddings(stage: WeightStage, number: int, anatomy: Anatomy, *, cache: bool) -> None:
+    """Check that a stage may treat the input embeddings.
+
+    Args:
+        stage: the stage.
+        number: of the stage in the recipe, for messages.
+        anatomy: of the model.
+        cache: whether the recipe has a stage for the key-value cache.
+
+    Raises:
+        ValueError: if it may not; the message names the fix.
+    """
+    name = anatomy.embeddings
+    if not isinstance(stage, QuantizingStage) or not isinstance(stage, LinearStage) or stage.needs.second_moments:
+        raise ValueError(
+            f"stages.{number} ({stage.method}) looks at the inputs of linears, and {name} reads token ids; give "
+            "Embedding a stage of rtn"
+        )
+    if anatomy.tied:
+        raise ValueError(
+            f"stages.{number} targets {name}, which shares its weight with {anatomy.head}; give {anatomy.head} a stage "
+            "too, which unties the two"
+        )
+    if cache:
+        raise ValueError(
+            f"stages.{number} targets {name}, by which a quantized cache recognizes its model; leave Embedding out of "
+            "targets, or leave the cache's stage out"
+        )
+    check_table(name, stage.scheme_for((2, 2)))
 
 
 def check_fits(name: str, shape: tuple[int, int], scheme: Scheme) -> None:

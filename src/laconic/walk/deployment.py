@@ -114,12 +114,6 @@ def check_deployment(
     if gpus == 1:
         return
     _check_heads(gpus, config)
-    native = next((n for n, s in schemes.items() if s.native), None)
-    if native:
-        raise ValueError(
-            f"tensor_parallel {gpus}: {schemes[native].title} of {native} runs in vLLM by laconic's plugin, on one GPU "
-            "alone; use a scheme of vLLM's own without side tensors, or tensor_parallel: 1"
-        )
     split_columns = row_parallel(anatomy, shapes)
     for taps, block in ((taps, anatomy.block_name(i)) for i, taps in enumerate(anatomy.taps)):
         for name in (f"{block}.{n}" for tap in taps for n in tap.linears):
@@ -150,6 +144,11 @@ def _check_columns(gpus: int, name: str, inputs: int, scheme: Scheme | None) -> 
     if inputs % gpus:
         raise ValueError(
             f"tensor_parallel {gpus} does not divide the {inputs} inputs of {name}; use {_divisors(inputs)}"
+        )
+    if scheme and (scheme.input_transform == 2 or scheme.input_rotation):
+        raise ValueError(
+            f"tensor_parallel {gpus} cannot divide the inputs of {name}, which {scheme.title} mixes; use another "
+            "scheme there, ignore it, or tensor_parallel: 1"
         )
     unit = _column_unit(scheme)
     if (inputs // gpus) % unit == 0:
@@ -187,12 +186,9 @@ def _check_rows(gpus: int, name: str, outputs: int, scheme: Scheme | None, confi
 
 def _column_unit(scheme: Scheme | None) -> int:
     """Return how many neighbouring columns cannot be separated: those of a group, or codes of whole words."""
-    if scheme is None or not isinstance(scheme.weights, ScalarFormat):
+    if scheme is None:
         return 1
-    tiling = scheme.weights.tiling
-    if tiling.block_structure:
-        return tiling.block_structure[1]
-    return math.lcm(tiling.group_size or 1, _codes_of_whole_words(scheme))
+    return math.lcm(scheme.weights.column_unit or 1, _codes_of_whole_words(scheme))
 
 
 def _row_unit(scheme: Scheme | None) -> int:
@@ -204,7 +200,8 @@ def _row_unit(scheme: Scheme | None) -> int:
 
 def _codes_of_whole_words(scheme: Scheme) -> int:
     fmt = scheme.weights
-    if not isinstance(fmt, IntAffine) or not fmt.packed:
+    # Our plugin cuts decoded codes where no word ends.
+    if not isinstance(fmt, IntAffine) or not fmt.packed or scheme.native:
         return 1
     return math.lcm(fmt.num_bits, 32) // fmt.num_bits
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from laconic.calibrate.stream import Stream, StreamStorage
 from laconic.checkpoint.source import Source
 from laconic.structure.calls import BlockCall, embed_ids, record_calls
+from laconic.walk.embeddings import compressed_embeddings
 from laconic.walk.memory import available_memory
 from laconic.walk.outside import free_outside, materialise_outside
 from laconic.walk.plan import Plan
@@ -41,7 +42,14 @@ class Flow:
 
 
 def embed(
-    windows: Tensor, source: Source, model: PreTrainedModel, *, plan: Plan, settings: Settings, folder: Path
+    windows: Tensor,
+    source: Source,
+    model: PreTrainedModel,
+    *,
+    plan: Plan,
+    settings: Settings,
+    folder: Path,
+    original: bool = False,
 ) -> Flow:
     """Compute the hidden states before the first block.
 
@@ -52,6 +60,7 @@ def embed(
         plan: of the walk.
         settings: where to compute, and in how much memory.
         folder: for the files of streams that exceed the memory.
+        original: whether the stream is that of the original model, where a stage compresses the embeddings.
 
     Returns:
         The calibration set before the first block.
@@ -68,15 +77,27 @@ def embed(
     budget = settings.budget / count
     storages = [StreamStorage(budget, folder / f"activations-{i}.writing") for i in range(count + 1)]
     streams = [s.allocate((samples, tokens, width), dtype, settings.batch) for s in storages[:count]]
-    for ids, *batches in zip(windows.split(settings.batch), *(s.batches() for s in streams), strict=True):
-        embedded = embed_ids(model, plan.anatomy.blocks, ids.to(device))
-        for batch in batches:
-            batch.copy_(embedded)
+    compressed = not original and plan.anatomy.embeddings in plan.schemes
+    if compressed:
+        with compressed_embeddings(model, plan, source, device):
+            _embed_into(streams[:1], windows, model, plan, settings)
+    _embed_into(streams[compressed:], windows, model, plan, settings)
     free_outside(model, plan.anatomy)
     halted = streams[0].hidden.nbytes * count * _HALTED_PASS_SIZE
     resume_passes = halted <= min(settings.budget, available_memory(device) / 2)
-    original = streams[1] if plan.two_streams else None
-    return Flow([c.to(device) for c in calls], streams[0], original, resume_passes, storages[-1])
+    second = streams[1] if plan.two_streams else None
+    return Flow([c.to(device) for c in calls], streams[0], second, resume_passes, storages[-1])
+
+
+def _embed_into(
+    streams: Sequence[Stream], windows: Tensor, model: PreTrainedModel, plan: Plan, settings: Settings
+) -> None:
+    if not streams:
+        return
+    for ids, *batches in zip(windows.split(settings.batch), *(s.batches() for s in streams), strict=True):
+        embedded = embed_ids(model, plan.anatomy.blocks, ids.to(settings.device))
+        for batch in batches:
+            batch.copy_(embedded)
 
 
 def may_advance(plan: Plan, i: int) -> bool:

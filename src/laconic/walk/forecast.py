@@ -60,10 +60,11 @@ def forecast(plan: Plan, source: Source, samples: int, length: int, extra: Colle
             after += size * itemsize
     quantized = sum(rows * columns for n, (rows, columns) in plan.linears.items() if n in plan.schemes)
     peak = _peak_bytes(plan, source, sizes, samples * length, extra)
-    # A quantized source is counted as it is stored.
+    # A quantized source is counted as it is stored; a head that is untied from the embeddings has no bytes there.
     stored = source.checkpoint.tensors
     coded = {s.key: s.decoding.parts.values() for s in stored.values() if s.decoding}
-    before = sum(size * itemsize for n, size in sizes.items() if not stored[n].decoding)
+    once = {(s.file, s.key, s.index, s.rows): n for n, s in stored.items()}.values()
+    before = sum(sizes[n] * itemsize for n in once if not stored[n].decoding)
     before += sum(part.nbytes for parts in coded.values() for part in parts)
     return Forecast(before, after, peak, quantized / max(1, sum(sizes.values())))
 

@@ -27,6 +27,7 @@ from laconic.structure.heads import Heads
 from laconic.structure.links import Link, find_links
 from laconic.walk.checks import (
     check_blocks,
+    check_embeddings,
     check_fits,
     check_fused,
     check_head,
@@ -66,7 +67,7 @@ class Plan:
         stages: in order.
         targets: for each stage the full names of its linears.
         schemes: of every linear that will be quantized, by full name.
-        linears: (out, in) of every linear of the model, by full name.
+        linears: (out, in) of every linear of the model, by full name, and of the embeddings if a stage targets them.
         links: of each block, where a stage needs them.
         cache: the stage of the key-value cache, and the cache's shape.
         parts: for each stage that prunes, what is removed of its linears, by full name; provisional where a survey sets
@@ -212,9 +213,19 @@ def make_plan(
     pruned: dict[str, str] = {}
     for number, stage in enumerate(weight_stages, first):
         names = find_targets(
-            stage.targets, stage.ignore, shapes=shapes, inside=inside, head=anatomy.head, stage=f"stages.{number}"
+            stage.targets,
+            stage.ignore,
+            shapes=shapes,
+            inside=inside,
+            head=anatomy.head,
+            embeddings=anatomy.embeddings,
+            stage=f"stages.{number}",
         )
         check_head(stage, number, names, anatomy)
+        if anatomy.embeddings in names:
+            check_embeddings(stage, number, anatomy, cache=cache is not None)
+            rows, columns = model.get_parameter(f"{anatomy.embeddings}.weight").shape
+            shapes[anatomy.embeddings] = (rows, columns)
         if isinstance(stage, QuantizingStage):
             proposed = propose_schemes(stage, names, anatomy=anatomy, shapes=shapes, deployment=deployment)
             _check_proposed(stage, number, proposed, schemes=schemes, shapes=shapes, pruned=pruned)
@@ -234,6 +245,11 @@ def make_plan(
     check_fused(anatomy, schemes)
     config = model.config.get_text_config()
     check_deployment(deployment, config, anatomy, schemes, shapes)
+    if cache and deployment.tensor_parallel > 1 and cache[0].engine_scheme is None:
+        raise ValueError(
+            f"stages.{first + len(stages) - 1} ({cache[0].method}) is served on one GPU alone; leave it out, or set "
+            "tensor_parallel: 1"
+        )
     if anatomy.head in schemes:
         schemes[anatomy.head] = schemes.pop(anatomy.head)
     links = find_links(model, anatomy) if any(s.needs.links for s in weight_stages) else ()

@@ -29,6 +29,7 @@ from laconic.kv.rotary import rotary_of
 from laconic.runtime.linear import QLinear
 from laconic.solvers.moments import NonFiniteError
 from laconic.walk.apply import Applier, CurrentBlock, Report
+from laconic.walk.embeddings import compress_embeddings
 from laconic.walk.flow import Flow, embed, output_is_read
 from laconic.walk.half import use_half_linear
 from laconic.walk.head_importance import head_importance
@@ -98,9 +99,16 @@ class _Walker:
     report: Report
     extra: frozenset[str]
 
-    def embed(self, windows: Tensor) -> Flow:
-        folder = self.workspace.folder
-        return embed(windows, self.source, self.model, plan=self.plan, settings=self.settings, folder=folder)
+    def embed(self, windows: Tensor, *, original: bool = False) -> Flow:
+        return embed(
+            windows,
+            self.source,
+            self.model,
+            plan=self.plan,
+            settings=self.settings,
+            folder=self.workspace.folder,
+            original=original,
+        )
 
     def survey(self, names: Sequence[str], windows: Tensor | None, domains: Mapping[int, Tensor]) -> list[Figures]:
         """Return the figures of each stage, from the workspace or by a pass over the original model."""
@@ -129,7 +137,7 @@ class _Walker:
 
     def _original_blocks(self, names: Sequence[str], windows: Tensor) -> Iterator[tuple[int, nn.Module, Flow]]:
         """Load each block of the original model; the caller advances the stream through it."""
-        flow = self.embed(windows)
+        flow = self.embed(windows, original=True)
         for i, name in enumerate(names):
             self.report({"event": "survey", "block": i, "blocks": len(names)})
             block = self.model.get_submodule(name)
@@ -172,17 +180,24 @@ class _Walker:
         _free(block)
 
     def outside(self, i: int, flow: Flow | None) -> None:
-        """Write shard i, everything outside the blocks: copied, or compressed in the case of a targeted head."""
+        """Write shard i, everything outside the blocks: copied, but for a targeted head or embeddings."""
         anatomy, checkpoint = self.plan.anatomy, self.source.checkpoint
         prefix = f"{anatomy.blocks}."
-        head_targeted = any(anatomy.head in names for names in self.plan.targets)
         names = [n for n in checkpoint.tensors if not n.startswith(prefix) and n not in self.extra]
-        tensors = checkpoint.load([n for n in names if not (head_targeted and n.startswith(f"{anatomy.head}."))])
+        compressed = [
+            n for n in (anatomy.head, anatomy.embeddings) if any(n in targets for targets in self.plan.targets)
+        ]
+        tensors = checkpoint.load([n for n in names if n.rpartition(".")[0] not in compressed])
         events: list[dict[str, Any]] = []
-        if head_targeted:
+        if anatomy.embeddings in compressed:
+            table, event = compress_embeddings(self.model, self.plan, self.source, self.settings.device)
+            self.report(event)
+            events.append(event)
+            tensors.update(stored_tensors(table, anatomy.embeddings))
+        if anatomy.head in compressed:
             head = self.model.get_submodule(anatomy.head)
             self._materialise(head, f"{anatomy.head}.")
-            events = list(self._applier.head(flow))
+            events += self._applier.head(flow)
             tensors.update(stored_tensors(self.model.get_submodule(anatomy.head), anatomy.head))
         self.workspace.write_shard(i, to_file_layout(checkpoint, tensors), events)
 
