@@ -18,7 +18,7 @@ from laconic.serving.page_write import ExactTokens, write_tokens
 from laconic.serving.paged_attention import paged_attention, why_not_by_kernel
 from rotations import random_rotations
 
-HEADS, PER_PAGE, PAGES = 2, 32, 8
+PER_PAGE, PAGES = 32, 8
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -55,9 +55,9 @@ CASES: dict[str, tuple[int, list[HeadGroup], dict[str, Any], int | None]] = {
 def paged_layer(name: str) -> PagedLayer:
     channels, groups, options, _ = CASES[name]
     random = torch.Generator().manual_seed(7)
-    static = {}
+    static, all_heads = {}, sum(len(group.heads or (0,)) for group in groups)
     for g, group in enumerate(groups):
-        heads = HEADS if group.heads is None else len(group.heads)
+        heads = len(group.heads or (0,))
         for side, fmt in (("keys", group.keys), ("values", group.values)):
             if fmt.calibrated:
                 shape = (heads, channels) if fmt.datatype != "float" else (heads, 1)
@@ -74,12 +74,12 @@ def paged_layer(name: str) -> PagedLayer:
                     static[f"{side}.{g}"]["offset"] = -2 - torch.rand(shape, generator=random)
     options = dict(options)
     if options.pop("rotation", False):
-        options["rotations"] = random_rotations(HEADS, channels)
+        options["rotations"] = random_rotations(all_heads, channels)
     if options.pop("rotary", False):
         phases = torch.rand(128, channels // 2, generator=random).mul(6).repeat(1, 2)
         options["rotary"] = phases.cos() * 1.1, phases.sin() * 1.1
     layer = PagedLayer(
-        groups, static, heads=HEADS, channels=channels, dtype=torch.float32, page_tokens=PER_PAGE, **options
+        groups, static, heads=all_heads, channels=channels, dtype=torch.float32, page_tokens=PER_PAGE, **options
     )
     return layer.to(DEVICE)
 
@@ -92,17 +92,17 @@ def step_of(layer: PagedLayer, new: int, seed: int) -> Step:
     random = torch.Generator().manual_seed(seed)
     batch, each = 2, 3
     lengths = torch.tensor([new, int(torch.randint(66, 90, (), generator=random))])
-    cache = torch.full((PAGES, HEADS, PER_PAGE, layer.row_bytes), 0xFF, dtype=torch.uint8, device=DEVICE)
+    cache = torch.full((PAGES, layer.heads, PER_PAGE, layer.row_bytes), 0xFF, dtype=torch.uint8, device=DEVICE)
     table = torch.randperm(PAGES, generator=random)[: batch * 3].view(batch, 3).to(DEVICE)
-    k, v = (torch.randn(batch, 90, HEADS, layer.channels, generator=random).to(DEVICE) for _ in range(2))
+    k, v = (torch.randn(batch, 90, layer.heads, layer.channels, generator=random).to(DEVICE) for _ in range(2))
     for b, length in enumerate(lengths.tolist()):
         for begin, end in pairwise(sorted({0, (length - new) // 2, length - new})):
             of = torch.arange(end - begin, device=DEVICE)[None]
             part = SequenceBatch(table[b : b + 1], torch.tensor([end], device=DEVICE), end, of)
             write_tokens(layer, cache, part, k[b : b + 1, begin:end], v[b : b + 1, begin:end])
     part = SequenceBatch(table, lengths.to(DEVICE), 90, torch.arange(batch * new, device=DEVICE).view(batch, new))
-    at = part.positions_BN[..., None, None].expand(-1, -1, HEADS, layer.channels)
-    q = torch.randn(batch, new, HEADS * each, layer.channels, generator=random).to(DEVICE)
+    at = part.positions_BN[..., None, None].expand(-1, -1, layer.heads, layer.channels)
+    q = torch.randn(batch, new, layer.heads * each, layer.channels, generator=random).to(DEVICE)
     k, v = k.gather(1, at), v.gather(1, at)
     return cache, part, q, write_tokens(layer, cache, part, k, v), (k, v)
 
@@ -139,7 +139,7 @@ def test_kernel_is_the_reference(name: str, on_triton: Callable[..., Any]) -> No
 
 @pytest.mark.parametrize("fmt", [KvFormat(4, outlier_ratio=0.1), KvFormat(16), KvFormat(5)])
 def test_what_the_kernel_does_not_read_is_left_to_torch(fmt: KvFormat) -> None:
-    layer = PagedLayer([HeadGroup(fmt, fmt)], {}, heads=HEADS, channels=64, dtype=torch.float32)
+    layer = PagedLayer([HeadGroup(fmt, fmt)], {}, heads=1, channels=64, dtype=torch.float32)
     assert "does not read" in (why_not_by_kernel(layer, Scoring(1.0), PER_PAGE) or "")
 
 
@@ -153,8 +153,8 @@ def check_write(name: str) -> None:
     table = torch.randperm(PAGES, generator=random)[:6].view(3, 2).int().to(DEVICE)
     # Of the second sequence a unit is completed; the third is padding.
     lengths = torch.tensor([PER_PAGE - 5, PER_PAGE + layer.unit, 0], dtype=torch.int32, device=DEVICE)
-    cache = torch.zeros(PAGES, HEADS, PER_PAGE, layer.row_bytes, dtype=torch.uint8, device=DEVICE)
-    k, v = (torch.randn(2, 90, HEADS, layer.channels, generator=random).to(DEVICE) for _ in range(2))
+    cache = torch.zeros(PAGES, layer.heads, PER_PAGE, layer.row_bytes, dtype=torch.uint8, device=DEVICE)
+    k, v = (torch.randn(2, 90, layer.heads, layer.channels, generator=random).to(DEVICE) for _ in range(2))
     for b, length in enumerate(lengths[:2].tolist()):
         of = torch.arange(length - 1, device=DEVICE)[None]
         part = SequenceBatch(table[b : b + 1].long(), torch.tensor([length - 1], device=DEVICE), length - 1, of)

@@ -78,23 +78,27 @@ def block_logits(  # type: ignore[no-untyped-def]
                         words, s, j, levels, LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE, ASSEMBLER, plane
                     )
                     product = tl.dot(codes, query, product)
-            logits += product * (scale * unit_of(TYPE))[:, None] + offset[:, None] * query_sums[s][None, :]
+            unit = unit_of(TYPE, s, LOW, CHANNELS, SEGMENT)
+            logits += product * (scale * unit)[:, None] + offset[:, None] * query_sums[s][None, :]
         logits *= top[None, :]
     else:
+        first_unit = unit_of(TYPE, 0, LOW, CHANNELS, SEGMENT)
         lift = tl.zeros((WORDS, ROWS), tl.float32)
         for i in tl.static_range(CHANNELS // WORDS):
             c = (i // WORD_BYTES) * SEGMENT + x * WORD_BYTES + i % WORD_BYTES
             group = (start // GROUP if GROUP else 0) * t_stride
             scale, offset = load_ranges(scales, offsets, at + group + c * c_stride, x < WORDS, ZERO)
             lift += queries[i] * offset[:, None]
-            query = (queries[i] * scale[:, None]).to(tl.float16)
+            # All segments in the unit of the first.
+            unit = unit_of(TYPE, i // WORD_BYTES, LOW, CHANNELS, SEGMENT)
+            query = (queries[i] * (scale * (unit / first_unit))[:, None]).to(tl.float16)
             for plane in tl.static_range(PLANES):
                 codes = numbers_of(
                     words, i // WORD_BYTES, i % WORD_BYTES, levels, LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE,
                     ASSEMBLER, plane,
                 )  # fmt: skip
                 logits = tl.dot(codes, query, logits)
-        logits = logits * (top * unit_of(TYPE))[None, :] + (tl.sum(lift, 0) * top)[None, :]
+        logits = logits * (top * first_unit)[None, :] + (tl.sum(lift, 0) * top)[None, :]
     return logits
 
 
@@ -142,13 +146,14 @@ def _keys(  # type: ignore[no-untyped-def]
     codes = numbers_of(words, S, J, levels, LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE, ASSEMBLER, 0)
     if HIGH and TYPE == "int":
         codes += numbers_of(words, S, J, levels, LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE, ASSEMBLER, 1)
+    unit = unit_of(TYPE, S, LOW, CHANNELS, SEGMENT)
     if BY_TOKEN:
         scale, offset = load_ranges(scales, offsets, at + n * t_stride + S * SEGMENT // GROUP, here, ZERO)
-        return codes.to(tl.float32) * (scale * unit_of(TYPE))[:, None] + offset[:, None]
+        return codes.to(tl.float32) * (scale * unit)[:, None] + offset[:, None]
     at += (start // GROUP if GROUP else 0) * t_stride
     c = S * SEGMENT + x * WORD_BYTES + J
     scale, offset = load_ranges(scales, offsets, at + c * c_stride, x < SEGMENT // WORD_BYTES, ZERO)
-    return codes.to(tl.float32) * (scale * unit_of(TYPE))[None, :] + offset[None, :]
+    return codes.to(tl.float32) * (scale * unit)[None, :] + offset[None, :]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -184,13 +189,18 @@ def query_channel(q_rows, row_mask, c, n, here, cos, sin, angle, scaling, CHANNE
 
 @triton.jit  # type: ignore[untyped-decorator]
 def add_channel(  # type: ignore[no-untyped-def]
-    acc, x, c, words, CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, WORD_BYTES: tl.constexpr
-):
+    acc, x, c, words, LOW: tl.constexpr, CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, WORD_BYTES: tl.constexpr,
+    TYPE: tl.constexpr, BY_TOKEN: tl.constexpr,
+):  # fmt: skip
     """Add x (tokens, rows) to channel c of the sums, c being different for each token."""
     next_acc = ()
     for i in tl.static_range(CHANNELS // (SEGMENT // WORD_BYTES)):
         channel = (i // WORD_BYTES) * SEGMENT + words * WORD_BYTES + i % WORD_BYTES
-        one_hot = (channel[:, None] == c[None, :]).to(tl.float32)
+        # With ranges of tokens, sums are in the unit of their segment.
+        unit = 1.0
+        if BY_TOKEN:
+            unit = unit_of(TYPE, i // WORD_BYTES, LOW, CHANNELS, SEGMENT)
+        one_hot = tl.where(channel[:, None] == c[None, :], 1 / unit, 0.0)
         next_acc += (tl.dot(one_hot, x, acc[i], input_precision="tf32"),)
     return next_acc
 
@@ -232,5 +242,6 @@ def add_values(  # type: ignore[no-untyped-def]
                 group = (start // GROUP if GROUP else 0) * t_stride
                 c = s * SEGMENT + x * WORD_BYTES + j
                 scale, offset = load_ranges(scales, offsets, at + group + c * c_stride, x < WORDS, ZERO)
-                next_acc += (rescaled + product * (scale * unit_of(TYPE))[:, None] + offset[:, None] * p_sum[None, :],)
+                unit = unit_of(TYPE, s, LOW, CHANNELS, SEGMENT)
+                next_acc += (rescaled + product * (scale * unit)[:, None] + offset[:, None] * p_sum[None, :],)
     return next_acc, next_lifts if BY_TOKEN else lifts

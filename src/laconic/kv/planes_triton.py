@@ -47,7 +47,8 @@ def numbers_of(  # type: ignore[no-untyped-def]
     """Unpack byte J of the words of segment S: numbers (tokens, words) in float16, in units of 1 / `unit_of`.
 
     An integer is the sum of what its planes hold, and PLANE says of which: a product for each plane costs less than
-    joining them. Of other types PLANE is 0, and numbers are complete.
+    joining them. Of other types PLANE is 0, and numbers are complete. Bits of the first plane stay at their place in
+    the byte, which saves shifting them.
     """
     LOW_TILES: tl.constexpr = CHANNELS * LOW // 8 // SEGMENT
     HIGH_TILES: tl.constexpr = CHANNELS * HIGH // 8 // SEGMENT
@@ -55,9 +56,10 @@ def numbers_of(  # type: ignore[no-untyped-def]
     # An integer below 1024 has the bits of the subnormal float16 that is 2^-24 times as large.
     if PLANE == 1:
         HIGH_BIT: tl.constexpr = HIGH * (S // HIGH_TILES)
-        return _extract_bits(words[LOW_TILES + S % HIGH_TILES], J, HIGH_BIT, HIGH, LOW, WORD_BYTES, ASSEMBLER)
+        TO: tl.constexpr = LOW_BIT + LOW
+        return _extract_bits(words[LOW_TILES + S % HIGH_TILES], J, HIGH_BIT, HIGH, TO, WORD_BYTES, ASSEMBLER)
     if TYPE == "int":
-        return _extract_bits(words[S % LOW_TILES], J, LOW_BIT, LOW, 0, WORD_BYTES, ASSEMBLER)
+        return _extract_bits(words[S % LOW_TILES], J, LOW_BIT, LOW, LOW_BIT, WORD_BYTES, ASSEMBLER)
     code = words[S % LOW_TILES].to(tl.int32) >> (8 * J + LOW_BIT) & (1 << LOW) - 1
     if HIGH:
         high = words[LOW_TILES + S % HIGH_TILES].to(tl.int32) >> (8 * J + HIGH * (S // HIGH_TILES))
@@ -105,7 +107,7 @@ def _extract_bits(  # type: ignore[no-untyped-def]
     if not ASSEMBLER:
         return ((x.to(tl.int32) >> (8 * J + BIT) & (1 << BITS) - 1) << TO).to(tl.int16).to(tl.float16, bitcast=True)
     MASK: tl.constexpr = ((1 << BITS) - 1) * 0x10001 << TO
-    DOWN: tl.constexpr = (8 * J if WORD_BYTES == 2 else 8 * (J % 2)) + BIT - TO
+    DOWN: tl.constexpr = (8 * J if WORD_BYTES == 2 else 0) + BIT - TO
     SHIFT: tl.constexpr = f"shr.u32 t, t, {DOWN};" if DOWN >= 0 else f"shl.b32 t, t, {-DOWN};"
     if WORD_BYTES == 2:
         return tl.inline_asm_elementwise(
@@ -115,7 +117,8 @@ def _extract_bits(  # type: ignore[no-untyped-def]
     # Single bytes are widened to a register each first.
     if WORD_BYTES == 1:
         x = x.to(tl.int32)
-    HALVES: tl.constexpr = 0x5410 + 0x2222 * (J // 2)
+    # Byte J of either word, twice.
+    HALVES: tl.constexpr = 0x4400 + 0x1111 * J
     return tl.inline_asm_elementwise(
         f"{{ .reg .b32 t; prmt.b32 t, $1, $2, {HALVES}; {SHIFT} and.b32 $0, t, {MASK}; }}",
         "=r,r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
@@ -123,11 +126,15 @@ def _extract_bits(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def unit_of(TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the factor by which numbers of `numbers_of` are too small."""
+def unit_of(  # type: ignore[no-untyped-def]
+    TYPE: tl.constexpr, S: tl.constexpr, LOW: tl.constexpr, CHANNELS: tl.constexpr, SEGMENT: tl.constexpr
+):  # fmt: skip
+    """Return the factor by which numbers of `numbers_of` in segment S are too small."""
     if TYPE == "table":
         return 1.0
-    return 256.0 if TYPE == "float" else 16777216.0
+    if TYPE == "float":
+        return 256.0
+    return 16777216.0 / (1 << LOW * (S // (CHANNELS * LOW // 8 // SEGMENT)))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -281,14 +281,15 @@ def _attend_packed(  # type: ignore[no-untyped-def]
                 v_codes, _in_page(page, V_OUTLIERS_AT, EXACT_TYPE), c, j, v_levels, v_scales, v_offsets, v_range, n,
                 here, start, V_STRIDE, 1, V_LOW, V_HIGH, CHANNELS, V_TYPE, V_BY_TOKEN, V_GROUP, V_ZERO, V_OUTLIERS,
             )  # fmt: skip
-            if V_BY_TOKEN:
-                excess *= 1 / unit_of(V_TYPE)
-            acc = add_channel(acc, p * excess[:, None], c, vx, CHANNELS, V_SEGMENT, V_WORD_BYTES)
+            acc = add_channel(
+                acc, p * excess[:, None], c, vx, V_LOW, CHANNELS, V_SEGMENT, V_WORD_BYTES, V_TYPE, V_BY_TOKEN
+            )  # fmt: skip
 
     for i in tl.static_range(CHANNELS // V_WORDS):
         channel = (i // V_WORD_BYTES) * V_SEGMENT + vx * V_WORD_BYTES + i % V_WORD_BYTES
         x = acc[i]
         if V_BY_TOKEN:
-            x = x * unit_of(V_TYPE) + lifts[i // V_WORD_BYTES][None, :]
+            unit = unit_of(V_TYPE, i // V_WORD_BYTES, V_LOW, CHANNELS, V_SEGMENT)
+            x = x * unit + lifts[i // V_WORD_BYTES][None, :]
         tl.store(out_rows[None, :] + channel[:, None], x / positive_or_one(total)[None, :], row_mask[None, :])
     tl.store(log_sum_rows, m + tl.log2(total), row_mask)
