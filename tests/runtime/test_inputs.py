@@ -21,7 +21,7 @@ from commands import Laconic
 from laconic.artifact.size import measure_size
 from laconic.formats.packing import unpack
 from laconic.pipeline.dequantize import dequantize
-from tiny import make_model, make_recipe
+from tiny import make_model, make_recipe, make_tokenizer
 
 Coded = tuple[dict[str, Tensor], Tensor]
 """What a file holds of a linear, and its weight (out, in) by the published formula."""
@@ -44,25 +44,25 @@ def fp8_blocks(weight: Tensor, _: int) -> Coded:
 
 
 def packed(fields: Tensor) -> Tensor:
-    """Eight 4-bit fields along the last dimension as one int32, the first in the lowest bits."""
+    """Eight 4-bit fields along the last dimension as one int32, or four of 8 bits, the first in the lowest bits."""
     words = torch.zeros(fields.shape[:-1], dtype=torch.int64)
-    for i in range(8):
-        words |= fields[..., i].long() << 4 * i
+    for i in range(fields.shape[-1]):
+        words |= fields[..., i].long() << 32 // fields.shape[-1] * i
     return words.to(torch.int32)
 
 
-def gptq(weight: Tensor, seed: int, version: int = 1, order: bool = False) -> Coded:
-    """GPTQ: along the inputs eight codes a word; zero points less one in the first version; groups of any columns."""
+def gptq(weight: Tensor, seed: int, version: int = 1, order: bool = False, bits: int = 4) -> Coded:
+    """GPTQ: codes packed along the inputs; zero points less one in the first version; groups of any columns."""
     outputs, inputs = weight.shape
     groups = torch.arange(inputs) // GROUP
     if order:
         groups = groups[torch.randperm(inputs, generator=torch.Generator().manual_seed(seed))]
-    codes = uniform(16, inputs, outputs, seed=seed)
-    zeros = uniform(15, inputs // GROUP, outputs, seed=seed + 1) + 1
+    codes = uniform(2**bits, inputs, outputs, seed=seed)
+    zeros = uniform(2**bits - 1, inputs // GROUP, outputs, seed=seed + 1) + 1
     scales = (torch.rand(inputs // GROUP, outputs, generator=torch.Generator().manual_seed(seed)) / 50).half()
     stored = {
-        "qweight": packed(codes.view(-1, 8, outputs).transpose(1, 2)),
-        "qzeros": packed((zeros - int(version == 1)).view(-1, outputs // 8, 8)),
+        "qweight": packed(codes.view(-1, 32 // bits, outputs).transpose(1, 2)),
+        "qzeros": packed((zeros - int(version == 1)).view(len(zeros), -1, 32 // bits)),
         "scales": scales,
         "g_idx": groups.int(),
     }
@@ -93,6 +93,10 @@ FORMATS: dict[str, tuple[Callable[[Tensor, int], Coded], dict[str, Any]]] = {
     "GPTQ version 2": (
         lambda w, seed: gptq(w, seed, version=2),
         {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "checkpoint_format": "gptq_v2"},
+    ),
+    "GPTQ in 8 bits": (
+        lambda w, seed: gptq(w, seed, bits=8),
+        {"quant_method": "gptq", "bits": 8, "group_size": GROUP},
     ),
     "AWQ": (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}),
 }
@@ -198,6 +202,8 @@ def test_our_own_artifacts_are_decoded(name: str, text: Path, tmp_path: Path) ->
     held, expected = tensors(dequantize(str(artifact.path), tmp_path / "16-bit")), tensors(plain)
     assert held.keys() == expected.keys()
     assert all(torch.equal(t, expected[n]) and t.dtype == expected[n].dtype for n, t in held.items())
+    if name.endswith("A16"):
+        assert torch.equal(logits(original(tmp_path / "16-bit")), logits(original(artifact.path)))
     if name in ("W4A16", "native"):
         again, of_plain = press(artifact.path, tmp_path / "a", W8), press(plain, tmp_path / "b", W8)
         assert same_bytes(again.path, of_plain.path)
@@ -221,12 +227,12 @@ def test_groups_of_any_columns_are_decoded(llama: Path, tmp_path: Path) -> None:
     assert torch.equal(laconic.load(folder).get_submodule(name).weight, expected)
 
 
-def test_gpt_oss_is_decoded_as_transformers_does(tmp_path: Path) -> None:
+def test_experts_in_mxfp4_are_decoded_as_transformers_does(tmp_path: Path) -> None:
     keys = {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 64, "intermediate_size": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(GptOssConfig(**keys, **heads, num_hidden_layers=2), dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path / "coded")
+    model.save_pretrained(make_tokenizer(tmp_path / "coded"))
     plain = Path(shutil.copytree(tmp_path / "coded", tmp_path / "plain"))
     held = load_file(plain / "model.safetensors")
     expected = dict(held)
@@ -241,6 +247,9 @@ def test_gpt_oss_is_decoded_as_transformers_does(tmp_path: Path) -> None:
     written = dequantize(str(coded), tmp_path / "16-bit")
     assert all(torch.equal(t, expected[n]) for n, t in tensors(written).items())
     assert torch.equal(logits(original(written)), logits(original(plain)))
+    artifact, of_plain = press(coded, tmp_path / "a", W8), press(plain, tmp_path / "b", W8)
+    assert same_bytes(artifact.path, of_plain.path)
+    assert artifact.config == of_plain.config
 
 
 def test_prediction_heads_of_a_quantized_model_are_decoded_too(llama: Path, tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def decode_foreign(
         checkpoint: The checkpoint, with the names of its files.
         quantization: Its quantization_config.
         dtype: Dtype of decoded matrices, by its name in safetensors.
-        transposed: Modules whose weight a 16-bit checkpoint has as (in, out), by their names in files.
+        transposed: Names in files of the linears that are decoded as (out, in), and whose weight a 16-bit checkpoint
+            has as (in, out).
 
     Returns:
         A checkpoint in which each quantized matrix is a tensor that is decoded when it is loaded.
@@ -80,9 +81,8 @@ def decode_foreign(
             f"config.json of {checkpoint.folder} says that the model is quantized by '{method}', but none of its "
             "tensors is; download it again"
         )
-    if method in (GPTQ, AWQ):
-        turned = {name: m for name, m in matrices.items() if name.removesuffix(".weight") in transposed}
-        matrices |= {n: replace(m, shape=m.shape[::-1], decode=partial(_turned, m.decode)) for n, m in turned.items()}
+    turned = {name: m for name, m in matrices.items() if name.removesuffix(".weight") in transposed}
+    matrices |= {n: replace(m, shape=m.shape[::-1], decode=partial(_turned, m.decode)) for n, m in turned.items()}
     return with_matrices(checkpoint, matrices, dtype)
 
 

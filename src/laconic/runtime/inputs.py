@@ -14,7 +14,7 @@ from laconic.checkpoint.layout import TransposedLinear, arrange
 from laconic.checkpoint.source import Source, build_skeleton, check_uncalibrated, main_dtype, open_source
 from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.runtime.compressed import CACHE_SCALES, compressed_matrices
-from laconic.runtime.decoding import decode_foreign, is_decodable, with_matrices
+from laconic.runtime.decoding import AWQ, GPTQ, decode_foreign, is_decodable, with_matrices
 from laconic.runtime.quant_config import is_readable
 
 # Names of 16-bit dtypes in config.json and in safetensors.
@@ -78,7 +78,9 @@ def decode_checkpoint(
         del config.quantization_config
     dtype = _dtype(raw, checkpoint)
     if is_decodable(quantization):
-        return decode_foreign(checkpoint, quantization, dtype, _transposed(checkpoint, config, trust))
+        packed = quantization["quant_method"] in (GPTQ, AWQ)
+        transposed = _transposed(checkpoint, config, trust) if packed else ()
+        return decode_foreign(checkpoint, quantization, dtype, transposed)
     # A quantized cache belongs to engines: it is no part of the weights.
     cache = [n for n in checkpoint.tensors if n.rpartition(".")[2] in CACHE_SCALES]
     weights = {key: value for key, value in quantization.items() if key != "kv_cache_scheme"}
