@@ -100,14 +100,26 @@ SUPPORT: Mapping[str, tuple[Support, Support, Support]] = {
 """By preset, what is known of it in each of `ENGINES`, in their order. A varied preset is as its preset."""
 
 
+PARTS: Mapping[str, tuple[Support, Support, Support]] = {
+    "quantized head": (_NOT_TRIED, Support("tried", "W4A16"), _TRIED),
+    "quantized embeddings": (
+        _NOT_TRIED,
+        Support("refused", "its kernel needs Triton"),
+        Support("tried", "where the model has one scheme"),
+    ),
+}
+"""The same of parts of a model beside the linears of its blocks."""
+
+
 def support(preset: str, engine: EngineName) -> Support:
-    """Return what is known of a preset in an engine; presets of plugins are not tried.
+    """Return what is known of a preset, or of a part of a model, in an engine; presets of plugins are not tried.
 
     Args:
-        preset: Name of the preset.
+        preset: Name of the preset, or of a part.
         engine: Name of the engine.
     """
-    return SUPPORT[preset][[*ENGINES].index(engine)] if preset in SUPPORT else _NOT_TRIED
+    rows = {**SUPPORT, **PARTS}
+    return rows[preset][[*ENGINES].index(engine)] if preset in rows else _NOT_TRIED
 
 
 def tried_in(preset: str) -> str:
@@ -123,5 +135,6 @@ def tried_in(preset: str) -> str:
 
 def engine_table() -> str:
     """Return the whole table as Markdown."""
+    rows = {**SUPPORT, **PARTS}
     lines = [f"| scheme | {' | '.join(map(str, ENGINES.values()))} |", "|---" * (1 + len(ENGINES)) + "|"]
-    return "\n".join([*lines, *(f"| {name} | {' | '.join(map(str, row))} |" for name, row in SUPPORT.items())])
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(map(str, row))} |" for name, row in rows.items())])

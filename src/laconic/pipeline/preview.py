@@ -229,7 +229,9 @@ def _walk_warnings(walk: Walk) -> Iterator[str]:
 
     yield from unmatched_patterns(walk.plan, walk.model)
     engine = walk.recipe.engine
-    for name in sorted({s.name for s in walk.plan.schemes.values()}):
+    names = {s.name for s in walk.plan.schemes.values()}
+    names |= {"quantized embeddings"} if walk.plan.anatomy.embeddings in walk.plan.schemes else set()
+    for name in sorted(names):
         if not (known := support(name, engine)).runs:
             yield f"{ENGINES[engine]} does not serve {name} ({known}); transformers opens it"
     simulated = sorted({s.title for s in walk.plan.schemes.values() if s.simulated})
