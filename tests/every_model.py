@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import laconic
@@ -54,6 +55,10 @@ class Refused(Exception):
     """Laconic refused the recipe in one line of its own, and wrote nothing."""
 
 
+class NotTried(Exception):
+    """transformers itself cannot do what a step would compare with."""
+
+
 @dataclass
 class Report:
     """What became of each step of a model type.
@@ -84,6 +89,7 @@ def check(model_type: str, folder: Path, text: Path, steps: tuple[str, ...] = ST
         report.model_class = next(iter(config.get("architectures") or []), "")
         original = open_in_transformers(source)
         _logits(original)
+        _logits(open_in_transformers(source, dtype="auto"))
     except (Exception, SystemExit) as e:
         report.results = dict.fromkeys(steps, (NOT_TRIED, f"no tiny model: {_line(e)}"))
         return report
@@ -99,6 +105,8 @@ def _outcome(run: Callable[[], None]) -> tuple[str, str]:
         run()
     except Refused as e:
         return REFUSED, str(e)
+    except NotTried as e:
+        return NOT_TRIED, str(e)
     except Exception as e:
         return FAULT, _line(e)
     return WORKS, ""
@@ -204,12 +212,18 @@ def _cache(source: Path, folder: Path, text: Path, expected: Tensor, report: Rep
     model = laconic.load(_compress("cache", source, folder, text), dtype=torch.float32)
     ids = _tokens()
     with torch.no_grad():
-        caches = DynamicCache(config=model.config), _new_cache(model)
-        theirs, ours = ([step(model, ids[:, a:b], cache) for a, b in ((0, 24), (24, 28), (28, 47), (47, 48))]
-                        for cache in caches)  # fmt: skip
+        try:
+            theirs = _in_chunks(model, ids, DynamicCache(config=model.config))
+        except Exception as e:
+            raise NotTried(f"the model cannot go on from transformers' own cache: {_line(e)}") from e
+        ours = _in_chunks(model, ids, _new_cache(model))
     _compare(torch.cat(ours[:2], 1), torch.cat(theirs[:2], 1), _EQUAL, "the cache's window is not exact")
     _compare(torch.cat(ours[2:], 1), torch.cat(theirs[2:], 1), _NEAR, "the cache changes the model")
     model.generate(input_ids=ids[:, :8], max_new_tokens=4, min_new_tokens=4)
+
+
+def _in_chunks(model: PreTrainedModel, ids: Tensor, cache: Cache) -> list[Tensor]:
+    return [step(model, ids[:, a:b], cache) for a, b in ((0, 24), (24, 28), (28, 47), (47, 48))]
 
 
 def _new_cache(model: PreTrainedModel) -> Any:
@@ -263,10 +277,11 @@ def _restack(decoded: Path, model: PreTrainedModel, stacks: list[str]) -> None:
         path, _, leaf = key.rpartition(".")
         module, stack, kind = model.get_submodule(path), leaf.removesuffix("_bias"), leaf.endswith("_bias")
         names = ["gate_proj", "up_proj"] if stack == "gate_up_proj" else [stack]
-        stored = next(p for p in (path, path.removeprefix("model.")) if f"{p}.0.{names[0]}.weight" in tensors)
+        own = "bias" if kind else "weight"
+        stored = next(p for p in (path, path.removeprefix("model.")) if f"{p}.0.{names[0]}.{own}" in tensors)
         experts = []
         for i in range(len(getattr(module, leaf))):
-            parts = [tensors.pop(f"{stored}.{i}.{n}.{'bias' if kind else 'weight'}") for n in names]
+            parts = [tensors.pop(f"{stored}.{i}.{n}.{own}") for n in names]
             alternate = len(parts) == 2 and not getattr(module, "is_concatenated", True)
             joined = torch.stack(parts, 1).flatten(0, 1) if alternate else torch.cat(parts)
             transposed = joined.dim() == 2 and tuple(joined.shape) != tuple(getattr(module, leaf).shape[1:])
@@ -318,7 +333,9 @@ def decode_folder(source: Path, artifact: Path, output: Path) -> Path:
 
 def _opens(source: Path, artifact: Path) -> str:
     """Whether transformers opens the artifact itself and gives our logits; if not why, and whether we say so."""
-    plan = laconic.plan(str(source), {"stages": _METHODS["rtn"]}, artifact.parent / "planned")
+    recipe = yaml.safe_load((artifact / "recipe.yaml").read_text())
+    stages = recipe.get("recipe", recipe)["stages"]
+    plan = laconic.plan(str(source), {"stages": stages}, artifact.parent / "planned")
     warning = next((w for w in plan.warnings if w.startswith("transformers cannot open")), None)
     try:
         model = open_in_transformers(artifact)

@@ -79,7 +79,8 @@ _SECTIONS = {"text_config": {"rope_parameters": {"mrope_section": [4, 2, 2]}}}
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"n_group": 1, "num_expert_group": 1, "topk_group": 1},
     "cosmos3_edge": _SECTIONS,
-    "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+    "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1,
+             "layer_types": None},
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [64, 32]}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},

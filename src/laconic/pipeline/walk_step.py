@@ -30,7 +30,9 @@ from laconic.pipeline.untying import untie, unties
 from laconic.pipeline.written import check_written
 from laconic.recipe import Recipe
 from laconic.runtime.quant_config import NATIVE
+from laconic.stages.cache import CacheStage
 from laconic.structure.anatomy import dissect
+from laconic.structure.calls import LOOPED
 from laconic.walk.deployment import Deployment
 from laconic.walk.forecast import Forecast
 from laconic.walk.forecast import forecast as predict
@@ -108,6 +110,8 @@ def plan_walk(recipe: Recipe, source: Source, first: int, trust: Trust) -> Walk:
         model = build_skeleton(source.config, source.dtype, trust=trust)
         anatomy = dissect(model)
     calibrated = next((s.method for s in recipe.stages if s.needs.calibration), None)
+    if anatomy.obstacle == LOOPED and any(isinstance(s, CacheStage) for s in recipe.stages):
+        raise ValueError(f"blocks of '{source.config.model_type}' {LOOPED}, which a quantized cache is not for")
     if anatomy.obstacle and calibrated:
         raise ValueError(
             f"blocks of '{source.config.model_type}' {anatomy.obstacle}, so that {calibrated} cannot observe them one "

@@ -7,6 +7,7 @@ found by running it on the meta device, where a tensor has an identity but no me
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,8 +61,8 @@ class Anatomy:
         tied: Whether the head shares its weight with the embeddings.
         outputs: Number of values that a block returns in a tuple; 0 if it returns hidden states alone.
         routers: Full names of modules that weigh experts or a shared expert; they are not compressed.
-        bare: Full names of linears in blocks that are never called, or whose weight the model reads itself (Mamba's
-            `dt_proj`); they cannot hold codes.
+        bare: Full names of linears in blocks that cannot hold codes: they are never called, are called with several
+            inputs, do not compute x W^T + b, or the model reads their weight itself (Mamba's `dt_proj`).
         obstacle: Why blocks cannot be run alone on calibration samples; None where they can.
         embeddings: Name of the table of input embeddings; empty where the model has none of torch's kind.
     """
@@ -92,7 +93,7 @@ class _Trace:
     Attributes:
         taps: Linears with one input, in order of execution.
         outputs: Number of values that the block returns in a tuple; 0 if it returns hidden states alone.
-        bare: Linears that are never called, or whose weight is read by other code than their own.
+        bare: Linears that are not called once, or whose weight is read by other code than their own.
     """
 
     taps: tuple[Tap, ...]
@@ -249,6 +250,9 @@ def _trace(block: nn.Module, call: BlockCall, hidden: Tensor) -> _Trace:
     with torch.no_grad(), watched_weights(block) as read, hooks, capture_outputs({"block": block}) as outputs:
         call.to("meta")(block, hidden.to("meta"))
     read |= {n for n, linear in linears.items() if not _is_product(linear)}
+    # A linear of several inputs has no moments of its own.
+    counts = Counter(n for _, names in groups for n in dict.fromkeys(names))
+    read |= {n for n, count in counts.items() if count > 1}
     called = [[n for n in dict.fromkeys(names) if n not in read] for _, names in groups]
     taps = tuple(Tap(tuple(names), enclosing_experts(block, names[0])) for names in called if names)
     bare = linears.keys() - {n for names in called for n in names}
@@ -274,8 +278,8 @@ def _is_product(linear: nn.Linear) -> bool:
 
 def _obstacle(hidden: Tensor, calls: Sequence[BlockCall]) -> str | None:
     """Return why blocks cannot be run alone on calibration samples; None where they can."""
-    if any(call.linked for call in calls):
-        return "pass more than hidden states to later blocks"
+    if obstacle := next((call.obstacle for call in calls if call.obstacle), None):
+        return obstacle
     if hidden.dim() != 3 or hidden.shape[:2] != (1, 4):
         return "take more than one hidden state of each token"
     return None

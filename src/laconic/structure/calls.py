@@ -22,6 +22,9 @@ from laconic.structure.hooks import StopForward, patched_forwards
 Samples = slice | Tensor
 """Numbers of calibration samples."""
 
+LOOPED = "are called more than once for each text"
+"""An obstacle of `BlockCall`: the model runs through its blocks again."""
+
 _Result = TypeVar("_Result")
 
 
@@ -35,14 +38,14 @@ class BlockCall:
     Attributes:
         args: Positional arguments after the hidden states, recorded for one sample.
         kwargs: Keyword arguments (position embeddings, attention mask), likewise.
-        linked: Whether some of them are outputs of earlier blocks, other than hidden states.
+        obstacle: Why the block cannot be run alone on hidden states after the block before it; None where it can.
         repeated: Numbers, among the leaves of (args, kwargs), of tensors that are repeated for each sample of a batch.
         by_sample: Tensors that differ between samples, (samples, ...), by their numbers likewise.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    linked: bool = False
+    obstacle: str | None = None
     repeated: frozenset[int] = frozenset()
     by_sample: Mapping[int, Tensor] = field(default_factory=dict)
 
@@ -105,11 +108,12 @@ def capture_calls(model: PreTrainedModel, blocks_name: str, **inputs: Tensor) ->
     """
     try:
         hidden, calls = _bypass(model, blocks_name, inputs, lambda *_: ())
-    except (ValueError, TypeError, IndexError):
+        understood = not any(call.obstacle for call in calls)
+    except (AttributeError, ValueError, TypeError, IndexError, RuntimeError):
+        understood = False
+    if not understood:
         # The model takes several values from each block; the block itself shows which.
         hidden, calls = _bypass(model, blocks_name, inputs, _other_outputs)
-    if len(calls) != len(model.get_submodule(blocks_name)):  # type: ignore[arg-type]
-        raise ValueError(f"unsupported architecture '{model.config.model_type}': its blocks are not called one by one")
     return hidden, calls
 
 
@@ -302,29 +306,49 @@ def _bypass(
     """
     blocks = model.get_submodule(blocks_name)
     assert isinstance(blocks, nn.ModuleList)
-    calls: list[BlockCall] = []
+    calls: dict[int, BlockCall] = {}
     first: list[Tensor] = []
     passed: list[Any] = []
+    expected: list[Tensor] = []
 
-    def bypass(block: nn.Module) -> Callable[..., Any]:
+    def bypass(i: int, block: nn.Module) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not first:
-                first.append(hidden_states)
-            linked = any(x is y for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) for y in passed)
-            calls.append(BlockCall(args, kwargs, linked))
-            if first_only or len(calls) == len(blocks):
+            obstacle: str | None = None
+            if any(x is y for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) for y in passed):
+                obstacle = "pass more than hidden states to later blocks"
+            if first and (i != len(calls) or hidden_states is not expected[-1]):
+                obstacle = "do not get what the block before them computes"
+            if i in calls:
+                calls[i] = replace(calls[i], obstacle=LOOPED)
+            else:
+                calls[i] = BlockCall(args, kwargs, obstacle)
+            first.append(hidden_states)
+            if first_only:
                 raise StopForward
-            others = other_outputs(block, calls[-1], hidden_states)
+            others = other_outputs(block, calls[i], hidden_states) if len(calls) < len(blocks) else ()
             passed.extend(x for x in tree_leaves(others) if isinstance(x, Tensor))
+            expected.append(hidden_states)
             return (hidden_states, *others) if others else hidden_states
 
         return forward
 
-    with torch.no_grad(), suppress(StopForward), patched_forwards((block, bypass(block)) for block in blocks):
-        functional_call(model, _zero_weights(model, blocks_name), kwargs={**inputs, "use_cache": False})
-    if not first:
-        raise ValueError(f"unsupported architecture '{model.config.model_type}': its blocks are not called")
-    return first[0], calls
+    def stop(*_: Any, **__: Any) -> Any:
+        raise StopForward
+
+    head = model.get_output_embeddings()
+    patches = [(block, bypass(i, block)) for i, block in enumerate(blocks)]
+    with torch.no_grad(), suppress(StopForward), patched_forwards([*patches, *([(head, stop)] if head else [])]):
+        try:
+            functional_call(model, _zero_weights(model, blocks_name), kwargs={**inputs, "use_cache": False})
+        except StopForward:
+            raise
+        except Exception:
+            # What comes after the last block may need what it returns.
+            if len(calls) < len(blocks):
+                raise
+    if len(calls) < (1 if first_only else len(blocks)):
+        raise ValueError(f"unsupported architecture '{model.config.model_type}': its blocks are not called one by one")
+    return first[0], [call for _, call in sorted(calls.items())]
 
 
 def _other_outputs(block: nn.Module, call: BlockCall, hidden: Tensor) -> tuple[Any, ...]:

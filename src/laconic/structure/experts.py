@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 GATE_UP, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
 _BIAS = "_bias"
@@ -58,7 +59,7 @@ class Stacking:
         transposed_in_files: Whether those of checkpoints are.
         interleaved: Whether rows of gate and up alternate.
         biased: Whether linears have biases.
-        merged: Whether transformers merges tensors of single experts when it loads them.
+        merged: Whether transformers reads tensors of single experts, where they are quantized.
     """
 
     names: Projections
@@ -329,8 +330,9 @@ def _stacking(module: nn.Module, stored: _Stored) -> Stacking | None:
     transposed = shapes[stack] != usual if transposed is None else transposed
     interleaved = not getattr(module, "is_concatenated", True)
     in_files = transposed != stored.swapped
-    stacking = Stacking(stored.names, gated, transposed, in_files, interleaved, biased, stored.merged)
-    plain = Stacking(stored.names, transposed_in_files=in_files, merged=stored.merged)
+    merged = stored.merged or type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION
+    stacking = Stacking(stored.names, gated, transposed, in_files, interleaved, biased, merged)
+    plain = Stacking(stored.names, transposed_in_files=in_files, merged=merged)
     known = stacking == plain and shapes[stack] == usual and _applies_gate_usually(module)
     return stacking if known or _computes_alike(module, stacking) else None
 
