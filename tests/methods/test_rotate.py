@@ -94,6 +94,16 @@ def test_a_tied_head_is_given_its_own_matrix_with_a_warning_of_its_size(laconic:
     assert grown == 128 * 64 * 2
 
 
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_head_that_was_tied_can_be_quantized_afterwards(arch: str, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", arch, tied=True)
+    both = rtn("W8A16", targets=["Linear", "lm_head"], ignore=[])
+    compressed = laconic.load(press(source, tmp_path / "out", ROTATE, both).path)
+    assert "lm_head" in quantized_linears(compressed)
+    expected = logits(original(source, torch.float32))
+    assert (logits(compressed) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
 @pytest.mark.parametrize("arch", NORMS_AFTER)
 def test_norms_after_sublayers_are_refused(arch: str, laconic: Laconic, tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", arch)

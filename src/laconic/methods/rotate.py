@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from laconic.checkpoint.extra import describe_extra, extra_names
 from laconic.checkpoint.files import DTYPES, Checkpoint
@@ -55,6 +55,17 @@ class Rotate(ModelStage):
         find_residual_stream(model, dissect(model))
         return {}
 
+    def planned_source(self, source: Source, model: PreTrainedModel) -> Source:
+        anatomy = dissect(model)
+        if not anatomy.tied:
+            return source
+        embed = model.get_input_embeddings()
+        names = (next(n for n, m in model.named_modules() if m is embed), anatomy.head)
+        arranged = arrange_source(source, model).checkpoint.tensors
+        stored = next(arranged[f"{n}.weight"] for n in names if f"{n}.weight" in arranged)
+        tensors = {f"{n}.weight": stored for n in names} | {**source.checkpoint.tensors}
+        return replace(source, config=_untied(source), checkpoint=replace(source.checkpoint, tensors=tensors))
+
     def warnings(self, source: Source) -> Iterator[str]:
         model = build_skeleton(source.config, source.dtype)
         if dissect(model).tied:
@@ -93,9 +104,14 @@ def _open(task: ModelTask) -> tuple[Source, PreTrainedModel, bool]:
     _check_extra(source.checkpoint, model)
     if not dissect(model).tied:
         return source, model, False
+    return source, build_skeleton(_untied(source), torch.float32, trust=task.trust), True
+
+
+def _untied(source: Source) -> PretrainedConfig:
+    """Return the config of a model whose head has a weight of its own."""
     config = copy.deepcopy(source.config)
     config.tie_word_embeddings = False
-    return source, build_skeleton(config, torch.float32, trust=task.trust), True
+    return config
 
 
 def _check_extra(checkpoint: Checkpoint, model: PreTrainedModel) -> None:

@@ -122,15 +122,16 @@ def build_pipeline(
         check_own_folder(output, source)
     model = build_skeleton(source.config, source.dtype, trust=trust)
     walks: list[Walk | None] = []
-    state = ModelState()
+    state, planned = ModelState(), source
     texts: list[Mapping[str, str]] = []
     for first, stages in groups:
         state = check_order(first, stages[0], state, source, model)
         if isinstance(stages[0], ModelStage):
             _check_parallel(first, stages[0], recipe.tensor_parallel)
+            planned = stages[0].planned_source(planned, model)
         walk = None
         if not isinstance(stages[0], ModelStage):
-            walk = plan_walk(recipe.model_copy(update={"stages": stages}), source, first, trust)
+            walk = plan_walk(recipe.model_copy(update={"stages": stages}), planned, first, trust)
             cache = f"stages.{first + len(stages) - 1} ({walk.plan.cache[0].method})" if walk.plan.cache else None
             masking = (f"stages.{i} ({s.method})" for i, s in enumerate(walk.plan.stages, first) if s.prunes)
             state = replace(

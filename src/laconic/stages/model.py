@@ -133,6 +133,15 @@ class ModelStage(Stage):
         """
         return iter(())
 
+    def planned_source(self, source: Source, model: PreTrainedModel) -> Source:
+        """Return the checkpoint with which later steps are planned, before this stage has written any.
+
+        Args:
+            source: the checkpoint as earlier stages are planned to leave it.
+            model: a skeleton of the original.
+        """
+        return source
+
     @abstractmethod
     def apply(self, task: ModelTask) -> ModelOutcome:
         """Treat the model.
