@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -130,6 +131,32 @@ def check(name: str) -> None:
         found = paged_decode(layer, cache, part, (q[:, 0], k[:, 0], v[:, 0]), scoring)
         expected = by_torch(layer, (cache, part, q, exact, (k, v)), scoring)
         torch.testing.assert_close(found, expected[:, 0], atol=near, rtol=near)
+
+
+def check_prompt(name: str, new: int, decoded: list[int]) -> None:
+    """For a long prompt pages are decoded: tokens before it, and of itself a page at a time."""
+    # On a GPU only 16-bit numbers are decoded.
+    dtype = torch.float16 if DEVICE.type == "cuda" else torch.float32
+    layer, scoring = replace(paged_layer(name), dtype=dtype), Scoring(0.2)
+    cache, part, q, exact, _ = step_of(layer, new, seed=2)
+    part = replace(part, known_lengths=part.lengths_B.tolist())
+    expected = by_torch(layer, (cache, part, q, exact, (q, q)), scoring)
+    found_decoded = []
+    flash_attention, sizes = paged._flash_attention, (paged._MIN_PROMPT, paged._PROMPT_STEP)
+    paged._MIN_PROMPT, paged._PROMPT_STEP = new, PER_PAGE
+    paged._flash_attention = lambda q, k, v, scale: found_decoded.append(k.shape[2]) or flash_attention(q, k, v, scale)
+    try:
+        found = paged_attention(layer, cache, part, q, exact, scoring)
+    finally:
+        (paged._MIN_PROMPT, paged._PROMPT_STEP), paged._flash_attention = sizes, flash_attention
+    assert found_decoded == decoded
+    near = 1e-2 if DEVICE.type == "cuda" else 2e-3
+    torch.testing.assert_close(found, expected, atol=near, rtol=near)
+
+
+@pytest.mark.parametrize(("new", "decoded"), [(12, [32]), (60, [32, 32])])
+def test_long_prompts_decode_whole_pages(on_triton: Callable[..., Any], new: int, decoded: list[int]) -> None:
+    on_triton(check_prompt, "by channel, sinks, recent", new, decoded)
 
 
 @pytest.mark.parametrize("name", CASES)

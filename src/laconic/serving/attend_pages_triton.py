@@ -32,8 +32,9 @@ from laconic.kv.splits_triton import finite_or_zero, positive_or_one
 def attend_pages(  # type: ignore[no-untyped-def]
     # Queries (B, H, rows, C); exact keys and values of the new tokens (B, H, C), where EXACT.
     q, k_new, v_new,
-    # Pages, numbers of pages (B, P), tokens of each sequence (B,); heads of the group (None: all).
-    cache, table, lengths, group_heads,
+    # Pages, numbers of pages (B, P), tokens of each sequence (B,); first packed token that is read (B,), of a block
+    # (None: the first of all); heads of the group (None: all).
+    cache, table, lengths, firsts, group_heads,
     # Static ranges (H, C) and levels of keys and of values; rotary angles of every position (None: none).
     k_static_scales, k_static_offsets, k_levels, v_static_scales, v_static_offsets, v_levels, cos, sin,
     # Results: attention (B, H, rows, splits, C), log2 of the sum of exponentials (B, H, rows, splits).
@@ -82,6 +83,8 @@ def attend_pages(  # type: ignore[no-untyped-def]
         # Programs divide the tokens that a row of theirs attends to, so that short texts are divided too.
         stop = tl.max(tl.where(row_mask, exact_from, 0), 0)
         begin = SINKS // BLOCK * BLOCK
+        if firsts is not None:
+            begin = tl.maximum(begin, tl.load(firsts + b))
         if WINDOW:
             oldest = tl.min(tl.where(row_mask, position, 2147483647), 0) + 1 - WINDOW
             begin = tl.maximum(oldest // BLOCK * BLOCK, begin)

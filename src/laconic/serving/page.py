@@ -340,6 +340,7 @@ class SequenceBatch:
         longest: Largest length, or an upper bound of it.
         tokens_BN: (B, N) indices of the new tokens among all tokens of the step.
         first_tokens: Whether these are 0 to B - 1, one of each sequence; sequences of no tokens are padding.
+        known_lengths: Lengths on the host; None where they are not known exactly.
     """
 
     table_BP: Tensor
@@ -347,6 +348,7 @@ class SequenceBatch:
     longest: int
     tokens_BN: Tensor
     first_tokens: bool = False
+    known_lengths: Sequence[int] | None = None
 
     @property
     def positions_BN(self) -> Tensor:

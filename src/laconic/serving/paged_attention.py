@@ -11,7 +11,7 @@ tokens of some pages, P pages, C channels, X bytes. A cache is (pages, H, tokens
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -26,6 +26,8 @@ from laconic.solvers.rotate import rotate
 _MAX_HELD = 1 << 25
 # New tokens whose exact tokens are attended to at once.
 _MAX_ROWS = 256
+# New tokens of a sequence from which on pages are decoded for them, and tokens of a prompt that are decoded together.
+_MIN_PROMPT, _PROMPT_STEP = 128, 1024
 # Smallest number of tokens that the kernel reads at once: the smallest side of a product of tensor cores.
 MIN_BLOCK = 16
 
@@ -58,13 +60,12 @@ def paged_attention(
         softmax.out = rotate(softmax.out, layer.rotations[1])
         q_BHRNC = rotate(q_BHRNC, layer.rotations[0]) if layer.rotates_queries else q_BHRNC
     if kernel_runs_on(cache.device) and why_not_by_kernel(layer, scoring, cache.shape[2]) is None:
-        from laconic.serving.paged_triton import paged_history
-
-        if layer.sinks:
-            _add_tokens(softmax, layer, batch, q_BHRNC, _read_sinks(layer, cache, batch))
-        return _output(layer, softmax.merged_with(*paged_history(layer, cache, batch, q_BHRNC, scoring)))
-    _add_pages(softmax, layer, cache, batch, q_BHRNC)
-    return _output(layer, softmax.out / softmax.total)
+        _add_by_kernels(softmax, layer, cache, batch, q_BHRNC)
+    else:
+        _add_pages(softmax, layer, cache, batch, q_BHRNC)
+    out = softmax.out / softmax.total
+    out = rotate(out, layer.rotations[1].mT) if layer.rotations else out
+    return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 @dataclass(frozen=True)
@@ -114,16 +115,33 @@ class _RunningSoftmax:
         self.total, self.top = self.total * rescale + shares.sum(-1, keepdim=True), top
         self.out = self.out * rescale + weighted_sum(shares)
 
-    def merged_with(self, out: Tensor, log_sum: Tensor) -> Tensor:
-        """Return the attention over the added tokens and over other tokens.
+    def part(self, sequences: slice, rows: slice) -> _RunningSoftmax:
+        """Return the softmax of some sequences and new tokens.
 
         Args:
-            out: Attention over the other tokens, (B, H, R, N, C).
-            log_sum: Log of their sum of exponentials, (B, H, R, N, 1).
+            sequences: The sequences.
+            rows: Their new tokens.
         """
-        top = torch.maximum(self.top, log_sum)
-        rescale, share = torch.exp(self.top - top), torch.exp(log_sum - top)
-        return (self.out * rescale + out * share) / (self.total * rescale + share)
+        at = sequences, slice(None), slice(None), rows
+        part = _RunningSoftmax(self.out[at], self.scoring)
+        part.top, part.total, part.out = self.top[at], self.total[at], self.out[at]
+        return part
+
+    def merge(self, out: Tensor, log_sum: Tensor, sequences: slice = slice(None), rows: slice = slice(None)) -> None:
+        """Add the attention over other tokens.
+
+        Args:
+            out: Attention over these tokens, (sequences, H, R, rows, C).
+            log_sum: Log of their sum of exponentials, (sequences, H, R, rows, 1).
+            sequences: The sequences.
+            rows: Their new tokens.
+        """
+        at = sequences, slice(None), slice(None), rows
+        top = torch.maximum(self.top[at], log_sum)
+        rescale, share = torch.exp(self.top[at] - top), torch.exp(log_sum - top)
+        self.out[at] = self.out[at] * rescale + out * share
+        self.total[at] = self.total[at] * rescale + share
+        self.top[at] = top
 
 
 def _attend_exact(
@@ -151,7 +169,11 @@ def _attend_exact(
 
 
 def _add_tokens(
-    softmax: _RunningSoftmax, layer: PagedLayer, batch: SequenceBatch, q_BHRNC: Tensor, decoded: _DecodedTokens
+    softmax: _RunningSoftmax,
+    layer: PagedLayer,
+    batch: SequenceBatch,
+    q_BHRNC: Tensor,
+    decoded: _DecodedTokens,
 ) -> None:
     """Add decoded tokens; those that a new token attends to exactly, and later ones, are not visible."""
     positions_BN, positions_T = batch.positions_BN, decoded.positions_T
@@ -179,10 +201,96 @@ def _add_pages(
         _add_tokens(softmax, layer, batch, q_BHRNC, decoded)
 
 
-def _output(layer: PagedLayer, out_BHRNC: Tensor) -> Tensor:
-    """Rotate sums of stored values back, and lay them out as attention returns them: (B, N, Q, C)."""
-    out = rotate(out_BHRNC, layer.rotations[1].mT) if layer.rotations else out_BHRNC
-    return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+def _add_by_kernels(
+    softmax: _RunningSoftmax, layer: PagedLayer, cache: Tensor, batch: SequenceBatch, q_BHRNC: Tensor
+) -> None:
+    """Add packed tokens by the kernel that reads them as stored, or, for long prompts, most of them decoded.
+
+    The kernel unpacks a token anew for a few rows, so for many rows it is faster to decode once.
+    """
+    from laconic.serving.paged_triton import paged_history
+
+    new, lengths = batch.tokens_BN.shape[1], batch.known_lengths
+    half = layer.dtype in (torch.float16, torch.bfloat16)
+    decodes = new >= _MIN_PROMPT and softmax.scoring.window is None and (half or not cache.is_cuda)
+    if decodes and lengths is not None and max(lengths) >= 2 * cache.shape[2]:
+        for b, length in enumerate(lengths):
+            of_b = slice(b, b + 1)
+            one = SequenceBatch(batch.table_BP[of_b], batch.lengths_B[of_b], length, batch.tokens_BN[of_b])
+            _add_long_prompt(softmax, layer, cache, one, q_BHRNC[of_b], of_b)
+        return
+    if layer.sinks:
+        _add_tokens(softmax, layer, batch, q_BHRNC, _read_sinks(layer, cache, batch))
+    softmax.merge(*paged_history(layer, cache, batch, q_BHRNC, softmax.scoring))
+
+
+def _add_long_prompt(
+    softmax: _RunningSoftmax,
+    layer: PagedLayer,
+    cache: Tensor,
+    one: SequenceBatch,
+    q_BHRNC: Tensor,
+    of_b: slice,
+) -> None:
+    """Add the packed tokens of one sequence: decoded pages to the rows that attend to all of these, the rest as stored.
+
+    Args:
+        softmax: Softmax of all sequences.
+        layer: Layout of the pages.
+        cache: Pages.
+        one: The sequence; `longest` is its length.
+        q_BHRNC: Its queries.
+        of_b: Its place in the softmax.
+    """
+    from laconic.serving.paged_triton import paged_history
+
+    page_tokens, new, length = cache.shape[2], q_BHRNC.shape[3], one.longest
+    begin = length - new
+
+    def whole_pages(position: int) -> int:
+        """Tokens of the whole pages that a token at this position attends to as they are stored."""
+        return max(position - layer.residual_length, 0) // page_tokens * page_tokens
+
+    together = max(1, _MAX_HELD // (2 * layer.heads * layer.channels * page_tokens)) * page_tokens
+    within = max(1, _PROMPT_STEP // page_tokens) * page_tokens
+    before = whole_pages(begin)
+    ends = [*range(together, before, together), before] if before else []
+    ends += range(before + within, whole_pages(length - 1) + 1, within)
+    # The first row that attends to all tokens before each end.
+    first_rows = [max(0, end + layer.residual_length - begin) for end in ends]
+    start, q = 0, q_BHRNC.to(layer.dtype)
+    for end, first_row in zip(ends, first_rows, strict=True):
+        numbers = one.table_BP[:, start // page_tokens : end // page_tokens]
+        decoded = _read_pages(layer, cache, one, numbers, start)
+        q_rows, start = q[:, :, :, first_row:], end
+        keys, values = decoded.keys_BHTC.to(layer.dtype), decoded.values_BHTC.to(layer.dtype)
+        out, log_sum = _flash_attention(q_rows.flatten(2, 3), keys, values, scale=softmax.scoring.scale)[:2]
+        shape = q_rows.shape[2:4]
+        rows = slice(first_row, None)
+        softmax.merge(out.float().unflatten(2, shape), log_sum.unflatten(2, shape)[..., None], of_b, rows)
+    # Rows that attend to the same decoded tokens: the kernel adds the later ones.
+    pieces = [0, *(row for row in first_rows if row), new]
+    decoded_tokens = [before, *(end for end, row in zip(ends, first_rows, strict=True) if row)]
+    for tokens, first_row, end_row in zip(decoded_tokens, pieces, pieces[1:], strict=False):
+        rows = slice(first_row, end_row)
+        piece = replace(one, lengths_B=one.lengths_B - (new - end_row), tokens_BN=one.tokens_BN[:, rows])
+        if layer.sinks and not tokens:
+            # In decoded pages sinks are exact already.
+            part = softmax.part(of_b, rows)
+            _add_tokens(part, layer, piece, q_BHRNC[:, :, :, rows], _read_sinks(layer, cache, piece))
+            at = of_b, slice(None), slice(None), rows
+            softmax.top[at], softmax.total[at], softmax.out[at] = part.top, part.total, part.out
+        first_B = torch.full((1,), tokens, dtype=torch.int32, device=cache.device)
+        q_rows = q_BHRNC[:, :, :, rows]
+        softmax.merge(*paged_history(layer, cache, piece, q_rows, softmax.scoring, first_B=first_B), of_b, rows)
+
+
+def _flash_attention(q_BHNC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """Compute attention over all tokens: the result (B, H, N, C) and the log of its sum of exponentials (B, H, N)."""
+    aten = torch.ops.aten
+    cpu, cuda = aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention
+    outputs: tuple[Tensor, ...] = (cuda if q_BHNC.is_cuda else cpu)(q_BHNC, k_BHTC, v_BHTC, 0.0, False, scale=scale)
+    return outputs
 
 
 def _read_sinks(layer: PagedLayer, cache: Tensor, batch: SequenceBatch) -> _DecodedTokens:

@@ -54,6 +54,7 @@ def paged_history(
     q_BHRNC: Tensor,
     scoring: Scoring,
     *,
+    first_B: Tensor | None = None,
     launch: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention of new tokens over the packed tokens before those that they attend to exactly, sinks left out.
@@ -64,13 +65,14 @@ def paged_history(
         batch: The sequences.
         q_BHRNC: Queries, float32, rotated as keys are.
         scoring: Settings of the scores.
+        first_B: First token of each sequence that is read, the first of a page; the first of all if None.
         launch: Division of the kernel's work; the default if None.
 
     Returns:
         The attention (B, H, R, N, C), and the log of the sum of its exponentials (B, H, R, N, 1); zero and -inf over
         no tokens.
     """
-    step = _Step(q_BHRNC.contiguous(), batch, scoring)
+    step = _Step(q_BHRNC.contiguous(), batch, scoring, first_B=first_B)
     sums, log_sums = _attend(layer, cache, step, launch or _DEFAULT_LAUNCH)
     log_sums = log_sums * _LN_2
     log_sum = log_sums.logsumexp(-1, keepdim=True)
@@ -170,12 +172,14 @@ class _Step:
         batch: The sequences.
         scoring: Settings of the scores.
         exact: Keys and values of the new tokens, where exact tokens are attended to as well.
+        first_B: First packed token of each sequence that is read; the first of all if None.
     """
 
     q_BHRNC: Tensor
     batch: SequenceBatch
     scoring: Scoring
     exact: tuple[Tensor, Tensor] | None = None
+    first_B: Tensor | None = None
 
 
 def _attend(layer: PagedLayer, cache: Tensor, step: _Step, launch: LaunchConfig) -> tuple[Tensor, Tensor]:
@@ -201,7 +205,7 @@ def _attend(layer: PagedLayer, cache: Tensor, step: _Step, launch: LaunchConfig)
         heads = H if group.heads is None else len(group.heads)
         with torch.cuda.device_of(q):
             attend_pages[(splits, B * heads, chunks)](
-                q, k_new, v_new, cache, table, lengths, _group_heads(group, q.device),
+                q, k_new, v_new, cache, table, lengths, step.first_B, _group_heads(group, q.device),
                 *keys.tensors, *values.tensors, cos, sin, sums, log_sums,
                 H, heads, rows, N, cache.stride(0), cache.stride(1), table.stride(0), q.stride(0),
                 *(0 if t is None else t.stride(0) for t in (k_new, v_new)), step.scoring.scale * _LOG2_E,

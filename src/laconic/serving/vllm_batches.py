@@ -75,8 +75,11 @@ class BatchBuilder(AttentionMetadataBuilder):
                 rows = torch.tensor(group, device=device)
                 tokens = torch.tensor([starts[i] for i in group], device=device)[:, None]
                 tokens = tokens + torch.arange(new, device=device)
-                longest = max(known_lengths[i] for i in group)
-                batches.append(SequenceBatch(step.block_table_tensor[rows], lengths[rows], longest, tokens))
+                of_group = [known_lengths[i] for i in group]
+                table = step.block_table_tensor[rows]
+                # Upper bounds are exact, unless tokens of a draft are not accepted.
+                exact = of_group if self.vllm_config.speculative_config is None else None
+                batches.append(SequenceBatch(table, lengths[rows], max(of_group), tokens, known_lengths=exact))
         return batches
 
 
