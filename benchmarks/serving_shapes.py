@@ -215,7 +215,9 @@ class Run:
         self.out, self.go, self.log = folder / "out.json", folder / "go", (args.logs or folder) / f"{name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(folder), "--output", str(self.out)]
-        environment = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1"} | dict(os.environ)
+        # The worker reads the card's free memory before the engine starts, so CUDA is there already: no fork.
+        settings = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1"}
+        environment = settings | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"} | dict(os.environ)
         with self.log.open("w") as stream:
             # A session of its own, so that the engine's processes end with it.
             self.process = subprocess.Popen(

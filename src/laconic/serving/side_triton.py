@@ -35,12 +35,14 @@ def add_side_products_triton(
     columns = 0 if indices is None else len(indices)
     rank = 0 if projected is None else projected.shape[1]
     out = torch.empty_like(y)
+    # Never read, but compiled: a pointer to indices must be one to integers.
+    indices = torch.empty(0, dtype=torch.int64, device=x.device) if indices is None else indices
     tile = min(_TOKENS, max(_SIDE, triton.next_power_of_2(tokens)))
     inner = min(_INNER, max(_SIDE, triton.next_power_of_2(max(columns, rank))))
     grid = triton.cdiv(outputs, _ROWS), triton.cdiv(tokens, tile)
     with torch.cuda.device_of(x):
         _add_side_products[grid](
-            y, x, x if projected is None else projected, weight if indices is None else indices, weight, out,
+            y, x, x if projected is None else projected, indices, weight, out,
             tokens, outputs, x.shape[1], columns, rank,
             TOKENS=tile, ROWS=_ROWS, INNER=inner, num_warps=4,
         )  # fmt: skip
