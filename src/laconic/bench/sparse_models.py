@@ -106,10 +106,11 @@ def with_sparse_kernels(model: PreTrainedModel, prune: Prune | None = None) -> t
     """
     counts: dict[str, int] = {}
     packed: dict[str, KernelWeight] = {}
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # A table of codes is decoded at each look at its weight.
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     weights = _floating_point_weights(model)
     for name, (linear, weight) in weights.items():
-        if weight is embeddings.weight:
+        if weight is table:
             continue
         W = weight.detach() if prune is None or linear is head else prune(weight.detach())
         zeros = zeros_of(W)
