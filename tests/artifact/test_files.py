@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from artifacts import press, rtn
+import laconic
+from artifacts import logits, original, press, rtn
 
 FILES = (
     "additional_chat_templates/tool_use.jinja",
@@ -43,6 +45,22 @@ def test_the_config_of_an_adapter_without_weights_is_left_out(model: Path, tmp_p
     (model / "adapter_config.json").write_text("{}")
     artifact = press(model, tmp_path / "artifact", rtn("W8A16"))
     assert not (artifact.path / "adapter_config.json").exists()
+
+
+def test_an_adapter_beside_the_weights_is_loaded_as_transformers_does(model: Path) -> None:
+    pytest.importorskip("peft")
+    keys = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model)}
+    config = keys | {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    (model / "adapter_config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    linears = [f"base_model.model.model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    shapes = {f"{n}.lora_A.weight": (2, 64) for n in linears} | {f"{n}.lora_B.weight": (64, 2) for n in linears}
+    noise = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+    before = logits(laconic.load(model, dtype=torch.float32))
+    save_file(noise, model / "adapter_model.safetensors", metadata={"format": "pt"})
+    expected = logits(original(model, torch.float32))
+    assert not torch.allclose(before, expected, atol=0.1)
+    assert torch.allclose(logits(laconic.load(model, dtype=torch.float32)), expected, atol=1e-5)
 
 
 def test_an_adapter_that_transformers_would_apply_is_refused(model: Path, tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import laconic
-from artifacts import Stage, logits, original, press, quantized_linears, rtn, same_bytes, tensors
+from artifacts import Stage, logits, original, press, rtn, same_bytes, tensors
 from commands import Laconic
 from laconic.artifact.size import measure_size
 from laconic.formats.packing import unpack
 from laconic.pipeline.dequantize import dequantize
+from laconic.runtime.embedding import QEmbedding
+from laconic.runtime.linear import QLinear
 from tiny import make_model, make_recipe, make_tokenizer
 
 Coded = tuple[dict[str, Tensor], Tensor]
@@ -173,9 +175,10 @@ def decoded_copy(source: Path, artifact: Path, folder: Path, *, transposed: bool
     """The source with the decoded weights of an artifact in 16 bit."""
     shutil.copytree(source, folder)
     held = load_file(folder / "model.safetensors")
-    for name, linear in quantized_linears(laconic.load(artifact)).items():
-        W = linear.decode(torch.bfloat16)
-        held[f"{name}.weight"] = W.T if transposed else W
+    for name, module in laconic.load(artifact).named_modules():
+        if isinstance(module, QLinear | QEmbedding):
+            W = module.decode(torch.bfloat16)
+            held[f"{name}.weight"] = W.T if transposed else W
     return rewrite(folder, held)
 
 
@@ -188,6 +191,7 @@ ARTIFACTS: dict[str, tuple[str, Stage]] = {
     "NVFP4A16": ("llama", rtn("NVFP4A16")),
     "MXFP4A16": ("llama", rtn("MXFP4A16")),
     "native": ("llama", rtn("W4A6", group_size=32, outlier_ratio=0.1)),
+    "head and embeddings": ("llama", rtn("W8A16", targets=["Linear", "lm_head", "Embedding"], ignore=[])),
     "experts": ("qwen3_moe", rtn("W8A16")),
     "Conv1D": ("gpt2", rtn("W8A8")),
 }
@@ -316,7 +320,17 @@ def test_what_is_not_read_is_refused_in_one_line(laconic: Laconic, llama: Path, 
         rewrite(coded, load_file(coded / "model.safetensors"), quantization_config=quantization)
         for command in (("dequantize",), ("compress", "--recipe", "rtn-w4a16")):
             assert message in laconic(command[0], coded, *command[1:], "-o", out).complaint
-    rewrite(coded, load_file(coded / "model.safetensors"), quantization_config=FORMATS["AWQ"][1])
+    held, awq = load_file(coded / "model.safetensors"), FORMATS["AWQ"][1]
+    damaged = dict(held)
+    del damaged["model.layers.1.mlp.up_proj.scales"]
+    for tensors_, config, message in (
+        (damaged, awq, "tensor 'model.layers.1.mlp.up_proj.scales' is missing"),
+        (held, awq | {"group_size": 16}, "is of shape (4, 8), and config.json asks for (8, 8); download the model"),
+        (held, awq | {"group_size": None}, "is not read"),
+    ):
+        rewrite(coded, tensors_, quantization_config=config)
+        assert message in laconic("dequantize", coded, "-o", out).complaint
+    rewrite(coded, held, quantization_config=awq)
     depth = make_recipe(tmp_path / "depth.yaml", {"method": "depth", "blocks": 1})
     complaint = laconic("compress", coded, "--recipe", depth, "-o", out).complaint
     assert "write it in 16 bit first (laconic dequantize" in complaint

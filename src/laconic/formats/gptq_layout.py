@@ -35,8 +35,13 @@ def decode_gptq(
 
     Returns:
         (out, in) float32.
+
+    Raises:
+        ValueError: An input is in a group that there is not.
     """
     outputs, groups = scales.shape[1], groups.long()
+    if int(groups.min()) < 0 or int(groups.max()) >= len(scales):
+        raise ValueError(f"g_idx names group {int(groups.max())} of {len(scales)}; download the model again")
     # Codes and zero points are unpacked with the same offset.
     codes = unpack(qweight.T.contiguous(), num_bits, len(groups)).float()
     zeros = unpack(qzeros, num_bits, outputs).float() + zero_offset

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from laconic.checkpoint.files import Checkpoint, StoredTensor
@@ -20,7 +20,7 @@ from laconic.formats.int_affine import IntAffine
 from laconic.formats.schemes import Scheme
 from laconic.runtime.decoding import Matrix, Parts
 from laconic.runtime.quant_config import schemes_from_config, schemes_of
-from laconic.structure.anatomy import linears_of
+from laconic.structure.anatomy import find_embeddings, linears_of
 
 # Tensors by which a linear is known to hold codes.
 _CODES = ("weight_packed", "weight_scale")
@@ -81,18 +81,21 @@ def _schemes(
     coded: Iterable[str],
     trust: Trust,
 ) -> tuple[dict[str, Scheme], dict[str, tuple[int, int]], set[str]]:
-    """Return scheme and shape of coded linears by their path in files, and the paths of those stored transposed."""
+    """Return schemes and shapes of coded linears and embeddings by path in files, and the paths of transposed ones."""
     try:
         model = build_skeleton(deepcopy(config), torch.bfloat16, trust=trust)
     except ValueError:
         # An architecture that cannot be split into linears: its tensors can be decoded by name.
         return schemes_from_config(quantization, coded), {}, set()
-    arranged, linears = arrange(checkpoint, model), linears_of(model)
-    by_name = schemes_of(quantization, engine_names(arranged, model, linears))
+    arranged = arrange(checkpoint, model)
+    embeddings = [n for n in [find_embeddings(model)] if n]
+    modules: dict[str, nn.Linear | nn.Embedding] = dict(linears_of(model))
+    modules |= {n: m for n in embeddings if isinstance(m := model.get_submodule(n), nn.Embedding)}
+    by_name = schemes_of(quantization, engine_names(arranged, model, modules), embeddings)
     paths = {name: arranged.paths.get(name, name) for name in by_name}
     schemes = {paths[name]: scheme for name, scheme in by_name.items()}
-    shapes = {path: (linears[n].out_features, linears[n].in_features) for n, path in paths.items()}
-    transposed = {path for n, path in paths.items() if isinstance(linears[n], TransposedLinear)}
+    shapes = {path: (modules[n].weight.shape[0], modules[n].weight.shape[1]) for n, path in paths.items()}
+    transposed = {path for n, path in paths.items() if isinstance(modules[n], TransposedLinear)}
     outside = [path for path in coded if path not in schemes]
     return schemes | schemes_from_config(quantization, outside), shapes, transposed
 

@@ -111,6 +111,10 @@ def with_matrices(checkpoint: Checkpoint, matrices: Mapping[str, Matrix], dtype:
 def _fp8_matrices(tensors: Tensors, quantization: Mapping[str, Any]) -> dict[str, Matrix]:
     """Find the FP8 matrices: `weight` with `weight_scale_inv`, one scale for a block, a row or the whole."""
     block = quantization.get("weight_block_size")
+    if block is not None and not (
+        isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
+    ):
+        raise ValueError(f"weight_block_size {block} of config.json is no pair of numbers; download the model again")
     matrices = {}
     for name, stored in tensors.items():
         scale = next((f"{name}{s}" for s in ("_scale_inv", "_scale") if f"{name}{s}" in tensors), None)
@@ -154,20 +158,23 @@ def _decode_fp8(parts: Parts, *, tiling: Tiling) -> Tensor:
 
 def _gptq_matrices(tensors: Tensors, quantization: Mapping[str, Any]) -> dict[str, Matrix]:
     """Find the matrices of GPTQ: `qweight`, `qzeros`, `scales` and perhaps `g_idx`."""
-    bits, size = int(quantization.get("bits", 4)), int(quantization.get("group_size", 128))
+    bits, size = quantization.get("bits", 4), quantization.get("group_size", 128)
     version = quantization.get("checkpoint_format", "gptq")
     # Names that begin with "-:" are those of linears in 16 bit.
     mixed = any(not str(name).startswith("-:") for name in quantization.get("dynamic") or ())
-    if bits not in (2, 3, 4, 8) or version not in ("gptq", "gptq_v2") or mixed:
+    if bits not in (2, 3, 4, 8) or version not in ("gptq", "gptq_v2") or mixed or not _is_size(size):
         raise ValueError(
             f"GPTQ in {'several widths' if mixed else f'{bits} bits'}, layout '{version}', is not read; start from the "
             "original 16-bit model"
         )
     matrices = {}
     for path in _paths(tensors, "qweight"):
-        words, outputs = tensors[f"{path}.qweight"].shape
-        inputs = words * 32 // bits
-        parts = {leaf: key for leaf in ("qweight", "qzeros", "scales", "g_idx") if (key := f"{path}.{leaf}") in tensors}
+        outputs, inputs = tensors[f"{path}.qweight"].shape[1], tensors[f"{path}.qweight"].shape[0] * 32 // bits
+        groups = 1 if size == -1 else -(-inputs // size)
+        shapes: dict[str, tuple[int, ...]] = {"qzeros": (groups, outputs * bits // 32), "scales": (groups, outputs)}
+        shapes |= {"g_idx": (inputs,)} if f"{path}.g_idx" in tensors else {}
+        _check_shapes(path, tensors, shapes)
+        parts = {leaf: f"{path}.{leaf}" for leaf in ("qweight", *shapes)}
         decode = partial(_decode_gptq, bits=bits, size=size, zero_offset=int(version == "gptq"))
         matrices[f"{path}.weight"] = Matrix((outputs, inputs), parts, decode)
     return matrices
@@ -185,9 +192,9 @@ def _decode_gptq(parts: Parts, *, bits: int, size: int, zero_offset: int) -> Ten
 
 def _awq_matrices(tensors: Tensors, quantization: Mapping[str, Any]) -> dict[str, Matrix]:
     """Find the matrices of AWQ: `qweight`, `qzeros` and `scales`."""
-    bits = int(quantization.get("bits", quantization.get("w_bit", 4)))
+    bits, size = quantization.get("bits", 4), quantization.get("group_size", 128)
     version = str(quantization.get("version", "gemm")).lower()
-    if bits != 4 or version != "gemm":
+    if bits != 4 or version != "gemm" or not _is_size(size):
         raise ValueError(
             f"AWQ in {bits} bits, layout '{version}', is not read (4 bits in layout 'gemm' are); start from the "
             "original 16-bit model"
@@ -195,6 +202,8 @@ def _awq_matrices(tensors: Tensors, quantization: Mapping[str, Any]) -> dict[str
     matrices = {}
     for path in _paths(tensors, "qweight"):
         inputs, words = tensors[f"{path}.qweight"].shape
+        groups = 1 if size == -1 else -(-inputs // size)
+        _check_shapes(path, tensors, {"qzeros": (groups, words), "scales": (groups, words * 8)})
         parts = {leaf: f"{path}.{leaf}" for leaf in ("qweight", "qzeros", "scales")}
         matrices[f"{path}.weight"] = Matrix((words * 8, inputs), parts, lambda p: decode_awq(**p))
     return matrices
@@ -220,6 +229,22 @@ def _decode_mxfp4(parts: Parts) -> Tensor:
     shape = (packed.shape[0], 2 * packed.shape[1])
     codes, params = MxFp4().from_tensors({"weight_packed": packed, "weight_scale": parts["scales"]}, shape)
     return MxFp4().decode(codes, params, shape).T.contiguous()
+
+
+def _is_size(size: object) -> bool:
+    """Return whether a config's group_size is a number of columns, or -1 for a whole row."""
+    return isinstance(size, int) and (size > 0 or size == -1)
+
+
+def _check_shapes(path: str, tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that a module has tensors of these shapes, by their name in it."""
+    for leaf, shape in shapes.items():
+        stored = tensors.get(f"{path}.{leaf}")
+        if stored is None or stored.shape != shape:
+            held = "missing" if stored is None else f"of shape {stored.shape}"
+            raise ValueError(
+                f"tensor '{path}.{leaf}' is {held}, and config.json asks for {shape}; download the model again"
+            )
 
 
 def _paths(tensors: Tensors, leaf: str) -> list[str]:
