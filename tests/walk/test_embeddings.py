@@ -13,7 +13,10 @@ import laconic
 from artifacts import Stage, gptq, linear_events, logits, original, press, rtn, same_bytes, tensors, tokens
 from interruptions import Killed
 from laconic.artifact.size import measure_size
+from laconic.formats.schemes import scheme
+from laconic.pipeline.compression import prepare
 from laconic.runtime.embedding import QEmbedding
+from laconic.walk.plan import with_schemes
 from tiny import make_model
 
 HEAD: Stage = gptq("W8A16", targets="lm_head", ignore=[])
@@ -141,3 +144,11 @@ def test_what_cannot_be_done_is_refused(
     model = make_model(tmp_path / "m", tied=tied)
     with pytest.raises(ValueError, match=reason):
         press(model, tmp_path / "out", *stages, text=text)
+
+
+def test_an_allocation_gives_embeddings_only_what_they_can_have(llama: Path, tmp_path: Path) -> None:
+    walk = prepare(str(llama), {"stages": [TABLE]}, tmp_path / "out").walk
+    assert walk is not None
+    assert with_schemes(walk.plan, {"model.embed_tokens": scheme("W8A16")}).schemes
+    with pytest.raises(ValueError, match="W3A16 does not allow"):
+        with_schemes(walk.plan, {"model.embed_tokens": scheme("W3A16", group_size=32)})

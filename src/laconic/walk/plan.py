@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from laconic.formats.schemes import Scheme
 from laconic.kv.rotary import rotary_of
 from laconic.kv.shape import KvShape, kv_shape
+from laconic.runtime.embedding import check_table
 from laconic.solvers.masks import StackedLinear
 from laconic.stages.cache import CacheStage, check_cache_is_last
 from laconic.stages.linear import WeightStage
@@ -330,6 +331,8 @@ def with_schemes(plan: Plan, schemes: Mapping[str, Scheme]) -> Plan:
             for name in sorted(names & schemes.keys()):
                 stage.check_scheme(schemes[name])
                 check_fits(name, plan.linears[name], schemes[name])
+                if name == plan.anatomy.embeddings:
+                    check_table(name, schemes[name])
                 check_unpruned(stage, number, name, schemes[name], pruned)
         if isinstance(stage, Masking) and stage.prunes:
             pruned |= dict.fromkeys(names, stage.method)
