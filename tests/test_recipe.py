@@ -92,6 +92,9 @@ def test_set_leaves_the_callers_mapping_alone() -> None:
             "unknown key 'calibration.samples'; known are ",
         ),
         (a_recipe(method="gpqt"), "unknown method 'gpqt' in stages.0; did you mean 'gptq'?"),
+        (a_recipe(method="gqtp"), "unknown method 'gqtp' in stages.0; did you mean 'gptq'?"),
+        (None, "None is no recipe; give a name of the gallery, a YAML file, or a dict of its keys"),
+        (3, "3 is no recipe; give a name of the gallery, a YAML file, or a dict of its keys"),
         (
             a_recipe(method=3),
             f"stages.0.method should be the name of a method, one of {KNOWN}",

@@ -102,6 +102,10 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: list[st
     """
     if isinstance(source, Recipe):
         source = source.model_dump(mode="json")
+    if not isinstance(source, str | Path | dict):
+        raise ValueError(
+            f"{_short(repr(source))} is no recipe; give a name of the gallery, a YAML file, or a dict of its keys"
+        )
     data = copy.deepcopy(source) if isinstance(source, dict) else read_recipe(source)
     for override in overrides or ():
         apply_override(data, override)
@@ -327,7 +331,8 @@ def _nested_model(model: type[BaseModel], key: int | str) -> type[BaseModel] | N
 
 
 def _suggest(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, 1)
+    # Two swapped letters make a short name too different for get_close_matches.
+    near = [n for n in known if sorted(n) == sorted(name)] or get_close_matches(name, known, 1)
     return f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
 
 

@@ -72,9 +72,14 @@ def _turned(task: LinearTask) -> Outcome:
         (lambda t: Outcome(_codes(t).rows(0, 8)), r"returned a weight \(8, 64\) for \(128, 64\); return all rows"),
         (lambda t: Outcome(_codes(t, torch.float32)), r"float32 as weight_scale, and the scheme has .* bfloat16"),
         (_turned, r"bfloat16 as input_transform, and the scheme has nothing"),
+        (
+            lambda t: Outcome(_codes(t), {"loss": t.weight}),
+            "a Tensor as the note 'loss'; notes are numbers for the log",
+        ),
+        (lambda t: Outcome(_codes(t), {"kind": "x"}), "a str as the note 'kind'"),  # type: ignore[dict-item]
         (lambda t: t.hessian, "no Hessian was observed; declare second_moments in the method's needs"),
     ],
-    ids=["no outcome", "dense", "format", "rows", "dtype", "transform", "hessian"],
+    ids=["no outcome", "dense", "format", "rows", "dtype", "transform", "tensor note", "text note", "hessian"],
 )
 def test_what_a_linear_stage_returns_wrongly_is_told(
     returned: Any, message: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -119,19 +124,28 @@ def test_what_a_block_stage_returns_wrongly_is_told(
 
 
 class ModelToy(ModelStage):
-    """Returns nothing."""
+    """Returns what a test says."""
 
+    returned: ClassVar[Callable[[ModelTask], Any]]
     method: Literal["toy"] = "toy"
 
     def apply(self, task: ModelTask) -> ModelOutcome:
-        return None  # type: ignore[return-value]
+        returned: ModelOutcome = type(self).returned(task)
+        return returned
 
 
-def test_a_model_stage_that_returns_nothing_is_told(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda _: None, r"ModelToy.apply\(\) returned NoneType; return laconic.stages.model.ModelOutcome\(model\)"),
+        (lambda t: t.windows, "no calibration text was read; declare activations in the method's needs"),
+    ],
+    ids=["nothing", "windows"],
+)
+def test_what_a_model_stage_does_wrongly_is_told(
+    returned: Any, message: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ModelToy, "returned", staticmethod(returned), raising=False)
     allow_methods(monkeypatch, ModelToy)
-    with pytest.raises(
-        TypeError, match=r"ModelToy.apply\(\) returned NoneType; return laconic.stages.model.ModelOutco"
-    ):
+    with pytest.raises(TypeError, match=message):
         laconic.compress(str(llama), recipe({"method": "toy"}), tmp_path / "out")

@@ -64,6 +64,30 @@ class Format(ABC):
         return None
 
     @property
+    def word_codes(self) -> int:
+        """Number of neighbouring codes that fill whole words of the file, so that none is cut; 1 if a byte has one."""
+        return 1
+
+    @property
+    def readable(self) -> bool:
+        """Whether `from_tensors` reads all parameters that the layout may hold."""
+        return True
+
+    @property
+    def table(self) -> bool:
+        """Whether engines can look up single rows of the stored matrix, as embeddings need."""
+        return False
+
+    @property
+    def regroupable(self) -> bool:
+        """Whether a recipe's `group_size` can choose the columns that share a scale."""
+        return False
+
+    def unpacked(self) -> Format:
+        """Return the format with one code a byte; the format itself if it has no such layout."""
+        return self
+
+    @property
     def integer_range(self) -> tuple[int, int] | None:
         """Lowest and highest code where values are `scale * (code - zero_point)`; None for all others."""
         return None

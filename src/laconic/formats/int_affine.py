@@ -7,6 +7,7 @@ upper end is the larger is negative.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -59,6 +60,27 @@ class IntAffine(ScalarFormat):
     @property
     def code_dtype(self) -> torch.dtype:
         return torch.int8
+
+    @property
+    def word_codes(self) -> int:
+        return math.lcm(self.num_bits, 32) // self.num_bits if self.packed else 1
+
+    @property
+    def readable(self) -> bool:
+        return self.packed or self.symmetric
+
+    @property
+    def table(self) -> bool:
+        # Codes whose bits divide a word: vLLM's kernel finds those of a row.
+        return self.packed and self.symmetric and 32 % self.num_bits == 0
+
+    @property
+    def regroupable(self) -> bool:
+        # Kernels of int8 by int8 take one scale a row or one alone.
+        return self.packed or self.num_bits < 8
+
+    def unpacked(self) -> IntAffine:
+        return replace(self, packed=False)
 
     @property
     def integer_range(self) -> tuple[int, int]:
@@ -152,9 +174,7 @@ class IntAffine(ScalarFormat):
         return cls(config["num_bits"], config["symmetric"], tiling_from_config(config), packed=packed)
 
     def vary(self, preset: str, *, group_size: int | None, symmetric: bool | None, strategy: str | None) -> IntAffine:
-        # Kernels of int8 by int8 take one scale a row or one alone.
-        grouped = self.packed or self.num_bits < 8
-        tiling = vary_tiling(self.tiling, preset, group_size, strategy, grouped=grouped)
+        tiling = vary_tiling(self.tiling, preset, group_size, strategy, grouped=self.regroupable)
         return replace(self, tiling=tiling, symmetric=self.symmetric if symmetric is None else symmetric)
 
 

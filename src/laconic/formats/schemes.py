@@ -220,8 +220,8 @@ def layout_depends_on_engine(scheme: Scheme) -> bool:
     Args:
         scheme: Scheme of a linear.
     """
-    weights, acts = scheme.weights, scheme.input_activations
-    four_bits = isinstance(weights, IntAffine) and weights.num_bits == 4
+    acts = scheme.input_activations
+    four_bits = scheme.weights.integer_range == (-8, 7)
     return four_bits and acts is not None and acts.format.num_bits == 8 and not scheme.native
 
 
@@ -233,8 +233,7 @@ def for_cpu(scheme: Scheme) -> Scheme:
     """
     if not layout_depends_on_engine(scheme):
         return scheme
-    assert isinstance(scheme.weights, IntAffine)
-    return replace(scheme, weights=replace(scheme.weights, packed=False))
+    return replace(scheme, weights=scheme.weights.unpacked())
 
 
 def regroup(scheme: Scheme, tiling: Tiling) -> Scheme:

@@ -56,7 +56,6 @@ class Reap(ModelStage):
         return {}
 
     def apply(self, task: ModelTask) -> ModelOutcome:
-        assert task.windows is not None
         raw, _ = read_config(task.folder, trust=task.trust)
         model = load(task.folder, device=task.device, dtype=torch.float32, adapter=False, trust=task.trust)
         config = self._keys(raw, model)

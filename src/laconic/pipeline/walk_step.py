@@ -174,9 +174,7 @@ def run_walk(
     torch.manual_seed(recipe.seed)
     windows = windows if plan.calibrates else None
     settings = walk_settings(recipe, windows)
-    linears = [*plan.linears, *sorted(plan.anatomy.routers)]
-    extra = extra_linears(source.checkpoint, walk.extra)
-    to_config = quantization_config(plan.schemes, linears, walk.model, source.checkpoint, extra)
+    to_config = _to_config(walk)
     resumed = sum(workspace.is_finished(i) for i in range(workspace.shards))
     workspace.write_log(walk.remarks)
     stream(
@@ -191,21 +189,20 @@ def run_walk(
         domains=walk.domains,
     )
     schemes = _written_schemes(walk, workspace)
+    simulated = any(s.simulated for s in schemes.values())
+    facts = account(start, settings.device, recipe.seed, resumed_shards=resumed, simulated=simulated, earlier=before)
     # Saved before the folder gets its name: an artifact is whole from the moment it is there.
-    Artifact(workspace.folder).save_result(
-        "compress",
-        account(
-            start,
-            settings.device,
-            recipe.seed,
-            resumed_shards=resumed,
-            simulated=any(s.simulated for s in schemes.values()),
-            earlier=before,
-        ),
-    )
+    Artifact(workspace.folder).save_result("compress", facts)
     config = _config(walk, workspace, schemes, to_config)
     check_written(workspace, walk.model, schemes, plan.linears, config=config, dtype=source.dtype)
     return Artifact(workspace.finish(config, source.folder, carried=before, describe=describe))
+
+
+def _to_config(walk: Walk) -> Callable[[Mapping[str, Scheme]], dict[str, Any]]:
+    """Return the function that describes schemes in config.json; raise before anything is computed if none can."""
+    linears = [*walk.plan.linears, *sorted(walk.plan.anatomy.routers)]
+    extra = extra_linears(walk.source.checkpoint, walk.extra)
+    return quantization_config(walk.plan.schemes, linears, walk.model, walk.source.checkpoint, extra)
 
 
 def _config(

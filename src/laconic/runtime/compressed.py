@@ -16,7 +16,6 @@ from laconic.checkpoint.layout import TransposedLinear, arrange, engine_names
 from laconic.checkpoint.source import build_skeleton
 from laconic.checkpoint.trust import Trust
 from laconic.formats import Quantized
-from laconic.formats.int_affine import IntAffine
 from laconic.formats.schemes import Scheme
 from laconic.runtime.decoding import Matrix, Parts
 from laconic.runtime.quant_config import schemes_from_config, schemes_of
@@ -107,8 +106,7 @@ def _shape_of_codes(leaves: Mapping[str, StoredTensor]) -> tuple[int, int]:
 
 
 def _check_scheme(path: str, scheme: Scheme, leaves: Iterable[str]) -> None:
-    fmt = scheme.weights
-    if isinstance(fmt, IntAffine) and not fmt.packed and not fmt.symmetric:
+    if not scheme.weights.readable:
         raise ValueError(
             f"the zero points of '{path}' are stored in a layout that is not read; start from the original 16-bit model"
         )

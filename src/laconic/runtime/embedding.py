@@ -9,12 +9,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from laconic.formats import Quantized
-from laconic.formats.int_affine import IntAffine
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import stored_shapes
 
-# Bits of which whole codes fill a word, so that vLLM's kernel finds the codes of a row.
-_BITS = (2, 4, 8)
 # The one tensor in a file that belongs to no row.
 _SHAPE = "weight_shape"
 
@@ -29,9 +26,7 @@ def check_table(name: str, scheme: Scheme) -> None:
     Raises:
         ValueError: They cannot; the message names the fix.
     """
-    fmt = scheme.weights
-    fits = isinstance(fmt, IntAffine) and fmt.packed and fmt.symmetric and fmt.num_bits in _BITS
-    if not fits or scheme.input_activations is not None or scheme != scheme.plain:
+    if not scheme.weights.table or scheme.input_activations is not None or scheme != scheme.plain:
         raise ValueError(
             f"{name} is looked up row by row, which {scheme.title} does not allow; use W8A16, W4A16 or W2A16, "
             "symmetric and without side tensors"

@@ -26,7 +26,7 @@ class ModelTask:
     Attributes:
         folder: the checkpoint as earlier stages left it.
         original: the checkpoint that the recipe began with.
-        windows: calibration token ids (samples, tokens); None unless the stage needs activations.
+        calibration: calibration token ids (samples, tokens); None unless the stage needs activations.
         device: where to compute.
         seed: of every random choice.
         scratch: a folder for what a long stage needs to resume after a kill; removed when the stage ends.
@@ -37,13 +37,20 @@ class ModelTask:
 
     folder: Path
     original: Path
-    windows: Tensor | None
+    calibration: Tensor | None
     device: torch.device
     seed: int
     scratch: Path
     artifact: Path
     report: Report
     trust: Trust = UNTRUSTED
+
+    @property
+    def windows(self) -> Tensor:
+        """Calibration token ids (samples, tokens); a TypeError for a stage that declares no need of them."""
+        if self.calibration is None:
+            raise TypeError("no calibration text was read; declare activations in the method's needs")
+        return self.calibration
 
 
 @dataclass(frozen=True)

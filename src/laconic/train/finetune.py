@@ -153,24 +153,13 @@ def finetune(
         Diverged: if the loss or its gradient is NaN or infinite.
         ValueError: if `scratch` holds the state of another training, or a damaged one.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    adamw = torch.optim.AdamW(trainable, lr=0.0, weight_decay=arguments.weight_decay)
-    wrapped, optimizer = accelerator.prepare(model, adamw)
-    parameters = {n: p for n, p in accelerator.unwrap_model(wrapped).named_parameters() if p.requires_grad}
-    trainer = _Trainer(wrapped, loss, mix, arguments, accelerator, optimizer, parameters)
-    step_size = arguments.batch_size * arguments.gradient_accumulation * accelerator.num_processes
-    order = mix.order(arguments.steps * step_size)
-    # The first process checks the files of an earlier run; the others read them only afterwards.
-    accelerator.wait_for_everyone()
-    identity = {"data": mix.sha256, "steps": arguments.steps, "sequences_a_step": step_size}
-    progress = read_progress(scratch, identity)
-    if progress is None:
-        progress = trainer.evaluate(Progress(identity, parameters=copy_parameters(parameters)))
-    else:
-        trainer.load(progress)
+    trainer = _prepare(model, loss, mix, arguments, accelerator)
+    order = mix.order(arguments.steps * trainer.step_size)
+    progress = trainer.begin(scratch)
     while progress.step < arguments.steps and not progress.stopped(arguments.patience):
         step = progress.step
-        figures = trainer.step([mix.at(i) for i in order[step * step_size : (step + 1) * step_size]], step)
+        numbers = order[step * trainer.step_size : (step + 1) * trainer.step_size]
+        figures = trainer.step([mix.at(i) for i in numbers], step)
         if figures is None:
             good_step = progress.best_step if progress.held_out else step - step % arguments.save_every
             raise Diverged(step + 1, step, progress.best_parameters or progress.parameters, good_step)
@@ -186,6 +175,17 @@ def finetune(
     stopped_early = progress.step < arguments.steps
     best = progress.best_parameters or progress.parameters
     return Trained(best, best_step, progress.step, stopped_early, progress.curve, progress.held_out)
+
+
+def _prepare(
+    model: nn.Module, loss: Loss, mix: Mix, arguments: TrainingArguments, accelerator: Accelerator
+) -> _Trainer:
+    """Wrap a model and its optimizer as accelerate needs them."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trainable, lr=0.0, weight_decay=arguments.weight_decay)
+    wrapped, optimizer = accelerator.prepare(model, adamw)
+    parameters = {n: p for n, p in accelerator.unwrap_model(wrapped).named_parameters() if p.requires_grad}
+    return _Trainer(wrapped, loss, mix, arguments, accelerator, optimizer, parameters)
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,23 @@ class _Trainer:
     accelerator: Accelerator
     optimizer: Any
     parameters: Mapping[str, nn.Parameter]
+
+    @property
+    def step_size(self) -> int:
+        """Number of sequences of a step, of all processes."""
+        processes: int = self.accelerator.num_processes
+        return self.arguments.batch_size * self.arguments.gradient_accumulation * processes
+
+    def begin(self, scratch: Path) -> Progress:
+        """Return the progress of an interrupted run, its state loaded, or that before the first step."""
+        # The first process checks the files of an earlier run; the others read them only afterwards.
+        self.accelerator.wait_for_everyone()
+        identity = {"data": self.mix.sha256, "steps": self.arguments.steps, "sequences_a_step": self.step_size}
+        progress = read_progress(scratch, identity)
+        if progress is None:
+            return self.evaluate(Progress(identity, parameters=copy_parameters(self.parameters)))
+        self.load(progress)
+        return progress
 
     def step(self, examples: Sequence[Example], step: int) -> dict[str, float] | None:
         """Make one step and return its figures; None, and no step, if the loss or its gradient is not finite."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from laconic.formats import ScalarFormat
-from laconic.formats.int_affine import IntAffine
 from laconic.formats.schemes import Scheme, for_cpu, regroup
 from laconic.formats.support import EngineName
 from laconic.formats.tiling import auto_tiling, groups_for
@@ -157,7 +156,7 @@ def _check_columns(gpus: int, name: str, inputs: int, scheme: Scheme | None) -> 
     problem, fix = f"{unit} of them are stored together", "another scheme there, ignore it"
     if scheme and isinstance(scheme.weights, ScalarFormat) and scheme.weights.tiling.group_size:
         problem = f"groups of {unit} would reach over two GPUs"
-        if isinstance(scheme.weights, IntAffine):
+        if scheme.weights.regroupable:
             fix = f"group_size: auto, one of {groups_for(inputs // gpus)}"
     raise ValueError(
         f"tensor_parallel {gpus} gives a GPU {inputs // gpus} inputs of {name}, and {problem}; use {fix}, or "
@@ -199,11 +198,8 @@ def _row_unit(scheme: Scheme | None) -> int:
 
 
 def _codes_of_whole_words(scheme: Scheme) -> int:
-    fmt = scheme.weights
     # Our plugin cuts decoded codes where no word ends.
-    if not isinstance(fmt, IntAffine) or not fmt.packed or scheme.native:
-        return 1
-    return math.lcm(fmt.num_bits, 32) // fmt.num_bits
+    return 1 if scheme.native else scheme.weights.word_codes
 
 
 def _divisors(number: int) -> str:

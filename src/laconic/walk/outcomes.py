@@ -29,11 +29,17 @@ def check_outcome(stage: WeightStage, outcome: Any, scheme: Scheme | None, shape
         The outcome.
 
     Raises:
-        TypeError: if it is no `Outcome`, or its weight does not fit the scheme and the shape.
+        TypeError: if it is no `Outcome`, a note is no number, or its weight does not fit the scheme and the shape.
     """
     where = f"{type(stage).__name__}.compress()"
     if not isinstance(outcome, Outcome):
         raise TypeError(f"{where} returned {type(outcome).__name__}; return laconic.stages.linear.Outcome(weight)")
+    for key, value in outcome.notes.items():
+        if not isinstance(value, int | float):
+            raise TypeError(
+                f"{where} returned a {type(value).__name__} as the note '{key}'; notes are numbers for the log: use "
+                "float(...) or int(...)"
+            )
     weight = outcome.weight
     if scheme is None and not isinstance(weight, Tensor):
         raise TypeError(

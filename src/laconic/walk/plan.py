@@ -56,7 +56,7 @@ class BlockWork:
     needs: Needs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Assignment of stages to linears, and the scheme in which each linear will be stored.
 
@@ -207,12 +207,55 @@ def make_plan(
             it cannot be split over the GPUs.
     """
     weight_stages, cache = _separate_cache(model, stages, first)
+    targets, schemes, shapes = _match(
+        model, anatomy, weight_stages, first=first, deployment=deployment, has_cache=cache is not None
+    )
+    check_fused(anatomy, schemes)
+    config = model.config.get_text_config()
+    check_deployment(deployment, config, anatomy, schemes, shapes)
+    if cache and deployment.tensor_parallel > 1 and cache[0].engine_scheme is None:
+        raise ValueError(
+            f"stages.{first + len(stages) - 1} ({cache[0].method}) is served on one GPU alone; leave it out, or set "
+            "tensor_parallel: 1"
+        )
+    if anatomy.head in schemes:
+        schemes[anatomy.head] = schemes.pop(anatomy.head)
+    links = find_links(model, anatomy) if any(s.needs.links for s in weight_stages) else ()
+    check_blocks(anatomy, weight_stages, targets, links=links, shapes=shapes, first=first)
+    parts = tuple(_parts(s, names, shapes) for s, names in zip(weight_stages, targets, strict=True))
+    heads = protected_heads(model, anatomy, weight_stages, targets, shapes=shapes, first=first)
+    return Plan(
+        anatomy=anatomy,
+        stages=weight_stages,
+        targets=targets,
+        schemes=schemes,
+        linears=shapes,
+        links=links,
+        cache=cache,
+        parts=parts,
+        heads=heads,
+        first=first,
+        deployment=deployment,
+        config=config,
+    )
+
+
+def _match(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    stages: Sequence[WeightStage],
+    *,
+    first: int,
+    deployment: Deployment,
+    has_cache: bool,
+) -> tuple[tuple[frozenset[str], ...], dict[str, Scheme], dict[str, tuple[int, int]]]:
+    """Return the targets of each stage, the proposed schemes, and the shapes of linears and targeted embeddings."""
     shapes = {n: (m.out_features, m.in_features) for n, m in linears_of(model).items()}
     inside = [n for n in shapes if n.startswith(f"{anatomy.blocks}.") and n not in anatomy.routers | anatomy.bare]
     targets: list[frozenset[str]] = []
     schemes: dict[str, Scheme] = {}
     pruned: dict[str, str] = {}
-    for number, stage in enumerate(weight_stages, first):
+    for number, stage in enumerate(stages, first):
         names = find_targets(
             stage.targets,
             stage.ignore,
@@ -224,7 +267,7 @@ def make_plan(
         )
         check_head(stage, number, names, anatomy)
         if anatomy.embeddings in names:
-            check_embeddings(stage, number, anatomy, cache=cache is not None)
+            check_embeddings(stage, number, anatomy, cache=has_cache)
             rows, columns = model.get_parameter(f"{anatomy.embeddings}.weight").shape
             shapes[anatomy.embeddings] = (rows, columns)
         if isinstance(stage, QuantizingStage):
@@ -243,23 +286,7 @@ def make_plan(
             check_masks(stage, number, names, shapes, anatomy.head)
             pruned |= dict.fromkeys(names, stage.method)
         targets.append(frozenset(names))
-    check_fused(anatomy, schemes)
-    config = model.config.get_text_config()
-    check_deployment(deployment, config, anatomy, schemes, shapes)
-    if cache and deployment.tensor_parallel > 1 and cache[0].engine_scheme is None:
-        raise ValueError(
-            f"stages.{first + len(stages) - 1} ({cache[0].method}) is served on one GPU alone; leave it out, or set "
-            "tensor_parallel: 1"
-        )
-    if anatomy.head in schemes:
-        schemes[anatomy.head] = schemes.pop(anatomy.head)
-    links = find_links(model, anatomy) if any(s.needs.links for s in weight_stages) else ()
-    check_blocks(anatomy, weight_stages, targets, links=links, shapes=shapes, first=first)
-    parts = tuple(_parts(s, names, shapes) for s, names in zip(weight_stages, targets, strict=True))
-    heads = protected_heads(model, anatomy, weight_stages, targets, shapes=shapes, first=first)
-    return Plan(
-        anatomy, weight_stages, tuple(targets), schemes, shapes, links, cache, parts, heads, first, deployment, config
-    )
+    return tuple(targets), schemes, shapes
 
 
 def _check_proposed(

@@ -218,7 +218,6 @@ class LlmPruner(ModelStage):
         """Compute gradients on the calibration text; none if importance depends on weights alone."""
         if not self.needs.gradients:
             return Gradients({}, {})
-        assert task.windows is not None
         return compute_gradients(
             model,
             names,
