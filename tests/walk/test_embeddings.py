@@ -45,6 +45,10 @@ def test_a_table_of_codes_gives_the_rows_that_it_decodes_to(arch: str, tmp_path:
     artifact = laconic.compress(str(model), {"stages": [TABLE]}, tmp_path / "out")
     opened = laconic.load(artifact.path)
     assert torch.equal(logits(opened), logits(with_table(model, artifact.path)))
+    # Tables of positions are of the same class, and stay as they are.
+    ignored = config_of(artifact.path)["quantization_config"]["ignore"]
+    positions = {"gpt2": {"transformer.wpe"}, "opt": {"model.decoder.embed_positions"}}
+    assert {n for n in ignored if n.endswith(("wpe", "positions"))} == positions.get(arch, set())
     assert not torch.equal(logits(opened), logits(original(model)))
     ids = tokens()
     table = opened.get_input_embeddings()

@@ -42,7 +42,10 @@ def quantization_config(
     inside = [n for n in linears if enclosing_experts(model, n)]
     leaves = {str(enclosing_experts(model, n)).rpartition(".")[2] for n in inside}
     unusual = len(set(schemes.values())) == 1 and _packs_unusual_linears(schemes, model)
-    embeddings = [n for n in schemes if isinstance(model.get_submodule(n), nn.Embedding)]
+    tables = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    embeddings = [n for n in tables if n in schemes]
+    # Other tables (positions) are of the class that stands for quantized embeddings.
+    dense_tables = [n for n in tables if n not in schemes] if embeddings else []
     head = [n for n in schemes if model.get_submodule(n) is model.get_output_embeddings()]
 
     def describe(written: Mapping[str, Scheme]) -> dict[str, Any]:
@@ -56,10 +59,9 @@ def quantization_config(
                 all_names = dict.fromkeys([*(n for n in all_names if not re.match(pattern[3:], n)), pattern])
             else:
                 by_name[pattern] = scheme
-        tables = [n for name in embeddings for n in (name, names[name])]
-        heads = [n for name in head for n in (name, names[name])]
-        linears = [*all_names, *(n for n in extra if n not in all_names)]
-        config = to_config(by_name, linears, head=heads, embeddings=tables)
+        heads, quantized_tables = ([n for name in part for n in (name, names[name])] for part in (head, embeddings))
+        linears = [*all_names, *(n for n in extra if n not in all_names), *dense_tables]
+        config = to_config(by_name, linears, head=heads, embeddings=quantized_tables)
         # transformers opens these only when it decodes them while loading, which it does for one scheme only.
         return config | ({"dequantize": True} if unusual else {})
 
