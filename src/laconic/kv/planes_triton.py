@@ -60,6 +60,8 @@ def numbers_of(  # type: ignore[no-untyped-def]
         return _extract_bits(words[LOW_TILES + S % HIGH_TILES], J, HIGH_BIT, HIGH, TO, WORD_BYTES, ASSEMBLER)
     if TYPE == "int":
         return _extract_bits(words[S % LOW_TILES], J, LOW_BIT, LOW, LOW_BIT, WORD_BYTES, ASSEMBLER)
+    if TYPE == "float" and ASSEMBLER:
+        return _extract_e4m3(words[S % LOW_TILES], J, WORD_BYTES)
     code = words[S % LOW_TILES].to(tl.int32) >> (8 * J + LOW_BIT) & (1 << LOW) - 1
     if HIGH:
         high = words[LOW_TILES + S % HIGH_TILES].to(tl.int32) >> (8 * J + HIGH * (S // HIGH_TILES))
@@ -92,6 +94,24 @@ def number_at(  # type: ignore[no-untyped-def]
 def _e4m3_as_half(code):  # type: ignore[no-untyped-def]
     """Return FP8 E4M3 numbers divided by 256: float16 has the same form with its exponents counted from 15, not 7."""
     return ((code & 127) << 7 | (code & 128) << 8).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _extract_e4m3(x, J: tl.constexpr, WORD_BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return byte J of words, FP8 E4M3 numbers, as `_e4m3_as_half` does: two words in one register."""
+    # The number is in the upper byte of each half: its sign stays, and the rest moves by a bit.
+    MOVE: tl.constexpr = "shr.u32 u, t, 1; and.b32 u, u, 0x3f803f80; and.b32 t, t, 0x80008000; or.b32 $0, t, u;"
+    if WORD_BYTES == 2:
+        return tl.inline_asm_elementwise(
+            f"{{ .reg .b32 t, u; shl.b32 t, $1, {8 - 8 * J}; {MOVE} }}",
+            "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    if WORD_BYTES == 1:
+        x = x.to(tl.int32)
+    return tl.inline_asm_elementwise(
+        f"{{ .reg .b32 t, u; prmt.b32 t, $1, $2, {0x4400 + 0x1111 * J}; {MOVE} }}",
+        "=r,r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -44,7 +44,17 @@ _COMBINED_CHANNELS = 32
 _WORDS = {1: tl.uint8, 2: tl.int16, 4: tl.int32}
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
-_DEFAULT_LAUNCH = LaunchConfig()
+
+def default_launch(layer: PagedLayer) -> LaunchConfig:
+    """Return the default division of the kernel's work.
+
+    Args:
+        layer: Layout of the pages. With outliers, or keys that are rotated as they are read, registers hold no more
+            than 32 tokens.
+    """
+    formats = (fmt for group in layer.groups for fmt in (group.keys, group.values))
+    outliers = any(fmt.outliers(layer.channels) for fmt in formats)
+    return LaunchConfig(block_tokens=32) if outliers or layer.rotary is not None else LaunchConfig()
 
 
 def paged_history(
@@ -73,7 +83,7 @@ def paged_history(
         no tokens.
     """
     step = _Step(q_BHRNC.contiguous(), batch, scoring, first_B=first_B)
-    sums, log_sums = _attend(layer, cache, step, launch or _DEFAULT_LAUNCH)
+    sums, log_sums = _attend(layer, cache, step, launch or default_launch(layer))
     log_sums = log_sums * _LN_2
     log_sum = log_sums.logsumexp(-1, keepdim=True)
     shares = torch.exp(log_sums - log_sum.masked_fill(log_sum == -torch.inf, 0))
@@ -108,7 +118,7 @@ def paged_decode(
     q, keys, values = (_heads_together(t) for t in tokens)
     B, Q, C = q.shape
     step = _Step(q.unflatten(1, (layer.heads, -1))[:, :, :, None], batch, scoring, exact=(keys, values))
-    sums, log_sums = _attend(layer, cache, step, launch or _DEFAULT_LAUNCH)
+    sums, log_sums = _attend(layer, cache, step, launch or default_launch(layer))
     if out is None:
         out = torch.empty(B, Q, C, dtype=q.dtype, device=q.device)
     assert out.is_contiguous()
