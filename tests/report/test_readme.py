@@ -67,6 +67,7 @@ def _shared() -> set[str]:
         "dynamic",
         "outlier_ratio",
         "low_rank",
+        "rotate_inputs",
         "targets",
         "ignore",
     }
