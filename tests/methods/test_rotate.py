@@ -15,6 +15,7 @@ import laconic
 from artifacts import logits, original, press, quantized_linears, rtn, tensors
 from commands import Laconic
 from laconic.formats.rotation import rotate_channels
+from shrunk import make_shrunk
 from tiny import ARCHITECTURES, SHARED, make_model, make_recipe
 
 ROTATE = {"method": "rotate"}
@@ -181,3 +182,10 @@ def test_what_cannot_have_rotated_inputs_is_told(
     keys = {"calibration": {"dataset": str(text)}, "output": str(tmp_path / "out")}
     recipe = make_recipe(tmp_path / "recipe.yaml", *stages, model=str(llama), **keys)
     assert expected in laconic("compress", recipe).complaint
+
+
+def test_a_parameter_that_one_block_alone_adds_to_the_stream_is_noticed(laconic: Laconic, tmp_path: Path) -> None:
+    """The attention of the last block adds a bias of its own, in no linear."""
+    source = make_shrunk(tmp_path / "model", "gpt_neox_japanese")
+    recipe = make_recipe(tmp_path / "recipe.yaml", ROTATE, model=str(source), output=str(tmp_path / "out"))
+    assert "cannot be rotated" in laconic("compress", recipe).complaint

@@ -56,6 +56,16 @@ def find_residual_stream(model: PreTrainedModel, anatomy: Anatomy) -> ResidualSt
     """
     if anatomy.obstacle:
         raise _unsupported(model, f"its blocks {anatomy.obstacle}")
+    try:
+        return _find(model, anatomy)
+    except _Unsupported:
+        raise
+    except Exception as e:
+        reason = str(e).splitlines()[0] if str(e) else repr(e)
+        raise _unsupported(model, f"it cannot be tried ({reason})") from e
+
+
+def _find(model: PreTrainedModel, anatomy: Anatomy) -> ResidualStream:
     hidden, calls = capture_calls(model, anatomy.blocks, inputs_embeds=zero_embeddings(model, 1, 4))
     width = hidden.shape[-1]
     if zero_embeddings(model, 1, 1).shape[-1] != width:
@@ -65,7 +75,8 @@ def find_residual_stream(model: PreTrainedModel, anatomy: Anatomy) -> ResidualSt
     links = find_links(model, anatomy)
     children = model.get_submodule(anatomy.blocks).children()
     for block, call, taps, of_block in zip(children, calls, anatomy.taps, links, strict=True):
-        signature = block_signature(block, taps)
+        # Parameters of the block itself, such as a bias that is added to the stream, are in no module's description.
+        signature = block_signature(block, taps), tuple((n, p.shape) for n, p in block.named_parameters())
         if signature not in by_signature:
             trial = _TrialBlock(block, call, width)
             parts = trial.find(taps, of_block, head_widths(model))
@@ -82,9 +93,13 @@ def find_residual_stream(model: PreTrainedModel, anatomy: Anatomy) -> ResidualSt
     return ResidualStream(width, tuple(blocks), embeddings, final_norm, centred)
 
 
-def _unsupported(model: PreTrainedModel, reason: str) -> ValueError:
+class _Unsupported(ValueError):
+    """A model whose residual stream cannot be rotated."""
+
+
+def _unsupported(model: PreTrainedModel, reason: str) -> _Unsupported:
     kind = model.config.model_type
-    return ValueError(f"the residual stream of '{kind}' cannot be rotated: {reason}; leave rotate out")
+    return _Unsupported(f"the residual stream of '{kind}' cannot be rotated: {reason}; leave rotate out")
 
 
 class _TrialBlock:
@@ -280,7 +295,8 @@ def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return getattr(getattr(module, "weight", None), "dim", lambda: 0)() == 1
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 1
 
 
 def _norms_of(module: nn.Module, recurse: bool) -> Iterator[nn.Module]:
