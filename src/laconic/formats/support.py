@@ -54,7 +54,7 @@ class Support:
 
 
 ENGINES: Mapping[EngineName, Engine] = {
-    "vllm": Engine("vLLM 0.32", "H100"),
+    "vllm": Engine("vLLM 0.32", "H100/H200"),
     "vllm-cpu": Engine("vLLM 0.32", "CPU"),
     "transformers": Engine("transformers 5.23", ""),
 }
@@ -63,47 +63,61 @@ ENGINES: Mapping[EngineName, Engine] = {
 _TRIED, _NOT_TRIED, _NO_KERNEL = Support("tried"), Support("not tried"), Support("no kernel")
 _AVX512, _VNNI = Support("tried", "needs AVX-512"), Support("tried", "exact with VNNI")
 _HUMMING = Support("tried", "Humming; log-probabilities within 0.015-0.037 of ours")
-_MARLIN = Support("not tried", "Marlin by its source")
-_BLACKWELL = Support("not tried", "rounds activations on Blackwell alone, whatever the scheme")
 _READ_THEN_REFUSED = Support("refused", "reads the config, and has no kernel")
-_PLUGIN = Support("not tried", "with our plugin, simulated")
 _REGISTERED = Support("tried", "with `import laconic`, simulated")
 
+_SIMULATED = "with our plugin, simulated"
+
+
+def _h200(note: str, distance: float) -> Support:
+    """Return what benchmarks/serve_matrix.py found on an H200.
+
+    Args:
+        note: The kernel in vLLM's log, or a condition.
+        distance: Mean distance of log-probabilities from ours, on a random Llama of 512 channels in bfloat16.
+    """
+    return Support("tried", f"{note}; {distance:.3f}".removeprefix("; "))
+
+
 SUPPORT: Mapping[str, tuple[Support, Support, Support]] = {
-    "W8A16": (_NOT_TRIED, _NO_KERNEL, _TRIED),
-    "W4A16": (_NOT_TRIED, _AVX512, _TRIED),
-    "W4A16_ASYM": (_NOT_TRIED, _AVX512, _TRIED),
+    "W8A16": (_h200("Machete", 0.020), _NO_KERNEL, _TRIED),
+    "W4A16": (_h200("Machete; Humming at groups of 32", 0.021), _AVX512, _TRIED),
+    "W4A16_ASYM": (_h200("Machete", 0.029), _AVX512, _TRIED),
     "W3A16": (_HUMMING, _NO_KERNEL, _TRIED),
     "W2A16": (_HUMMING, _NO_KERNEL, _TRIED),
-    "W8A8": (_NOT_TRIED, _VNNI, _TRIED),
+    "W8A8": (_h200("CUTLASS", 0.051), _VNNI, _TRIED),
     "W4A8": (
-        Support("not tried", "refuses what `engine: vllm-cpu` writes"),
+        _h200("Machete; refuses what `engine: vllm-cpu` writes", 0.047),
         Support("tried", "as `engine: vllm-cpu` writes it"),
         _TRIED,
     ),
-    "W7A7": (_PLUGIN, _PLUGIN, _REGISTERED),
-    "W6A6": (_PLUGIN, Support("tried", "with our plugin, simulated"), _REGISTERED),
-    "W4A6": (_PLUGIN, _PLUGIN, _REGISTERED),
-    "W4A4": (_PLUGIN, _PLUGIN, _REGISTERED),
-    "FP8": (_NOT_TRIED, _NO_KERNEL, _TRIED),
-    "FP8_DYNAMIC": (_NOT_TRIED, _TRIED, _TRIED),
-    "FP8_BLOCK": (_NOT_TRIED, Support("tried", "needs AMX"), _TRIED),
-    "NVFP4A16": (_MARLIN, _READ_THEN_REFUSED, _TRIED),
+    "W7A7": (_h200(_SIMULATED, 0.090), Support("not tried", _SIMULATED), _REGISTERED),
+    "W6A6": (_h200(_SIMULATED, 0.166), Support("tried", _SIMULATED), _REGISTERED),
+    "W4A6": (_h200(_SIMULATED, 0.158), Support("not tried", _SIMULATED), _REGISTERED),
+    "W4A4": (_h200(_SIMULATED, 0.538), Support("not tried", _SIMULATED), _REGISTERED),
+    "FP8": (_h200("", 0.096), _NO_KERNEL, _TRIED),
+    "FP8_DYNAMIC": (_h200("", 0.117), _TRIED, _TRIED),
+    "FP8_BLOCK": (_h200("", 0.111), Support("tried", "needs AMX"), _TRIED),
+    "NVFP4A16": (_h200("Humming", 0.025), _READ_THEN_REFUSED, _TRIED),
     "NVFP4": (
-        Support("not tried", "FP4 arithmetic on Blackwell, elsewhere Marlin, by its source"),
+        Support("not tried", "FP4 arithmetic on Blackwell alone, elsewhere Humming without rounding activations"),
         Support("no kernel", "its own emulation, in float32, has our log-probabilities to 1e-3"),
         Support("tried", "in bfloat16"),
     ),
-    "MXFP4A16": (_BLACKWELL, _READ_THEN_REFUSED, _TRIED),
-    "MXFP4": (_BLACKWELL, _READ_THEN_REFUSED, Support("tried", "in bfloat16")),
+    "MXFP4A16": (_h200("Humming", 0.119), _READ_THEN_REFUSED, _TRIED),
+    "MXFP4": (
+        Support("not tried", "FP4 arithmetic on Blackwell alone, elsewhere Humming without rounding activations"),
+        _READ_THEN_REFUSED,
+        Support("tried", "in bfloat16"),
+    ),
 }
 """By preset, what is known of it in each of `ENGINES`, in their order. A varied preset is as its preset."""
 
 
 PARTS: Mapping[str, tuple[Support, Support, Support]] = {
-    "quantized head": (_NOT_TRIED, Support("tried", "W4A16"), _TRIED),
+    "quantized head": (_h200("W4A16, W8A16", 0.021), Support("tried", "W4A16"), _TRIED),
     "quantized embeddings": (
-        _NOT_TRIED,
+        _h200("W4A16, W8A16; beside a quantized head", 0.020),
         Support("refused", "its kernel needs Triton"),
         Support("tried", "where the model has one scheme"),
     ),
