@@ -74,7 +74,14 @@ class QEmbedding(nn.Module):
         return self._quantized({n: self.get_parameter(n) for n in self.names}, self.num_embeddings).decode(dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows of token ids of any shape, (*ids.shape, embedding_dim)."""
+        """Return the rows of token ids.
+
+        Args:
+            ids: Token ids of any shape.
+
+        Returns:
+            (*ids.shape, embedding_dim).
+        """
         flat = ids.reshape(-1)
         stored = {n: p if n == _SHAPE else p[flat] for n in self.names for p in (self.get_parameter(n),)}
         rows = self._quantized(stored, len(flat)).decode(self.dtype).view(*ids.shape, self.embedding_dim)

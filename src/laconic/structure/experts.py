@@ -76,7 +76,7 @@ class Stacking:
         return self.names if self.gated else self.names[1:]
 
     def pieces(self, leaf: str, intermediate: int, hidden: int) -> list[Piece]:
-        """List the linears in a stacked tensor; empty for any other tensor.
+        """Return the linears in a stacked tensor; empty for any other tensor.
 
         Args:
             leaf: Name of the tensor in its module.
