@@ -23,7 +23,7 @@ from laconic.formats.packing import unpack
 from laconic.pipeline.dequantize import dequantize
 from laconic.runtime.embedding import QEmbedding
 from laconic.runtime.linear import QLinear
-from tiny import make_model, make_recipe, make_tokenizer
+from tiny import make_model, make_tokenizer
 
 Coded = tuple[dict[str, Tensor], Tensor]
 """What a file holds of a linear, and its weight (out, in) by the published formula."""
@@ -281,6 +281,37 @@ def test_a_quantized_cache_is_left_out_and_an_adapter_copied(llama: Path, text: 
     assert torch.equal(logits(laconic.load(written)), logits(laconic.load(artifact.path)))
 
 
+LORA = {"method": "lora", "max_steps": 1, "batch_size": 2, "max_seq_length": 32, "rank": 2, "held_out": 0}
+WHOLE: dict[str, tuple[str, list[Stage]]] = {
+    "depth": ("GPTQ", [{"method": "depth", "blocks": 1}, W8]),
+    "llm_pruner": ("AWQ", [{"method": "llm_pruner", "sparsity": 0.25, "uniform": True}]),
+    "rotate": ("FP8 in blocks", [{"method": "rotate"}, W8]),
+    "lora": ("AWQ", [LORA]),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_stages_of_the_whole_model_get_decoded_weights(name: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    form, stages = WHOLE[name]
+    coded, plain = quantized_and_plain(llama, tmp_path, form)
+    stages = [stage | ({"data": [{"dataset": str(text)}]} if stage["method"] == "lora" else {}) for stage in stages]
+    artifact = press(coded, tmp_path / "a", *stages, text=text)
+    of_plain = press(plain, tmp_path / "b", *stages, text=text)
+    assert same_bytes(artifact.path, of_plain.path)
+    assert artifact.config == of_plain.config
+
+
+def test_an_adapter_is_kept_beside_the_codes_of_another_tool(llama: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    coded, plain = quantized_and_plain(llama, tmp_path, "AWQ")
+    stage = LORA | {"data": [{"dataset": str(text)}], "keep_adapters": True, "learning_rate": 0.05}
+    artifact, of_plain = press(coded, tmp_path / "a", stage), press(plain, tmp_path / "b", stage)
+    assert tensors(artifact.path).keys() == tensors(coded).keys()
+    assert artifact.config["quantization_config"] == FORMATS["AWQ"][1]
+    assert torch.equal(logits(laconic.load(artifact.path)), logits(laconic.load(of_plain.path)))
+    assert not torch.equal(logits(laconic.load(artifact.path)), logits(laconic.load(coded)))
+
+
 def test_an_interrupted_dequantization_resumes(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, laconic: Laconic
 ) -> None:
@@ -330,9 +361,5 @@ def test_what_is_not_read_is_refused_in_one_line(laconic: Laconic, llama: Path, 
     ):
         rewrite(coded, tensors_, quantization_config=config)
         assert message in laconic("dequantize", coded, "-o", out).complaint
-    rewrite(coded, held, quantization_config=awq)
-    depth = make_recipe(tmp_path / "depth.yaml", {"method": "depth", "blocks": 1})
-    complaint = laconic("compress", coded, "--recipe", depth, "-o", out).complaint
-    assert "write it in 16 bit first (laconic dequantize" in complaint
     assert not out.exists()
     assert not Path(f"{out}.partial").exists()

@@ -169,11 +169,11 @@ def _restacked(checkpoint: Checkpoint, pieces: Mapping[str, Tensor]) -> Tensor:
 
 def _joined(parts: Sequence[tuple[StoredTensor, Tensor]]) -> Tensor:
     """Join the linears of one expert that a file holds in one matrix."""
-    first = parts[0][1]
-    joined = first.new_empty(sum(len(t) for _, t in parts), *first.shape[1:])
-    for stored, tensor in parts:
-        assert stored.rows is not None
-        joined[slice(*stored.rows)] = tensor
+    located = {stored.rows or (0, 0, 1): tensor for stored, tensor in parts}
+    # In order of their first rows, whose numbers are others where experts were narrowed.
+    ordered = [tensor for _, tensor in sorted(located.items(), key=lambda part: part[0])]
+    interleaved = next(iter(located))[2] > 1
+    joined = torch.stack(ordered, 1).flatten(0, 1) if interleaved else torch.cat(ordered)
     return joined.T if parts[0][0].transposed else joined
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.rebuild import rebuild_model, tensors_of
-from laconic.checkpoint.source import Source, read_config
-from laconic.runtime.reading import load
+from laconic.checkpoint.source import Source
+from laconic.runtime.inputs import open_input
+from laconic.runtime.reading import load_dense
 from laconic.stages.model import (
     ModelOutcome,
     ModelStage,
@@ -75,8 +76,8 @@ class Depth(ModelStage):
         return {}
 
     def apply(self, task: ModelTask) -> ModelOutcome:
-        raw, _ = read_config(task.folder, trust=task.trust)
-        model = load(task.folder, device=task.device, dtype=torch.float32, adapter=False, trust=task.trust)
+        raw = open_input(str(task.folder), trust=task.trust).raw
+        model = load_dense(task.folder, device=task.device, dtype=torch.float32, trust=task.trust)
         name = find_blocks(model)
         blocks = list(model.get_submodule(name).children())
         influence = compute_influence(model, blocks, task.windows, self.batch_size, task.report)

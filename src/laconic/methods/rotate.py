@@ -21,7 +21,8 @@ from laconic.checkpoint.extra import describe_extra, extra_names
 from laconic.checkpoint.files import DTYPES, Checkpoint
 from laconic.checkpoint.layout import to_file_layout
 from laconic.checkpoint.materialise import check_complete, materialise
-from laconic.checkpoint.source import Source, arrange_source, build_skeleton, open_source
+from laconic.checkpoint.source import Source, arrange_source, build_skeleton
+from laconic.runtime.inputs import open_input
 from laconic.solvers.orthogonal import Rotation, RotationKind, make_rotation
 from laconic.stages.model import ModelOutcome, ModelStage, ModelTask
 from laconic.structure.anatomy import Anatomy, dissect, linears_of
@@ -97,7 +98,7 @@ class Rotate(ModelStage):
 
 def _open(task: ModelTask) -> tuple[Source, PreTrainedModel, bool]:
     """Open a checkpoint, with a float32 skeleton whose head has a weight of its own, and whether it had none before."""
-    source = open_source(str(task.folder), trust=task.trust)
+    source = open_input(str(task.folder), trust=task.trust)
     model = build_skeleton(source.config, torch.float32, trust=task.trust)
     source = arrange_source(source, model)
     check_complete(model, source.checkpoint)

@@ -16,7 +16,7 @@ from laconic.artifact.artifact import Artifact
 from laconic.artifact.identity import partial_folder
 from laconic.artifact.workspace import Workspace, scratch_folder
 from laconic.checkpoint.extra import extra_linears, extra_names, extra_shards, load_extra, renumber_blocks
-from laconic.checkpoint.files import DTYPES, Checkpoint, open_checkpoint
+from laconic.checkpoint.files import DTYPES, Checkpoint
 from laconic.checkpoint.layout import arrange, to_file_layout
 from laconic.checkpoint.source import build_skeleton, main_dtype, read_config
 from laconic.checkpoint.trust import Trust
@@ -24,6 +24,7 @@ from laconic.formats.schemes import Scheme
 from laconic.pipeline.calibration import device_of
 from laconic.pipeline.engines import quantization_config
 from laconic.pipeline.provenance import account
+from laconic.runtime.inputs import open_input
 from laconic.runtime.linear import QLinear
 from laconic.stages.model import ModelOutcome, ModelStage, ModelTask
 from laconic.structure.anatomy import dissect, find_blocks, linears_of
@@ -71,6 +72,8 @@ def run_model_step(
         except ValueError as e:
             raise ValueError(f"stages.{step.first} ({stage.method}): {e}") from e
         config = {**read_config(folder, trust=pipeline.trust)[0], **outcome.config}
+        if outcome.model is not None or outcome.shards:
+            config.pop("quantization_config", None)  # of weights that were decoded
         if outcome.model is None and not outcome.shards:
             workspace.copy_weights(folder)
         elif outcome.model is not None:
@@ -202,10 +205,9 @@ def _quantization(
 
 def _layout(folder: Path, trust: Trust) -> tuple[PreTrainedModel, Checkpoint]:
     """Return a skeleton, and the checkpoint that says how files name and lay out its parameters."""
-    _, config = read_config(folder, trust=trust)
-    checkpoint = open_checkpoint(folder)
-    skeleton = build_skeleton(config, main_dtype(checkpoint), trust=trust)
-    return skeleton, arrange(checkpoint, skeleton)
+    source = open_input(str(folder), trust=trust)
+    skeleton = build_skeleton(source.config, source.dtype, trust=trust)
+    return skeleton, arrange(source.checkpoint, skeleton)
 
 
 def _stored(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -66,11 +66,6 @@ def check_order(number: int, stage: Stage, state: ModelState, source: Source, mo
             f"{label} needs the model whole, and reads no pickle weights; convert them to safetensors first "
             "(transformers' save_pretrained writes those)"
         )
-    if number == 0 and source.quantized:
-        raise ValueError(
-            f"{label} needs the model whole in 16 bit, and {source.name} is quantized; write it in 16 bit first "
-            f"(laconic dequantize {source.name} --output DIR), and compress that"
-        )
     if state.quantized and not stage.accepts_codes:
         raise ValueError(f"{label} changes weights, and earlier stages have quantized them; list it before them")
     if state.pruned and not stage.keeps_zeros:

@@ -30,6 +30,7 @@ def load(
     dtype: torch.dtype | None = None,
     packed: bool = False,
     adapter: bool = True,
+    decoded: bool = False,
     trust: Trust = UNTRUSTED,
 ) -> PreTrainedModel:
     """Open an artifact, another compressed-tensors checkpoint of a format that we have, or a plain model.
@@ -42,6 +43,7 @@ def load(
         dtype: Dtype to compute in. None: the dtype of the checkpoint.
         packed: Whether to keep only the codes and decode them in every forward pass, instead of decoding them once.
         adapter: Whether to apply the adapter that stands beside the weights (`keep_adapters`).
+        decoded: Whether quantized weights are decoded into the plain modules of the model.
         trust: Permissions of the model's files.
 
     Returns:
@@ -63,8 +65,8 @@ def load(
                 f"{folder} is quantized by '{quantization.get('quant_method')}', which Laconic cannot read; open it "
                 "with transformers or vLLM"
             )
-        if is_decodable(quantization) or any(n.endswith(".weight_g_idx") for n in checkpoint.tensors):
-            # Layouts that no linear of ours computes with.
+        if decoded or is_decodable(quantization) or any(n.endswith(".weight_g_idx") for n in checkpoint.tensors):
+            # The latter two are layouts that no linear of ours computes with.
             checkpoint, quantization = decode_checkpoint(checkpoint, raw, config, trust), None
         else:
             del config.quantization_config
@@ -91,3 +93,21 @@ def load(
     if cache := read_kv_scheme(folder, raw):
         use_by_default(model, *cache)
     return model
+
+
+def load_dense(folder: Path, *, device: torch.device, dtype: torch.dtype, trust: Trust) -> PreTrainedModel:
+    """Open the checkpoint that a stage changes: quantized weights decoded, a kept adapter left out.
+
+    Args:
+        folder: Folder of the checkpoint.
+        device: Device of the model.
+        dtype: Dtype of the model.
+        trust: Permissions of the model's files.
+
+    Returns:
+        The model, with plain linears.
+
+    Raises:
+        ValueError: The folder cannot be read, or the model needs more trust.
+    """
+    return load(folder, device=device, dtype=dtype, adapter=False, decoded=True, trust=trust)

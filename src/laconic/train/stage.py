@@ -221,7 +221,9 @@ class TrainingStage(ModelStage):
         raw, config = read_config(task.folder, trust=task.trust)
         mix = self._read_mix(task.folder, config.get_text_config().vocab_size, task.seed, task.trust)
         with ExitStack() as contexts:
-            run = self._start(task, config, "quantization_config" in raw, self._arguments(mix, task), contexts)
+            # Codes of the original model are decoded; those of an earlier stage stay.
+            coded = "quantization_config" in raw and task.folder != task.original
+            run = self._start(task, config, coded, self._arguments(mix, task), contexts)
             self.prepare_run(run)
             model = self.open_model(run)
             blocks = model.get_submodule(run.anatomy.blocks)

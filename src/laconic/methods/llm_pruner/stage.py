@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.rebuild import rebuild_model, tensors_of
-from laconic.checkpoint.source import Source, read_config
+from laconic.checkpoint.source import Source
 from laconic.methods.llm_pruner.gradients import Gradients, compute_gradients
 from laconic.methods.llm_pruner.groups import Group, Kind, Slice, match_channels, remove_units
 from laconic.methods.llm_pruner.limits import check_sparsity
@@ -27,7 +27,8 @@ from laconic.methods.llm_pruner.residual_width import (
     residual_axes,
 )
 from laconic.methods.llm_pruner.saliency import Aggregation, Pooling, pool, taylor_terms, unit_importance
-from laconic.runtime.reading import load
+from laconic.runtime.inputs import open_input
+from laconic.runtime.reading import load_dense
 from laconic.stages.model import ModelOutcome, ModelStage, ModelTask, check_finite, parameter_counts
 from laconic.stages.stage import Needs
 from laconic.structure.anatomy import Anatomy, dissect
@@ -147,8 +148,8 @@ class LlmPruner(ModelStage):
             )
 
     def apply(self, task: ModelTask) -> ModelOutcome:
-        raw, _ = read_config(task.folder, trust=task.trust)
-        model = load(task.folder, device=task.device, dtype=_DTYPES[self.dtype], adapter=False, trust=task.trust)
+        raw = open_input(str(task.folder), trust=task.trust).raw
+        model = load_dense(task.folder, device=task.device, dtype=_DTYPES[self.dtype], trust=task.trust)
         anatomy = dissect(model)
         if self.hidden:
             return self._prune_hidden(task, model, anatomy, raw)

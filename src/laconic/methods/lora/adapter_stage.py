@@ -14,13 +14,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.checkpoint.files import open_checkpoint
 from laconic.checkpoint.layout import TransposedLinear, arrange
 from laconic.checkpoint.materialise import materialise
 from laconic.checkpoint.source import Source, build_skeleton, main_dtype
 from laconic.methods.lora.adapter_files import check_adapter, check_peft, write_adapter
 from laconic.methods.lora.adapters import add_adapters, merge_adapters
 from laconic.runtime.adapters import ADAPTER, read_adapter
+from laconic.runtime.inputs import open_input
 from laconic.runtime.reading import load
 from laconic.stages.model import ModelOutcome
 from laconic.stages.stage import TEXT
@@ -113,7 +113,7 @@ class AdapterStage(TrainingStage):
         if self.leaves_adapters(quantized=run.quantized):
             self._write(task.artifact / ADAPTER, parameters, run.skeleton, str(task.folder))
             return ModelOutcome(None, results=results)
-        checkpoint = open_checkpoint(task.folder)
+        checkpoint = open_input(str(task.folder), trust=task.trust).checkpoint
         model = build_skeleton(run.config, main_dtype(checkpoint), trust=task.trust)
         materialise(model, "", arrange(checkpoint, model), torch.device("cpu"))
         merge_adapters(model, parameters, self.alpha / self.rank)
@@ -143,7 +143,7 @@ class AdapterStage(TrainingStage):
         """
         task, blocks, names = run.task, run.anatomy.blocks, self._names(run)
         model = build_skeleton(run.config, run.dtype, trust=task.trust)
-        checkpoint = arrange(open_checkpoint(task.folder), model)
+        checkpoint = arrange(open_input(str(task.folder), trust=task.trust).checkpoint, model)
         generator, masked = torch.Generator().manual_seed(task.seed), not self.keep_adapters
         for i, block in enumerate(model.get_submodule(blocks).children()):
             materialise(block, f"{blocks}.{i}.", checkpoint, run.load_device)
