@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,12 @@ from laconic.checkpoint.source import build_skeleton
 from laconic.structure.anatomy import dissect
 from shrunk import build, shrunk_config
 
+# Later blocks read keys and values of earlier ones.
+SHARING = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 # Positions as biases of each sample and head; a mask for each sample; embeddings that each block reads; what a block
 # returns beside hidden states.
 KINDS = ("bloom", "xglm", "gemma4_text", "bamba")
@@ -39,9 +46,18 @@ def test_linears_that_cannot_hold_codes_are_known(model_type: str, linear: str) 
 
 
 @pytest.mark.parametrize(
-    ("model_type", "obstacle"),
-    [("glm_moe_dsa", "pass more than hidden states"), ("gemma3n_text", "take more than one hidden state")],
+    ("model_type", "keys", "obstacle"),
+    [
+        ("glm_moe_dsa", {}, "pass more than hidden states"),
+        ("gemma4_text", SHARING, "pass more than hidden states"),
+        ("gemma3n_text", {}, "take more than one hidden state"),
+        ("dory", {}, "are called more than once"),
+        ("prophetnet", {}, "do not get what the block before them computes"),
+    ],
+    ids=["indices", "shared-keys", "streams", "loop", "two-inputs"],
 )
-def test_what_blocks_need_beside_hidden_states_is_an_obstacle(model_type: str, obstacle: str) -> None:
-    config = shrunk_config(model_type)
+def test_what_blocks_need_beside_hidden_states_is_an_obstacle(
+    model_type: str, keys: dict[str, Any], obstacle: str
+) -> None:
+    config = shrunk_config(model_type, **keys)
     assert obstacle in str(dissect(build_skeleton(config, build(config).dtype)).obstacle)

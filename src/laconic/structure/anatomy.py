@@ -7,7 +7,7 @@ found by running it on the meta device, where a tensor has an identity but no me
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, UserDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laconic.structure.calls import (
+    LINKED,
     BlockCall,
     capture_calls,
     copy_to_meta,
@@ -33,6 +34,7 @@ from laconic.structure.hooks import (
     capture_outputs,
     forward_hooks,
     patched_forwards,
+    watched_mappings,
     watched_weights,
 )
 
@@ -119,14 +121,18 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     head = _find_head(model)
     _check_unshared(model, blocks)
 
-    def follow(inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[BlockCall], list[_Trace], set[str]]:
+    def follow(inputs: Mapping[str, Tensor]) -> tuple[str | None, list[_Trace], set[str]]:
         with watched_weights(blocks) as read:
             hidden, calls = capture_calls(model, name, **inputs)
-        return hidden, calls, [_trace(*pair, hidden) for pair in zip(blocks, calls, strict=True)], read
+        # Blocks may leave keys and values there, which later blocks share.
+        mappings = [x for call in calls for x in call.kwargs.values() if isinstance(x, UserDict)]
+        with watched_mappings(mappings) as read_back:
+            traces = [_trace(*pair, hidden) for pair in zip(blocks, calls, strict=True)]
+        return LINKED if read_back else _obstacle(hidden, calls), traces, read
 
     unsupported = f"unsupported architecture '{model.config.model_type}'"
     try:
-        hidden, calls, traces, read = with_blank_inputs(zero_embeddings(model, 1, 4), follow)
+        obstacle, traces, read = with_blank_inputs(zero_embeddings(model, 1, 4), follow)
     except Exception as e:
         if str(e).startswith(unsupported):
             raise
@@ -143,7 +149,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         max(trace.outputs for trace in traces),
         routers,
         frozenset(f"{name}.{n}" for n in read | {f"{i}.{n}" for i, trace in enumerate(traces) for n in trace.bare}),
-        _obstacle(hidden, calls),
+        obstacle,
         find_embeddings(model),
     )
 

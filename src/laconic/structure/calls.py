@@ -22,6 +22,9 @@ from laconic.structure.hooks import StopForward, patched_forwards
 Samples = slice | Tensor
 """Numbers of calibration samples."""
 
+LINKED = "pass more than hidden states to later blocks"
+"""An obstacle of `BlockCall`: a block reads what earlier blocks compute beside hidden states."""
+
 LOOPED = "are called more than once for each text"
 """An obstacle of `BlockCall`: the model runs through its blocks again."""
 
@@ -315,7 +318,7 @@ def _bypass(
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             obstacle: str | None = None
             if any(x is y for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) for y in passed):
-                obstacle = "pass more than hidden states to later blocks"
+                obstacle = LINKED
             if first and (i != len(calls) or hidden_states is not expected[-1]):
                 obstacle = "do not get what the block before them computes"
             if i in calls:

@@ -7,6 +7,7 @@ args)`, both with `kwargs` after `args` where `with_kwargs` is set.
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -157,6 +158,36 @@ def watched_weights(module: nn.Module) -> Iterator[set[str]]:
     finally:
         for name, linear in linears.items():
             linear.__class__ = classes[name]
+
+
+@contextmanager
+def watched_mappings(mappings: Iterable[UserDict[Any, Any]]) -> Iterator[set[Any]]:
+    """Find the keys under which mappings are read.
+
+    Args:
+        mappings: The mappings; their classes are others while the context lasts.
+
+    Yields:
+        The keys, filled while the context lasts.
+    """
+    read: set[Any] = set()
+    classes = {id(mapping): (mapping, type(mapping)) for mapping in mappings}
+
+    def watching(kind: type[UserDict[Any, Any]]) -> type[UserDict[Any, Any]]:
+        class Watched(kind):  # type: ignore[misc,valid-type]
+            def __getitem__(self, key: Any) -> Any:
+                read.add(key)
+                return super().__getitem__(key)
+
+        return Watched
+
+    try:
+        for mapping, kind in classes.values():
+            mapping.__class__ = watching(kind)
+        yield read
+    finally:
+        for mapping, kind in classes.values():
+            mapping.__class__ = kind
 
 
 def _watching(kind: type[nn.Linear], name: str, read: set[str]) -> type[nn.Linear]:
