@@ -73,12 +73,16 @@ _SIZES: tuple[tuple[str, int | None], ...] = (
 _PER_LAYER_LIMIT = 6
 
 # Sections of rotary embeddings of three positions (time, height, width), of heads of 16 channels.
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 _SECTIONS = {"text_config": {"rope_parameters": {"mrope_section": [4, 2, 2]}}}
 
 # Values that no pattern gives, by model type; nested dicts are those of parts.
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"n_group": 1, "num_expert_group": 1, "topk_group": 1},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}},
     "cosmos3_edge": _SECTIONS,
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
     "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1,
              "layer_types": None},
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [64, 32]}},

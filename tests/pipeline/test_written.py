@@ -12,6 +12,7 @@ from torch import Tensor
 from artifacts import press, rtn
 from laconic.checkpoint.layout import to_file_layout
 from laconic.walk import walk
+from shrunk import make_shrunk
 
 
 def test_a_folder_that_would_not_be_read_back_is_never_left_behind(
@@ -24,3 +25,11 @@ def test_a_folder_that_would_not_be_read_back_is_never_left_behind(
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj\.\w+ would not be read back from the artifact"):
         press(llama, tmp_path / "out" / "artifact", rtn("W8A16"))
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_weights_that_transformers_computes_from_others_are_told(tmp_path: Path) -> None:
+    folder = make_shrunk(tmp_path / "model", "kimi_linear")
+    with pytest.raises(
+        ValueError, match=r"transformers computes 'model\.layers\.0\.self_attn\.conv1d\.weight' from other"
+    ):
+        press(folder, tmp_path / "artifact", rtn("W8A16"))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from laconic.checkpoint.files import DTYPES, Checkpoint, StoredTensor
@@ -139,6 +139,19 @@ def engine_names(checkpoint: Checkpoint, model: PreTrainedModel, linears: Iterab
         lacks_prefix = linear.startswith(prefix) and not name.startswith(prefix)
         names[linear] = f"{prefix}{name}" if lacks_prefix else name
     return names
+
+
+def is_computed(model: PreTrainedModel, name: str) -> bool:
+    """Return whether transformers computes a tensor from others while it loads them, other than by renaming.
+
+    Args:
+        model: The model.
+        name: Name of the tensor in the model.
+    """
+    converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
+    # Groups of a source pattern stand for names between dots.
+    patterns = [re.sub(r"\\\d", r"[^.]+", p) for c in converters for p in c.target_patterns]
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _unstacked(experts: Experts, leaf: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.files import DTYPES, Checkpoint
+from laconic.checkpoint.layout import is_computed
 
 
 def check_complete(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -21,11 +22,15 @@ def check_complete(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """
     for parameter, names in _parameters(model).items():
         name = next((n for n in names if n in checkpoint.tensors), None)
+        if name is None and is_computed(model, names[0]):
+            raise ValueError(
+                f"unsupported architecture '{model.config.model_type}': transformers computes '{names[0]}' from other "
+                "tensors of its files, which Laconic cannot"
+            )
         if name is None:
             raise ValueError(
                 f"{checkpoint.folder} has no tensor '{names[0]}', which config.json asks for; "
-                "download it again, or check that the two belong together (weights that transformers splits or joins "
-                "while it loads them, other than experts, cannot be read)"
+                "download it again, or check that the two belong together"
             )
         stored = checkpoint.tensors[name]
         _check_shape(name, stored.shape, parameter)
