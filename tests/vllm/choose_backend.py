@@ -18,7 +18,7 @@ def main() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from laconic.serving import vllm_plugin
-    from laconic.serving.vllm_kv import choose_packed_backend
+    from laconic.serving.vllm_choice import choose_packed_backend
 
     vllm_plugin.register()
     # As vLLM's, it remembers its choice; models are not among the arguments.

@@ -137,5 +137,5 @@ class KvCache(Cache):
 
     def effective_bits(self) -> float:
         """Return the bits of all stored tensors per number of keys and values."""
-        numbers = sum(2 * layer.length_kept * layer.numbers_per_token for layer in self.quantized_layers)
+        numbers = sum(2 * layer.token_count * layer.numbers_per_token for layer in self.quantized_layers)
         return 8 * self.stored_bytes() / max(1, numbers)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from laconic.kv.format import StaticParams, Stored, decode_kv, encode_kv
+from laconic.kv.format import StaticParams
 from laconic.kv.lazy import LazyHistory, LazyTensor
 from laconic.kv.packed import (
     MAX_QUERIES,
@@ -31,10 +31,8 @@ from laconic.kv.packed import (
 )
 from laconic.kv.positions import TokenPositions
 from laconic.kv.scheme import ROTATIONS, HeadGroup, KvScheme, tokens_at_once
+from laconic.kv.stored import StoredPair, cut_tokens, decode_groups, encode_groups, join_tokens, map_tensors
 from laconic.solvers.rotate import layer_rotations, rotate
-
-StoredPair = tuple[Stored, Stored]
-"""Stored keys and values of a group of heads."""
 
 
 class KvCacheLayer(CacheLayerMixin):
@@ -135,7 +133,7 @@ class KvCacheLayer(CacheLayerMixin):
         if self.lazy and self.encoded and new <= MAX_QUERIES and not key_states.requires_grad:
             # `_encode_left_window` makes new tensors and never changes old ones, so a shallow copy stays as it is.
             history = LazyHistory(self._history(new), partial(copy.copy(self)._visible, new))
-            tokens = self.length_kept
+            tokens = self.token_count
             if self.sliding_window is not None:
                 tokens = min(tokens, self.sliding_window - 1 + new)
             visible = LazyTensor(history, 0, tokens, key_states), LazyTensor(history, 1, tokens, value_states)
@@ -206,8 +204,8 @@ class KvCacheLayer(CacheLayerMixin):
         if not count:
             return
         keys, values = self._to_stored_form(self.keys[:, :, :count], self.values[:, :, :count])
-        new = [self._encode(g, group, keys, values) for g, group in enumerate(self.groups)]
-        self.stored = [_join(*pairs) for pairs in zip(self.stored, new, strict=True)] if self.stored else new
+        new = encode_groups(self.groups, keys, values, self.static, self.dtype)
+        self.stored = [join_tokens(*pairs) for pairs in zip(self.stored, new, strict=True)] if self.stored else new
         self.keys, self.values = self.keys[:, :, count:].clone(), self.values[:, :, count:].clone()
         self.encoded += count
 
@@ -217,35 +215,14 @@ class KvCacheLayer(CacheLayerMixin):
             return
         invisible = (self.length - self.sliding_window + 1 - self.offset) // self.unit * self.unit
         if (count := min(invisible, self.encoded)) > 0:
-            self.stored = [_cut(pair, self.encoded, count, self.encoded) for pair in self.stored]
+            self.stored = [cut_tokens(pair, self.encoded, count, self.encoded) for pair in self.stored]
             self.offset += count
             self.encoded -= count
 
-    def _encode(self, g: int, group: HeadGroup, keys: Tensor, values: Tensor) -> StoredPair:
-        k, v = (x if group.heads is None else x[:, list(group.heads)] for x in (keys, values))
-        return (
-            encode_kv(group.keys, k, self.static.get(f"keys.{g}"), self.dtype),
-            encode_kv(group.values, v, self.static.get(f"values.{g}"), self.dtype),
-        )
-
     def _decode(self) -> KeysValues:
         """Decode all encoded tokens: (B, H, T, C) in the model's dtype."""
-        return self._from_stored_form(self._decode_side(0), self._decode_side(1))
-
-    def _decode_side(self, which: int) -> Tensor:
-        """Decode the keys (`which` 0) or the values (1) of all heads: (B, H, T, C) float32, as they are stored."""
-        name, channels = ("keys", "values")[which], int((self.keys, self.values)[which].shape[-1])
-        parts = []
-        for g, (group, pair) in enumerate(zip(self.groups, self.stored, strict=True)):
-            fmt = (group.keys, group.values)[which]
-            parts.append((group.heads, decode_kv(fmt, pair[which], channels, self.static.get(f"{name}.{g}"))))
-        if len(parts) == 1 and parts[0][0] is None:
-            return parts[0][1].float()
-        first = parts[0][1]
-        x_BHTC = first.new_empty((first.shape[0], self.heads, *first.shape[2:]), dtype=torch.float32)
-        for heads, part in parts:
-            x_BHTC[:, list(heads or range(self.heads))] = part.float()
-        return x_BHTC
+        channels = int(self.keys.shape[-1]), int(self.values.shape[-1])
+        return self._from_stored_form(*decode_groups(self.groups, self.stored, self.static, channels))
 
     def _to_stored_form(self, keys: Tensor, values: Tensor) -> KeysValues:
         """Remove the rotary embedding of keys, and rotate keys and values, as the scheme requires."""
@@ -341,7 +318,7 @@ class KvCacheLayer(CacheLayerMixin):
         # A unit is encoded as a whole: if the crop cuts into one, the rest of its tokens go back to the window.
         keys, values = self._decode()
         self.keys, self.values = keys[:, :, whole:left].clone(), values[:, :, whole:left].clone()
-        self.stored = [_cut(pair, self.encoded, 0, whole) for pair in self.stored] if whole else []
+        self.stored = [cut_tokens(pair, self.encoded, 0, whole) for pair in self.stored] if whole else []
         self.encoded = whole
 
     def reset(self) -> None:
@@ -387,9 +364,7 @@ class KvCacheLayer(CacheLayerMixin):
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.keys, self.values = change(self.keys), change(self.values)
-        self.stored = [
-            ({n: change(t) for n, t in k.items()}, {n: change(t) for n, t in v.items()}) for k, v in self.stored
-        ]
+        self.stored = [map_tensors(change, pair) for pair in self.stored]
         if self.sinks is not None:
             self.sinks = (change(self.sinks[0]), change(self.sinks[1]))
 
@@ -401,7 +376,7 @@ class KvCacheLayer(CacheLayerMixin):
         return [*encoded, *(self.sinks or ()), *([] if self.keys is None else [self.keys, self.values])]
 
     @property
-    def length_kept(self) -> int:
+    def token_count(self) -> int:
         """Number of tokens in the layer."""
         return self.length - self.offset
 
@@ -414,19 +389,3 @@ class KvCacheLayer(CacheLayerMixin):
     def numbers_per_token(self) -> int:
         """Numbers of the keys of one token, over all rows and heads."""
         return 0 if self.keys is None else self.keys.shape[0] * self.keys.shape[1] * self.keys.shape[3]
-
-
-def _cut(pair: StoredPair, tokens: int, start: int, stop: int) -> StoredPair:
-    """Cut the tokens [start, stop) out of stored keys and values of this many tokens."""
-
-    def cut(t: Tensor) -> Tensor:
-        per_entry = tokens // t.shape[2]
-        return t[:, :, start // per_entry : stop // per_entry].clone()
-
-    keys, values = ({n: cut(t) for n, t in stored.items()} for stored in pair)
-    return keys, values
-
-
-def _join(old: StoredPair, new: StoredPair) -> StoredPair:
-    keys, values = ({n: torch.cat([a[n], b[n]], 2) for n in a} for a, b in zip(old, new, strict=True))
-    return keys, values

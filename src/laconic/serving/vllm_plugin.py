@@ -1,8 +1,8 @@
 """The vLLM plugin: native artifacts, packed key-value caches, and models whose blocks differ in width.
 
 vLLM finds `register` through the entry point `vllm.general_plugins`, wherever laconic is installed beside it. Native
-artifacts are those of `quant_method: laconic`. Their linears are in `serving.vllm_linear`, caches in `serving.vllm_kv`,
-widths in `serving.vllm_widths`.
+artifacts are those of `quant_method: laconic`. Their linears are in `serving.vllm_linear`, caches in `serving.vllm_kv`
+and `serving.vllm_choice`, widths in `serving.vllm_widths`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from laconic.formats.schemes import Scheme
 from laconic.runtime.quant_config import NATIVE, schemes_from_config
-from laconic.serving.vllm_kv import register_kv
+from laconic.serving.vllm_choice import register_kv
 from laconic.serving.vllm_linear import LaconicLinearMethod, engine_method
 from laconic.serving.vllm_widths import register_widths
 
