@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import laconic
 from laconic.checkpoint.source import load_tokenizer
-from laconic.evaluation.needle import TEMPLATES, NeedleOptions, depths_of, find_needles, is_found, make_prompt
+from laconic.evaluation.needle import TEMPLATES, NeedleOptions, depths_of, find_needles, is_correct, make_prompt
 from laconic.evaluation.through_cache import PLAIN, plain_cache
 from laconic.kv.attach import make_cache
 from laconic.kv.format import KvFormat
@@ -54,7 +54,7 @@ def test_damage_is_seen(demo: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     assert [(c.length, c.depth, c.trials) for c in found[PLAIN]] == [
         (n, d, 1) for n in (256, 384) for d in (0.0, 0.5, 1.0)
     ]
-    shares = {name: sum(c.found for c in cells) for name, cells in found.items()}
+    shares = {name: sum(c.correct for c in cells) for name, cells in found.items()}
     assert shares[PLAIN] == shares["keys of 8"] == 6
     assert shares["keys of 1"] == 0
 
@@ -67,7 +67,7 @@ def test_needles_are_found_over_the_whole_context(
     found = find_needles(
         demo, tokenizer, hay, caches, [1024, 2048], NeedleOptions(trials=2, template=TEMPLATES["comment"])
     )
-    assert sum(c.found for c in found[PLAIN]) >= 18
+    assert sum(c.correct for c in found[PLAIN]) >= 18
 
 
 @pytest.mark.parametrize("form", TEMPLATES)
@@ -112,7 +112,7 @@ def test_prompts_are_repeatable_and_differ(tokenizer: PreTrainedTokenizerBase, h
     ],
 )
 def test_an_answer_is_the_first_number_to_the_digit(answer: str, found: bool) -> None:
-    assert is_found(answer, "48213") == found
+    assert is_correct(answer, "48213") == found
 
 
 def test_depths_are_even() -> None:

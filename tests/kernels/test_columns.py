@@ -1,4 +1,4 @@
-"""The sweep against GPTQ's own loop in float64, and the Triton kernel against the loop in torch."""
+"""The column loop against GPTQ's own loop in float64, and the Triton kernel against the loop in torch."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def agree(W: Tensor, H: Tensor, ours: tuple[Tensor, Tensor], papers: tuple[Tenso
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("actorder", [True, False])
-def test_sweep_on_static_groups_is_the_papers_loop(symmetric: bool, actorder: bool) -> None:
+def test_column_loop_on_static_groups_is_the_papers_loop(symmetric: bool, actorder: bool) -> None:
     W, H = problem()
     fmt = IntAffine(4, symmetric, Tiling("group", GROUP))
     params = search_range(fmt, W, H.diagonal())
@@ -91,7 +91,7 @@ def test_sweep_on_static_groups_is_the_papers_loop(symmetric: bool, actorder: bo
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("observer", ["minmax", "mse"])
-def test_sweep_on_online_groups_is_the_papers_loop(symmetric: bool, observer: str) -> None:
+def test_column_loop_on_online_groups_is_the_papers_loop(symmetric: bool, observer: str) -> None:
     W, H = problem()
     # A wide symmetric grid over the weights as they are puts the largest, if negative, at -7.5 scales: always a tie.
     fmt = IntAffine(4, symmetric, Tiling("group", GROUP), narrow=symmetric)
@@ -114,7 +114,7 @@ def test_sweep_on_online_groups_is_the_papers_loop(symmetric: bool, observer: st
 
 @pytest.mark.parametrize("fmt", [NvFp4(), MxFp4()], ids=["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("static", [True, False], ids=["static", "online"])
-def test_sweep_onto_fp4_is_the_papers_loop_onto_its_points(fmt: Fp4, static: bool) -> None:
+def test_column_loop_onto_fp4_is_the_papers_loop_onto_its_points(fmt: Fp4, static: bool) -> None:
     W, H = problem()
     A = factor_hessian(H, DAMPENING).A
     if static:

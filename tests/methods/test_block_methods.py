@@ -17,7 +17,7 @@ from laconic.formats import LowRank, Outliers, quantize, schemes
 from laconic.formats.int_affine import IntAffine
 from laconic.formats.tiling import Tiling
 from laconic.methods.autoround import _Tuned
-from laconic.methods.awq import _Inputs, _relative_size, _round_scaled
+from laconic.methods.awq import _InputMeans, _relative_size, _round_scaled
 from laconic.methods.smoothquant import scales
 from laconic.runtime.linear import QLinear
 from laconic.train.block_tuning import differentiable_codes
@@ -125,9 +125,9 @@ def test_a_scaled_and_rounded_weight_has_its_scale_taken_back(symmetric: bool) -
 def test_what_was_seen_of_x_tells_of_scaled_x() -> None:
     X, s = torch.randn(50, 32, dtype=torch.float64), torch.rand(32, dtype=torch.float64) + 0.5
 
-    def seen(X: Tensor) -> _Inputs:
+    def seen(X: Tensor) -> _InputMeans:
         blocks = torch.stack([x.T @ x for x in X.split(16, 1)]) / len(X)
-        return _Inputs(X.abs().mean(0), X.square().mean(0), blocks)
+        return _InputMeans(X.abs().mean(0), X.square().mean(0), blocks)
 
     moved, expected = seen(X).divided(s), seen(X / s)
     for name in ("mean", "energy", "blocks"):

@@ -61,8 +61,8 @@ def test_the_more_a_method_knows_the_closer_it_comes(structure: str) -> None:
     keys = {"mask_structure": structure}
     stages = [Magnitude.model_validate(keys), Wanda.model_validate(keys)]
     stages += [Wanda.model_validate(keys | {"update": True}), SparseGpt.model_validate(keys)]
-    blind, looking, answering, sweeping = (output_error(W, made_of(s, W, X), X) for s in stages)
-    assert max(answering, sweeping) < looking < blind
+    blind, looking, answering, column_loop = (output_error(W, made_of(s, W, X), X) for s in stages)
+    assert max(answering, column_loop) < looking < blind
 
 
 def test_an_input_that_is_always_zero_does_no_harm() -> None:

@@ -59,7 +59,7 @@ def test_zeros_stay_zeros(stage: LinearStage, seed: int, share: float) -> None:
 
 @pytest.mark.parametrize("keys", [{}, {"actorder": None}, {"asymmetric_calibration": 1.0}], ids=str)
 def test_what_is_kept_answers_for_what_is_rounded(keys: dict[str, Any]) -> None:
-    """The sweep is worth as much on a masked weight as it is on a dense one."""
+    """The column loop is worth as much on a masked weight as it is on a dense one."""
     x, full = correlated(), correlated() + 0.1 * correlated(seed=5) if keys.get("asymmetric_calibration") else None
     W = made_of(SparseGpt(), weight(), correlated())
     scheme = {"scheme": "W3A16", "group_size": 32}
@@ -137,7 +137,7 @@ def test_a_mask_that_a_later_stage_loses_ends_the_run(
     ],
     ids=str,
 )
-def test_gptq_prunes_and_rounds_in_one_sweep(keys: dict[str, Any]) -> None:
+def test_gptq_prunes_and_rounds_in_one_loop(keys: dict[str, Any]) -> None:
     W, x = weight(), correlated()
     stage = Gptq.model_validate({"scheme": "W4A16", "group_size": 32} | keys)
     made = made_of(stage, W, x, x if stage.needs.cross_moments else None)
@@ -155,7 +155,7 @@ def test_gptq_prunes_and_rounds_in_one_sweep(keys: dict[str, Any]) -> None:
     assert output_error(W, made, x) < 0.8 * output_error(W, made_of(blind, made_of(mask, W, x), x), x)
 
 
-def test_one_sweep_is_no_worse_than_two() -> None:
+def test_one_loop_is_no_worse_than_two() -> None:
     W, x = weight(), correlated()
     scheme = {"scheme": "W3A16", "group_size": 32}
     for structure in ("unstructured", "2:4"):

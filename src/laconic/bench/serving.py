@@ -74,7 +74,7 @@ def _models(models: Sequence[str], options: ServingOptions) -> list[_Model]:
     if not names:
         raise ValueError("no model to serve; name an artifact or a model")
     folders = {name: model_folder(folder, trust=options.trust) for folder, name in names.items()}
-    found = []
+    entries = []
     for name, folder in folders.items():
         config = read_json(folder / "config.json")
         if not isinstance(config, dict):
@@ -83,8 +83,8 @@ def _models(models: Sequence[str], options: ServingOptions) -> list[_Model]:
             raise ValueError(f"{folder} wants to run its own code (auto_map); pass --trust-remote-code if you trust it")
         if not options.dummy and not any(folder.glob("*.safetensors")) and not options.trust.pickle:
             raise ValueError(f"{folder} has no weights (*.safetensors); time its shapes with --dummy")
-        found.append(_Model(name, folder, config))
-    return found
+        entries.append(_Model(name, folder, config))
+    return entries
 
 
 def _check(models: Sequence[_Model], options: ServingOptions) -> VllmPython | None:

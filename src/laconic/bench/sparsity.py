@@ -31,7 +31,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class _Setup:
+class _SparsityInputs:
     """Inputs of the measurements, checked.
 
     Attributes:
@@ -70,21 +70,21 @@ def bench_sparsity(
     """
     options = options or SparsityOptions()
     start = time.monotonic()
-    setup = _prepare(models, options)
+    inputs = _prepare(models, options)
     result: dict[str, Any] = {"model": models[0] if models else options.shapes or DEFAULT, "baseline": options.baseline}
-    dtype = setup.dtype
-    if "linears" in setup.parts:
-        shapes = _shapes(options, setup.config)
-        result["linears"] = bench_linears(shapes, options, setup.dtype, setup.device, report)
-    if "models" in setup.parts:
-        candidates = _random_candidates(setup, options) if setup.random else _folder_candidates(setup, options)
+    dtype = inputs.dtype
+    if "linears" in inputs.parts:
+        shapes = _shapes(options, inputs.config)
+        result["linears"] = bench_linears(shapes, options, inputs.dtype, inputs.device, report)
+    if "models" in inputs.parts:
+        candidates = _random_candidates(inputs, options) if inputs.random else _folder_candidates(inputs, options)
         rows = bench_models(candidates, options, report=report)
         result["models"] = [row | {"gone": removed_share(row, rows[0])} for row in rows]
         dtype = next(iter(candidates.values())).model.dtype
     result |= {
         "summary": _summary(result),
         "scaled_to": options.scaled_to,
-        "random_weights": setup.random,
+        "random_weights": inputs.random,
         "sparsities": list(options.sparsities),
         "block": options.block,
         "kinds": list(options.kinds),
@@ -92,8 +92,8 @@ def bench_sparsity(
         "prompt": options.prompt,
         "sequences": options.sequences,
         "dtype": str(dtype).removeprefix("torch."),
-        "device": setup.device.type,
-        "device_name": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else processor(),
+        "device": inputs.device.type,
+        "device_name": torch.cuda.get_device_name(inputs.device) if inputs.device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "rounds": options.rounds,
         "seed": 0,
@@ -101,12 +101,12 @@ def bench_sparsity(
         "command": command_line(),
         "versions": versions(),
     }
-    if "models" in setup.parts and not setup.random:
-        _save(result, setup.models)
+    if "models" in inputs.parts and not inputs.random:
+        _save(result, inputs.models)
     return result
 
 
-def _prepare(models: Sequence[str], options: SparsityOptions) -> _Setup:
+def _prepare(models: Sequence[str], options: SparsityOptions) -> _SparsityInputs:
     """Check all inputs, so that errors come before anything is measured."""
     parts = options.parts if options.parts is not None else (PARTS if models else ("linears",))
     check_models(models, parts, options)
@@ -125,15 +125,15 @@ def _prepare(models: Sequence[str], options: SparsityOptions) -> _Setup:
         check_random_model(models[0], config, options)
     elif "models" in parts:
         check_folders(folders, options)
-    return _Setup(folders, parts, config, random, device, dtype)
+    return _SparsityInputs(folders, parts, config, random, device, dtype)
 
 
-def _folder_candidates(setup: _Setup, options: SparsityOptions) -> dict[str, Candidate]:
+def _folder_candidates(inputs: _SparsityInputs, options: SparsityOptions) -> dict[str, Candidate]:
     """Open folders, and again with sparse kernels where their zeros allow it."""
     candidates: dict[str, Candidate] = {}
-    dtype = setup.dtype if options.dtype else None
-    for folder, name in short_names(setup.models).items():
-        model = load(folder, device=setup.device, dtype=dtype, trust=options.trust)
+    dtype = inputs.dtype if options.dtype else None
+    for folder, name in short_names(inputs.models).items():
+        model = load(folder, device=inputs.device, dtype=dtype, trust=options.trust)
         candidates[name] = Candidate(model, count_weights(model))
         sparse, kernels = with_sparse_kernels(model)
         if kernels:
@@ -141,15 +141,15 @@ def _folder_candidates(setup: _Setup, options: SparsityOptions) -> dict[str, Can
     return candidates
 
 
-def _random_candidates(setup: _Setup, options: SparsityOptions) -> dict[str, Candidate]:
+def _random_candidates(inputs: _SparsityInputs, options: SparsityOptions) -> dict[str, Candidate]:
     """Make a random model, and pruned copies of it."""
-    assert setup.config is not None
-    original = random_model(setup.config, setup.device, setup.dtype, options.trust)
+    assert inputs.config is not None
+    original = random_model(inputs.config, inputs.device, inputs.dtype, options.trust)
     name = "original" if options.scaled_to is None else f"original, hidden {options.scaled_to}"
     candidates = {name: Candidate(original, count_weights(original))}
     for s in options.sparsities:
         if "structured" in options.kinds:
-            narrow = random_model(narrowed(setup.config, s), setup.device, setup.dtype, options.trust)
+            narrow = random_model(narrowed(inputs.config, s), inputs.device, inputs.dtype, options.trust)
             candidates[f"structured {s:.0%}"] = Candidate(narrow, count_weights(narrow))
         if "unstructured" in options.kinds:
             zeros = with_zeros(original, partial(to_unstructured, sparsity=s))

@@ -110,7 +110,7 @@ def extra_linears(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
 
 
 def renumber_blocks(
-    tensors: Mapping[str, Tensor], blocks: Collection[str], kept: Sequence[int], count: int
+    tensors: Mapping[str, Tensor], blocks: Collection[str], numbers: Sequence[int], count: int
 ) -> dict[str, Tensor]:
     """Rename extra tensors for a model from which decoder blocks were dropped.
 
@@ -119,20 +119,20 @@ def renumber_blocks(
     Args:
         tensors: The tensors by their names in files.
         blocks: Names that the list of blocks may have in files.
-        kept: Numbers of the blocks that remain, in order.
+        numbers: Numbers of the blocks that remain, in order.
         count: Number of blocks before.
 
     Returns:
         The tensors by their new names.
     """
-    numbers = {old: new for new, old in enumerate(kept)}
+    new_numbers = {old: new for new, old in enumerate(numbers)}
     out = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(rf"({'|'.join(map(re.escape, blocks))})\.(\d+)\.(.*)", name)
         if match is None:
             out[name] = tensor
-        elif (number := int(match[2])) >= count or number in numbers:
-            new = numbers.get(number, number - count + len(kept))
+        elif (number := int(match[2])) >= count or number in new_numbers:
+            new = new_numbers.get(number, number - count + len(numbers))
             out[f"{match[1]}.{new}.{match[3]}"] = tensor
     return out
 

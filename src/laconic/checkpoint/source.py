@@ -243,8 +243,8 @@ def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for name, parameter in list(model.named_parameters()):
         if pattern.search(name) and parameter.dtype != torch.float32:
             path, _, leaf = name.rpartition(".")
-            kept = nn.Parameter(parameter.data.to(torch.float32), requires_grad=parameter.requires_grad)
-            setattr(model.get_submodule(path), leaf, kept)
+            wide = nn.Parameter(parameter.data.to(torch.float32), requires_grad=parameter.requires_grad)
+            setattr(model.get_submodule(path), leaf, wide)
 
 
 def arrange_source(source: Source, model: PreTrainedModel) -> Source:

@@ -67,7 +67,7 @@ class CompressionProgress:
 
         memory = format_bytes(psutil.Process().memory_info().rss)
         if event["event"] == "note":
-            self.notes.append(event["said"])
+            self.notes.append(event["message"])
         elif event["event"] == "step":
             step = f"step {event['step'] + 1} of {event['steps']} ({', '.join(event['methods'])}), "
             self._bar.reset(self._task, total=None, step=step, unit="block", detail="", memory=memory)

@@ -72,8 +72,8 @@ def _translate(args: list[str]) -> list[str]:
     positional = [value or "" for name, value in options if name == "--domain"]
     positional += [tasks] if tasks is not None else ["standard"] if suite == "standard" else []
     dropped = (*kinds, "--measure") if command == "longbench" else tuple(kinds)
-    kept = [(renamed.get(name, name), value) for name, value in options if name not in dropped]
-    new = [command, *models, *positional, *(part for option in kept for part in option if part is not None)]
+    eval_options = [(renamed.get(name, name), value) for name, value in options if name not in dropped]
+    new = [command, *models, *positional, *(part for option in eval_options for part in option if part is not None)]
     print_hint(["laconic", "eval", *new])
     # What a result records of its command stays right.
     sys.argv[1:] = ["eval", *new]

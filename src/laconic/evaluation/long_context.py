@@ -33,7 +33,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class _Setup:
+class _LongContextInputs:
     """All inputs of the measurements.
 
     Attributes:
@@ -78,37 +78,37 @@ def evaluate_long(
     options = options or LongOptions()
     start = time.monotonic()
     folder = model_folder(str(model), trust=options.trust)
-    setup = _prepare(folder, options)
-    measurements = _measure(setup, options, report)
+    inputs = _prepare(folder, options)
+    measurements = _measure(inputs, options, report)
     result: dict[str, Any] = {
         "model": str(model),
         "suite": "long",
-        "caches": list(setup.caches),
+        "caches": list(inputs.caches),
         "kv": list(options.kv),
         **measurements,
         "text": options.text,
-        "lengths": setup.lengths,
+        "lengths": inputs.lengths,
         "depths": options.depths,
         "trials": options.trials,
-        "windows": 0 if setup.windows is None else min(options.windows, len(setup.windows)),
+        "windows": 0 if inputs.windows is None else min(options.windows, len(inputs.windows)),
         "prompt": options.prompt,
         "chunk": options.chunk,
         "batch_size": options.batch_size,
-        "dtype": name_of_dtype(setup.model.dtype),
+        "dtype": name_of_dtype(inputs.model.dtype),
         "device": device_named(options.device),
         "threads": torch.get_num_threads(),
         "seed": options.seed,
         "seconds": round(time.monotonic() - start, 2),
         "command": command_line(),
-        "versions": versions() | ({} if setup.tasks is None else {"lm-eval": version("lm-eval")}),
+        "versions": versions() | ({} if inputs.tasks is None else {"lm-eval": version("lm-eval")}),
     }
     artifact = Artifact(folder)
     if artifact.recipe is not None:
-        artifact.save_result(_file_name(options, setup.lengths[-1]), result)
+        artifact.save_result(_file_name(options, inputs.lengths[-1]), result)
     return result
 
 
-def _prepare(folder: Path, options: LongOptions) -> _Setup:
+def _prepare(folder: Path, options: LongOptions) -> _LongContextInputs:
     """Open and check everything, so that errors come before hours of measuring."""
     tokenizer = load_tokenizer(folder, trust=options.trust)
     device, dtype = device_named(options.device), dtype_named(options.dtype)
@@ -125,7 +125,7 @@ def _prepare(folder: Path, options: LongOptions) -> _Setup:
         hay = windows[:, len(bos_prefix(tokenizer)) :].flatten().tolist()
     if "needle" in options.measured:
         make_prompt(tokenizer, hay, TEMPLATES[options.prompt], length=lengths[0], depth=0.5, seed="")
-    return _Setup(model, tokenizer, caches, lengths, longbench_context, windows, hay, tasks, not_run)
+    return _LongContextInputs(model, tokenizer, caches, lengths, longbench_context, windows, hay, tasks, not_run)
 
 
 def _open_longbench(options: LongOptions, context_length: int) -> tuple[OpenTasks | None, str]:
@@ -140,19 +140,19 @@ def _open_longbench(options: LongOptions, context_length: int) -> tuple[OpenTask
         return None, str(e)
 
 
-def _measure(setup: _Setup, options: LongOptions, report: Report) -> dict[str, Any]:
+def _measure(inputs: _LongContextInputs, options: LongOptions, report: Report) -> dict[str, Any]:
     """Measure the parts that were asked for, by name."""
     results: dict[str, Any] = {}
-    model, caches, lengths = setup.model, setup.caches, setup.lengths
-    if "perplexity" in options.measured and setup.windows is not None:
+    model, caches, lengths = inputs.model, inputs.caches, inputs.lengths
+    if "perplexity" in options.measured and inputs.windows is not None:
         report(f"perplexity at {lengths[-1]} tokens")
-        windows = setup.windows[: options.windows]
+        windows = inputs.windows[: options.windows]
         buckets = perplexity_by_position(model, windows, caches, chunk=options.chunk)
         results["perplexity"] = {
             name: [asdict(b) | {"perplexity": b.perplexity} for b in row] for name, row in buckets.items()
         }
     if "needle" in options.measured:
-        results["needle"] = _find_needles(setup, options, report)
+        results["needle"] = _find_needles(inputs, options, report)
     if "memory" in options.measured:
         report("bytes")
         memory = memory_by_length(model, caches, lengths, batch=options.batch_size)
@@ -161,15 +161,15 @@ def _measure(setup: _Setup, options: LongOptions, report: Report) -> dict[str, A
         report("tokens per second")
         speed = speed_by_length(model, caches, lengths)
         results["speed"] = {name: [asdict(s) for s in row] for name, row in speed.items()}
-    if setup.tasks is not None:
+    if inputs.tasks is not None:
         report("LongBench")
-        results[LONGBENCH] = _score_longbench(setup, setup.tasks, options)
-    elif setup.not_run:
-        results[LONGBENCH] = {"not_run": setup.not_run}
+        results[LONGBENCH] = _score_longbench(inputs, inputs.tasks, options)
+    elif inputs.not_run:
+        results[LONGBENCH] = {"not_run": inputs.not_run}
     return results
 
 
-def _find_needles(setup: _Setup, options: LongOptions, report: Report) -> dict[str, list[dict[str, Any]]]:
+def _find_needles(inputs: _LongContextInputs, options: LongOptions, report: Report) -> dict[str, list[dict[str, Any]]]:
     needles = NeedleOptions(
         depths=options.depths,
         trials=options.trials,
@@ -178,21 +178,21 @@ def _find_needles(setup: _Setup, options: LongOptions, report: Report) -> dict[s
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in setup.caches}
-    for length in setup.lengths:
+    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in inputs.caches}
+    for length in inputs.lengths:
         report(f"needles at {length} tokens")
-        rows = find_needles(setup.model, setup.tokenizer, setup.hay, setup.caches, [length], needles)
+        rows = find_needles(inputs.model, inputs.tokenizer, inputs.hay, inputs.caches, [length], needles)
         for name, row in rows.items():
-            cells[name] += [asdict(cell) for cell in row]
+            cells[name] += [cell.to_json() for cell in row]
     return cells
 
 
-def _score_longbench(setup: _Setup, tasks: OpenTasks, options: LongOptions) -> dict[str, Any]:
-    settings: dict[str, Any] = {"context_length": setup.longbench_context, "limit": options.longbench.limit}
+def _score_longbench(inputs: _LongContextInputs, tasks: OpenTasks, options: LongOptions) -> dict[str, Any]:
+    settings: dict[str, Any] = {"context_length": inputs.longbench_context, "limit": options.longbench.limit}
     scores = score_by_cache(
-        setup.model,
-        setup.tokenizer,
-        setup.caches,
+        inputs.model,
+        inputs.tokenizer,
+        inputs.caches,
         tasks,
         chunk=options.chunk,
         batch_size=options.batch_size,

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,14 +73,18 @@ class Cell:
     Attributes:
         length: Tokens of the context.
         depth: Depth of the needles, from 0 (beginning) to 1 (end).
-        found: Number of right answers.
+        correct: Number of right answers.
         trials: Number of needles.
     """
 
     length: int
     depth: float
-    found: int
+    correct: int
     trials: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the cell as results record it: its right answers are `found` there."""
+        return {"length": self.length, "depth": self.depth, "found": self.correct, "trials": self.trials}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +168,7 @@ def make_prompt(
     return Prompt([*prefix, *haystack[:position], *statement, *haystack[position:], *question], number)
 
 
-def is_found(answer: str, number: str) -> bool:
+def is_correct(answer: str, number: str) -> bool:
     """Return whether the first number of an answer is exactly the needle's.
 
     Args:
@@ -219,7 +224,7 @@ def find_needles(
                 ids = torch.tensor([p.ids for p in batch])
                 answers = continue_greedily(model, ids, new_cache(), chunk=o.chunk, tokens=answer_tokens(o.template))
                 texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
-                hits += [is_found(text, prompt.number) for text, prompt in zip(texts, batch, strict=True)]
+                hits += [is_correct(text, prompt.number) for text, prompt in zip(texts, batch, strict=True)]
             for i, depth in enumerate(depths):
                 count = sum(hits[i * o.trials : (i + 1) * o.trials])
                 cells[name].append(Cell(length, depth, count, o.trials))

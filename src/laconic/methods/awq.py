@@ -92,7 +92,7 @@ class Awq(QuantizingStage, BlockStage):
                 outcomes[stack.linears] = Outcome(q, notes)
         return outcomes
 
-    def _ranges(self, fmt: ScalarFormat, W: Tensor, inputs: _Inputs, dtype: torch.dtype) -> Params:
+    def _ranges(self, fmt: ScalarFormat, W: Tensor, inputs: _InputMeans, dtype: torch.dtype) -> Params:
         if not self.clip:
             return fmt.fit(W, dtype)
         if inputs.blocks is None or inputs.blocks.shape[-1] != fmt.tiling.group_size:
@@ -101,7 +101,7 @@ class Awq(QuantizingStage, BlockStage):
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class _InputMeans:
     """Statistics of the input X of a tap.
 
     Attributes:
@@ -114,16 +114,16 @@ class _Inputs:
     energy: Tensor
     blocks: Tensor | None
 
-    def divided(self, s: Tensor) -> _Inputs:
+    def divided(self, s: Tensor) -> _InputMeans:
         """Return the statistics of X / s. s: (in,)."""
         blocks = self.blocks
         if blocks is not None:
             by_group = s.view(blocks.shape[0], -1)
             blocks = blocks / (by_group[:, :, None] * by_group[:, None, :])
-        return _Inputs(self.mean / s, self.energy / s.square(), blocks)
+        return _InputMeans(self.mean / s, self.energy / s.square(), blocks)
 
 
-def _observe(block: Block, taps: Sequence[Tap]) -> dict[Tap, _Inputs]:
+def _observe(block: Block, taps: Sequence[Tap]) -> dict[Tap, _InputMeans]:
     sums: dict[Tap, tuple[int, Tensor, Tensor, Tensor | None]] = {}
     for tap, activations in block.inputs(taps):
         n, group_size = activations.shape[-1], block.format(block.targets(tap)[0]).tiling.group_size
@@ -135,7 +135,7 @@ def _observe(block: Block, taps: Sequence[Tap]) -> dict[Tap, _Inputs]:
             total = None if blocks is None else blocks_sum + blocks
             sums[tap] = (count + len(x), mean + x.abs().sum(0), energy + x.square().sum(0), total)
     return {
-        tap: _Inputs(mean / count, energy / count, None if blocks is None else blocks / count)
+        tap: _InputMeans(mean / count, energy / count, None if blocks is None else blocks / count)
         for tap, (count, mean, energy, blocks) in sums.items()
     }
 

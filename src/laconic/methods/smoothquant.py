@@ -118,7 +118,7 @@ def scales(largest: Tensor, W: Tensor, alpha: float) -> Tensor:
 
 
 @dataclass
-class _Inputs:
+class _InputMaxima:
     """Statistics of the input X of a tap.
 
     Attributes:
@@ -130,8 +130,8 @@ class _Inputs:
     sample: Tensor
 
 
-def _observe(block: Block, taps: Sequence[Tap], tokens: int) -> dict[Tap, _Inputs]:
-    inputs: dict[Tap, _Inputs] = {}
+def _observe(block: Block, taps: Sequence[Tap], tokens: int) -> dict[Tap, _InputMaxima]:
+    inputs: dict[Tap, _InputMaxima] = {}
     count = max(1, block.stream.hidden.shape[0] * block.stream.hidden.shape[1])
     for tap, x in block.inputs(taps):
         x = x.reshape(-1, x.shape[-1])
@@ -139,9 +139,9 @@ def _observe(block: Block, taps: Sequence[Tap], tokens: int) -> dict[Tap, _Input
         rows = x[:: max(1, count // max(1, tokens))].float() if tokens else x[:0].float()
         old = inputs.get(tap)
         if old is None:
-            inputs[tap] = _Inputs(largest, rows)
+            inputs[tap] = _InputMaxima(largest, rows)
         else:
-            inputs[tap] = _Inputs(torch.maximum(old.largest, largest), torch.cat([old.sample, rows]))
+            inputs[tap] = _InputMaxima(torch.maximum(old.largest, largest), torch.cat([old.sample, rows]))
     return inputs
 
 

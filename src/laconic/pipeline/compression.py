@@ -170,6 +170,6 @@ def _card_writer(pipeline: Pipeline, report: Report) -> Callable[[Path], None]:
         except (ValueError, OSError) as e:
             remarks = [f"the cards were not written ({e}); run 'laconic card {pipeline.output}'"]
         for remark in remarks:
-            report({"event": "note", "said": remark})
+            report({"event": "note", "message": remark})
 
     return describe

@@ -77,7 +77,7 @@ def run_model_step(
         if outcome.model is None and not outcome.shards:
             workspace.copy_weights(folder)
         elif outcome.model is not None:
-            config |= _write_model(workspace, outcome.model, outcome.kept_blocks, pipeline, folder)
+            config |= _write_model(workspace, outcome.model, outcome.blocks, pipeline, folder)
         workspace.write_log([dict(e) for e in outcome.events])
         _save_results(workspace.folder, outcome)
         artifact = Artifact(workspace.folder)
@@ -147,7 +147,7 @@ def _write_shards(workspace: Workspace, shards: Sequence[Callable[[], Mapping[st
 
 @torch.no_grad()
 def _write_model(
-    workspace: Workspace, model: PreTrainedModel, kept: Sequence[int] | None, pipeline: Pipeline, folder: Path
+    workspace: Workspace, model: PreTrainedModel, numbers: Sequence[int] | None, pipeline: Pipeline, folder: Path
 ) -> dict[str, Any]:
     """Write a model, a shard a block and one for the rest, in the dtypes of the source. Codes are written as they are.
 
@@ -156,7 +156,7 @@ def _write_model(
     Args:
         workspace: to write to.
         model: the model.
-        kept: numbers of the blocks that it has of the checkpoint's; None for all of them.
+        numbers: numbers of the blocks that it has of the checkpoint's; None for all of them.
         pipeline: names the original, whose files are laid out as an unquantized model's.
         folder: the checkpoint that the model was made from.
 
@@ -190,8 +190,8 @@ def _write_model(
     before = len(list(skeleton.get_submodule(blocks).children()))
     for i, names in enumerate(of_extra, count + 1):
         tensors = load_extra(checkpoint, names)
-        if kept is not None:
-            tensors = renumber_blocks(tensors, names_of_blocks, kept, before)
+        if numbers is not None:
+            tensors = renumber_blocks(tensors, names_of_blocks, numbers, before)
         workspace.write_shard(i, tensors, [])
     return config
 

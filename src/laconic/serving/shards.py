@@ -15,7 +15,7 @@ from laconic.formats.scalar import as_scalar
 from laconic.formats.schemes import Scheme
 
 
-class Linear(Protocol):
+class ShardedLinear(Protocol):
     """A stored linear that can be cut: a whole `Quantized`, or its side tensors alone."""
 
     def rows(self, start: int, stop: int) -> Self:
@@ -25,7 +25,7 @@ class Linear(Protocol):
         """Return the columns [start, stop)."""
 
 
-L = TypeVar("L", bound=Linear)
+L = TypeVar("L", bound=ShardedLinear)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from laconic.stages.stage import Needs, Scope, Stage
 _CHOICES = (2, 3, 4, 8)
 _PLAIN = KvFormat(16)
 _SIDES = ("keys", "values")
-# Rotations among the tensors of a calibration, as the workspaces of interrupted runs have them.
+# Prefix of a rotation's key, on disk: an older name of rotations, so that interrupted runs can be resumed.
 _ROTATION = "turn"
 
 Calibration = Mapping[str, Tensor]
@@ -43,8 +43,8 @@ class CacheStage(Stage):
     """Options of every cache method.
 
     Attributes:
-        residual_length: At least so many of the most recent tokens are kept in 16 bit.
-        sinks: So many of a sequence's first tokens are kept in 16 bit.
+        residual_length: At least so many of the most recent tokens stay in 16 bit.
+        sinks: So many of a sequence's first tokens stay in 16 bit.
         rotation: Rotation of the channels of keys and values before they are rounded: `hadamard`; or `attention`, for
             each head the one with the least error of attention on the calibration set.
         budget_bits: Average bits per number, allocated among 2, 3, 4 and 8 bits by the error that they cause in
@@ -153,8 +153,8 @@ class CacheStage(Stage):
             shape: Shape of the model's cache.
 
         Returns:
-            Static parameters `keys.B.scale` and so on, for each number of bits B that may be chosen; rotations
-            `turn.keys` and `turn.values` (H, C, C), where calibration finds them; relative squared errors of attention
+            Static parameters `keys.B.scale` and so on, for each number of bits B that may be chosen; the rotations of
+            keys and of values (H, C, C), where calibration finds them; relative squared errors of attention
             `error.keys` and `error.values` (H, choices of bits), where a budget is allocated, or else `error` (H,),
             where `max_error` is set.
         """

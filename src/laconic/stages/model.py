@@ -63,7 +63,7 @@ class ModelOutcome:
         config: keys of config.json that changed; a value of None removes the key.
         events: for the log.
         results: for `results/`, by name.
-        kept_blocks: numbers of the decoder blocks that remain; None for all of them.
+        blocks: numbers of the decoder blocks that remain; None for all of them.
         shards: in place of `model`, functions that compute the tensors of each weight file by their names in it. They
             are called one after another, so that the model is never in memory as a whole.
     """
@@ -72,7 +72,7 @@ class ModelOutcome:
     config: Mapping[str, Any] = field(default_factory=dict)
     events: Sequence[Mapping[str, Any]] = ()
     results: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    kept_blocks: Sequence[int] | None = None
+    blocks: Sequence[int] | None = None
     shards: Sequence[Callable[[], Mapping[str, Tensor]]] = ()
 
 

@@ -78,7 +78,7 @@ def _find(model: PreTrainedModel, anatomy: Anatomy) -> ResidualStream:
         # Parameters of the block itself, such as a bias that is added to the stream, are in no module's description.
         signature = block_signature(block, taps), tuple((n, p.shape) for n, p in block.named_parameters())
         if signature not in by_signature:
-            trial = _TrialBlock(block, call, width)
+            trial = _StreamTrialBlock(block, call, width)
             parts = trial.find(taps, of_block, head_widths(model))
             if parts is None or not trial.preserves_output(parts):
                 raise _unsupported(
@@ -102,7 +102,7 @@ def _unsupported(model: PreTrainedModel, reason: str) -> _Unsupported:
     return _Unsupported(f"the residual stream of '{kind}' cannot be rotated: {reason}; leave rotate out")
 
 
-class _TrialBlock:
+class _StreamTrialBlock:
     """A block with random weights, on which candidates are tried.
 
     Args:

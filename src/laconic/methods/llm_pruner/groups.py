@@ -100,13 +100,13 @@ class Group:
             slices[name] = (*slices.get(name, ()), s)
         return slices
 
-    def widths(self, kept: int) -> dict[str, int]:
+    def widths(self, units: int) -> dict[str, int]:
         """Return the values of the config keys when some units remain.
 
         Args:
-            kept: Number of units that remain.
+            units: Number of units that remain.
         """
-        return {**{key: amount * kept for key, amount in self.keys.items()}, **self.fixed_keys}
+        return {**{key: amount * units for key, amount in self.keys.items()}, **self.fixed_keys}
 
     @property
     def fits_stock_config(self) -> bool:
@@ -135,7 +135,7 @@ def find_groups(
     for i, (block, call, taps) in enumerate(zip(blocks, calls, anatomy.taps, strict=True)):
         signature = block_signature(block, taps)
         if signature not in by_signature:
-            trial = _TrialBlock(model, i, block, call, hidden.shape[-1])
+            trial = _GroupTrialBlock(model, i, block, call, hidden.shape[-1])
             by_signature[signature] = tuple(g for kind in kinds for g in _verified_groups(kind, trial, taps))
         groups.append(by_signature[signature])
     return tuple(groups)
@@ -158,13 +158,13 @@ def match_channels(group: Group, importance: Mapping[str, Tensor]) -> Group:
     return replace(group, slices=tuple(slices))
 
 
-def remove_units(tensors: Mapping[str, Tensor], group: Group, kept: Tensor) -> dict[str, Tensor]:
+def remove_units(tensors: Mapping[str, Tensor], group: Group, keep: Tensor) -> dict[str, Tensor]:
     """Remove units of a group from the parameters of a block.
 
     Args:
         tensors: Parameters of the block, by name within it.
         group: The group.
-        kept: (units,) bool, units that remain.
+        keep: (units,) bool, units that remain.
 
     Returns:
         All parameters of the block.
@@ -175,7 +175,7 @@ def remove_units(tensors: Mapping[str, Tensor], group: Group, kept: Tensor) -> d
             name = f"{s.linear}.{leaf}"
             if name in out:
                 mask = torch.ones(out[name].shape[s.axis], dtype=torch.bool)
-                mask[s.channels[~kept.cpu()].flatten()] = False
+                mask[s.channels[~keep.cpu()].flatten()] = False
                 out[name] = out[name].index_select(s.axis, mask.nonzero()[:, 0].to(out[name].device))
     return out
 
@@ -189,7 +189,7 @@ def parent_name(linear: str) -> str:
     return linear.rpartition(".")[0]
 
 
-class _TrialBlock:
+class _GroupTrialBlock:
     """A block with random weights, on which candidates are verified.
 
     Args:
@@ -210,13 +210,13 @@ class _TrialBlock:
         with torch.no_grad():
             self.output = self.call(self.block, self.hidden)
 
-    def output_with_zeros(self, slices: Sequence[Slice], kept: Tensor) -> Tensor:
-        """Compute the block's output when the columns that read units outside `kept` are zero."""
+    def output_with_zeros(self, slices: Sequence[Slice], keep: Tensor) -> Tensor:
+        """Compute the block's output when the columns that read units outside `keep` are zero."""
         readers = {linear_at(self.block, s.linear): s for s in slices if s.axis == 1}
         weights = {linear: linear.weight.data for linear in readers}
         for linear, s in readers.items():
             linear.weight.data = weights[linear].clone()
-            linear.weight.data[:, s.channels[~kept].flatten()] = 0
+            linear.weight.data[:, s.channels[~keep].flatten()] = 0
         try:
             return self.call(self.block, self.hidden)
         finally:
@@ -261,7 +261,7 @@ class _Candidate:
 
 
 @torch.no_grad()
-def _verified_groups(kind: Kind, trial: _TrialBlock, taps: Sequence[Tap]) -> Iterator[Group]:
+def _verified_groups(kind: Kind, trial: _GroupTrialBlock, taps: Sequence[Tap]) -> Iterator[Group]:
     """Find the first verified group of the block's linears outside experts, and that of its experts."""
     plain = [
         candidate
@@ -274,7 +274,7 @@ def _verified_groups(kind: Kind, trial: _TrialBlock, taps: Sequence[Tap]) -> Ite
             yield group
 
 
-def _candidates(kind: Kind, trial: _TrialBlock, earlier: Sequence[Tap], reader: str) -> Iterator[_Candidate]:
+def _candidates(kind: Kind, trial: _GroupTrialBlock, earlier: Sequence[Tap], reader: str) -> Iterator[_Candidate]:
     """Propose groups whose units a linear reads, by the shapes of the linears before it."""
     width = linear_at(trial.block, reader).in_features
     for tap in reversed(earlier):
@@ -293,7 +293,7 @@ def _candidates(kind: Kind, trial: _TrialBlock, earlier: Sequence[Tap], reader: 
                 yield _Candidate((Slice(fused, 0, torch.cat([channels, width + channels], 1)), columns))
 
 
-def _expert_candidates(trial: _TrialBlock, plain: Sequence[_Candidate]) -> Iterator[_Candidate]:
+def _expert_candidates(trial: _GroupTrialBlock, plain: Sequence[_Candidate]) -> Iterator[_Candidate]:
     """Propose all experts of a layer, alone and with a shared MLP whose width the same key may set."""
     for path, experts in trial.block.named_modules():
         if isinstance(experts, Experts):
@@ -344,27 +344,27 @@ def _head_channels(heads: int, units: int, d: int) -> Tensor:
     return torch.arange(heads * d).view(units, -1)
 
 
-def _verify(kind: Kind, trial: _TrialBlock, candidate: _Candidate) -> Group | None:
+def _verify(kind: Kind, trial: _GroupTrialBlock, candidate: _Candidate) -> Group | None:
     """Find config keys with which a block without some units computes the same; None if there are none."""
     units = len(candidate.slices[0].channels)
     # The first unit is removed, so that all others move.
-    kept = torch.rand(units, generator=torch.Generator().manual_seed(0)) < 0.5
-    kept[0], kept[-1] = False, True
-    expected = trial.output_with_zeros(candidate.slices, kept)
+    keep = torch.rand(units, generator=torch.Generator().manual_seed(0)) < 0.5
+    keep[0], keep[-1] = False, True
+    expected = trial.output_with_zeros(candidate.slices, keep)
     if torch.equal(expected, trial.output):
         return None
     without_keys = Group(kind, candidate.slices, {}, {}, candidate.heads, candidate.kv_heads)
-    tensors = remove_units({n: p.data for n, p in trial.block.named_parameters()}, without_keys, kept)
+    tensors = remove_units({n: p.data for n, p in trial.block.named_parameters()}, without_keys, keep)
     for keys, fixed_keys in _key_choices(trial, candidate, units):
         group = replace(without_keys, keys=keys, fixed_keys=fixed_keys)
-        block = trial.build(group.widths(int(kept.sum())), tensors)
+        block = trial.build(group.widths(int(keep.sum())), tensors)
         if block is not None and _close(_run_copy(trial, block), expected):
             return group
     return None
 
 
 def _key_choices(
-    trial: _TrialBlock, candidate: _Candidate, units: int
+    trial: _GroupTrialBlock, candidate: _Candidate, units: int
 ) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
     """Propose `keys` and `fixed_keys` of a group: one or two config keys whose values match its number of units."""
     values = {units, units * max(1, candidate.heads)}
@@ -384,7 +384,7 @@ def _key_choices(
             yield {**keys, f"{module}.{width}": channels.shape[1]}, {}
 
 
-def _run_copy(trial: _TrialBlock, block: nn.Module) -> Tensor | None:
+def _run_copy(trial: _GroupTrialBlock, block: nn.Module) -> Tensor | None:
     """Run a copy of a block on the trial's input; None if it fails."""
     try:
         return trial.call(copy.deepcopy(block), trial.hidden)

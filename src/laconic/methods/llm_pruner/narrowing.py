@@ -263,10 +263,10 @@ def unit_sizes(model: PreTrainedModel, anatomy: Anatomy, targets: TargetGroups) 
     return [group.unit_size(model.get_submodule(anatomy.block_name(i))) for i, group in targets.flat]
 
 
-def _stock_config_supports(raw: Mapping[str, Any], group: Group, kept: int, dtype: torch.dtype) -> bool:
+def _stock_config_supports(raw: Mapping[str, Any], group: Group, units: int, dtype: torch.dtype) -> bool:
     """Return whether transformers builds a stock model with this number of units in all blocks."""
     try:
-        build_empty_model({**raw, **group.widths(kept)}, dtype)
+        build_empty_model({**raw, **group.widths(units)}, dtype)
     except ValueError:
         return False
     return group.fits_stock_config

@@ -94,18 +94,18 @@ def _embedding_scale(model: PreTrainedModel) -> Tensor:
     return hidden[..., 0].float()
 
 
-def remove_channels(tensors: Mapping[str, Tensor], axes: Mapping[str, int], kept: Tensor) -> dict[str, Tensor]:
+def remove_channels(tensors: Mapping[str, Tensor], axes: Mapping[str, int], keep: Tensor) -> dict[str, Tensor]:
     """Remove channels of the residual stream from parameters; tied ones remain one tensor.
 
     Args:
         tensors: Parameters and buffers by name.
         axes: Axis of the residual stream by name, of `residual_axes`.
-        kept: (hidden,) bool, channels that remain.
+        keep: (hidden,) bool, channels that remain.
 
     Returns:
         All tensors by name; those without an axis are the same objects.
     """
-    index, narrowed = kept.nonzero()[:, 0], dict[tuple[int, int], Tensor]()
+    index, narrowed = keep.nonzero()[:, 0], dict[tuple[int, int], Tensor]()
     out = dict(tensors)
     for name, axis in axes.items():
         tensor = tensors[name]

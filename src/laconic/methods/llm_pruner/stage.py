@@ -301,8 +301,13 @@ def _remove_units(
 
 def _describe(group: Group, mask: Tensor) -> dict[str, Any]:
     """Describe what remains of a group, for the log."""
-    kept = int(mask.sum())
+    units = int(mask.sum())
     if group.kind == "mlp":
         experts = {"experts": len(group.by_module)} if len(group.by_module) > 1 else {}
-        return {"group": "mlp", "channels": kept, "of": len(mask), **experts}
-    return {"group": "attention", "heads": kept * group.heads, "kv_heads": kept * group.kv_heads or 1, "of": len(mask)}
+        return {"group": "mlp", "channels": units, "of": len(mask), **experts}
+    return {
+        "group": "attention",
+        "heads": units * group.heads,
+        "kv_heads": units * group.kv_heads or 1,
+        "of": len(mask),
+    }

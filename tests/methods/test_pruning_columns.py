@@ -1,4 +1,4 @@
-"""Pruning in the sweep, held to the papers' own loops in float64."""
+"""Pruning in the column loop, held to the papers' own loops in float64."""
 
 from __future__ import annotations
 
