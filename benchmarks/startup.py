@@ -20,7 +20,7 @@ PROGRAMS = {
     "import laconic": ["-c", "import laconic"],
     **{
         f"laconic {arguments}": ["-m", "laconic.cli", *arguments.split()]
-        for arguments in ("--help", "compress --help", "compres", "ls", "validate gptq-w4a16")
+        for arguments in ("--help", "compress --help", "compres", "ls", "ls gptq", "validate gptq-w4a16")
     },
     BASELINE: ["-c", "import torch"],
     "import transformers": ["-c", "import transformers"],

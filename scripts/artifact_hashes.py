@@ -3,6 +3,7 @@
     python scripts/artifact_hashes.py write before.json          # with the old code
     python scripts/artifact_hashes.py write after.json           # with the new code
     python scripts/artifact_hashes.py compare before.json after.json
+    python scripts/artifact_hashes.py write some.json --only /llama --only reap/    # one architecture and one recipe
 
 Hashed are the weight files, their index and config.json. Hashes hold on one machine: processors differ in the last bit.
 Recipes are those of the gallery, unchanged but for their texts and the length of their training; a recipe that a model
@@ -16,6 +17,7 @@ import hashlib
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,21 +94,30 @@ def main() -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     write = actions.add_parser("write", help="make the artifacts and write their hashes")
     write.add_argument("file", type=Path)
-    write.add_argument("--only", default="", help="names of artifacts that contain this")
+    write.add_argument(
+        "--only", action="append", help="make only artifacts whose RECIPE/ARCHITECTURE contains this; may be repeated"
+    )
     compare = actions.add_parser("compare", help="compare two files of hashes")
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
     arguments = parser.parse_args()
     if arguments.action == "write":
-        arguments.file.write_text(json.dumps(hashes(arguments.only), indent=1) + "\n")
+        arguments.file.write_text(json.dumps(hashes(arguments.only or [""]), indent=1) + "\n")
     else:
         sys.exit(differences(*(json.loads(f.read_text()) for f in (arguments.before, arguments.after))))
 
 
-def hashes(only: str = "") -> dict[str, Any]:
-    """Make every artifact whose name contains `only`.
+def hashes(only: Sequence[str]) -> dict[str, Any]:
+    """Make every artifact whose name contains one of some texts.
 
-    Returns: hashes of files by the artifact's name, `RECIPE/ARCHITECTURE`; "refused" for a recipe that was.
+    Args:
+        only: The texts; "" for all artifacts.
+
+    Returns:
+        Hashes of files by the artifact's name, `RECIPE/ARCHITECTURE`; "refused" for a recipe that was.
+
+    Raises:
+        ValueError: A text is in no name.
     """
     recipes = {name: laconic.recipe.read_recipe(name)["stages"] for name in gallery()}
     cases = [(f"{name}/{arch}", arch, stages) for arch in (*ARCHITECTURES, *SHARED) for name, stages in recipes.items()]
@@ -115,20 +126,23 @@ def hashes(only: str = "") -> dict[str, Any]:
         ("reap/qwen3_moe", "qwen3_moe", _REAP),
         ("wanda/gemma3", "gemma3", [{"method": "wanda", "sparsity": 0.5}]),
     ]
-    found: dict[str, Any] = {}
+    for part in only:
+        if not any(part in name for name, *_ in cases):
+            raise ValueError(f"--only {part}: no artifact's name contains it; names are RECIPE/ARCHITECTURE")
+    artifacts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         text = folder / "text.txt"
         text.write_text(make_text(12000))
         models: dict[str, Path] = {}
         for name, arch, stages in cases:
-            if only not in name:
+            if not any(part in name for part in only):
                 continue
             if arch not in models:
                 models[arch] = make_model(folder / arch, arch, **(_OWN_SIZES.get(arch) or _SIZES))
-            found[name] = _hash_artifact(models[arch], folder / "artifact", stages, text)
-            print(f"{len(found):4d} {name}: {'refused' if found[name] == 'refused' else 'ok'}", flush=True)
-    return found
+            artifacts[name] = _hash_artifact(models[arch], folder / "artifact", stages, text)
+            print(f"{len(artifacts):4d} {name}: {'refused' if artifacts[name] == 'refused' else 'ok'}", flush=True)
+    return artifacts
 
 
 def _hash_artifact(model: Path, output: Path, stages: list[dict[str, Any]], text: Path) -> Any:

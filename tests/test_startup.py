@@ -48,6 +48,8 @@ QUICK = {
     "validate gptq-w4a16": 0,
     "validate gptq-w4a16 --set stages.0.scheme=W4A61": 2,
     "ls": 0,
+    "ls gptq": 0,
+    "ls gtpq": 2,
     "--help": 0,
     "--version": 0,
     "compress --help": 0,

@@ -17,6 +17,10 @@ from hypothesis import strategies as st
 
 import laconic as library
 from commands import Laconic, Ran
+from laconic.methods import METHODS
+from laconic.recipe import gallery
+from laconic.report.catalogue import describe
+from laconic.stages.stage import Stage, method_name
 from tiny import make_model, make_recipe
 
 RTN = {"method": "rtn", "scheme": "W8A16"}
@@ -161,6 +165,24 @@ def test_ls_and_validate_json(laconic: Laconic, recipe: Path) -> None:
 
 
 # --- words for people ---
+
+
+def test_ls_shows_one_method_scheme_or_recipe(laconic: Laconic) -> None:
+    method = json_of(laconic("ls", "gptq", "--json"))
+    options = {option["name"]: option for option in method["options"]}
+    assert options["scheme"]["required"]
+    assert options["dampening_frac"]["type"] == "number > 0 <= 1"
+    assert options["dampening_frac"]["default"] == 0.01
+    assert options["targets"]["default"] == ["Linear"]
+    assert "dampening_frac" in laconic("ls", "gptq").out
+    assert json_of(laconic("ls", "W4A16", "--json"))["weights"] == "int4, symmetric, group 128"
+    assert laconic("ls", "gptq-w4a16").out == gallery()["gptq-w4a16"].read_text()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=method_name)
+def test_every_option_of_a_method_has_a_meaning(method: type[Stage]) -> None:
+    options = describe(method_name(method))["options"]
+    assert [option["name"] for option in options if not option["about"]] == []
 
 
 def test_ls_inspect_and_validate_say_what_there_is(laconic: Laconic, artifact: Path, recipe: Path) -> None:

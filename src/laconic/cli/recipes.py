@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from laconic.checkpoint.trust import Trust
 from laconic.cli.console import (
@@ -105,17 +106,25 @@ def validate(
     out.print(f"{recipe}: valid, {len(methods)} stage(s): {', '.join(methods)}", soft_wrap=True)
 
 
-def list_(json_: Json = False) -> None:
-    """List methods, schemes and ready recipes."""
+def list_(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A method, a scheme or a recipe, to show alone.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """List methods, schemes and ready recipes; or the options of one method, or the content of one recipe or scheme."""
 
-    def read() -> dict[str, list[dict[str, str]]]:
-        from laconic.report.catalogue import catalogue
+    def read() -> dict[str, Any]:
+        from laconic.report.catalogue import catalogue, describe
 
-        return catalogue()
+        return catalogue() if name is None else describe(name)
 
     tables = declarations(["laconic.report.catalogue"], read)
     if json_:
         print_json(tables)
+        return
+    if name is not None:
+        _print_entry(tables)
         return
     for title, rows in tables.items():
         table = Table(title=title, title_justify="left", show_header=False, box=None)
@@ -123,6 +132,30 @@ def list_(json_: Json = False) -> None:
             table.add_row(*(str(v) for v in row.values()))
         out.print(table)
         out.print()
+
+
+def _print_entry(entry: dict[str, Any]) -> None:
+    """Print one method with its options, one scheme, or the text of one recipe."""
+    if entry["kind"] == "recipe":
+        out.print(entry["text"], end="", markup=False, highlight=False, soft_wrap=True)
+        return
+    if entry["kind"] == "scheme":
+        for key in ("name", "weights", "activations", "tried in"):
+            out.print(f"{key}: {entry[key]}", markup=False, highlight=False, soft_wrap=True)
+        return
+    out.print(f"{entry['name']} ({entry['scope']}): {entry['about']}", markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=None)
+    table.add_column("option", no_wrap=True)
+    for title in ("type", "default", "meaning"):
+        table.add_column(title)
+    for option in entry["options"]:
+        default = "required" if option["required"] else _as_yaml(option["default"])
+        table.add_row(*(Text(option[key]) for key in ("name", "type")), Text(default), Text(option["about"]))
+    out.print(table)
+
+
+def _as_yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _draw_training(folder: Path) -> None:

@@ -9,6 +9,7 @@ The modules build on one another in this order:
     packed                          what attention reads, and what the kernel supports
     attention                       attention over packed tokens: the reference, and the choice of the kernel
     attention_triton                the kernel: attend_packed_triton, with packed_block_triton and splits_triton
+    stored                          encoded keys and values of a layer, cut and joined along time
     lazy, layer, cache              the cache as transformers sees it
     shape, attention_interface      which models can have such a cache; their attention function
     attach, files                   caches for a model; a cache's files in an artifact

@@ -45,7 +45,6 @@ class Gptq(QuantizingStage, Masking, LinearStage):
             fitted in closed form; none raises the error of the output.
         sparsity: share of the weights to prune in the same column loop; the remaining weights are rounded, and
             compensate for both errors.
-        mask_structure: of the pruning.
     """
 
     example: ClassVar = {"scheme": "W4A16", "group_size": 32}

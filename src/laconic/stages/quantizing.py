@@ -45,7 +45,7 @@ class QuantizingStage(WeightStage):
         group_size: columns that share a scale; -1 for one scale a channel; `auto` for the largest of 128, 64 and 32
             that divides the inputs of a linear, else one scale a channel.
         symmetric: whether the weights' grid has no zero point.
-        strategy: of the weights' scales.
+        strategy: granularity of the weights' scales.
         dynamic: whether activations are scaled by each input, or by calibration.
         outlier_ratio: share of the input columns in 16 bit: those of largest activations in calibration.
         low_rank: rank of a 16-bit product that is fitted to the quantization error.
