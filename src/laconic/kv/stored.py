@@ -120,6 +120,9 @@ def join_tokens(old: StoredPair, new: StoredPair) -> StoredPair:
     Args:
         old: Stored keys and values of a group of heads.
         new: Those of the tokens that follow.
+
+    Returns:
+        Stored keys and values of all tokens.
     """
     keys, values = ({n: torch.cat([a[n], b[n]], 2) for n in a} for a, b in zip(old, new, strict=True))
     return keys, values

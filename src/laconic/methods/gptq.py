@@ -36,7 +36,7 @@ class Gptq(QuantizingStage, Masking, LinearStage):
             groups: no order is stored, and inference is not slower); null goes from left to right, and fits each
             group's grid when the group is reached.
         dampening_frac: share of the Hessian's mean diagonal added to it.
-        observer: `mse` or `minmax` ranges.
+        observer: how a grid's range is chosen: `minmax`, or `mse` for the range of least squared error.
         true_sequential: observe each linear after the earlier ones of its block are quantized.
         asymmetric_calibration: match the original model's output from the quantized model's input (GPTAQ), in part
             (0 to 1) or in full.

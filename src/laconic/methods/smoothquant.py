@@ -34,8 +34,8 @@ class SmoothQuant(BlockStage):
     Attributes:
         alpha: how much of the range moves into the weights, 0 to 1; `search` tries several for each norm and takes the
             one of least output error under `scheme`.
-        scheme: under which alphas are compared.
-        group_size: of the scheme's weights, if not the preset's.
+        scheme: scheme under which alphas are compared.
+        group_size: group size of the scheme's weights, if not the preset's.
         search_tokens: calibration tokens on which alphas are compared.
     """
 

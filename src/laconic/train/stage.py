@@ -103,18 +103,18 @@ class TrainingStage(ModelStage):
         data: texts and instructions to train on.
         loss: `lm`, cross-entropy of the text; `kl`, KL divergence from a teacher's predictions.
         teacher: a folder or Hub name; the recipe's original model if not given.
-        learning_rate: the highest one.
+        learning_rate: the highest learning rate, after warmup.
         warmup: share of the steps in which the learning rate rises.
-        schedule: how it falls.
+        schedule: how the learning rate falls after warmup.
         epochs: passes over the data.
-        max_steps: in place of epochs.
+        max_steps: number of steps, in place of epochs.
         batch_size: sequences a process takes at once.
         gradient_accumulation: batches a step.
         max_seq_length: tokens of a sequence.
-        weight_decay: AdamW's.
+        weight_decay: weight decay of AdamW.
         max_grad_norm: gradients are clipped to this norm; null for no clipping.
         gradient_checkpointing: recompute activations of blocks in the backward pass.
-        precision: of products; `auto` is bf16 where a GPU has it.
+        precision: precision of products; `auto` is bf16 where a GPU has it.
         held_out: share of each text that is not trained on.
         held_out_samples: at most so many held-out sequences.
         eval_every: steps between measurements of the held-out loss.

@@ -39,11 +39,11 @@ class AdapterStage(TrainingStage):
 
     Attributes:
         targets: linears that get an adapter; as in stages that treat weights.
-        ignore: linears that get none.
-        rank: of the adapters.
-        alpha: their product is scaled by alpha / rank.
-        dropout: of their input while they are trained.
-        keep_adapters: leave them beside the weights in peft's format; beside codes they always are.
+        ignore: linears that get no adapter.
+        rank: rank of the adapters.
+        alpha: the adapters' product is scaled by alpha / rank.
+        dropout: dropout of the adapters' input during training.
+        keep_adapters: leave the adapters beside the weights in peft's format; beside codes they always are.
         start: a folder with adapters to begin from.
     """
 
