@@ -88,7 +88,9 @@ class AdaptedLinear(LoraLinear):
     def forward(self, x: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         if self.packed_mask is None:
-            return self._frozen(x) + self.adapted(dropped)
+            # First, since the order of the two products is that in which their gradients of x are added.
+            low = self.adapted(dropped)
+            return self._frozen(x) + low
         dtype = compute_dtype(x)
         one_product = dropped is x and isinstance(self.base, nn.Linear | Nf4Linear)
         y: Tensor = _MaskedProduct.apply(dropped.to(dtype), self.lora_A, self.lora_B, self, one_product)  # type: ignore[no-untyped-call]
