@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -11,17 +12,22 @@ from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 import pytest
+import torch
 
 import laconic
 from artifacts import quantized_linears, recipe, same_bytes
 from extra_methods import allow_methods
 from interruptions import Killed
+from laconic.kv.format import KvFormat
+from laconic.kv.shape import KvShape
 from laconic.methods import METHODS
 from laconic.methods.registry_check import check_methods
 from laconic.stages.block import Block, BlockStage
+from laconic.stages.cache import CacheStage
 from laconic.stages.linear import LinearStage, LinearTask, Outcome
 from laconic.stages.quantizing import QuantizingStage
 from laconic.stages.stage import Needs, Stage, example_of, method_name
+from laconic.stages.survey import Figures, SurveyedBlock
 from tiny import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +141,49 @@ class Deaf(LinearStage):
         raise NotImplementedError
 
 
+class Surveyless(LinearStage):
+    """It asks for a survey and measures nothing."""
+
+    method: Literal["surveyless"] = "surveyless"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(survey=True)
+
+    def compress(self, task: LinearTask) -> Outcome:
+        return Outcome(task.weight)
+
+
+class Surveyor(Surveyless):
+    """It measures the size of each weight, and how much the block's output moves without it."""
+
+    method: Literal["surveyor"] = "surveyor"  # type: ignore[assignment]
+
+    def survey(self, block: SurveyedBlock) -> Figures:
+        return {
+            n: {"size": m.weight.numel(), "change": block.output_change({n: torch.zeros_like(m.weight)})}
+            for n, m in block.linears.items()
+        }
+
+
+class OneFormat(CacheStage):
+    """It stores keys, and forgets values."""
+
+    method: Literal["one_format"] = "one_format"
+
+    def formats(self, shape: KvShape) -> Any:
+        return KvFormat(8)
+
+
+class Bits(OneFormat):
+    """It says bits in place of formats."""
+
+    method: Literal["bits"] = "bits"  # type: ignore[assignment]
+
+    def formats(self, shape: KvShape) -> Any:
+        return 8, 8
+
+
 class Scopeless(Stage):
     """It is of no scope."""
 
@@ -152,12 +201,27 @@ class Scopeless(Stage):
         (Needy, r"Needy.needs is a set; return a laconic.stages.stage.Needs"),
         (Blind, r"Blind.needs lacks activations, which every block stage is given; begin with super\(\).needs"),
         (Aimless, r"Aimless quantizes, and proposes no scheme; derive it from QuantizingStage"),
+        (Surveyless, r"Surveyless.needs declares survey; implement survey\(self, block\), or leave it out"),
+        (OneFormat, r"OneFormat.needs fails: OneFormat.formats\(\) of the method 'one_format' returned KvFormat\("),
+        (Bits, r"Bits.needs fails: .* returned \(8, 8\); return two laconic.kv.format.KvFormat, of keys and of values"),
         (Deaf, r"Deaf.compress\(\) has other parameters than its base: write compress\(self, task\)"),
     ],
 )
 def test_what_a_class_lacks_is_told_by_name(kind: type[Stage], lack: str) -> None:
     with pytest.raises(TypeError, match=rf"^methods/test_methods.py: {lack}"):
         check_methods((*METHODS, kind))
+
+
+def test_any_stage_may_have_a_survey(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_methods((*METHODS, Surveyor))
+    allow_methods(monkeypatch, Surveyor)
+    artifact = laconic.compress(
+        str(llama), recipe({"method": "surveyor", "targets": "re:.*down_proj"}, text=text), tmp_path / "out"
+    )
+    (figures,) = json.loads((artifact.path / "survey.json").read_text())
+    assert figures.keys() == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
+    shape = laconic.load(artifact.path).model.layers[0].mlp.down_proj.weight.shape
+    assert all(f["size"] == shape.numel() and 0 < f["change"] < 2 for f in figures.values())
 
 
 @pytest.mark.parametrize(

@@ -149,3 +149,28 @@ def test_what_a_model_stage_does_wrongly_is_told(
     allow_methods(monkeypatch, ModelToy)
     with pytest.raises(TypeError, match=message):
         laconic.compress(str(llama), recipe({"method": "toy"}), tmp_path / "out")
+
+
+def _with_norm(task: ModelTask, norm: torch.Tensor, **config: Any) -> ModelOutcome:
+    model: Any = laconic.load(task.folder)
+    model.model.norm.weight = torch.nn.Parameter(norm)
+    return ModelOutcome(model, config)
+
+
+def test_a_model_that_could_not_be_opened_is_told(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allow_methods(monkeypatch, ModelToy)
+    shape = r"ModelToy.apply\(\) returned \(32,\) as model.norm.weight, which is \(64,\) by config.json; put the keys"
+    nan = r"stages.0 \(toy\): model.norm.weight holds NaN or infinity afterwards; check the model and the texts"
+    for returned, error, message in (
+        (lambda t: _with_norm(t, torch.ones(32)), TypeError, shape),
+        (lambda t: _with_norm(t, torch.ones(32), rms_norm_eps=1e-5), TypeError, shape),
+        (lambda t: _with_norm(t, torch.full((64,), float("nan"))), ValueError, nan),
+        (
+            lambda _: ModelOutcome(None, shards=[lambda: {"model.norm.weight": torch.tensor([torch.inf])}]),
+            ValueError,
+            nan,
+        ),
+    ):
+        monkeypatch.setattr(ModelToy, "returned", staticmethod(returned), raising=False)
+        with pytest.raises(error, match=message):
+            laconic.compress(str(llama), recipe({"method": "toy"}), tmp_path / "out")

@@ -62,11 +62,20 @@ def _problems(kind: Any) -> Iterable[str]:
         where = ".".join(map(str, error["loc"]))
         yield f"{kind.__name__}.example is no valid instance ({where}: {error['msg']})"
         return
-    if not isinstance(example.needs, Needs):
-        yield f"{kind.__name__}.needs is a {type(example.needs).__name__}; return a laconic.stages.stage.Needs"
+    try:
+        needs = example.needs
+    except TypeError as e:
+        yield f"{kind.__name__}.needs fails: {e}"
         return
-    if issubclass(kind, BlockStage) and not example.needs.activations:
+    if not isinstance(needs, Needs):
+        yield f"{kind.__name__}.needs is a {type(needs).__name__}; return a laconic.stages.stage.Needs"
+        return
+    if issubclass(kind, BlockStage) and not needs.activations:
         yield f"{kind.__name__}.needs lacks activations, which every block stage is given; begin with super().needs"
+    if needs.survey and not isinstance(example, WeightStage):
+        yield f"{kind.__name__}.needs declares survey, which stages that treat weights are given; derive it from one"
+    elif isinstance(example, WeightStage) and needs.survey and type(example).survey is WeightStage.survey:
+        yield f"{kind.__name__}.needs declares survey; implement survey(self, block), or leave it out"
     if isinstance(example, WeightStage) and example.quantizes and not isinstance(example, QuantizingStage):
         yield f"{kind.__name__} quantizes, and proposes no scheme; derive it from QuantizingStage"
 

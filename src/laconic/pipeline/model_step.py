@@ -23,6 +23,7 @@ from laconic.checkpoint.trust import Trust
 from laconic.formats.schemes import Scheme
 from laconic.pipeline.calibration import device_of
 from laconic.pipeline.engines import quantization_config
+from laconic.pipeline.model_outcome import check_finite_weights, check_model_outcome, check_shapes
 from laconic.pipeline.provenance import account
 from laconic.runtime.inputs import open_input
 from laconic.runtime.linear import QLinear
@@ -65,35 +66,24 @@ def run_model_step(
         task = _task(pipeline, stage, folder, workspace.folder, workspace.scratch, report)
         try:
             with record_span(stage.method), torch.set_grad_enabled(stage.needs.gradients):
-                outcome = stage.apply(task)
-            _check_outcome(stage, outcome)
+                outcome = check_model_outcome(stage, stage.apply(task))
+            config = _config_after(folder, outcome, pipeline.trust)
             if outcome.shards:
                 _write_shards(workspace, outcome.shards, report)
+            elif outcome.model is not None:
+                check_shapes(stage, outcome, config, folder, pipeline.trust)
+                config |= _write_model(workspace, outcome.model, outcome.blocks, pipeline, folder)
+            else:
+                workspace.copy_weights(folder)
         except ValueError as e:
             raise ValueError(f"stages.{step.first} ({stage.method}): {e}") from e
-        config = {**read_config(folder, trust=pipeline.trust)[0], **outcome.config}
-        if outcome.model is not None or outcome.shards:
-            config.pop("quantization_config", None)  # of weights that were decoded
-        if outcome.model is None and not outcome.shards:
-            workspace.copy_weights(folder)
-        elif outcome.model is not None:
-            config |= _write_model(workspace, outcome.model, outcome.blocks, pipeline, folder)
         workspace.write_log([dict(e) for e in outcome.events])
         _save_results(workspace.folder, outcome)
         artifact = Artifact(workspace.folder)
         artifact.save_result(
             "compress", account(start, task.device, pipeline.recipe.seed, earlier=before, simulated=False)
         )
-        remaining = {k: v for k, v in config.items() if v is not None or k not in outcome.config}
-        workspace.finish(remaining, folder, carried=before, describe=describe)
-
-
-def _check_outcome(stage: ModelStage, outcome: object) -> None:
-    if not isinstance(outcome, ModelOutcome):
-        raise TypeError(
-            f"{type(stage).__name__}.apply() returned {type(outcome).__name__}; return "
-            "laconic.stages.model.ModelOutcome(model)"
-        )
+        workspace.finish(config, folder, carried=before, describe=describe)
 
 
 def help_model_step(pipeline: Pipeline, step: Step, before: Path | None, report: Report) -> None:
@@ -130,6 +120,14 @@ def _task(
     return ModelTask(folder, original, windows, device, recipe.seed, scratch, artifact, report, pipeline.trust)
 
 
+def _config_after(folder: Path, outcome: ModelOutcome, trust: Trust) -> dict[str, Any]:
+    """Return config.json with the keys that a stage changed, and without those that it removed."""
+    config = {**read_config(folder, trust=trust)[0], **outcome.config}
+    if outcome.model is not None or outcome.shards:
+        config.pop("quantization_config", None)  # of weights that were decoded
+    return {k: v for k, v in config.items() if v is not None or k not in outcome.config}
+
+
 def _save_results(folder: Path, outcome: ModelOutcome) -> None:
     for name, result in outcome.results.items():
         Artifact(folder).save_result(name, result)
@@ -141,7 +139,9 @@ def _write_shards(workspace: Workspace, shards: Sequence[Callable[[], Mapping[st
     workspace.shards = len(shards)
     for i, compute in enumerate(shards):
         if not workspace.is_finished(i):
-            workspace.write_shard(i, compute(), [])
+            tensors = compute()
+            check_finite_weights(tensors)
+            workspace.write_shard(i, tensors, [])
         report({"event": "work", "done": i + 1, "total": len(shards)})
 
 
@@ -184,6 +184,8 @@ def _write_model(
         shards[int(number)][name] = tensor
     schemes = {n: linear.scheme for n, linear in quantized.items()}
     config = _quantization(schemes, skeleton, checkpoint, extra) if schemes else {}
+    for tensors in shards:
+        check_finite_weights(tensors)
     for i, tensors in enumerate(shards):
         workspace.write_shard(i, to_file_layout(checkpoint, tensors), [])
     names_of_blocks = (blocks, blocks.removeprefix(f"{skeleton.base_model_prefix}."))

@@ -80,7 +80,7 @@ class CacheStage(Stage):
 
     @property
     def needs(self) -> Needs:
-        keys, values = self.formats(KvShape(1, 1, 64, (None,)))
+        keys, values = self._formats(KvShape(1, 1, 64, (None,)))
         chooses = self.budget_bits is not None or self.max_error is not None or self.rotation == "attention"
         return Needs(activations=chooses or keys.calibrated or values.calibrated)
 
@@ -105,6 +105,17 @@ class CacheStage(Stage):
             shape: Shape of the model's cache.
         """
 
+    def _formats(self, shape: KvShape) -> tuple[KvFormat, KvFormat]:
+        """Return what `formats` returned, once it is checked."""
+        formats: Any = self.formats(shape)
+        if not isinstance(formats, tuple | list) or [isinstance(f, KvFormat) for f in formats] != [True, True]:
+            raise TypeError(
+                f"{type(self).__name__}.formats() of the method '{self.method}' returned {str(formats)[:60]}; return "
+                "two laconic.kv.format.KvFormat, of keys and of values"
+            )
+        keys, values = formats
+        return keys, values
+
     def check_length(self, shape: KvShape, tokens: int) -> None:
         """Check that calibration samples are long enough to be encoded.
 
@@ -115,7 +126,7 @@ class CacheStage(Stage):
         Raises:
             ValueError: They are too short.
         """
-        at_once = max(fmt.tokens_at_once for fmt in self.formats(shape))
+        at_once = max(fmt.tokens_at_once for fmt in self._formats(shape))
         if tokens < at_once:
             raise ValueError(
                 f"{self.method} stores {at_once} tokens together, more than the {tokens} of a calibration sample; "
@@ -132,7 +143,7 @@ class CacheStage(Stage):
         Raises:
             ValueError: The model's heads cannot be stored so, or its context is too short.
         """
-        keys, values = self.formats(shape)
+        keys, values = self._formats(shape)
         at_once = max(keys.tokens_at_once, values.tokens_at_once)
         if shape.context is not None and self.sinks + self.residual_length + at_once > shape.context:
             raise ValueError(
@@ -160,7 +171,7 @@ class CacheStage(Stage):
         """
         calibration: dict[str, Tensor] = {}
         errors: dict[str, Tensor] = {}
-        for side, plain in zip(_SIDES, self.formats(shape), strict=True):
+        for side, plain in zip(_SIDES, self._formats(shape), strict=True):
             rotation = self._rotation(capture, side, plain)
             if self.rotation == "attention" and rotation is not None:
                 calibration[f"{_ROTATION}.{side}"] = rotation
@@ -233,7 +244,7 @@ class CacheStage(Stage):
         return _CHOICES if self.budget_bits is not None else (fmt.num_bits,)
 
     def _layer(self, shape: KvShape, calibration: Calibration) -> LayerScheme:
-        keys, values = self.formats(shape)
+        keys, values = self._formats(shape)
         in_16_bit = self.max_error is not None and float(calibration["error"].mean()) > self.max_error
         return (HeadGroup(_PLAIN, _PLAIN),) if in_16_bit else (HeadGroup(keys, values),)
 
@@ -254,7 +265,7 @@ class CacheStage(Stage):
             if self.max_error is not None and self._error(calibration, pairs) > self.max_error:
                 layers.append((HeadGroup(_PLAIN, _PLAIN),))
             else:
-                layers.append(_group_heads(pairs, *self.formats(shape)))
+                layers.append(_group_heads(pairs, *self._formats(shape)))
         return layers
 
     def _error(self, calibration: Calibration, bits: Sequence[tuple[int, int]]) -> float:

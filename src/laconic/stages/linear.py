@@ -17,6 +17,7 @@ from laconic.formats.schemes import Scheme
 from laconic.solvers.masks import StackedLinear
 from laconic.solvers.moments import Moments
 from laconic.stages.stage import Scope, Stage
+from laconic.stages.survey import Figures, SurveyedBlock
 from laconic.stages.targets import Patterns
 
 
@@ -44,6 +45,28 @@ class WeightStage(Stage):
     def prunes(self) -> bool:
         """Whether the stage makes weights zero."""
         return False
+
+    def survey(self, block: SurveyedBlock) -> Figures:
+        """Measure one block of the original model; a stage whose needs declare `survey` implements it.
+
+        Args:
+            block: the block, with the linears that the stage treats.
+
+        Returns:
+            Figures of these linears, by name within the block.
+        """
+        raise TypeError(f"{type(self).__name__}.needs declares survey; implement survey(self, block), or leave it out")
+
+    def allocate(self, blocks: Sequence[Figures], sizes: Mapping[str, int]) -> Mapping[str, float]:
+        """Return the share of weights to remove from linears, by full name, once all blocks are surveyed.
+
+        Linears without a share, as all of them here, keep that of the recipe.
+
+        Args:
+            blocks: figures of each block in which the stage treats a linear, by the linear's full name.
+            sizes: number of weights of each linear, by full name.
+        """
+        return {}
 
 
 @dataclass(frozen=True)

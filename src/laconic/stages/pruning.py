@@ -6,16 +6,24 @@ of the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
+from torch import Tensor
 
 from laconic.config import Config
 from laconic.solvers.masks import MaskStructure, parse_mask_structure
-from laconic.stages.linear import LinearStage, WeightStage
+from laconic.stages.allocation import (
+    allocate_by_errors,
+    allocate_by_outliers,
+    measure_errors,
+    measure_outliers,
+)
+from laconic.stages.linear import LinearStage, LinearTask, WeightStage
 from laconic.stages.stage import Needs
+from laconic.stages.survey import Figures, SurveyedBlock
 from laconic.stages.targets import check_patterns, matches
 
 _DEFAULT = 0.5
@@ -168,7 +176,26 @@ class PruningStage(Masking, LinearStage):
     @property
     def needs(self) -> Needs:
         survey = self.allocation is not None
-        return Needs(survey=survey, reason=f"allocation: {self.allocation}" if survey else "")
+        return Needs(
+            survey=survey,
+            survey_second_moments=self.allocation == "search",
+            reason=f"allocation: {self.allocation}" if survey else "",
+        )
+
+    def survey(self, block: SurveyedBlock) -> Figures:
+        if self.allocation == "owl":
+            return measure_outliers(block, self.owl_m)
+        return measure_errors(block, self.share, self._prune)
+
+    def allocate(self, blocks: Sequence[Figures], sizes: Mapping[str, int]) -> Mapping[str, float]:
+        if self.allocation == "owl":
+            return allocate_by_outliers(blocks, sizes, self.share, self.owl_lambda)
+        return allocate_by_errors(blocks, sizes, self.share)
+
+    def _prune(self, task: LinearTask) -> Tensor:
+        weight = self.compress(task).weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def share_of(self, name: str) -> float:
         return next((share for pattern, share in self.ratios.items() if matches(name, [pattern])), self.share)

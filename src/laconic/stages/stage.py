@@ -24,8 +24,9 @@ class Needs:
         ranges: smallest and largest value of each input channel.
         links: where a scale can be moved between a linear and what feeds it.
         sequential: whether linears of a block are observed after the earlier ones of the block are compressed.
-        survey: a pass over the whole original model before any of it is changed, which sets the sparsities of a
-            pruning stage.
+        survey: a pass over the whole original model before any of it is changed, in which `WeightStage.survey`
+            measures each block.
+        survey_second_moments: Hessians in that pass.
         gradients: gradients of the loss.
         original_activations: whether the original model's activations alone are enough, so that the compressed model
             need not be run.
@@ -39,6 +40,7 @@ class Needs:
     links: bool = False
     sequential: bool = True
     survey: bool = False
+    survey_second_moments: bool = False
     gradients: bool = False
     original_activations: bool = False
     reason: str = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -90,6 +90,27 @@ def check_block_outcomes(
     if mixed := [t for t in outcomes if len({schemes[n] for n in t}) > 1]:
         raise TypeError(f"{where} stacked {', '.join(mixed[0])}, whose schemes differ; take stacks from block.stacks()")
     return outcomes
+
+
+def check_figures(stage: WeightStage, figures: Any, linears: Iterable[str]) -> None:
+    """Check what a stage measured of a block in the survey.
+
+    Args:
+        stage: the method.
+        figures: what it returned.
+        linears: names of its linears within the block.
+
+    Raises:
+        TypeError: if they are no figures of these linears, or no numbers.
+    """
+    where = f"{type(stage).__name__}.survey()"
+    if not isinstance(figures, Mapping) or not all(isinstance(f, Mapping) for f in figures.values()):
+        raise TypeError(f"{where} must return a mapping from names of linears to their figures by name")
+    if unknown := sorted(figures.keys() - set(linears)):
+        raise TypeError(f"{where} returned figures of {unknown[0]}; return those of block.linears")
+    for key, value in ((k, v) for of_linear in figures.values() for k, v in of_linear.items()):
+        if not all(isinstance(v, int | float) for v in (value if isinstance(value, list) else [value])):
+            raise TypeError(f"{where} returned a {type(value).__name__} as '{key}'; return numbers, or lists of them")
 
 
 def check_tensors(

@@ -1,18 +1,15 @@
-"""The survey: a pass over the whole original model before its first block is pruned, which sets sparsities and heads.
+"""The survey: a pass over the whole original model before its first block is compressed.
 
-The blocks run one after another, as in the walk. Only figures are kept; they are written to the workspace before
-anything else, so that a restarted run uses the same ones.
-
-OWL (arXiv 2310.05175): blocks with more outliers among their scores |W_ij| ||X_j|| get lower sparsities. The search
-prunes every linear alone to several sparsities, and chooses those with the least sum of errors. An error is the change
-of the block's output relative to the output, per token: it is measured at the mean sparsity, and scaled to the other
-sparsities by the output error of the linear itself.
+The blocks run one after another, as in the walk. Stages that need it measure each block, and sparsities and heads
+follow from their figures. Only figures are kept; they are written to the workspace before anything else, so that a
+restarted run uses the same ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,22 +18,16 @@ from torch import Tensor, nn
 from laconic.calibrate.observe import observe
 from laconic.calibrate.passes import Passes
 from laconic.calibrate.stream import Stream
-from laconic.solvers.allocate import allocate_sparsity, owl_sparsities
-from laconic.solvers.masks import StackedLinear, single_linear
-from laconic.solvers.moments import Moments
-from laconic.stages.linear import LinearTask
+from laconic.solvers.masks import StackedLinear
+from laconic.stages.linear import WeightStage
 from laconic.stages.pruning import PruningStage
+from laconic.stages.survey import Figures, SurveyedBlock
 from laconic.structure.anatomy import linear_at
 from laconic.structure.calls import BlockCall
 from laconic.train.block_tuning import replaced_linears
 from laconic.walk.head_importance import most_important
+from laconic.walk.outcomes import check_figures
 from laconic.walk.plan import Plan
-
-Figures = dict[str, dict[str, Any]]
-"""Figures of linears, by full name: `outliers` (OWL), `errors` (search), and at the end `sparsity` and `heads`."""
-
-# Searched sparsities: how far from the mean, in which steps, and the highest.
-_REACH, _STEP, _HIGHEST = 0.3, 0.1, 0.95
 
 # Tokens on which the change of a block's output is measured.
 _SAMPLE = 4096
@@ -62,36 +53,42 @@ def survey_block(
         ValueError: if the activations hold NaN or infinity.
     """
     name, taps = plan.anatomy.block_name(i), plan.anatomy.taps[i]
-    gram = any(isinstance(s, PruningStage) and s.allocation == "search" for s in plan.stages)
+    gram = any(s.needs.survey_second_moments for s in plan.stages)
     sample = stream.hidden[: max(1, _SAMPLE // stream.hidden.shape[1])].to(device, copy=True)
     with Passes(block, taps, call, stream, device, resume=False) as passes:
         moments = observe(passes, taps, gram=gram, advance=True)
+    output_change = _OutputChange(block, call, sample)
     by_stage: list[Figures] = []
     for stage, names in zip(plan.stages, plan.targets, strict=True):
         linears = {n: m for tap, m in moments.items() for n in tap.linears if f"{name}.{n}" in names}
-        if not isinstance(stage, PruningStage) or not stage.needs.survey or not linears:
+        if not stage.needs.survey or not linears:
             by_stage.append({})
             continue
-        figures = (
-            _outliers(block, linears, stage.owl_m)
-            if stage.allocation == "owl"
-            else _errors(block, linears, stage, call, sample)
-        )
+        figures = stage.survey(SurveyedBlock({n: linear_at(block, n) for n in linears}, linears, output_change))
+        check_figures(stage, figures, linears)
         by_stage.append({f"{name}.{n}": of_linear for n, of_linear in figures.items()})
     return by_stage
 
 
 def set_sparsities(plan: Plan, by_stage: Sequence[Figures]) -> list[Figures]:
-    """Return the figures of all blocks with the `sparsity` of each linear added.
+    """Return the figures of all blocks with the `sparsity` of each linear to which a stage allocates one.
 
     Args:
         plan: of the walk.
         by_stage: figures of each stage.
     """
     return [
-        _allocate(plan, stage, figures) if isinstance(stage, PruningStage) and figures else {}
-        for stage, figures in zip(plan.stages, by_stage, strict=True)
+        _allocate(plan, stage, figures) if figures else {} for stage, figures in zip(plan.stages, by_stage, strict=True)
     ]
+
+
+def _allocate(plan: Plan, stage: WeightStage, figures: Figures) -> Figures:
+    blocks: dict[str, Figures] = {}
+    for n, of_linear in figures.items():
+        blocks.setdefault(n.removeprefix(f"{plan.anatomy.blocks}.").partition(".")[0], {})[n] = of_linear
+    sizes = {n: plan.linears[n][0] * plan.linears[n][1] for n in figures}
+    shares = stage.allocate([*blocks.values()], sizes)
+    return {n: {**f, "sparsity": shares[n]} if n in shares else f for n, f in figures.items()}
 
 
 def protect_heads(plan: Plan, number: int, importance: Sequence[Sequence[float]]) -> Figures:
@@ -139,71 +136,21 @@ def _with_figures(plan: Plan, name: str, part: StackedLinear, figures: Mapping[s
     return replace(part, sparsity=figures.get("sparsity", part.sparsity), protected=protected)
 
 
-def _allocate(plan: Plan, stage: PruningStage, figures: Figures) -> Figures:
-    sizes = {n: plan.linears[n][0] * plan.linears[n][1] for n in figures}
-    if stage.allocation == "search":
-        names = list(figures)
-        errors = [figures[n]["errors"] for n in names]
-        shares = allocate_sparsity(errors, [sizes[n] for n in names], _candidates(stage.share), stage.share)
-        return {n: {**figures[n], "sparsity": share} for n, share in zip(names, shares, strict=True)}
-    blocks: dict[str, list[str]] = {}
-    for n in figures:
-        block = n.removeprefix(f"{plan.anatomy.blocks}.").partition(".")[0]
-        blocks.setdefault(block, []).append(n)
-    outliers = [figures[names[0]]["outliers"] for names in blocks.values()]
-    weights = [sum(sizes[n] for n in names) for names in blocks.values()]
-    shares = owl_sparsities(outliers, weights, stage.share, stage.owl_lambda)
-    return {
-        n: {**figures[n], "sparsity": share}
-        for names, share in zip(blocks.values(), shares, strict=True)
-        for n in names
-    }
+@dataclass(frozen=True)
+class _OutputChange:
+    """The change of a block's output on a sample, for `SurveyedBlock.output_change`."""
 
+    block: nn.Module
+    call: BlockCall
+    sample: Tensor
 
-def _outliers(block: nn.Module, linears: Mapping[str, Moments], m: float) -> Figures:
-    """Return the share of a block's scores that are more than m times their mean."""
-    scores = {
-        n: linear_at(block, n).weight.detach().float().abs() * moments.energy.sqrt() for n, moments in linears.items()
-    }
-    count = sum(A.numel() for A in scores.values())
-    mean = sum(float(A.double().sum()) for A in scores.values()) / count
-    outliers = sum(int((m * mean < A).sum()) for A in scores.values()) / count
-    return {n: {"outliers": outliers} for n in linears}
+    @cached_property
+    def _expected(self) -> Tensor:
+        return self.call(self.block, self.sample, slice(0, len(self.sample))).float()
 
-
-def _errors(
-    block: nn.Module, linears: Mapping[str, Moments], stage: PruningStage, call: BlockCall, sample: Tensor
-) -> Figures:
-    """Return the error of each linear at each candidate sparsity, the other linears being dense."""
-    samples = slice(0, len(sample))
-    expected = call(block, sample, samples).float()
-    size = expected.square().sum(-1).clamp(min=1e-30)
-    figures: Figures = {}
-    for name, moments in linears.items():
-        linear = linear_at(block, name)
-        W = linear.weight.detach().float()
-        errors, at_mean = [], W
-        for share in _candidates(stage.share):
-            pruned = stage.compress(LinearTask(W, None, moments, linear.weight.dtype, single_linear(W, share))).weight
-            assert isinstance(pruned, Tensor)
-            errors.append(_output_error(W - pruned, moments))
-            at_mean = pruned if share == stage.share else at_mean
-        with replaced_linears(block, {name: at_mean}):
-            change = call(block, sample, samples).float() - expected
-        block_error = float((change.square().sum(-1) / size).mean())
-        error_at_mean = errors[_candidates(stage.share).index(stage.share)]
-        figures[name] = {"errors": [block_error * e / error_at_mean if error_at_mean else 0.0 for e in errors]}
-    return figures
-
-
-def _output_error(E: Tensor, moments: Moments) -> float:
-    """Return tr(E H E^T), the squared error of the output for an error E (out, in) of the weight."""
-    assert moments.H is not None
-    return float(((E @ moments.H) * E).sum())
-
-
-def _candidates(mean: float) -> list[float]:
-    """Return the sparsities that are tried, from the highest."""
-    steps = round(_REACH / _STEP)
-    around = [mean if k == 0 else round(mean + k * _STEP, 6) for k in range(steps, -steps - 1, -1)]
-    return [share for share in around if 0 <= share <= _HIGHEST or share == mean]
+    def __call__(self, weights: Mapping[str, Tensor]) -> float:
+        expected = self._expected
+        with replaced_linears(self.block, weights):
+            change = self.call(self.block, self.sample, slice(0, len(self.sample))).float() - expected
+        size = expected.square().sum(-1).clamp(min=1e-30)
+        return float((change.square().sum(-1) / size).mean())

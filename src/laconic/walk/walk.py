@@ -28,6 +28,7 @@ from laconic.kv.positions import TokenPositions
 from laconic.kv.rotary import rotary_of
 from laconic.runtime.linear import QLinear
 from laconic.solvers.moments import NonFiniteError
+from laconic.stages.survey import Figures
 from laconic.walk.apply import Applier, CurrentBlock, Report
 from laconic.walk.embeddings import compress_embeddings
 from laconic.walk.flow import Flow, embed, output_is_read
@@ -39,7 +40,7 @@ from laconic.walk.original import Original
 from laconic.walk.plan import Plan
 from laconic.walk.settings import Settings
 from laconic.walk.spans import record_span
-from laconic.walk.survey import Figures, protect_heads, set_sparsities, survey_block, with_survey
+from laconic.walk.survey import protect_heads, set_sparsities, survey_block, with_survey
 
 
 @torch.no_grad()
