@@ -14,6 +14,7 @@ from laconic.artifact.size import Size
 from laconic.cards.data_card import license_of
 from laconic.cards.results import Results, commands, model_index, tables
 from laconic.checkpoint.files import KV_CONFIG
+from laconic.checkpoint.source import auto_class_name
 from laconic.formats.support import ENGINES, support
 from laconic.runtime.quant_config import NATIVE
 
@@ -185,16 +186,16 @@ def _results(results: Results) -> list[str]:
 def _usage(config: Mapping[str, Any], size: Size) -> list[str]:
     method = (config.get("quantization_config") or {}).get("quant_method")
     native = method == NATIVE or config.get("model_type") == "laconic"
-    cache = KV_CONFIG in config
+    cache, auto_class = KV_CONFIG in config, auto_class_name(config)
     packages = "transformers accelerate" + (" compressed-tensors" if method and not native else "")
     lines = ["```", f"pip install {packages}" + (" laconic" if native or cache else ""), "```", "", "```python"]
     if native:
         lines.append("import laconic  # registers the format with transformers")
     lines += [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto_class}, AutoTokenizer",
         "",
         'folder = "FOLDER_OR_REPO_ID"',
-        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto")',
+        f'model = {auto_class}.from_pretrained(folder, dtype="auto", device_map="auto")',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         "```",
         "",

@@ -22,6 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import build_glob_alternation
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from laconic.checkpoint.files import (
     ADAPTER_CONFIG,
@@ -223,15 +227,26 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, *, trust: Trust
     return model
 
 
-def _auto_class(config: PretrainedConfig) -> Any:
-    """Return the class by which transformers builds the model: with its towers, where it has any."""
-    multimodal: Mapping[Any, Any] = AutoModelForImageTextToText._model_mapping
-    causal: Mapping[Any, Any] = AutoModelForCausalLM._model_mapping
-    if type(config) not in multimodal or config.is_encoder_decoder:
-        return AutoModelForCausalLM
+def auto_class_name(config: Mapping[str, Any]) -> str:
+    """Return the name of the class by which transformers opens a model: with its towers, where it has any.
+
+    Args:
+        config: Contents of config.json.
+    """
+    model_type = str(config.get("model_type"))
+    multimodal = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    if multimodal is None or config.get("is_encoder_decoder"):
+        return "AutoModelForCausalLM"
     # Some configs have a class for the text part alone too; the checkpoint says of which its tensors are.
-    named = multimodal[type(config)].__name__ in (config.architectures or ())
-    return AutoModelForImageTextToText if named or type(config) not in causal else AutoModelForCausalLM
+    named = multimodal in (config.get("architectures") or ())
+    text_alone = not named and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return "AutoModelForCausalLM" if text_alone else "AutoModelForImageTextToText"
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    keys = ("model_type", "architectures", "is_encoder_decoder")
+    name = auto_class_name({key: getattr(config, key, None) for key in keys})
+    return AutoModelForImageTextToText if name == "AutoModelForImageTextToText" else AutoModelForCausalLM
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:

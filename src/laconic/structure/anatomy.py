@@ -255,7 +255,10 @@ def _trace(block: nn.Module, call: BlockCall, hidden: Tensor) -> _Trace:
     hooks = forward_hooks(((linear, group_by_input(name)) for name, linear in linears.items()), before=True)
     with torch.no_grad(), watched_weights(block) as read, hooks, capture_outputs({"block": block}) as outputs:
         call.to("meta")(block, hidden.to("meta"))
-    read |= {n for n, linear in linears.items() if not _is_product(linear)}
+    # One linear of each class and shape shows it for all.
+    kinds = {(type(m), m.extra_repr()): m for m in linears.values() if type(m).forward is not nn.Linear.forward}
+    others = {kind for kind, linear in kinds.items() if not _is_product(linear)}
+    read |= {n for n, m in linears.items() if (type(m), m.extra_repr()) in others}
     # A linear of several inputs has no moments of its own.
     counts = Counter(n for _, names in groups for n in dict.fromkeys(names))
     read |= {n for n, count in counts.items() if count > 1}
@@ -268,12 +271,13 @@ def _trace(block: nn.Module, call: BlockCall, hidden: Tensor) -> _Trace:
 
 def _is_product(linear: nn.Linear) -> bool:
     """Return whether a linear computes x W^T + b; a class of the model's own may multiply in groups."""
-    if type(linear).forward is nn.Linear.forward:
-        return True
     generator = torch.Generator().manual_seed(0)
     linear = copy.deepcopy(linear)
+    # Repeating noise of a prime length is random enough, and much faster than drawing all of it.
+    noise = torch.randn(65537, generator=generator)
     for name, parameter in list(linear.named_parameters(recurse=False)):
-        setattr(linear, name, nn.Parameter(torch.randn(parameter.shape, generator=generator), requires_grad=False))
+        values = noise.repeat(parameter.numel() // len(noise) + 1)[: parameter.numel()].view(parameter.shape)
+        setattr(linear, name, nn.Parameter(values / linear.in_features**0.5, requires_grad=False))
     x = torch.randn(1, 2, linear.in_features, generator=generator)
     try:
         with torch.no_grad():

@@ -223,10 +223,15 @@ def unstack_experts(model: PreTrainedModel, where: Callable[[str], bool] = lambd
         ValueError: Experts are stacked in another way.
     """
     stored = _read_stored(model)
+    stackings: dict[Any, Stacking | None] = {}
     for path, module in list(model.named_modules()):
         if not _is_stacked(module) or (stored and not where(f"{path}.0.{stored.names.up}")):
             continue
-        stacking = _stacking(module, stored) if stored else None
+        # Layers of one class and size are stacked alike, and tried once.
+        kind = (type(module), tuple(p.shape for p in module.parameters()))
+        if kind not in stackings:
+            stackings[kind] = _stacking(module, stored) if stored else None
+        stacking = stackings[kind]
         if stacking is None:
             raise ValueError(
                 f"unsupported architecture '{model.config.model_type}': its experts ({path}) are stored in a "
