@@ -194,9 +194,11 @@ def check_write(name: str) -> None:
     padded = [torch.cat([x[:, 0], x[:1, 0]]) for x in new]
     paged_write(layer, found, SequenceBatch(table, lengths, 90, torch.arange(3, device=DEVICE)[:, None]), *padded)
     different = found != cache
-    # A number on the edge between two codes may fall either way, by the last digit of a sum.
+    # Keys from before their rotary embedding differ by the last digit of a sum, which a GPU rounds once: an outlier by
+    # one unit of its last place, and a number on the edge between two codes by a code. The unit has some 2,000 bytes.
+    most = 32 if DEVICE.type == "cuda" else 3
     assert cache.any()
-    assert different.sum() <= (3 if layer.rotary is not None else 0)
+    assert different.sum() <= (most if layer.rotary is not None else 0)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "rotation" not in case[2]])

@@ -29,6 +29,7 @@ from laconic.kv.packed_block_triton import (
     add_channel,
     add_values,
     block_logits,
+    load_block_ranges,
     load_queries,
     outlier_excess,
     query_channel,
@@ -164,23 +165,28 @@ def _attend_packed(  # type: ignore[no-untyped-def]
         start = tl.multiple_of(block, BLOCK)
         n = start + tl.arange(0, BLOCK)
         here = n < tokens
+        k_range_scales, k_range_offsets = load_block_ranges(
+            k_scales, k_offsets, k_range, n, here, start, kx, k_scales_t, k_scales_c, CHANNELS, K_SEGMENT, K_WORD_BYTES,
+            K_BY_TOKEN, K_GROUP, K_ZERO,
+        )  # fmt: skip
+        v_range_scales, v_range_offsets = load_block_ranges(
+            v_scales, v_offsets, v_range, n, here, start, vx, v_scales_t, v_scales_c, CHANNELS, V_SEGMENT, V_WORD_BYTES,
+            V_BY_TOKEN, V_GROUP, V_ZERO,
+        )  # fmt: skip
         k_words = load_words(k_codes, n, here, kx, (K_LOW + K_HIGH) * CHANNELS // 8, K_WORDS, K_WORD_BYTES)
         v_words = load_words(v_codes, n, here, vx, (V_LOW + V_HIGH) * CHANNELS // 8, V_WORDS, V_WORD_BYTES)
 
         if cos is not None:
             logits = rotary_block_logits(
-                k_words, queries, cos, sin, angle + n[:, None] * (CHANNELS // 2),
-                k_levels, k_scales, k_offsets, k_range, n, here, start, kx, k_scales_t, k_scales_c,
-                K_LOW, K_HIGH, CHANNELS, K_SEGMENT, K_WORD_BYTES, K_TYPE, K_BY_TOKEN, K_GROUP, K_ZERO, ASSEMBLER,
-                BLOCK, ROWS,
+                k_words, queries, cos, sin, angle + n[:, None] * (CHANNELS // 2), k_levels, k_range_scales,
+                k_range_offsets, here, kx, K_LOW, K_HIGH, CHANNELS, K_SEGMENT, K_WORD_BYTES, K_TYPE, K_BY_TOKEN,
+                ASSEMBLER, BLOCK, ROWS,
             )  # fmt: skip
             logits *= top[None, :]
         else:
             logits = block_logits(
-                k_words, queries, query_sums, top,
-                k_levels, k_scales, k_offsets, k_range, n, here, start, kx, k_scales_t, k_scales_c,
-                K_LOW, K_HIGH, CHANNELS, K_SEGMENT, K_WORD_BYTES, K_TYPE, K_BY_TOKEN, K_GROUP, K_ZERO, ASSEMBLER,
-                BLOCK, ROWS,
+                k_words, queries, query_sums, top, k_levels, k_range_scales, k_range_offsets,
+                K_LOW, K_HIGH, CHANNELS, K_SEGMENT, K_WORD_BYTES, K_TYPE, K_BY_TOKEN, ASSEMBLER, BLOCK, ROWS,
             )  # fmt: skip
         for j in tl.static_range(K_OUTLIERS):
             c = tl.load(k_index + n * K_OUTLIERS + j, here, 0).to(tl.int32)
@@ -196,8 +202,7 @@ def _attend_packed(  # type: ignore[no-untyped-def]
             # scale or small another: none overflows float16, and only what is negligible underflows.
             widest = tl.zeros((BLOCK,), tl.float32)
             for s in tl.static_range(CHANNELS // V_SEGMENT):
-                at = v_range + n * v_scales_t + s * V_SEGMENT // V_GROUP
-                widest = tl.maximum(widest, tl.load(v_scales + at, here, 1.0).to(tl.float32))
+                widest = tl.maximum(widest, v_range_scales[s].to(tl.float32))
             peak = tl.max(logits + tl.log2(widest)[:, None], 0)
         else:
             peak = tl.max(logits, 0)
@@ -208,9 +213,8 @@ def _attend_packed(  # type: ignore[no-untyped-def]
         p_sum = tl.sum(p, 0)
         total = total * rescale + p_sum
         acc, lifts = add_values(
-            v_words, acc, lifts, p, p_sum, rescale,
-            v_levels, v_scales, v_offsets, v_range, n, here, start, vx, v_scales_t, v_scales_c,
-            V_LOW, V_HIGH, CHANNELS, V_SEGMENT, V_WORD_BYTES, V_TYPE, V_BY_TOKEN, V_GROUP, V_ZERO, ASSEMBLER, ROWS,
+            v_words, acc, lifts, p, p_sum, rescale, v_levels, v_range_scales, v_range_offsets,
+            V_LOW, V_HIGH, CHANNELS, V_SEGMENT, V_WORD_BYTES, V_TYPE, V_BY_TOKEN, ASSEMBLER, ROWS,
         )  # fmt: skip
         for j in tl.static_range(V_OUTLIERS):
             c = tl.load(v_index + n * V_OUTLIERS + j, here, 0).to(tl.int32)

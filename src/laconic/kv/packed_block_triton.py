@@ -10,6 +10,7 @@ Tiles and constants are those of `kv.attend_packed_triton`, without K_ or V_. Ot
     x                           numbers of the words of a tile
     q_rows, row_mask            pointers to the first channel of each row's query, and whether the row exists
     queries, query_sums, top    results of `load_queries`
+    range_scales, range_offsets results of `load_block_ranges`
     cos, sin, angle             rotary angles of packed keys (None: none), and the index of the sequence's first
     codes, outliers             pointers to the head's codes and outliers
     c                           a channel for each token
@@ -57,11 +58,39 @@ def load_queries(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def load_block_ranges(  # type: ignore[no-untyped-def]
+    scales, offsets, at, n, here, start, x, t_stride, c_stride,
+    CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, WORD_BYTES: tl.constexpr, BY_TOKEN: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr,
+):  # fmt: skip
+    """Load the scales and offsets of a block: of tokens for each segment, or of channels for each tile.
+
+    All at once and before anything waits: where each is loaded just before its use, a block waits as many times.
+    """
+    range_scales = ()
+    range_offsets = ()
+    for i in tl.static_range(CHANNELS // SEGMENT if BY_TOKEN else CHANNELS // SEGMENT * WORD_BYTES):
+        if BY_TOKEN:
+            index = at + n * t_stride + i * SEGMENT // GROUP
+            mask = here
+        else:
+            c = (i // WORD_BYTES) * SEGMENT + x * WORD_BYTES + i % WORD_BYTES
+            index = at + (start // GROUP if GROUP else 0) * t_stride + c * c_stride
+            mask = c < CHANNELS
+        scale = tl.load(scales + index, mask, 1.0)
+        range_scales += (scale,)
+        if offsets is None:
+            range_offsets += (scale.to(tl.float32) * (-ZERO),)
+        else:
+            range_offsets += (tl.load(offsets + index, mask, 0.0),)
+    return range_scales, range_offsets
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def block_logits(  # type: ignore[no-untyped-def]
-    words, queries, query_sums, top, levels, scales, offsets, at, n, here, start, x, t_stride, c_stride,
+    words, queries, query_sums, top, levels, range_scales, range_offsets,
     LOW: tl.constexpr, HIGH: tl.constexpr, CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, WORD_BYTES: tl.constexpr,
-    TYPE: tl.constexpr, BY_TOKEN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASSEMBLER: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    TYPE: tl.constexpr, BY_TOKEN: tl.constexpr, ASSEMBLER: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Compute the logits of a block, (tokens, rows), without outliers."""
     PLANES: tl.constexpr = 2 if HIGH and TYPE == "int" else 1
@@ -69,7 +98,7 @@ def block_logits(  # type: ignore[no-untyped-def]
     logits = tl.zeros((BLOCK, ROWS), tl.float32)
     if BY_TOKEN:
         for s in tl.static_range(CHANNELS // SEGMENT):
-            scale, offset = load_ranges(scales, offsets, at + n * t_stride + s * SEGMENT // GROUP, here, ZERO)
+            scale, offset = range_scales[s].to(tl.float32), range_offsets[s].to(tl.float32)
             product = tl.zeros((BLOCK, ROWS), tl.float32)
             for j in tl.static_range(WORD_BYTES):
                 query = queries[s * WORD_BYTES + j].to(tl.float16)
@@ -85,9 +114,7 @@ def block_logits(  # type: ignore[no-untyped-def]
         first_unit = unit_of(TYPE, 0, LOW, CHANNELS, SEGMENT)
         lift = tl.zeros((WORDS, ROWS), tl.float32)
         for i in tl.static_range(CHANNELS // WORDS):
-            c = (i // WORD_BYTES) * SEGMENT + x * WORD_BYTES + i % WORD_BYTES
-            group = (start // GROUP if GROUP else 0) * t_stride
-            scale, offset = load_ranges(scales, offsets, at + group + c * c_stride, x < WORDS, ZERO)
+            scale, offset = range_scales[i].to(tl.float32), range_offsets[i].to(tl.float32)
             lift += queries[i] * offset[:, None]
             # All segments in the unit of the first.
             unit = unit_of(TYPE, i // WORD_BYTES, LOW, CHANNELS, SEGMENT)
@@ -104,10 +131,9 @@ def block_logits(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def rotary_block_logits(  # type: ignore[no-untyped-def]
-    words, queries, cos, sin, angle_rows, levels, scales, offsets, at, n, here, start, x, t_stride, c_stride,
+    words, queries, cos, sin, angle_rows, levels, range_scales, range_offsets, here, x,
     LOW: tl.constexpr, HIGH: tl.constexpr, CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, WORD_BYTES: tl.constexpr,
-    TYPE: tl.constexpr, BY_TOKEN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASSEMBLER: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    TYPE: tl.constexpr, BY_TOKEN: tl.constexpr, ASSEMBLER: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Compute the logits of a block, (tokens, rows), without outliers and the factor of queries.
 
@@ -120,12 +146,12 @@ def rotary_block_logits(  # type: ignore[no-untyped-def]
         for j in tl.static_range(WORD_BYTES):
             c = s * SEGMENT + x * WORD_BYTES + j
             low = _keys(
-                words, s, j, levels, scales, offsets, at, n, here, start, x, t_stride, c_stride,
-                LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE, BY_TOKEN, GROUP, ZERO, ASSEMBLER,
+                words, s, j, levels, range_scales, range_offsets,
+                LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE, BY_TOKEN, ASSEMBLER,
             )  # fmt: skip
             high = _keys(
-                words, s + CHANNELS // SEGMENT // 2, j, levels, scales, offsets, at, n, here, start, x, t_stride,
-                c_stride, LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE, BY_TOKEN, GROUP, ZERO, ASSEMBLER,
+                words, s + CHANNELS // SEGMENT // 2, j, levels, range_scales, range_offsets,
+                LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE, BY_TOKEN, ASSEMBLER,
             )  # fmt: skip
             cosine = tl.load(cos + angle_rows + c[None, :], here[:, None], 0.0).to(tl.float32)
             sine = tl.load(sin + angle_rows + c[None, :], here[:, None], 0.0).to(tl.float32)
@@ -138,9 +164,9 @@ def rotary_block_logits(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _keys(  # type: ignore[no-untyped-def]
-    words, S: tl.constexpr, J: tl.constexpr, levels, scales, offsets, at, n, here, start, x, t_stride, c_stride,
+    words, S: tl.constexpr, J: tl.constexpr, levels, range_scales, range_offsets,
     LOW: tl.constexpr, HIGH: tl.constexpr, CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, WORD_BYTES: tl.constexpr,
-    TYPE: tl.constexpr, BY_TOKEN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASSEMBLER: tl.constexpr,
+    TYPE: tl.constexpr, BY_TOKEN: tl.constexpr, ASSEMBLER: tl.constexpr,
 ):  # fmt: skip
     """Decode byte J of the words of segment S: keys (tokens, words) float32."""
     codes = numbers_of(words, S, J, levels, LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE, ASSEMBLER, 0)
@@ -148,11 +174,10 @@ def _keys(  # type: ignore[no-untyped-def]
         codes += numbers_of(words, S, J, levels, LOW, HIGH, CHANNELS, SEGMENT, WORD_BYTES, TYPE, ASSEMBLER, 1)
     unit = unit_of(TYPE, S, LOW, CHANNELS, SEGMENT)
     if BY_TOKEN:
-        scale, offset = load_ranges(scales, offsets, at + n * t_stride + S * SEGMENT // GROUP, here, ZERO)
+        scale, offset = range_scales[S].to(tl.float32), range_offsets[S].to(tl.float32)
         return codes.to(tl.float32) * (scale * unit)[:, None] + offset[:, None]
-    at += (start // GROUP if GROUP else 0) * t_stride
-    c = S * SEGMENT + x * WORD_BYTES + J
-    scale, offset = load_ranges(scales, offsets, at + c * c_stride, x < SEGMENT // WORD_BYTES, ZERO)
+    TILE: tl.constexpr = S * WORD_BYTES + J
+    scale, offset = range_scales[TILE].to(tl.float32), range_offsets[TILE].to(tl.float32)
     return codes.to(tl.float32) * (scale * unit)[None, :] + offset[None, :]
 
 
@@ -207,10 +232,9 @@ def add_channel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def add_values(  # type: ignore[no-untyped-def]
-    words, acc, lifts, p, p_sum, rescale, levels, scales, offsets, at, n, here, start, x, t_stride, c_stride,
+    words, acc, lifts, p, p_sum, rescale, levels, range_scales, range_offsets,
     LOW: tl.constexpr, HIGH: tl.constexpr, CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, WORD_BYTES: tl.constexpr,
-    TYPE: tl.constexpr, BY_TOKEN: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASSEMBLER: tl.constexpr,
-    ROWS: tl.constexpr,
+    TYPE: tl.constexpr, BY_TOKEN: tl.constexpr, ASSEMBLER: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Rescale the sums so far, and add the values of a block, weighted by p (tokens, rows).
 
@@ -224,7 +248,7 @@ def add_values(  # type: ignore[no-untyped-def]
     for s in tl.static_range(CHANNELS // SEGMENT):
         weights = p
         if BY_TOKEN:
-            scale, offset = load_ranges(scales, offsets, at + n * t_stride + s * SEGMENT // GROUP, here, ZERO)
+            scale, offset = range_scales[s].to(tl.float32), range_offsets[s].to(tl.float32)
             weights = p * scale[:, None]
             next_lifts += (lifts[s] * rescale + tl.sum(p * offset[:, None], 0),)
         weights = weights.to(tl.float16)
@@ -239,9 +263,8 @@ def add_values(  # type: ignore[no-untyped-def]
             if BY_TOKEN:
                 next_acc += (product,)
             else:
-                group = (start // GROUP if GROUP else 0) * t_stride
-                c = s * SEGMENT + x * WORD_BYTES + j
-                scale, offset = load_ranges(scales, offsets, at + group + c * c_stride, x < WORDS, ZERO)
+                scale = range_scales[s * WORD_BYTES + j].to(tl.float32)
+                offset = range_offsets[s * WORD_BYTES + j].to(tl.float32)
                 unit = unit_of(TYPE, s, LOW, CHANNELS, SEGMENT)
                 next_acc += (rescaled + product * (scale * unit)[:, None] + offset[:, None] * p_sum[None, :],)
     return next_acc, next_lifts if BY_TOKEN else lifts

@@ -19,6 +19,7 @@ from laconic.kv.packed_block_triton import (
     add_channel,
     add_values,
     block_logits,
+    load_block_ranges,
     load_queries,
     outlier_excess,
     query_channel,
@@ -224,22 +225,27 @@ def _attend_packed(  # type: ignore[no-untyped-def]
             v_offsets = _in_page(page, V_OFFSETS_AT, tl.float16)
         V_STRIDE: tl.constexpr = V_RANGES if V_SCALES_AT >= 0 else 0
 
+        k_range_scales, k_range_offsets = load_block_ranges(
+            k_scales, k_offsets, k_range, n, here, start, kx, K_STRIDE, 1, CHANNELS, K_SEGMENT, K_WORD_BYTES,
+            K_BY_TOKEN, K_GROUP, K_ZERO,
+        )  # fmt: skip
+        v_range_scales, v_range_offsets = load_block_ranges(
+            v_scales, v_offsets, v_range, n, here, start, vx, V_STRIDE, 1, CHANNELS, V_SEGMENT, V_WORD_BYTES,
+            V_BY_TOKEN, V_GROUP, V_ZERO,
+        )  # fmt: skip
         k_words = load_words(k_codes, n, here, kx, (K_LOW + K_HIGH) * CHANNELS // 8, K_WORDS, K_WORD_BYTES)
         v_words = load_words(v_codes, n, here, vx, (V_LOW + V_HIGH) * CHANNELS // 8, V_WORDS, V_WORD_BYTES)
         if cos is not None:
             logits = rotary_block_logits(
-                k_words, queries, cos, sin, everywhere[:, None] * (CHANNELS // 2),
-                k_levels, k_scales, k_offsets, k_range, n, here, start, kx, K_STRIDE, 1,
-                K_LOW, K_HIGH, CHANNELS, K_SEGMENT, K_WORD_BYTES, K_TYPE, K_BY_TOKEN, K_GROUP, K_ZERO, ASSEMBLER,
-                BLOCK, ROWS,
+                k_words, queries, cos, sin, everywhere[:, None] * (CHANNELS // 2), k_levels, k_range_scales,
+                k_range_offsets, here, kx, K_LOW, K_HIGH, CHANNELS, K_SEGMENT, K_WORD_BYTES, K_TYPE, K_BY_TOKEN,
+                ASSEMBLER, BLOCK, ROWS,
             )  # fmt: skip
             logits *= top[None, :]
         else:
             logits = block_logits(
-                k_words, queries, query_sums, top,
-                k_levels, k_scales, k_offsets, k_range, n, here, start, kx, K_STRIDE, 1,
-                K_LOW, K_HIGH, CHANNELS, K_SEGMENT, K_WORD_BYTES, K_TYPE, K_BY_TOKEN, K_GROUP, K_ZERO, ASSEMBLER,
-                BLOCK, ROWS,
+                k_words, queries, query_sums, top, k_levels, k_range_scales, k_range_offsets,
+                K_LOW, K_HIGH, CHANNELS, K_SEGMENT, K_WORD_BYTES, K_TYPE, K_BY_TOKEN, ASSEMBLER, BLOCK, ROWS,
             )  # fmt: skip
         for j in tl.static_range(K_OUTLIERS):
             c = tl.load(_in_page(page, K_INDEX_AT, tl.uint8) + n * K_OUTLIERS + j, here, 0).to(tl.int32)
@@ -261,8 +267,7 @@ def _attend_packed(  # type: ignore[no-untyped-def]
             # As in `kv.attend_packed_triton`: the maximum is that of probabilities times scales.
             widest = tl.zeros((BLOCK,), tl.float32)
             for s in tl.static_range(CHANNELS // V_SEGMENT):
-                at = v_range + n * V_STRIDE + s * V_SEGMENT // V_GROUP
-                widest = tl.maximum(widest, tl.load(v_scales + at, here, 1.0).to(tl.float32))
+                widest = tl.maximum(widest, v_range_scales[s].to(tl.float32))
             peak = tl.max(logits + tl.log2(widest)[:, None], 0)
         else:
             peak = tl.max(logits, 0)
@@ -274,9 +279,8 @@ def _attend_packed(  # type: ignore[no-untyped-def]
         p_sum = tl.sum(p, 0)
         total = total * rescale + p_sum
         acc, lifts = add_values(
-            v_words, acc, lifts, p, p_sum, rescale,
-            v_levels, v_scales, v_offsets, v_range, n, here, start, vx, V_STRIDE, 1,
-            V_LOW, V_HIGH, CHANNELS, V_SEGMENT, V_WORD_BYTES, V_TYPE, V_BY_TOKEN, V_GROUP, V_ZERO, ASSEMBLER, ROWS,
+            v_words, acc, lifts, p, p_sum, rescale, v_levels, v_range_scales, v_range_offsets,
+            V_LOW, V_HIGH, CHANNELS, V_SEGMENT, V_WORD_BYTES, V_TYPE, V_BY_TOKEN, ASSEMBLER, ROWS,
         )  # fmt: skip
         for j in tl.static_range(V_OUTLIERS):
             c = tl.load(_in_page(page, V_INDEX_AT, tl.uint8) + n * V_OUTLIERS + j, here, 0).to(tl.int32)
