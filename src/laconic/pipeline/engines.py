@@ -14,7 +14,7 @@ from laconic.checkpoint.files import Checkpoint
 from laconic.checkpoint.layout import TransposedLinear, engine_names
 from laconic.formats.schemes import Scheme
 from laconic.runtime.quant_config import to_config
-from laconic.structure.calls import copy_to_meta
+from laconic.structure.blank import copy_to_meta
 from laconic.structure.experts import Experts, enclosing_experts
 from laconic.walk.plan import Plan
 

@@ -17,15 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.structure.calls import (
-    LINKED,
-    BlockCall,
-    capture_calls,
-    copy_to_meta,
-    run_without_embeddings,
-    with_blank_inputs,
-    zero_embeddings,
-)
+from laconic.structure.blank import copy_to_meta, run_without_embeddings, with_blank_inputs, zero_embeddings
+from laconic.structure.calls import LINKED, BlockCall, capture_calls
 from laconic.structure.experts import enclosing_experts, routers_of
 from laconic.structure.hooks import (
     Hook,

@@ -5,11 +5,10 @@ A block is then run alone, on the hidden states of any calibration samples.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from transformers import PreTrainedModel
 
+from laconic.structure.blank import copy_to_meta, with_blank_inputs, zero_embeddings, zero_weights
 from laconic.structure.hooks import StopForward, patched_forwards
 
 Samples = slice | Tensor
@@ -27,8 +27,6 @@ LINKED = "pass more than hidden states to later blocks"
 
 LOOPED = "are called more than once for each text"
 """An obstacle of `BlockCall`: the model runs through its blocks again."""
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -135,38 +133,6 @@ def capture_without_weights(model: PreTrainedModel, blocks_name: str) -> tuple[T
     """
     zeros = zero_embeddings(model, 1, 4)
     return with_blank_inputs(zeros, lambda inputs: capture_calls(model, blocks_name, **inputs))
-
-
-def run_without_embeddings(model: PreTrainedModel, blocks_name: str, hidden: Tensor) -> None:
-    """Run a model on blank inputs, with zeros in place of weights outside the blocks that are not loaded.
-
-    Args:
-        model: The model; whoever calls replaces its blocks' forwards.
-        blocks_name: Name of its ModuleList of blocks.
-        hidden: (samples, tokens, hidden), for number, device and dtype of the inputs.
-    """
-
-    def run(inputs: dict[str, Tensor]) -> None:
-        with torch.no_grad(), suppress(StopForward):
-            functional_call(model, _zero_weights(model, blocks_name), kwargs={**inputs, "use_cache": False})
-
-    with_blank_inputs(zero_embeddings(model, *hidden.shape[:2]).to(hidden.device, hidden.dtype), run)
-
-
-def with_blank_inputs(zeros: Tensor, run: Callable[[dict[str, Tensor]], _Result]) -> _Result:
-    """Run a model on zeros in place of embeddings, or on token ids where it looks at these.
-
-    Args:
-        zeros: (samples, tokens, hidden).
-        run: Runs the model on keyword arguments; again on others where it fails.
-
-    Returns:
-        What `run` returns.
-    """
-    try:
-        return run({"inputs_embeds": zeros})
-    except (AttributeError, ValueError, TypeError, RuntimeError):
-        return run({"input_ids": torch.zeros(zeros.shape[:2], dtype=torch.long, device=zeros.device)})
 
 
 def embed_ids(model: PreTrainedModel, blocks_name: str, ids: Tensor) -> Tensor:
@@ -342,7 +308,7 @@ def _bypass(
     patches = [(block, bypass(i, block)) for i, block in enumerate(blocks)]
     with torch.no_grad(), suppress(StopForward), patched_forwards([*patches, *([(head, stop)] if head else [])]):
         try:
-            functional_call(model, _zero_weights(model, blocks_name), kwargs={**inputs, "use_cache": False})
+            functional_call(model, zero_weights(model, blocks_name), kwargs={**inputs, "use_cache": False})
         except StopForward:
             raise
         except Exception:
@@ -362,48 +328,6 @@ def _other_outputs(block: nn.Module, call: BlockCall, hidden: Tensor) -> tuple[A
     zeros = lambda x: torch.zeros_like(x, device=hidden.device) if isinstance(x, Tensor) else x  # noqa: E731
     others: tuple[Any, ...] = tree_map(zeros, tuple(outputs[1:])) if isinstance(outputs, tuple | list) else ()
     return others
-
-
-def copy_to_meta(block: nn.Module) -> nn.Module:
-    """Copy a block to the meta device, where a tensor has an identity but no memory.
-
-    Args:
-        block: The block, on any device.
-
-    Returns:
-        The copy; the block is unchanged.
-    """
-    copied = copy.deepcopy(block)
-    # A patched forward stays with the original.
-    vars(copied).pop("forward", None)
-    return copied.to("meta")
-
-
-def zero_embeddings(model: PreTrainedModel, samples: int, tokens: int) -> Tensor:
-    """Make embeddings of zeros.
-
-    Args:
-        model: The model, for their width and dtype.
-        samples: Number of samples.
-        tokens: Number of tokens of each.
-
-    Returns:
-        (samples, tokens, hidden), in the dtype of the model, on the CPU.
-    """
-    embeddings = model.get_input_embeddings().weight
-    assert isinstance(embeddings, Tensor)
-    return torch.zeros(samples, tokens, embeddings.shape[1], dtype=model.dtype)
-
-
-def _zero_weights(model: PreTrainedModel, blocks: str) -> dict[str, Tensor]:
-    """Make zeros for unloaded parameters outside the blocks."""
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    return {
-        # One zero for all elements: the weights of embeddings and towers would take gigabytes.
-        n: torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
-        for n, p in model.named_parameters()
-        if p.is_meta and not n.startswith(f"{blocks}.")
-    }
 
 
 def first_output(output: Any) -> Any:

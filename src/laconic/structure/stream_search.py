@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from laconic.solvers.orthogonal import Rotation, make_rotation
 from laconic.structure.anatomy import Anatomy, Tap, block_signature, linears_of
-from laconic.structure.calls import BlockCall, capture_calls, zero_embeddings
+from laconic.structure.blank import zero_embeddings
+from laconic.structure.calls import BlockCall, capture_calls
 from laconic.structure.experts import Experts
 from laconic.structure.hooks import StopForward, capture_inputs, capture_outputs, patched_forwards
 from laconic.structure.links import Link, copy_with_random_weights, find_links, has_offset, head_widths

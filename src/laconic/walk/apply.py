@@ -17,22 +17,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from laconic.calibrate.observe import no_tokens_error, observe
+from laconic.calibrate.observe import observe
 from laconic.calibrate.passes import Passes
 from laconic.checkpoint.source import Source
 from laconic.formats import Quantized
 from laconic.runtime.linear import QLinear
 from laconic.solvers.masks import StackedLinear
-from laconic.solvers.moments import Moments, output_error
+from laconic.solvers.moments import Moments
 from laconic.stages.block import Block, BlockStage, Stack, stacked, stacks
 from laconic.stages.linear import LinearStage, LinearTask, Outcome
 from laconic.structure.anatomy import Tap, compute_head_input, linear_at, observation_rounds
 from laconic.structure.links import links_without
+from laconic.walk.expert_tokens import check_expert_tokens, few_tokens
 from laconic.walk.flow import Flow, may_advance
 from laconic.walk.install import Target, install
 from laconic.walk.memory import trim_heap
 from laconic.walk.original import Original
-from laconic.walk.outcomes import check_block_outcomes, check_outcome
+from laconic.walk.outcomes import check_block_outcomes, check_outcome, error_figures
 from laconic.walk.outside import materialise_outside
 from laconic.walk.plan import BlockWork, Plan
 from laconic.walk.settings import Settings
@@ -228,7 +229,7 @@ class Applier:
                         )
                     trim_heap()
                 for tap in together:
-                    events += self._check_tokens(current.name, tap, moments.get(tap))
+                    events += self._warn(check_expert_tokens(current.name, tap, moments.get(tap)))
                     targets = [n for n in tap.linears if n in item.schemes]
                     with record_span(f"compress {', '.join(n.rpartition('.')[2] for n in targets)}"):
                         events += self._compress(current.module, current.name, targets, item, stage, moments.get(tap))
@@ -254,7 +255,7 @@ class Applier:
             if tap.experts and stage.quantizes:
                 first = tap.linears[0]
                 width = linear_at(current.module, first).in_features
-                events += self._warn_of_few_tokens(f"{current.name}.{first}", count, width)
+                events += self._warn(few_tokens(f"{current.name}.{first}", count, width))
         for names, outcome in outcomes.items():
             notes = {"tokens": tokens.get(names[0], all_tokens), "seconds": round(seconds, 4)}
             stack = Stack(names, item.schemes[names[0]])
@@ -351,7 +352,7 @@ class Applier:
             before = linear_at(module, name).weight.detach().float()
             after = outcome.weight.decode() if isinstance(outcome.weight, Quantized) else outcome.weight.float()
             scheme, full_name = item.schemes[name], f"{prefix}.{name}" if prefix else name
-            figures = _figures(before, after, moments)
+            figures = error_figures(before, after, moments)
             if not math.isfinite(figures["weight_error"]):
                 raise ValueError(
                     f"{item.stage.method} leaves NaN or infinity in {full_name}; check the model and the calibration "
@@ -371,24 +372,9 @@ class Applier:
             self.report(event)
             yield event
 
-    def _check_tokens(self, block: str, tap: Tap, moments: Moments | None) -> Iterator[Event]:
-        """Warn of an expert to which few tokens were routed.
-
-        Raises:
-            ValueError: if none was.
-        """
-        name = f"{block}.{tap.linears[0]}"
-        if moments is None or tap.experts is None:
-            return
-        if moments.tokens == 0:
-            raise no_tokens_error(name)
-        if moments.gram:
-            yield from self._warn_of_few_tokens(name, moments.tokens, moments.in_features)
-
-    def _warn_of_few_tokens(self, name: str, tokens: int, inputs: int) -> Iterator[Event]:
-        if tokens < inputs:
-            message = f"{name}: {tokens} calibration tokens for {inputs} inputs"
-            event = {"event": "few_tokens", "linear": name, "tokens": tokens, "message": message}
+    def _warn(self, event: Event | None) -> Iterator[Event]:
+        """Report an event, if there is one, and yield it."""
+        if event:
             self.report(event)
             yield event
 
@@ -409,11 +395,3 @@ def _part(part: StackedLinear | None, rows: slice, weight: Tensor) -> StackedLin
         return StackedLinear(rows, 0.0)
     protected = None if part.protected is None else part.protected.to(weight.device)
     return replace(part, rows=rows, protected=protected)
-
-
-def _figures(before: Tensor, after: Tensor, moments: Moments | None) -> dict[str, float]:
-    error = float((before - after).square().sum() / before.square().sum().clamp(min=1e-30))
-    figures = {"weight_error": error}
-    if moments is not None and moments.H is not None:
-        figures["output_error"] = output_error(before, after, moments.H)
-    return figures

@@ -1,4 +1,4 @@
-"""Checks of what methods return: an outcome that breaks the contract of stages is an error that names the method."""
+"""Checks of what methods return, each naming the method whose outcome breaks the contract; and its errors, for the log."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from laconic.formats import Quantized
 from laconic.formats.schemes import Scheme
 from laconic.formats.storage import scheme_of_shapes, stored_shapes
+from laconic.solvers.moments import Moments, output_error
 from laconic.stages.block import BlockStage
 from laconic.stages.linear import Outcome, WeightStage
 
@@ -143,3 +144,21 @@ def check_tensors(
 
 def _spell(tensor: Tensor | None) -> str:
     return "nothing" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def error_figures(before: Tensor, after: Tensor, moments: Moments | None) -> dict[str, float]:
+    """Return the errors of a compressed weight, for the log.
+
+    Args:
+        before: (out, in) float32, the dense weight.
+        after: Likewise, the compressed one, decoded.
+        moments: Statistics of the input, if it was observed.
+
+    Returns:
+        `weight_error`, the relative squared error, and with a Hessian `output_error`, that of the output.
+    """
+    error = float((before - after).square().sum() / before.square().sum().clamp(min=1e-30))
+    figures = {"weight_error": error}
+    if moments is not None and moments.H is not None:
+        figures["output_error"] = output_error(before, after, moments.H)
+    return figures
