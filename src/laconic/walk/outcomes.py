@@ -1,4 +1,4 @@
-"""Checks of what methods return, each naming the method whose outcome breaks the contract; and its errors, for the log."""
+"""Checks of what methods return, and errors of it for the log: an outcome that breaks the contract names its method."""
 
 from __future__ import annotations
 
