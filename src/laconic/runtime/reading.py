@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from laconic.checkpoint.files import linear_quantization_config, open_checkpoint
+from laconic.checkpoint.files import Checkpoint, linear_quantization_config, open_checkpoint
 from laconic.checkpoint.layout import arrange, engine_names
 from laconic.checkpoint.materialise import materialise
 from laconic.checkpoint.source import build_skeleton, main_dtype, model_folder, read_config
@@ -57,31 +59,12 @@ def load(
         raise ValueError(f"dtype should be a floating-point dtype of torch, such as torch.bfloat16, not {dtype!r}")
     folder = model_folder(str(name), trust=trust)
     raw, config = read_config(folder, trust=trust)
-    checkpoint = open_checkpoint(folder, trust=trust)
-    quantization = linear_quantization_config(raw)
-    if quantization:
-        if not is_readable(quantization) and not is_decodable(quantization):
-            raise ValueError(
-                f"{folder} is quantized by '{quantization.get('quant_method')}', which Laconic cannot read; open it "
-                "with transformers or vLLM"
-            )
-        if decoded or is_decodable(quantization) or any(n.endswith(".weight_g_idx") for n in checkpoint.tensors):
-            # The latter two are layouts that no linear of ours computes with.
-            checkpoint, quantization = decode_checkpoint(checkpoint, raw, config, trust), None
-        else:
-            del config.quantization_config
+    checkpoint, quantization = _open_quantized(folder, raw, config, decoded=decoded, trust=trust)
     dtype = dtype or main_dtype(checkpoint)
     model = build_skeleton(config, dtype, trust=trust)
     checkpoint = arrange(checkpoint, model)
     if quantization:
-        embeddings = [n for n in [find_embeddings(model)] if n]
-        names = engine_names(checkpoint, model, [*linears_of(model), *embeddings])
-        for part, scheme in schemes_of(quantization, names, embeddings).items():
-            with torch.device("meta"):
-                if part in embeddings:
-                    replace_embedding(model, part, scheme, dtype)
-                else:
-                    replace_linear(model, part, scheme, dtype)
+        _replace_quantized(model, checkpoint, quantization, dtype)
     materialise(model, "", checkpoint, torch.device(device))
     model.tie_weights()
     if not packed:
@@ -93,6 +76,43 @@ def load(
     if cache := read_kv_scheme(folder, raw):
         use_by_default(model, *cache)
     return model
+
+
+def _open_quantized(
+    folder: Path, raw: Mapping[str, Any], config: PretrainedConfig, *, decoded: bool, trust: Trust
+) -> tuple[Checkpoint, Mapping[str, Any] | None]:
+    """Open a checkpoint, and return with it the quantization_config of the linears whose codes are kept.
+
+    What transformers would read of `config` is removed from it.
+    """
+    checkpoint = open_checkpoint(folder, trust=trust)
+    quantization = linear_quantization_config(raw)
+    if not quantization:
+        return checkpoint, None
+    if not is_readable(quantization) and not is_decodable(quantization):
+        raise ValueError(
+            f"{folder} is quantized by '{quantization.get('quant_method')}', which Laconic cannot read; open it "
+            "with transformers or vLLM"
+        )
+    if decoded or is_decodable(quantization) or any(n.endswith(".weight_g_idx") for n in checkpoint.tensors):
+        # The latter two are layouts that no linear of ours computes with.
+        return decode_checkpoint(checkpoint, raw, config, trust), None
+    del config.quantization_config
+    return checkpoint, quantization
+
+
+def _replace_quantized(
+    model: PreTrainedModel, checkpoint: Checkpoint, quantization: Mapping[str, Any], dtype: torch.dtype
+) -> None:
+    """Replace the linears and embeddings whose codes are kept."""
+    embeddings = [n for n in [find_embeddings(model)] if n]
+    names = engine_names(checkpoint, model, [*linears_of(model), *embeddings])
+    for part, scheme in schemes_of(quantization, names, embeddings).items():
+        with torch.device("meta"):
+            if part in embeddings:
+                replace_embedding(model, part, scheme, dtype)
+            else:
+                replace_linear(model, part, scheme, dtype)
 
 
 def load_dense(folder: Path, *, device: torch.device, dtype: torch.dtype, trust: Trust) -> PreTrainedModel:

@@ -266,12 +266,7 @@ def _bypass(
 ) -> tuple[Tensor, list[BlockCall]]:
     """Run a model whose blocks return their hidden states unchanged, and record their calls.
 
-    Args:
-        model: The model.
-        blocks_name: Name of its ModuleList of blocks.
-        inputs: Inputs of the model.
-        other_outputs: Gives what a block returns beside hidden states.
-        first_only: Whether to stop at the first block.
+    `other_outputs` gives what a block returns beside them; `first_only` stops at the first block.
     """
     blocks = model.get_submodule(blocks_name)
     assert isinstance(blocks, nn.ModuleList)
