@@ -76,7 +76,8 @@ def types_on(page: str) -> tuple[str, set[str]]:
     _, _, rest = page.partition(START)
     table, _, _ = rest.partition(STOP)
     version = re.search(r"transformers (\d\S*\d)", table)
-    return version[1] if version else "", set(re.findall(r"^\| (\S+) \|", table, flags=re.M)) - {"type", "---"}
+    types = set(re.findall(r"^\| ([a-z]\S*) \|", table, flags=re.M)) - {"type", "number"}
+    return version[1] if version else "", types
 
 
 def describe(results: Sequence[Result]) -> str:
@@ -91,9 +92,10 @@ def describe(results: Sequence[Result]) -> str:
     rows = [f"| {r['model_type']} | {' | '.join(_cells(r, reasons))} |" for r in treated]
     return "\n".join(
         [
-            f"Tried with transformers {transformers.__version__}: {len(treated)} of {len(results)} types can be "
-            f"treated, {len(refused)} are",
-            f"refused, and of {len(skipped)} no tiny model was made. A number is that of the reason below.",
+            f"Tried with transformers {transformers.__version__}.",
+            f"Of {len(results)} types {len(treated)} can be treated, {len(refused)} are refused, and of {len(skipped)} "
+            "no tiny model was made.",
+            "A number is that of the reason below.",
             "",
             f"| type | {' | '.join(_HEADINGS)} |",
             f"|{'---|' * (len(_HEADINGS) + 1)}",
@@ -149,6 +151,9 @@ def _reason(result: Result, step: str) -> str:
     text = re.sub(r"^'[^']*' ", "the model ", text)
     text = re.sub(r", so that \w+ cannot observe", ", so that it cannot observe", text)
     text = re.sub(r"no norm feeds [\w.]+ and", "no norm feeds a linear and", text)
+    text = re.sub(r"experts \([\w.]+\) are", "experts are", text)
+    text = re.sub(r"\[?You can install it with pip.*$|Please note that.*$", "", text)
+    text = re.sub(r"^\w+: Class validation error for validator '\w+': ", "", text)
     text = re.sub(r"/\S*/(\w+)(?=[ /])", r"\1", text).replace("|", "/")
     return f"FAULT: {text}" if outcome == "fault" else text
 

@@ -284,7 +284,8 @@ def _restack(decoded: Path, model: PreTrainedModel, stacks: list[str]) -> None:
         module, stack, kind = model.get_submodule(path), leaf.removesuffix("_bias"), leaf.endswith("_bias")
         names = ["gate_proj", "up_proj"] if stack == "gate_up_proj" else [stack]
         own = "bias" if kind else "weight"
-        stored = next(p for p in (path, path.removeprefix("model.")) if f"{p}.0.{names[0]}.{own}" in tensors)
+        tail = f"{path[path.index('layers.') :]}.0.{names[0]}.{own}"
+        stored = next(n for n in tensors if n.endswith(tail)).removesuffix(f".0.{names[0]}.{own}")
         experts = []
         for i in range(len(getattr(module, leaf))):
             parts = [tensors.pop(f"{stored}.{i}.{n}.{own}") for n in names]

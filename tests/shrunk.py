@@ -208,7 +208,9 @@ def auto_class(model_type: str) -> Any:
 
 def build(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """A model of a config with random weights."""
-    return auto_class(config.model_type).from_config(config, dtype=dtype)
+    model = auto_class(config.model_type).from_config(config, dtype=dtype)
+    # Some classes give parameters a dtype of their own, which checkpoints do not have.
+    return model if model._get_dtype_plan(dtype) else model.to(dtype)
 
 
 def make_shrunk(folder: Path, model_type: str, **keys: Any) -> Path:

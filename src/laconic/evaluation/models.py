@@ -57,6 +57,8 @@ def open_pair(model: str | Path, options: TextOptions | DomainOptions) -> ModelP
     device, dtype = device_named(options.device), dtype_named(options.dtype)
     opened = load(folder, device=device, dtype=dtype, trust=options.trust)
     limit = getattr(opened.config.get_text_config(), "max_position_embeddings", None) or 2048
+    # Some models of any length have -1 there (XLNet).
+    limit = limit if limit > 0 else 2048
     length = min(2048, limit) if options.context_length is None else options.context_length
     if not 2 <= length <= limit:
         raise ValueError(f"--context-length {length} is not between 2 and the model's context of {limit}")

@@ -94,6 +94,7 @@ def _shape(text: Any, model_type: str) -> KvShape:
     window = getattr(text, "sliding_window", None)
     windows = tuple(window if "sliding" in t or "chunked" in t else None for t in types)
     context = getattr(text, "max_position_embeddings", None)
+    context = context if context is None or context > 0 else None
     return KvShape(text.num_hidden_layers, heads.pop(), channels, windows, context)
 
 
