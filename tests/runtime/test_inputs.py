@@ -23,6 +23,7 @@ from laconic.formats.packing import unpack
 from laconic.pipeline.dequantize import dequantize
 from laconic.runtime.embedding import QEmbedding
 from laconic.runtime.linear import QLinear
+from shrunk import make_shrunk, open_in_transformers
 from tiny import make_model, make_tokenizer
 
 Coded = tuple[dict[str, Tensor], Tensor]
@@ -363,3 +364,30 @@ def test_what_is_not_read_is_refused_in_one_line(laconic: Laconic, llama: Path, 
         assert message in laconic("dequantize", coded, "-o", out).complaint
     assert not out.exists()
     assert not Path(f"{out}.partial").exists()
+
+
+def test_codes_without_their_scale_or_their_description_are_refused(llama: Path, tmp_path: Path) -> None:
+    coded, _ = quantized_and_plain(llama, tmp_path, "FP8 in blocks")
+    held, name = load_file(coded / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    config = json.loads((coded / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    (coded / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"float8_e4m3fn.*config.json does not describe"):
+        laconic.load(coded)
+    del held[f"{name}_scale_inv"]
+    rewrite(coded, held, quantization_config=quantization)
+    for read in (laconic.load, lambda folder: dequantize(str(folder), tmp_path / "out")):
+        with pytest.raises(ValueError, match=f"'{name}' is FP8 and has no scale"):
+            read(coded)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "granitemoe", "qwen3_vl_moe"])
+def test_experts_are_stacked_again_where_transformers_reads_no_others(model_type: str, tmp_path: Path) -> None:
+    """With biases and interleaved; under a name that transformers changes; transposed in files."""
+    source = make_shrunk(tmp_path / "source", model_type)
+    artifact = press(source, tmp_path / "artifact", rtn("W4A16", group_size=16))
+    model, info = open_in_transformers(dequantize(str(artifact.path), tmp_path / "16-bit"), info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    expected = logits(laconic.load(artifact.path, decoded=True, dtype=torch.float32))
+    assert torch.allclose(logits(model), expected, atol=1e-4)

@@ -51,10 +51,12 @@ class Decoding:
         parts: Location of each of these tensors, by its name for `decode`. Those of stacked matrices have one more
             dimension, the first.
         decode: Returns one matrix, from its parts by name.
+        whole: Whether `decode` returns all stacked matrices at once.
     """
 
     parts: Mapping[str, StoredTensor]
     decode: Callable[[Mapping[str, Tensor]], Tensor]
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class StoredTensor:
         if self.decoding is None:
             return loaded[""]
         dtype = DTYPES[self.dtype]
-        if self.index is None and len(self.shape) == 3:
+        if self.index is None and len(self.shape) == 3 and not self.decoding.whole:
             first = next(iter(loaded.values()))
             tensor = torch.empty(self.shape, dtype=dtype, device=first.device)
             for i in range(self.shape[0]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
-from laconic.checkpoint.files import DTYPES, Checkpoint, StoredTensor
-from laconic.structure.experts import Experts
+from laconic.checkpoint.files import DTYPES, Checkpoint, Decoding, StoredTensor
+from laconic.structure.experts import BIAS, DOWN, GATE_UP, UP, Experts
 
 
 class TransposedLinear(nn.Linear):
@@ -121,6 +122,35 @@ def to_file_layout(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dic
     return out
 
 
+def stack_experts(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
+    """Stack the experts of a decoded checkpoint where transformers does not read tensors of single experts in 16 bit.
+
+    Args:
+        checkpoint: The checkpoint, with the names of its files; it is written, not arranged again.
+        model: The model, with a linear for every matrix (`source.build_skeleton`).
+
+    Returns:
+        The checkpoint with a tensor for each stack, which is assembled from those of its experts when it is loaded.
+    """
+    arranged, tensors = arrange(checkpoint, model), dict(checkpoint.tensors)
+    for path, experts in model.named_modules():
+        first = f"{path}.0.{experts.names.down}" if isinstance(experts, Experts) else ""
+        stored = arranged.tensors.get(f"{first}.weight")
+        if not isinstance(experts, Experts) or experts.stacking.single or stored is None or stored.index is not None:
+            continue
+        base = arranged.paths[first].removesuffix(first.removeprefix(path))
+        for leaf, shape in _stacks(experts):
+            stack = StoredTensor(stored.file, shape, stored.dtype, f"{base}.{leaf}")
+            pieces = {f"{path}.{name}": piece for name, piece in _unstacked(experts, leaf, stack)}
+            sources = {name: arranged.tensors[name] for name in pieces}
+            parts = {f"{n}:{key}": part for n, s in sources.items() for key, part in s.parts.items()}
+            decode = partial(_stacked, replace(checkpoint, tensors=pieces), sources)
+            for source in sources.values():
+                del tensors[source.key]
+            tensors[stack.key] = replace(stack, decoding=Decoding(parts, decode, whole=True))
+    return replace(checkpoint, tensors=dict(sorted(tensors.items())))
+
+
 def engine_names(checkpoint: Checkpoint, model: PreTrainedModel, linears: Iterable[str]) -> dict[str, str]:
     """Map linears to the names that serving engines use: those of the files, with the prefix of the base model.
 
@@ -168,6 +198,24 @@ def _unstacked(experts: Experts, leaf: str, stored: StoredTensor) -> Iterator[tu
             shape = (len(range(*piece.rows)), *inputs)
             location = replace(stored, shape=shape, index=i, rows=piece.rows, transposed=transposed)
             yield f"{i}.{piece.linear}.{piece.leaf}", location
+
+
+def _stacks(experts: Experts) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """List the stacked tensors of experts: name within the experts, and shape in files."""
+    stacking, count, hidden = experts.stacking, experts.num_experts, experts.hidden
+    for stack in (GATE_UP if stacking.gated else UP, DOWN):
+        outputs = max(piece.rows[1] for piece in stacking.pieces(stack, experts.intermediate, hidden))
+        inputs = experts.intermediate if stack == DOWN else hidden
+        yield stack, (count, inputs, outputs) if stacking.transposed_in_files else (count, outputs, inputs)
+        if stacking.biased:
+            yield f"{stack}{BIAS}", (count, outputs)
+
+
+def _stacked(pieces: Checkpoint, sources: Mapping[str, StoredTensor], loaded: Mapping[str, Tensor]) -> Tensor:
+    """Stack the tensors of experts from what a checkpoint holds of them, by `NAME:PART`."""
+    return _restacked(
+        pieces, {n: s.assemble({key: loaded[f"{n}:{key}"] for key in s.parts}) for n, s in sources.items()}
+    )
 
 
 def _restacked(checkpoint: Checkpoint, pieces: Mapping[str, Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laconic.checkpoint.files import DTYPES, Checkpoint
@@ -48,7 +48,8 @@ def materialise(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: 
         device: Device of the module afterwards.
 
     Raises:
-        ValueError: A tensor is missing, cannot be read, holds NaN or infinity, or has another shape.
+        ValueError: A tensor is missing, cannot be read, holds NaN or infinity, has another shape, or holds codes where
+            the model has values.
     """
     # Tied parameters have one of their names in the file, and stay one parameter.
     missing = {p: names for p, names in _parameters(module).items() if p.is_meta}
@@ -59,6 +60,7 @@ def materialise(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: 
     for expected, names in missing.items():
         tensor = tensors.pop(f"{prefix}{stored[expected]}")
         _check_shape(f"{prefix}{stored[expected]}", tuple(tensor.shape), expected)
+        _check_values(f"{prefix}{stored[expected]}", tensor, expected)
         loaded = nn.Parameter(tensor.to(expected.dtype), requires_grad=False)
         for name in names:
             path, _, leaf = name.rpartition(".")
@@ -79,4 +81,15 @@ def _check_shape(name: str, shape: tuple[int, ...], expected: nn.Parameter) -> N
         raise ValueError(
             f"tensor '{name}' has shape {shape}, config.json says {tuple(expected.shape)}; "
             "the checkpoint and its config.json do not belong together"
+        )
+
+
+def _check_values(name: str, tensor: Tensor, expected: nn.Parameter) -> None:
+    """Check that a tensor of a 16- or 32-bit parameter holds values, not codes without their scale."""
+    wide = [t.is_floating_point() and t.element_size() > 1 for t in (expected, tensor)]
+    if wide == [True, False]:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"tensor '{name}' holds codes ({dtype}) that config.json does not describe; add the quantization_config "
+            "of the tool that wrote it, or start from the original 16-bit model"
         )

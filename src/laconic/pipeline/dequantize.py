@@ -12,6 +12,8 @@ from laconic.artifact.identity import RECIPE
 from laconic.artifact.workspace import Workspace, check_output
 from laconic.checkpoint.atomic import copy_file
 from laconic.checkpoint.files import KV_CONFIG, Checkpoint
+from laconic.checkpoint.layout import stack_experts
+from laconic.checkpoint.source import Source, build_skeleton
 from laconic.checkpoint.streaming import write_tensors
 from laconic.checkpoint.trust import UNTRUSTED, Trust
 from laconic.pipeline.provenance import identify_source
@@ -56,7 +58,7 @@ def dequantize(
     if target in (original := source.folder.resolve(), *original.parents):
         raise ValueError(f"output {target} is the model's own folder, or holds it; choose another")
     check_output(target, overwrite=overwrite)
-    checkpoint, config = source.checkpoint, {k: v for k, v in source.raw.items() if k != KV_CONFIG}
+    checkpoint, config = _readable(source, trust), {k: v for k, v in source.raw.items() if k != KV_CONFIG}
     shards = _shards(checkpoint)
     done, total = 0, len(checkpoint.tensors)
     with Workspace(target, {"dequantize": identify_source(source)}, len(shards), overwrite=overwrite) as workspace:
@@ -74,6 +76,15 @@ def dequantize(
     # What remains is a plain model.
     (target / RECIPE).unlink()
     return target
+
+
+def _readable(source: Source, trust: Trust) -> Checkpoint:
+    """Return the decoded tensors as transformers reads them in 16 bit: experts stacked, where it knows no others."""
+    try:
+        model = build_skeleton(source.config, source.dtype, trust=trust)
+    except ValueError:
+        return source.checkpoint  # an architecture that Laconic cannot split into linears has no single experts
+    return stack_experts(source.checkpoint, model)
 
 
 def _shards(checkpoint: Checkpoint) -> list[list[str]]:

@@ -118,7 +118,12 @@ def _fp8_matrices(tensors: Tensors, quantization: Mapping[str, Any]) -> dict[str
     matrices = {}
     for name, stored in tensors.items():
         scale = next((f"{name}{s}" for s in ("_scale_inv", "_scale") if f"{name}{s}" in tensors), None)
-        if stored.dtype != "F8_E4M3" or scale is None:
+        if stored.dtype != "F8_E4M3":
+            continue
+        if scale is None:
+            # Scales of caches and of inputs may be in FP8 as well, and have no scale.
+            if len(stored.shape) > 1:
+                raise ValueError(f"tensor '{name}' is FP8 and has no scale beside it; download the model again")
             continue
         tiling = _fp8_tiling(name, stored.shape, tensors[scale].shape, block)
         path = name.rpartition(".")[0]

@@ -22,8 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
-GATE_UP, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
-_BIAS = "_bias"
+GATE_UP, UP, DOWN, BIAS = "gate_up_proj", "up_proj", "down_proj", "_bias"
 
 
 class Projections(NamedTuple):
@@ -60,6 +59,7 @@ class Stacking:
         interleaved: Whether rows of gate and up alternate.
         biased: Whether linears have biases.
         merged: Whether transformers reads tensors of single experts, where they are quantized.
+        single: Whether it reads those in 16 bit.
     """
 
     names: Projections
@@ -69,6 +69,7 @@ class Stacking:
     interleaved: bool = False
     biased: bool = False
     merged: bool = True
+    single: bool = True
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -83,7 +84,7 @@ class Stacking:
             intermediate: Width of an expert.
             hidden: Width of the model.
         """
-        stack, of = leaf.removesuffix(_BIAS), "bias" if leaf.endswith(_BIAS) else "weight"
+        stack, of = leaf.removesuffix(BIAS), "bias" if leaf.endswith(BIAS) else "weight"
         if stack == DOWN:
             return [Piece(self.names.down, of, (0, hidden, 1))]
         if stack == UP and not self.gated:
@@ -323,9 +324,9 @@ class _Stored:
 def _stacking(module: nn.Module, stored: _Stored) -> Stacking | None:
     """Find how a module stacks its experts; None if its linears would not compute what it does."""
     shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
-    gated, biased = GATE_UP in shapes, f"{DOWN}{_BIAS}" in shapes
+    gated, biased = GATE_UP in shapes, f"{DOWN}{BIAS}" in shapes
     stack = GATE_UP if gated else UP
-    expected = {stack, DOWN} | ({f"{stack}{_BIAS}", f"{DOWN}{_BIAS}"} if biased else set())
+    expected = {stack, DOWN} | ({f"{stack}{BIAS}", f"{DOWN}{BIAS}"} if biased else set())
     if shapes.keys() != expected or len(shapes[DOWN]) != 3 or getattr(module, "has_post_expert_norm", False):
         return None
     count, *sizes = shapes[DOWN]
@@ -336,8 +337,8 @@ def _stacking(module: nn.Module, stored: _Stored) -> Stacking | None:
     interleaved = not getattr(module, "is_concatenated", True)
     in_files = transposed != stored.swapped
     merged = stored.merged or type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION
-    stacking = Stacking(stored.names, gated, transposed, in_files, interleaved, biased, merged)
-    plain = Stacking(stored.names, transposed_in_files=in_files, merged=merged)
+    stacking = Stacking(stored.names, gated, transposed, in_files, interleaved, biased, merged, stored.merged)
+    plain = Stacking(stored.names, transposed_in_files=in_files, merged=merged, single=stored.merged)
     known = stacking == plain and shapes[stack] == usual and _applies_gate_usually(module)
     return stacking if known or _computes_alike(module, stacking) else None
 
