@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ from transformers import PreTrainedModel
 from laconic.checkpoint.files import first_line
 from laconic.evaluation.bootstrap import Values, interval, mean_of, paired_interval, perplexity_of
 from laconic.evaluation.calibration import Predictions
+from laconic.structure.calls import is_of_transformers
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,7 @@ def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
     try:
         logits = model(input_ids=ids.to(model.device), use_cache=False).logits[0, :-1]
     except Exception as e:
-        if not _is_of_transformers(e):
+        if not is_of_transformers(e):
             raise
         name = model.config.model_type
         raise ValueError(f"transformers {transformers.__version__} cannot run '{name}' on text: {first_line(e)}") from e
@@ -241,13 +240,6 @@ def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
     if logp.isnan().any():
         raise ValueError(not_finite(model))
     return logp
-
-
-def _is_of_transformers(e: Exception) -> bool:
-    """Return whether the code of a model in transformers raised an error, other than for want of memory."""
-    frames = [f.filename for f in traceback.extract_tb(e.__traceback__) if f"{os.sep}torch{os.sep}" not in f.filename]
-    in_model = f"{os.sep}transformers{os.sep}models{os.sep}" in frames[-1]
-    return in_model and not isinstance(e, torch.OutOfMemoryError | MemoryError)
 
 
 def not_finite(model: PreTrainedModel) -> str:

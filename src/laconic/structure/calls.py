@@ -5,6 +5,8 @@ A block is then run alone, on the hidden states of any calibration samples.
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -59,10 +61,10 @@ class BlockCall:
             samples: Numbers of the calibration samples that they are; needed where arguments differ between samples.
 
         Raises:
-            ValueError: Arguments differ between samples, and no samples are given.
+            ValueError: Arguments differ between samples and no samples are given, or the block's own code fails.
         """
         args, kwargs = self._arguments(hidden, samples)
-        first: Tensor = first_output(block(hidden, *args, **kwargs))
+        first: Tensor = first_output(_run(block, hidden, args, kwargs))
         return first
 
     def to(self, device: torch.device | str) -> BlockCall:
@@ -319,10 +321,32 @@ def _other_outputs(block: nn.Module, call: BlockCall, hidden: Tensor) -> tuple[A
     """Return what a block returns after its hidden states, with zeros in place of tensors."""
     call = call.to("meta")
     with torch.no_grad():
-        outputs = copy_to_meta(block)(hidden.to("meta"), *call.args, **call.kwargs)
+        outputs = _run(copy_to_meta(block), hidden.to("meta"), call.args, call.kwargs)
     zeros = lambda x: torch.zeros_like(x, device=hidden.device) if isinstance(x, Tensor) else x  # noqa: E731
     others: tuple[Any, ...] = tree_map(zeros, tuple(outputs[1:])) if isinstance(outputs, tuple | list) else ()
     return others
+
+
+def _run(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a block; an error of its own code is raised as one line."""
+    try:
+        return block(hidden, *args, **kwargs)
+    except Exception as e:
+        if not is_of_transformers(e):
+            raise
+        reason = (str(e) or repr(e)).splitlines()[0]
+        raise ValueError(f"transformers cannot run a {type(block).__name__} in {hidden.dtype}: {reason}") from e
+
+
+def is_of_transformers(e: Exception) -> bool:
+    """Return whether the code of a model in transformers raised an error, other than for want of memory.
+
+    Args:
+        e: The error, caught.
+    """
+    frames = [f.filename for f in traceback.extract_tb(e.__traceback__) if f"{os.sep}torch{os.sep}" not in f.filename]
+    in_model = f"{os.sep}transformers{os.sep}models{os.sep}" in frames[-1]
+    return in_model and not isinstance(e, torch.OutOfMemoryError | MemoryError)
 
 
 def first_output(output: Any) -> Any:
