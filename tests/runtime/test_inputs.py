@@ -382,12 +382,19 @@ def test_codes_without_their_scale_or_their_description_are_refused(llama: Path,
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "granitemoe", "qwen3_vl_moe"])
-def test_experts_are_stacked_again_where_transformers_reads_no_others(model_type: str, tmp_path: Path) -> None:
+def test_experts_are_stacked_again_where_transformers_reads_no_others(
+    model_type: str, text: Path, tmp_path: Path
+) -> None:
     """With biases and interleaved; under a name that transformers changes; transposed in files."""
     source = make_shrunk(tmp_path / "source", model_type)
     artifact = press(source, tmp_path / "artifact", rtn("W4A16", group_size=16))
-    model, info = open_in_transformers(dequantize(str(artifact.path), tmp_path / "16-bit"), info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
+    written = [dequantize(str(artifact.path), tmp_path / "16-bit")]
+    for method in ("magnitude", "reap") if model_type == "gpt_oss" else ("magnitude",):
+        written.append(press(artifact.path, tmp_path / method, {"method": method, "sparsity": 0.5}, text=text).path)
+    for folder in written:
+        model, info = open_in_transformers(folder, info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert torch.allclose(logits(model), logits(laconic.load(folder, dtype=torch.float32)), atol=1e-4)
     expected = logits(laconic.load(artifact.path, decoded=True, dtype=torch.float32))
-    assert torch.allclose(logits(model), expected, atol=1e-4)
+    assert torch.allclose(logits(open_in_transformers(written[0])), expected, atol=1e-4)

@@ -125,11 +125,14 @@ class Checkpoint:
         folder: The folder.
         tensors: Location of each tensor by name.
         paths: Name in the file of each module, if `tensors` has the names of a model (`layout.arrange`).
+        stacks: Place of tensors of single experts in the stacks that transformers reads instead in 16 bit, by the
+            model's names.
     """
 
     folder: Path
     tensors: Mapping[str, StoredTensor]
     paths: Mapping[str, str] = field(default_factory=dict)
+    stacks: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @property
     def pickled(self) -> bool:

@@ -52,7 +52,7 @@ def arrange(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
         model: The model, with a linear for every matrix (`source.build_skeleton`).
 
     Returns:
-        The checkpoint with locations by the model's names, and `paths` filled.
+        The checkpoint with locations by the model's names, `paths` and `stacks` filled.
     """
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
     modules, prefix = dict(model.named_modules()), model.base_model_prefix
@@ -80,14 +80,16 @@ def arrange(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
             transposed = isinstance(module, TransposedLinear) and leaf == "weight"
             tensors[name] = replace(stored, shape=stored.shape[::-1], transposed=True) if transposed else stored
             paths[path] = key.rpartition(".")[0]
-    return replace(checkpoint, tensors=tensors, paths=paths)
+    stacks = {n: p for _, pieces in _missing_stacks(model, tensors, paths) for n, p in pieces.items()}
+    return replace(checkpoint, tensors=tensors, paths=paths, stacks=stacks)
 
 
 def to_file_layout(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give tensors of a model the names and the layout of its source's files; the inverse of `arrange`.
 
     Tensors that are unchanged get the source's dtype, and so its bytes. The experts of a layer are stacked again if all
-    are dense; otherwise each is a separate tensor.
+    are dense; otherwise each is a separate tensor. Dense experts that the source holds singly are stacked where
+    transformers reads no others.
 
     Args:
         checkpoint: The arranged checkpoint of the source.
@@ -98,23 +100,24 @@ def to_file_layout(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> dic
     """
     out: dict[str, Tensor] = {}
     stacks: dict[str, dict[str, Tensor]] = {}
+    places = {n: s for n, s in checkpoint.tensors.items() if s.index is not None} | dict(checkpoint.stacks)
     for name, tensor in tensors.items():
-        stored = checkpoint.tensors.get(name)
-        if stored is not None and stored.index is not None:
-            stacks.setdefault(stored.key, {})[name] = tensor
+        if name in places:
+            stacks.setdefault(places[name].key, {})[name] = tensor
             continue
+        stored = checkpoint.tensors.get(name)
         path, _, leaf = name.rpartition(".")
         base = checkpoint.paths.get(path, path)
         key = stored.key if stored is not None else f"{base}.{leaf}" if base else leaf
         tensor = _source_dtype(checkpoint, name, tensor)
         out[key] = tensor.T.contiguous() if stored is not None and stored.transposed else tensor
     for key, pieces in stacks.items():
-        stacked = {n for n, s in checkpoint.tensors.items() if s.key == key}
+        stacked = {n for n, place in places.items() if place.key == key}
         weights = [tensors.get(f"{n.rpartition('.')[0]}.weight") for n in pieces]
         if stacked == pieces.keys() and all(
             t is not None and t.is_floating_point() and t.element_size() > 1 for t in weights
         ):
-            out[key] = _restacked(checkpoint, {n: _source_dtype(checkpoint, n, t) for n, t in pieces.items()})
+            out[key] = _restacked(places, {n: _source_dtype(checkpoint, n, t) for n, t in pieces.items()})
         else:
             for n, t in pieces.items():
                 linear, _, leaf = n.rpartition(".")
@@ -133,21 +136,12 @@ def stack_experts(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
         The checkpoint with a tensor for each stack, which is assembled from those of its experts when it is loaded.
     """
     arranged, tensors = arrange(checkpoint, model), dict(checkpoint.tensors)
-    for path, experts in model.named_modules():
-        first = f"{path}.0.{experts.names.down}" if isinstance(experts, Experts) else ""
-        stored = arranged.tensors.get(f"{first}.weight")
-        if not isinstance(experts, Experts) or experts.stacking.single or stored is None or stored.index is not None:
-            continue
-        base = arranged.paths[first].removesuffix(first.removeprefix(path))
-        for leaf, shape in _stacks(experts):
-            stack = StoredTensor(stored.file, shape, stored.dtype, f"{base}.{leaf}")
-            pieces = {f"{path}.{name}": piece for name, piece in _unstacked(experts, leaf, stack)}
-            sources = {name: arranged.tensors[name] for name in pieces}
-            parts = {f"{n}:{key}": part for n, s in sources.items() for key, part in s.parts.items()}
-            decode = partial(_stacked, replace(checkpoint, tensors=pieces), sources)
-            for source in sources.values():
-                del tensors[source.key]
-            tensors[stack.key] = replace(stack, decoding=Decoding(parts, decode, whole=True))
+    for stack, pieces in _missing_stacks(model, arranged.tensors, arranged.paths):
+        sources = {name: arranged.tensors[name] for name in pieces}
+        parts = {f"{n}:{key}": part for n, s in sources.items() for key, part in s.parts.items()}
+        for source in sources.values():
+            del tensors[source.key]
+        tensors[stack.key] = replace(stack, decoding=Decoding(parts, partial(_stacked, pieces, sources), whole=True))
     return replace(checkpoint, tensors=dict(sorted(tensors.items())))
 
 
@@ -200,6 +194,23 @@ def _unstacked(experts: Experts, leaf: str, stored: StoredTensor) -> Iterator[tu
             yield f"{i}.{piece.linear}.{piece.leaf}", location
 
 
+def _missing_stacks(
+    model: nn.Module, tensors: Mapping[str, StoredTensor], paths: Mapping[str, str]
+) -> Iterator[tuple[StoredTensor, dict[str, StoredTensor]]]:
+    """List stacks that transformers needs in 16 bit, where a checkpoint holds single experts: each, and its pieces."""
+    for path, experts in model.named_modules():
+        first = f"{path}.0.{experts.names.down}" if isinstance(experts, Experts) else ""
+        stored = tensors.get(f"{first}.weight")
+        if not isinstance(experts, Experts) or experts.stacking.single or stored is None or stored.index is not None:
+            continue
+        base = paths[first].removesuffix(first.removeprefix(path))
+        for leaf, shape in _stacks(experts):
+            stack = StoredTensor(stored.file, shape, stored.dtype, f"{base}.{leaf}")
+            pieces = {f"{path}.{name}": piece for name, piece in _unstacked(experts, leaf, stack)}
+            if all(name in tensors and tensors[name].index is None for name in pieces):
+                yield stack, pieces
+
+
 def _stacks(experts: Experts) -> Iterator[tuple[str, tuple[int, ...]]]:
     """List the stacked tensors of experts: name within the experts, and shape in files."""
     stacking, count, hidden = experts.stacking, experts.num_experts, experts.hidden
@@ -211,18 +222,20 @@ def _stacks(experts: Experts) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{stack}{BIAS}", (count, outputs)
 
 
-def _stacked(pieces: Checkpoint, sources: Mapping[str, StoredTensor], loaded: Mapping[str, Tensor]) -> Tensor:
+def _stacked(
+    pieces: Mapping[str, StoredTensor], sources: Mapping[str, StoredTensor], loaded: Mapping[str, Tensor]
+) -> Tensor:
     """Stack the tensors of experts from what a checkpoint holds of them, by `NAME:PART`."""
     return _restacked(
         pieces, {n: s.assemble({key: loaded[f"{n}:{key}"] for key in s.parts}) for n, s in sources.items()}
     )
 
 
-def _restacked(checkpoint: Checkpoint, pieces: Mapping[str, Tensor]) -> Tensor:
+def _restacked(places: Mapping[str, StoredTensor], pieces: Mapping[str, Tensor]) -> Tensor:
     """Stack the tensors of experts into one tensor, as the file does."""
     experts: dict[int, list[tuple[StoredTensor, Tensor]]] = {}
     for name, tensor in pieces.items():
-        stored = checkpoint.tensors[name]
+        stored = places[name]
         assert stored.index is not None
         experts.setdefault(stored.index, []).append((stored, tensor))
     return torch.stack([_joined(parts) for _, parts in sorted(experts.items())])

@@ -169,7 +169,8 @@ def _write_model(
     present = model.state_dict().keys()
     # Only the remaining experts make a stack.
     remaining = {n: s for n, s in checkpoint.tensors.items() if n in present or s.index is None}
-    checkpoint = replace(checkpoint, tensors=remaining)
+    stacks = {n: s for n, s in checkpoint.stacks.items() if n in present}
+    checkpoint = replace(checkpoint, tensors=remaining, stacks=stacks)
     count = len(list(model.get_submodule(blocks).children()))
     extra = extra_names(checkpoint, skeleton)
     of_extra = extra_shards(checkpoint, extra)
