@@ -398,3 +398,10 @@ def test_experts_are_stacked_again_where_transformers_reads_no_others(
         assert torch.allclose(logits(model), logits(laconic.load(folder, dtype=torch.float32)), atol=1e-4)
     expected = logits(laconic.load(artifact.path, decoded=True, dtype=torch.float32))
     assert torch.allclose(logits(open_in_transformers(written[0])), expected, atol=1e-4)
+
+
+def test_scales_of_a_cache_are_no_part_of_a_model_in_fp8(llama: Path, tmp_path: Path) -> None:
+    coded, plain = quantized_and_plain(llama, tmp_path, "FP8 in blocks")
+    scales = {f"model.layers.0.self_attn.{n}": torch.tensor(0.5) for n in ("k_proj.k_scale", "v_scale")}
+    rewrite(coded, load_file(coded / "model.safetensors") | scales)
+    assert tensors(dequantize(str(coded), tmp_path / "16-bit")).keys() == tensors(plain).keys()

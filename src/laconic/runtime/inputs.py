@@ -77,14 +77,14 @@ def decode_checkpoint(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     dtype = _dtype(raw, checkpoint)
+    # A quantized cache belongs to engines: it is no part of the weights.
+    tensors = {n: s for n, s in checkpoint.tensors.items() if n.rpartition(".")[2] not in CACHE_SCALES}
+    checkpoint = replace(checkpoint, tensors=tensors)
     if is_decodable(quantization):
         packed = quantization["quant_method"] in (GPTQ, AWQ)
         transposed = _transposed(checkpoint, config, trust) if packed else ()
         return decode_foreign(checkpoint, quantization, dtype, transposed)
-    # A quantized cache belongs to engines: it is no part of the weights.
-    cache = [n for n in checkpoint.tensors if n.rpartition(".")[2] in CACHE_SCALES]
     weights = {key: value for key, value in quantization.items() if key != "kv_cache_scheme"}
-    checkpoint = replace(checkpoint, tensors={n: s for n, s in checkpoint.tensors.items() if n not in set(cache)})
     return with_matrices(checkpoint, compressed_matrices(checkpoint, weights, config, trust), dtype)
 
 
