@@ -63,6 +63,12 @@ def test_an_adapter_beside_the_weights_is_loaded_as_transformers_does(model: Pat
     assert torch.allclose(logits(laconic.load(model, dtype=torch.float32)), expected, atol=1e-5)
 
 
+def test_an_adapter_that_is_a_pickle_is_refused_rather_than_left_out(model: Path) -> None:
+    (model / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"adapter_model.bin is an adapter as a pickle.*save it again with peft"):
+        laconic.load(model)
+
+
 def test_an_adapter_that_transformers_would_apply_is_refused(model: Path, tmp_path: Path) -> None:
     (model / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     save_file({"base_model.model.lm_head.lora_A.weight": torch.zeros(1, 64)}, model / "adapter_model.safetensors")

@@ -70,7 +70,7 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     params = SamplingParams(temperature=0.0, ignore_eos=True, **job["sampling"])
     found: dict[str, Any] = {"tokens_that_fit": config.num_gpu_blocks * config.block_size, "rounds": []}
     context: dict[str, Any] = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    layers = [layer for layer in context.values() if hasattr(layer, "kv_cache")]
+    layers = [layer for layer in context.values() if hasattr(layer, "kv_cache") and hasattr(layer, "impl")]
     found["backend"] = type(layers[0].impl).__module__
     found |= {"cache_dtype": config.cache_dtype, "bytes": layers[0].kv_cache.element_size()}
     found["scales"] = [[layer._k_scale_float, layer._v_scale_float] for layer in layers]

@@ -132,8 +132,19 @@ def adapter_folders(model: Path) -> list[Path]:
 
     Returns:
         At most both folders.
+
+    Raises:
+        ValueError: An adapter is a pickle.
     """
-    return [folder for folder in (model, model / ADAPTER) if has_adapter(folder)]
+    folders = (model, model / ADAPTER)
+    for folder in folders:
+        pickled = folder / "adapter_model.bin"
+        if pickled.is_file() and not (folder / ADAPTER_WEIGHTS).is_file():
+            raise ValueError(
+                f"{pickled} is an adapter as a pickle, which may run code when it is read; save it again with peft as "
+                f"{ADAPTER_WEIGHTS}, or move it away"
+            )
+    return [folder for folder in folders if has_adapter(folder)]
 
 
 def apply_adapter(model: nn.Module, folder: Path) -> None:
