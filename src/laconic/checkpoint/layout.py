@@ -20,7 +20,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from laconic.checkpoint.files import DTYPES, Checkpoint, Decoding, StoredTensor
-from laconic.structure.experts import BIAS, DOWN, GATE_UP, UP, Experts
+from laconic.structure.experts import Experts
+from laconic.structure.stacking import BIAS, DOWN, GATE_UP, UP
 
 
 class TransposedLinear(nn.Linear):
