@@ -659,6 +659,17 @@ def test_activations_that_overflow(laconic: Laconic, tmp_path: Path, text: Path,
     assert not (tmp_path / "out").exists()
 
 
+def test_the_output_of_the_last_block_that_overflows(laconic: Laconic, tmp_path: Path, text: Path) -> None:
+    """No stage reads it."""
+    loud = make_model(tmp_path / "loud", dtype=torch.float16)
+    weights(lambda t: t["model.layers.1.mlp.down_proj.weight"].fill_(60000))(loud)
+    calibration = {"dataset": str(text), "num_calibration_samples": 2, "max_seq_length": 64}
+    recipe = make_recipe(tmp_path / "recipe.yaml", GPTQ, model=str(loud), calibration=calibration)
+    said = laconic("compress", recipe, "-o", tmp_path / "out").complaint
+    fix = "or save the model in bfloat16 and compress that (float16 ends at 65504)"
+    assert said == f"model.layers.1: its output holds NaN or infinity, {fix}"
+
+
 def test_fewer_samples_than_asked_are_used_with_a_warning(laconic: Laconic, llama: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text(make_text(200))
     calibration = {"dataset": str(tmp_path / "short.txt"), "num_calibration_samples": 9, "max_seq_length": 51}

@@ -167,6 +167,8 @@ class _Walker:
                 events, advanced = self._applier.block(CurrentBlock(block, i, name, flow, original))
             except NonFiniteError as e:
                 raise ValueError(f"{name}: {e}{self._overflow_fix}") from e
+            if flow and self.source.dtype == torch.float16 and not output_is_read(self.plan, i):
+                self._check_output(block, i, name, flow)
             tensors = stored_tensors(block, name)
             if flow and self.plan.calibrates_cache:
                 tensors |= self._calibrate_cache(block, i, name, flow)
@@ -201,6 +203,12 @@ class _Walker:
             events += self._applier.head(flow)
             tensors.update(stored_tensors(self.model.get_submodule(anatomy.head), anatomy.head))
         self.workspace.write_shard(i, to_file_layout(checkpoint, tensors), events)
+
+    def _check_output(self, block: nn.Module, i: int, name: str, flow: Flow) -> None:
+        """Check that float16 holds the output of a block that nothing reads, by one batch."""
+        samples, hidden = next(iter(flow.stream.numbered_batches()))
+        if not torch.isfinite(flow.calls[i](block, hidden.to(self.settings.device), samples)).all():
+            raise ValueError(f"{name}: its output holds NaN or infinity{self._overflow_fix}")
 
     @property
     def _overflow_fix(self) -> str:
