@@ -1,4 +1,4 @@
-"""What vLLM writes into its log about a model: kernels, bytes of weights, tokens that the cache holds, the error."""
+"""Facts about a model in vLLM's log: kernels, bytes of weights, tokens that the cache holds, the error."""
 
 from __future__ import annotations
 

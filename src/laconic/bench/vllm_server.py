@@ -81,7 +81,7 @@ class VllmServer:
 
     @property
     def log(self) -> str:
-        """What the server has written."""
+        """Text that the server has written."""
         return self.log_file.read_text(errors="replace")
 
     @property

@@ -11,7 +11,7 @@ from laconic.bench.options import SparsityOptions
 from laconic.bench.serving_options import ServingOptions, parse_flags
 from laconic.checkpoint.trust import Trust
 from laconic.cli.console import out, print_json, with_status
-from laconic.cli.options import Json, Pickle, RemoteCode, check_dtype, numbers, words
+from laconic.cli.options import Json, Pickle, RemoteCode, ResultFile, check_dtype, numbers, words
 
 bench = typer.Typer(no_args_is_help=True, help="Measure the time, bytes and energy of an artifact or of linear shapes.")
 
@@ -46,10 +46,7 @@ def bench_sparsity(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Largest number of rounds of each measurement.")] = 30,
     seconds: Annotated[float, typer.Option(help="Start no further round after this time.")] = 2.0,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE.md|.json", help="Write the tables, or the result, to this file."),
-    ] = None,
+    output: ResultFile = None,
     trust_remote_code: RemoteCode = False,
     allow_pickle: Pickle = False,
     json_: Json = False,
@@ -105,10 +102,7 @@ def bench_serving(
         str | None, typer.Option(help="Python that has vLLM; by default $LACONIC_VLLM_PYTHON, or this one.")
     ] = None,
     start_seconds: Annotated[float, typer.Option(help="Time in which the engine has to be ready.")] = 900.0,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE.md|.json", help="Write the tables, or the result, to this file."),
-    ] = None,
+    output: ResultFile = None,
     trust_remote_code: RemoteCode = False,
     allow_pickle: Pickle = False,
     json_: Json = False,

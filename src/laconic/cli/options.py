@@ -18,6 +18,10 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of t
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output, once the new one is complete.")
 ]
+ResultFile = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE.md|.json", help="Write the tables, or the result, to this file."),
+]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model (only if you trust its source).")
 ]

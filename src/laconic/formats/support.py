@@ -1,4 +1,4 @@
-"""Which engine runs which scheme, and how that is known: the one table from which warnings and documents are made.
+"""Support of schemes in engines, and its evidence: the one table from which warnings and documents are made.
 
 `tried` means that an artifact was run there and compared with our own reading; `refused`, that the engine read it and
 refused. `no kernel` is what the engine's source says. Everything else is `not tried`.
@@ -34,7 +34,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Support:
-    """What is known of one scheme in one engine.
+    """Outcome of one scheme in one engine.
 
     Attributes:
         outcome: What is known.
@@ -122,7 +122,7 @@ PARTS: Mapping[str, tuple[Support, Support, Support]] = {
         Support("tried", "where the model has one scheme"),
     ),
 }
-"""The same of parts of a model beside the linears of its blocks."""
+"""Outcomes likewise of parts of a model beside the linears of its blocks."""
 
 
 def support(preset: str, engine: EngineName) -> Support:

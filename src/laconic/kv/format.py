@@ -19,9 +19,9 @@ from torch import Tensor
 from laconic.kv.planes import pack_planes, packed_size, unpack_planes
 
 Stored = dict[str, Tensor]
-"""What `encode_kv` stores, by name."""
+"""Tensors that `encode_kv` stores, by name."""
 StaticParams = Mapping[str, Tensor]
-"""What calibration fixed for a format, float32: `scale` and `offset`, each broadcasting over (H, C); `levels` (L,)."""
+"""Parameters from calibration, float32: `scale` and `offset`, each broadcasting over (H, C); `levels` (L,)."""
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 _FP8 = torch.float8_e4m3fn

@@ -82,7 +82,7 @@ class Walk:
 
     @property
     def remarks(self) -> list[dict[str, Any]]:
-        """What the plan decides without being asked, as events for the log, each with a `message`."""
+        """Decisions of the plan that no key asked for, as events for the log, each with a `message`."""
         return remarks(self.plan, self.model, self.source.checkpoint)
 
 

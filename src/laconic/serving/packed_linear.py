@@ -26,7 +26,7 @@ _CHUNK = 1 << 23
 
 @dataclass(frozen=True)
 class Layout:
-    """What the tensors of a layer are.
+    """Kinds of the tensors of a layer.
 
     Attributes:
         scheme: Scheme of the layer.

@@ -175,7 +175,7 @@ def paged_write(layer: PagedLayer, cache: Tensor, batch: SequenceBatch, keys_BHC
 
 @dataclass(frozen=True)
 class _Step:
-    """What a step of attention reads beside pages.
+    """Inputs of a step of attention beside pages.
 
     Attributes:
         q_BHRNC: Queries; those of a sequence lie one after another.

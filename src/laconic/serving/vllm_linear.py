@@ -102,7 +102,7 @@ def _runs_on_cpu(scheme: Scheme) -> bool:
 
 @dataclass
 class _Loading:
-    """What a layer has while its tensors are loaded.
+    """State of a layer while its tensors are loaded.
 
     Attributes:
         shard: Share of the rank.

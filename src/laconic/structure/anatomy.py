@@ -83,7 +83,7 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class _Trace:
-    """What running one block on the meta device shows.
+    """Record of one run of a block on the meta device.
 
     Attributes:
         taps: Linears with one input, in order of execution.

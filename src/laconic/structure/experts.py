@@ -243,7 +243,7 @@ def _is_stacked(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _Stored:
-    """What transformers' conversion says of experts in checkpoints."""
+    """Names and layout of experts in checkpoints, by transformers' conversion."""
 
     names: Projections
     swapped: bool

@@ -207,7 +207,7 @@ class _StreamTrialBlock:
 
 
 class _Ends:
-    """What surrounds the blocks, with random weights: embeddings of positions, the final norm.
+    """Modules around the blocks, with random weights: embeddings of positions, the final norm.
 
     Args:
         model: The model.

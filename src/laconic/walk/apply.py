@@ -170,9 +170,10 @@ class Applier:
                 for hidden in flow.stream.batches():
                     moments.add(compute_head_input(self.model, self.plan.anatomy, hidden.to(self.settings.device)))
                 moments.finish()
-            dense = linear_at(self.model, head).weight.detach().clone() if stage.quantizes else None
+            # A linear of codes takes the place of the dense one, whose weight stays as it is.
+            dense = linear_at(self.model, head).weight.detach() if moments and stage.quantizes else None
             for event in self._compress(self.model, "", [head], item, stage, moments):
-                if flow and moments and dense is not None:
+                if flow and dense is not None:
                     event["kl"] = self._head_kl(flow, dense)
                 yield event
             masks = check_zeros(self.model, "", masks, stage, [head])
@@ -182,11 +183,11 @@ class Applier:
         anatomy, device = self.plan.anatomy, self.settings.device
         hidden = flow.stream.hidden
         count = max(1, min(len(hidden), _HEAD_TOKENS // hidden.shape[1]))
+        head = self.model.get_submodule(anatomy.head)
+        bias = getattr(head, "bias", None)
         total = 0.0
         for sample in hidden[torch.linspace(0, len(hidden) - 1, count).long()].split(1):
             x = compute_head_input(self.model, anatomy, sample.to(device))
-            head = self.model.get_submodule(anatomy.head)
-            bias = getattr(head, "bias", None)
             expected = nn.functional.linear(x, dense, bias).float().log_softmax(-1)
             total += float((expected.exp() * (expected - head(x).float().log_softmax(-1))).sum(-1).mean())
         return total / count

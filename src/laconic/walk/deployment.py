@@ -1,4 +1,4 @@
-"""What an artifact is compressed for: the engine, and the number of GPUs over which it splits each linear.
+"""Target of an artifact: the engine, and the number of GPUs over which it splits each linear.
 
 With tensor parallelism of n GPUs, vLLM splits the rows of linears that read the residual stream (q, k, v, gate, up:
 column-parallel in its words) and the columns of those that write to it (o, down: row-parallel). A scale that would be

@@ -1,4 +1,4 @@
-"""What a plan decides without being asked: group sizes, and the weights that stay in 16 bit, as events for the log."""
+"""Decisions of a plan that no key asked for: group sizes, and weights that stay in 16 bit, as events for the log."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ class _Walker:
 
     @property
     def _overflow_fix(self) -> str:
-        """What to do about numbers beyond those of float16; empty for other dtypes."""
+        """Fix of numbers beyond those of float16; empty for other dtypes."""
         if self.source.dtype != torch.float16:
             return ""
         return ", or save the model in bfloat16 and compress that (float16 ends at 65504)"
